@@ -1,0 +1,61 @@
+"""The attnserve SDK: attention on a server, NumPy in and NumPy out.
+
+>>> from attnserve_client import AttentionClient
+>>> with AttentionClient("127.0.0.1:8001") as client:
+...     result = client.attend(query, key, value, model="causal")
+>>> result.output, result.timings
+"""
+
+from attnserve_client._async_client import AsyncAttentionClient
+from attnserve_client._client import AttentionClient
+from attnserve_client._errors import (
+    AttnserveError,
+    CancelledError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+)
+from attnserve_client._results import (
+    AttendResult,
+    Limits,
+    Model,
+    ServerInfo,
+    Timings,
+    TokensResult,
+    Variant,
+)
+from attnserve_client._stream import AttendStream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncAttentionClient",
+    "AttendResult",
+    "AttendStream",
+    "AttentionClient",
+    "AttnserveError",
+    "CancelledError",
+    "DeadlineExceededError",
+    "FailedPreconditionError",
+    "InternalError",
+    "InvalidArgumentError",
+    "Limits",
+    "Model",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "ResourceExhaustedError",
+    "ServerInfo",
+    "Timings",
+    "TokensResult",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+    "Variant",
+]

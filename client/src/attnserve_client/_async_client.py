@@ -1,0 +1,198 @@
+"""The asyncio client: the same calls as `AttentionClient`, awaited."""
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import attention_pb2_grpc as pb_grpc
+
+from attnserve_client import _channel, _errors, _messages
+from attnserve_client._assembly import Assembler
+from attnserve_client._messages import AttendCall, Tokens
+from attnserve_client._results import AttendResult, Model, ServerInfo, TokensResult
+
+
+class AsyncAttentionClient:
+    """Calls an attnserve server from asyncio; many calls may be under way at once.
+
+    Args:
+        target: `host:port`, or any target that grpc understands.
+        credentials: for TLS; None is a plaintext channel.
+        stream_threshold_bytes: requests whose tensors, both ways, exceed this go over
+            AttendStream in chunks.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        stream_threshold_bytes: int = _channel.STREAM_THRESHOLD_BYTES,
+    ) -> None:
+        options = _channel.CHANNEL_OPTIONS
+        self._channel = (
+            grpc.aio.secure_channel(target, credentials, options=options)
+            if credentials
+            else grpc.aio.insecure_channel(target, options=options)
+        )
+        self._threshold = stream_threshold_bytes
+        self._stub: pb_grpc.AttentionServiceAsyncStub = pb_grpc.AttentionServiceStub(self._channel)
+        self._attend = self._channel.unary_unary(_channel.method_path("Attend"), None, None)
+        self._attend_stream = self._channel.stream_stream(
+            _channel.method_path("AttendStream"), None, None
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        await self._channel.close(None)
+
+    async def attend(
+        self,
+        query: Any = None,
+        key: Any = None,
+        value: Any = None,
+        *,
+        model: str,
+        version: str | int = "",
+        variant: str = "",
+        hidden_states: Any = None,
+        context: Any = None,
+        key_lengths: Any = None,
+        bias: Any = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        return_output: bool = True,
+        return_weights: bool = False,
+        return_entropy: bool = False,
+        top_k: int = 0,
+        return_mass_per_key: bool = False,
+        timeout: float | None = 60.0,
+    ) -> AttendResult:
+        """Compute attention; arguments, result and errors as those of `AttentionClient.attend`."""
+        call = _messages.attend_call(
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "hidden_states": hidden_states,
+                "context": context,
+                "key_lengths": key_lengths,
+                "bias": bias,
+            },
+            model=model,
+            version=str(version),
+            variant=variant,
+            scale=scale,
+            softcap=softcap,
+            no_output=not return_output,
+            return_weights=return_weights,
+            return_entropy=return_entropy,
+            top_k=top_k,
+            return_mass_per_key=return_mass_per_key,
+        )
+        if call.request_bytes + call.response_bytes > self._threshold:
+            return await self._attend_in_chunks(call, timeout)
+        try:
+            answer = await self._attend(call.to_bytes(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "Attend") from None
+        return _messages.attend_result_from_bytes(answer)
+
+    async def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
+        async def messages() -> AsyncIterator[bytes]:
+            for message in call.to_stream(1, None, _channel.CHUNK_BYTES):
+                yield message
+
+        assembler = Assembler()
+        finished: AttendResult | _errors.AttnserveError | None = None
+        try:
+            async for message in self._attend_stream(messages(), timeout=timeout):
+                done = assembler.add(message)
+                if done is not None:
+                    finished = done[1]
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "AttendStream") from None
+        if finished is None:
+            raise _errors.InternalError("the stream ended without an answer", method="AttendStream")
+        if isinstance(finished, _errors.AttnserveError):
+            raise finished
+        return finished
+
+    async def attend_tokens(
+        self,
+        inputs: Tokens,
+        *,
+        model: str,
+        version: str | int = "",
+        variant: str = "",
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        return_hidden: bool = True,
+        return_pooled: bool = False,
+        return_weights: bool | None = None,
+        return_entropy: bool = False,
+        truncate: bool = False,
+        timeout: float | None = 60.0,
+    ) -> TokensResult:
+        """Run texts or ids through a transformer; as `AttentionClient.attend_tokens`."""
+        request = _messages.tokens_request(
+            inputs,
+            model=model,
+            version=str(version),
+            variant=variant,
+            layers=layers,
+            heads=heads,
+            return_hidden=return_hidden,
+            return_pooled=return_pooled,
+            return_weights=return_weights,
+            return_entropy=return_entropy,
+            truncate=truncate,
+        )
+        try:
+            return _messages.tokens_result(await self._stub.AttendTokens(request, timeout=timeout))
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "AttendTokens") from None
+
+    async def list_models(self, *, timeout: float | None = 10.0) -> list[Model]:
+        """All models and versions, by name and version."""
+        try:
+            answer = await self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "ListModels") from None
+        return [_messages.model_from(model) for model in answer.models]
+
+    async def get_model(
+        self, name: str, version: str | int = "", *, timeout: float | None = 10.0
+    ) -> Model:
+        """One model, its manifest included.
+
+        Raises:
+            NotFoundError: no such model or version.
+        """
+        request = pb.GetModelRequest(name=name, version=str(version))
+        try:
+            answer = await self._stub.GetModel(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "GetModel") from None
+        return _messages.model_from(answer.model, answer.manifest_json)
+
+    async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
+        """What the server is, what it runs on and what it accepts."""
+        try:
+            answer = await self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "ServerInfo") from None
+        return _messages.server_info_from(answer)

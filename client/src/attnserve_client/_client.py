@@ -1,0 +1,250 @@
+"""The blocking client."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import attention_pb2_grpc as pb_grpc
+
+from attnserve_client import _channel, _errors, _messages
+from attnserve_client._assembly import Assembler
+from attnserve_client._messages import AttendCall, Tokens
+from attnserve_client._results import AttendResult, Model, ServerInfo, TokensResult
+from attnserve_client._stream import AttendStream
+
+
+class AttentionClient:
+    """Calls an attnserve server. Safe to share between threads; close it, or use it in `with`.
+
+    Args:
+        target: `host:port`, or any target that grpc understands.
+        credentials: for TLS; None is a plaintext channel.
+        stream_threshold_bytes: requests whose tensors, both ways, exceed this go over
+            AttendStream in chunks.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        stream_threshold_bytes: int = _channel.STREAM_THRESHOLD_BYTES,
+    ) -> None:
+        options = _channel.CHANNEL_OPTIONS
+        self._channel = (
+            grpc.secure_channel(target, credentials, options=options)
+            if credentials
+            else grpc.insecure_channel(target, options=options)
+        )
+        self._threshold = stream_threshold_bytes
+        self._stub = pb_grpc.AttentionServiceStub(self._channel)
+        # Raw bytes: the SDK places tensors in messages, and finds them there, without copies.
+        self._attend = self._channel.unary_unary(_channel.method_path("Attend"), None, None)
+        self._attend_stream = self._channel.stream_stream(
+            _channel.method_path("AttendStream"), None, None
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def attend(
+        self,
+        query: Any = None,
+        key: Any = None,
+        value: Any = None,
+        *,
+        model: str,
+        version: str | int = "",
+        variant: str = "",
+        hidden_states: Any = None,
+        context: Any = None,
+        key_lengths: Any = None,
+        bias: Any = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        return_output: bool = True,
+        return_weights: bool = False,
+        return_entropy: bool = False,
+        top_k: int = 0,
+        return_mass_per_key: bool = False,
+        timeout: float | None = 60.0,
+    ) -> AttendResult:
+        """Compute attention.
+
+        Args:
+            query: [B, H, Sq, D], for a core model. FP32 or FP16 as the model is, like all tensors.
+            key: [B, Hkv, Sk, D].
+            value: [B, Hkv, Sk, Dv].
+            model: its name; `client.list_models()` lists them.
+            version: empty is the highest.
+            variant: force one; empty lets the server pick.
+            hidden_states: [B, Sq, E], for a layer model, instead of query, key and value.
+            context: [B, Sk, E], for a cross-attention layer.
+            key_lengths: [B] integers; keys from that position on are padding.
+            bias: added to the scores; [B or 1, H or 1, Sq or 1, Sk or 1].
+            scale: multiplies query x key; None is the model's own.
+            softcap: None is the model's own, 0 none.
+            return_output: also send the output back.
+            return_weights: also send the attention weights, [B, H, Sq, Sk].
+            return_entropy: also the entropy of each query's weights, nats.
+            top_k: also the heaviest keys of each query, this many.
+            return_mass_per_key: also the weight each key receives over all queries.
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            AttnserveError: one subclass per gRPC status.
+            TypeError: an argument cannot be read as an array.
+        """
+        call = _messages.attend_call(
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "hidden_states": hidden_states,
+                "context": context,
+                "key_lengths": key_lengths,
+                "bias": bias,
+            },
+            model=model,
+            version=str(version),
+            variant=variant,
+            scale=scale,
+            softcap=softcap,
+            no_output=not return_output,
+            return_weights=return_weights,
+            return_entropy=return_entropy,
+            top_k=top_k,
+            return_mass_per_key=return_mass_per_key,
+        )
+        if call.request_bytes + call.response_bytes > self._threshold:
+            return self._attend_in_chunks(call, timeout)
+        try:
+            answer = self._attend(call.to_bytes(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "Attend") from None
+        return _messages.attend_result_from_bytes(answer)
+
+    def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
+        assembler = Assembler()
+        finished: AttendResult | _errors.AttnserveError | None = None
+        try:
+            messages = call.to_stream(1, None, _channel.CHUNK_BYTES)
+            for message in self._attend_stream(messages, timeout=timeout):
+                done = assembler.add(message)
+                if done is not None:
+                    finished = done[1]
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "AttendStream") from None
+        if finished is None:
+            raise _errors.InternalError("the stream ended without an answer", method="AttendStream")
+        if isinstance(finished, _errors.AttnserveError):
+            raise finished
+        return finished
+
+    def stream(self, *, timeout: float | None = None) -> AttendStream:
+        """Open one stream for many requests in flight; use it in `with`.
+
+        Args:
+            timeout: seconds that the whole stream may last; None is unlimited.
+        """
+        return AttendStream(self._attend_stream, timeout=timeout)
+
+    def attend_tokens(
+        self,
+        inputs: Tokens,
+        *,
+        model: str,
+        version: str | int = "",
+        variant: str = "",
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        return_hidden: bool = True,
+        return_pooled: bool = False,
+        return_weights: bool | None = None,
+        return_entropy: bool = False,
+        truncate: bool = False,
+        timeout: float | None = 60.0,
+    ) -> TokensResult:
+        """Run texts or token ids through a transformer model.
+
+        Args:
+            inputs: a list of texts, or a list of id sequences of any lengths (special tokens
+                included).
+            model: its name.
+            version: empty is the highest.
+            variant: force one; empty lets the server pick.
+            layers: 0-based, for weights and entropy; None is all.
+            heads: 0-based, for weights and entropy; None is all.
+            return_hidden: send the hidden states back.
+            return_pooled: also one vector per sequence.
+            return_weights: also the attention weights of `layers` and `heads`; None asks for
+                them exactly if `layers` or `heads` is given and the entropy is not asked for.
+            return_entropy: also the entropy of each query's weights, nats.
+            truncate: cut texts that are too long instead of refusing them.
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            AttnserveError: one subclass per gRPC status.
+        """
+        request = _messages.tokens_request(
+            inputs,
+            model=model,
+            version=str(version),
+            variant=variant,
+            layers=layers,
+            heads=heads,
+            return_hidden=return_hidden,
+            return_pooled=return_pooled,
+            return_weights=return_weights,
+            return_entropy=return_entropy,
+            truncate=truncate,
+        )
+        try:
+            return _messages.tokens_result(self._stub.AttendTokens(request, timeout=timeout))
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "AttendTokens") from None
+
+    def list_models(self, *, timeout: float | None = 10.0) -> list[Model]:
+        """All models and versions, by name and version."""
+        try:
+            answer = self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "ListModels") from None
+        return [_messages.model_from(model) for model in answer.models]
+
+    def get_model(
+        self, name: str, version: str | int = "", *, timeout: float | None = 10.0
+    ) -> Model:
+        """One model, its manifest included.
+
+        Raises:
+            NotFoundError: no such model or version.
+        """
+        request = pb.GetModelRequest(name=name, version=str(version))
+        try:
+            answer = self._stub.GetModel(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "GetModel") from None
+        return _messages.model_from(answer.model, answer.manifest_json)
+
+    def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
+        """What the server is, what it runs on and what it accepts."""
+        try:
+            answer = self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "ServerInfo") from None
+        return _messages.server_info_from(answer)

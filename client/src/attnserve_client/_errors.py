@@ -1,0 +1,122 @@
+"""Exceptions, one to one with the gRPC statuses that the server answers with.
+
+AttnserveError
+├── CancelledError            the call was cancelled
+├── InvalidArgumentError      the request is wrong in itself; the message names the field
+├── DeadlineExceededError     no answer within `timeout`
+├── NotFoundError             no such model, version or variant
+├── PermissionDeniedError
+├── ResourceExhaustedError    over a limit, or the queue is full: the message says which
+├── FailedPreconditionError   the model cannot do what is asked
+├── UnimplementedError        this server version does not have it
+├── UnavailableError          no server, or it is draining (the SDK has retried already)
+├── UnauthenticatedError
+└── InternalError             a fault in the server
+"""
+
+import grpc
+
+
+class AttnserveError(Exception):
+    """A call failed.
+
+    Attributes:
+        code: the gRPC status.
+        message: what the server said.
+        method: the method called, e.g. `Attend`.
+    """
+
+    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, *, method: str, code: grpc.StatusCode | None = None) -> None:
+        self.code = code or type(self).code
+        self.message = message
+        self.method = method
+        super().__init__(f"{self.code.name} from {method}: {message}")
+
+
+class CancelledError(AttnserveError):
+    """CANCELLED."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class InvalidArgumentError(AttnserveError, ValueError):
+    """INVALID_ARGUMENT: the request is wrong in itself."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class DeadlineExceededError(AttnserveError, TimeoutError):
+    """DEADLINE_EXCEEDED: no answer within the timeout."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class NotFoundError(AttnserveError, LookupError):
+    """NOT_FOUND: no such model, version or variant."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class PermissionDeniedError(AttnserveError):
+    """PERMISSION_DENIED."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class ResourceExhaustedError(AttnserveError):
+    """RESOURCE_EXHAUSTED: over a limit, or the queue is full."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class FailedPreconditionError(AttnserveError):
+    """FAILED_PRECONDITION: the model cannot do what is asked."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class UnimplementedError(AttnserveError, NotImplementedError):
+    """UNIMPLEMENTED: this server version does not have it."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class UnavailableError(AttnserveError, ConnectionError):
+    """UNAVAILABLE: no server there, or it is draining."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class UnauthenticatedError(AttnserveError):
+    """UNAUTHENTICATED."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class InternalError(AttnserveError):
+    """INTERNAL: a fault in the server."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+_BY_CODE = {error.code: error for error in AttnserveError.__subclasses__()}
+_CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def from_status(code: grpc.StatusCode, message: str, method: str) -> AttnserveError:
+    """The exception of a gRPC status."""
+    return _BY_CODE.get(code, AttnserveError)(message, method=method, code=code)
+
+
+def from_code_number(number: int, message: str, method: str) -> AttnserveError:
+    """The exception of a google.rpc.Code, as stream answers carry it."""
+    return from_status(_CODE_BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN), message, method)
+
+
+def from_rpc_error(error: grpc.RpcError, method: str) -> AttnserveError:
+    """The exception of what grpc raised."""
+    code = getattr(error, "code", lambda: None)() or grpc.StatusCode.UNKNOWN
+    details = getattr(error, "details", lambda: None)() or str(error)
+    return from_status(code, details, method)

@@ -1,0 +1,270 @@
+"""Requests from arguments and results from answers: what the two clients share."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import wire
+
+from attnserve_client import _tensors
+from attnserve_client._results import (
+    Array,
+    AttendResult,
+    Limits,
+    Model,
+    ServerInfo,
+    Timings,
+    TokensResult,
+    Variant,
+)
+
+_REQUEST_FIELD = {name: number for number, name in wire.REQUEST_TENSORS.items()}
+
+Tokens = Sequence[str] | Sequence[Sequence[int]] | Array
+
+
+@dataclass(frozen=True, slots=True)
+class AttendCall:
+    """One attend request: the small part as a message, the tensors as arrays."""
+
+    message: pb.AttendRequest
+    tensors: dict[str, Array]
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(array.nbytes for array in self.tensors.values())
+
+    @property
+    def response_bytes(self) -> int:
+        """Bytes of the tensors asked for, near enough to choose a transport by."""
+        first = self.tensors.get("query", self.tensors.get("hidden_states"))
+        if first is None or first.ndim < 2:
+            return 0
+        total = 0 if self.message.returns.no_output else first.nbytes
+        if self.message.returns.weights:
+            other = self.tensors.get("key", self.tensors.get("context", first))
+            # A layer's heads are not known here: one is assumed.
+            rows = first.size // first.shape[-1]
+            total += rows * (other.shape[-2] if other.ndim > 1 else 1) * first.itemsize
+        return total
+
+    def to_bytes(self) -> bytes:
+        """The whole request as one message."""
+        parts = [
+            (_REQUEST_FIELD[name], _tensors.header(array), _tensors.data(array))
+            for name, array in self.tensors.items()
+        ]
+        return wire.join(self.message, parts)
+
+    def to_stream(
+        self, request_id: int, timeout: float | None, chunk_bytes: int
+    ) -> Iterator[bytes]:
+        """The request as stream messages: the announcement, then each tensor in chunks."""
+        request = pb.AttendRequest()
+        request.CopyFrom(self.message)
+        for name, array in self.tensors.items():
+            tensor = _tensors.header(array)
+            tensor.chunked.byte_size = array.nbytes
+            getattr(request, name).CopyFrom(tensor)
+        first = pb.AttendStreamRequest(
+            request_id=request_id,
+            request=request,
+            timeout=0 if timeout is None else max(1, round(timeout * 1e6)),
+        )
+        yield first.SerializeToString()
+        for name in sorted(self.tensors, key=_REQUEST_FIELD.__getitem__):
+            view = _tensors.data(self.tensors[name])
+            yield from wire.cut(request_id, _REQUEST_FIELD[name], view, chunk_bytes)
+
+
+def attend_call(
+    tensors: dict[str, Any],
+    *,
+    model: str,
+    version: str,
+    variant: str,
+    scale: float | None,
+    softcap: float | None,
+    no_output: bool,
+    return_weights: bool,
+    return_entropy: bool,
+    top_k: int,
+    return_mass_per_key: bool,
+) -> AttendCall:
+    """Build a request from the arguments of `attend`; tensors that are None are left out."""
+    if top_k < 0:
+        raise ValueError(f"top_k: {top_k}; allowed: 0 (off) or more")
+    message = pb.AttendRequest(model=model, version=str(version), variant=variant)
+    if scale is not None:
+        message.scale = scale
+    if softcap is not None:
+        message.softcap = softcap
+    message.returns.CopyFrom(
+        pb.ReturnOptions(
+            no_output=no_output,
+            weights=return_weights,
+            entropy=return_entropy,
+            top_k=top_k,
+            mass_per_key=return_mass_per_key,
+        )
+    )
+    arrays: dict[str, Array] = {}
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        array = _tensors.as_array(value, name)
+        if name == "key_lengths":
+            array = array.astype(np.int64, casting="same_kind")
+        arrays[name] = array
+    return AttendCall(message, arrays)
+
+
+def attend_result(response: pb.AttendResponse, arrays: dict[str, Array]) -> AttendResult:
+    """The result of an answer whose tensors lie in `arrays`, by field name."""
+    return AttendResult(
+        model=response.model,
+        version=response.version,
+        variant=response.variant,
+        timings=_timings(response.timings),
+        **arrays,
+    )
+
+
+def attend_result_from_bytes(answer: bytes) -> AttendResult:
+    """The result of a unary answer."""
+    response, views = wire.split(answer, pb.AttendResponse, wire.RESPONSE_TENSORS)
+    arrays = {name: _tensors.copy_of(getattr(response, name), view) for name, view in views.items()}
+    return attend_result(response, arrays)
+
+
+def tokens_request(
+    inputs: Tokens,
+    *,
+    model: str,
+    version: str,
+    variant: str,
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    return_hidden: bool,
+    return_pooled: bool,
+    return_weights: bool | None,
+    return_entropy: bool,
+    truncate: bool,
+) -> pb.AttendTokensRequest:
+    """Build a request from the arguments of `attend_tokens`."""
+    if isinstance(inputs, (str, bytes)):
+        raise TypeError("inputs: give a list of texts or of id sequences, not one text")
+    request = pb.AttendTokensRequest(model=model, version=str(version), variant=variant)
+    items = list(inputs)
+    if items and all(isinstance(item, str) for item in items):
+        request.text.texts.extend(items)
+        request.text.truncate = truncate
+    elif any(isinstance(item, str) for item in items):
+        raise TypeError("inputs: texts and id sequences cannot be mixed")
+    else:
+        request.tokens.SetInParent()
+        for item in items:
+            request.tokens.sequences.add(ids=[int(token) for token in item])
+    if return_weights is None:
+        return_weights = not return_entropy and (layers is not None or heads is not None)
+    request.returns.CopyFrom(
+        pb.TokenReturnOptions(
+            no_hidden=not return_hidden,
+            pooled=return_pooled,
+            weights=return_weights,
+            entropy=return_entropy,
+            layers=layers or [],
+            heads=heads or [],
+        )
+    )
+    return request
+
+
+def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:
+    """The result of an answer."""
+
+    def arrays(name: str) -> list[Array] | None:
+        if not response.sequences or not response.sequences[0].HasField(name):  # type: ignore[arg-type]
+            return None
+        tensors = [getattr(sequence, name) for sequence in response.sequences]
+        return [_tensors.copy_of(tensor, tensor.data) for tensor in tensors]
+
+    return TokensResult(
+        model=response.model,
+        version=response.version,
+        variant=response.variant,
+        timings=_timings(response.timings),
+        ids=[list(sequence.ids) for sequence in response.sequences],
+        tokens=[list(sequence.tokens) for sequence in response.sequences],
+        truncated=[sequence.truncated for sequence in response.sequences],
+        hidden=arrays("hidden"),
+        pooled=arrays("pooled"),
+        weights=arrays("weights"),
+        entropy=arrays("entropy"),
+        layers=list(response.layers),
+        heads=list(response.heads),
+    )
+
+
+def model_from(message: pb.Model, manifest: str = "") -> Model:
+    """A model's description."""
+    return Model(
+        name=message.name,
+        version=message.version,
+        kind=pb.ModelKind.Name(message.kind).lower(),
+        dtype=_tensors.dtype_name(message.dtype),
+        num_heads=message.num_heads,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        value_head_dim=message.value_head_dim,
+        mask=pb.MaskKind.Name(message.mask).lower(),
+        window=message.window,
+        scale=message.scale,
+        softcap=message.softcap,
+        embed_dim=message.embed_dim,
+        num_layers=message.num_layers,
+        vocab_size=message.vocab_size,
+        max_seq_len=message.max_seq_len,
+        takes_text=message.takes_text,
+        variants=tuple(
+            Variant(
+                name=variant.name,
+                inputs=tuple(variant.inputs),
+                outputs=tuple(variant.outputs),
+                providers=tuple(variant.providers),
+                max_abs_error=variant.max_abs_error,
+                tolerance=variant.tolerance,
+            )
+            for variant in message.variants
+        ),
+        source=message.source,
+        manifest=manifest,
+    )
+
+
+def server_info_from(message: pb.ServerInfoResponse) -> ServerInfo:
+    """A server's description."""
+    limits = message.limits
+    return ServerInfo(
+        name=message.name,
+        version=message.version,
+        onnxruntime_version=message.onnxruntime_version,
+        providers=tuple(message.providers),
+        limits=Limits(
+            **{field.name: getattr(limits, field.name) for field in limits.DESCRIPTOR.fields}
+        ),
+        state=message.state,
+    )
+
+
+def _timings(message: pb.Timings) -> Timings:
+    return Timings(
+        deserialize=message.deserialize,
+        queue=message.queue,
+        compute=message.compute,
+        serialize=message.serialize,
+        batch_size=message.batch_size,
+    )

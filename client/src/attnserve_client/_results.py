@@ -1,0 +1,158 @@
+"""What the SDK's calls return: frozen dataclasses that hold NumPy arrays."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the server spent its time, in microseconds.
+
+    Attributes:
+        deserialize: wire to arrays and validation; over a stream, the wait for chunks included.
+        queue: waiting for a place to run.
+        compute: running the model.
+        serialize: arrays to wire.
+        batch_size: sequences that ran together.
+    """
+
+    deserialize: int
+    queue: int
+    compute: int
+    serialize: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttendResult:
+    """The answer of `attend`; what was not asked for is None.
+
+    Attributes:
+        model, version, variant: what ran.
+        output: [B, H, Sq, Dv] of a core model, [B, Sq, E] of a layer.
+        weights: [B, H, Sq, Sk].
+        entropy: [B, H, Sq] FP32, nats.
+        top_k_indices: [B, H, Sq, k] INT64, heaviest first.
+        top_k_weights: [B, H, Sq, k] FP32.
+        mass_per_key: [B, H, Sk] FP32.
+        timings: the server's own.
+    """
+
+    model: str
+    version: str
+    variant: str
+    timings: Timings
+    output: Array | None = None
+    weights: Array | None = None
+    entropy: Array | None = None
+    top_k_indices: Array | None = None
+    top_k_weights: Array | None = None
+    mass_per_key: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokensResult:
+    """The answer of `attend_tokens`: lists with one entry per sequence, without padding.
+
+    Attributes:
+        model, version, variant: what ran.
+        ids: token ids of each sequence.
+        tokens: their texts; empty lists without a tokenizer.
+        truncated: whether a text was cut.
+        hidden: [S, E] each.
+        pooled: [E] FP32 each.
+        weights: [L, H, S, S] each: the layers and heads named below.
+        entropy: [L, H, S] FP32 each, nats.
+        layers, heads: what the L and H axes hold, 0-based.
+        timings: the server's own.
+    """
+
+    model: str
+    version: str
+    variant: str
+    timings: Timings
+    ids: list[list[int]]
+    tokens: list[list[str]]
+    truncated: list[bool]
+    hidden: list[Array] | None = None
+    pooled: list[Array] | None = None
+    weights: list[Array] | None = None
+    entropy: list[Array] | None = None
+    layers: list[int] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One ONNX graph of a model, and how far it is from its reference."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    providers: tuple[str, ...]
+    max_abs_error: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One version of a model.
+
+    Attributes:
+        kind: "core", "layer" or "transformer".
+        dtype: "FP32" or "FP16".
+        mask: "bidirectional", "causal" or "cross".
+        window: keys to the left that a query sees, itself included; 0 is all.
+        max_seq_len: 0 where only the server's limits apply.
+        manifest: model.json as text; only from `get_model`.
+    """
+
+    name: str
+    version: str
+    kind: str
+    dtype: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    mask: str
+    window: int
+    scale: float
+    softcap: float
+    embed_dim: int
+    num_layers: int
+    vocab_size: int
+    max_seq_len: int
+    takes_text: bool
+    variants: tuple[Variant, ...]
+    source: str
+    manifest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server accepts; sizes in bytes."""
+
+    max_message_bytes: int
+    max_request_bytes: int
+    max_response_bytes: int
+    max_seq_len: int
+    max_batch: int
+    chunk_bytes: int
+    max_queue: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the server is and runs on."""
+
+    name: str
+    version: str
+    onnxruntime_version: str
+    providers: tuple[str, ...]
+    limits: Limits
+    state: str
