@@ -1,0 +1,165 @@
+"""The `attnserve-server` command."""
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnserve_server import __version__, logs
+from attnserve_server.app import AttentionServer
+from attnserve_server.engine.providers import ProviderError
+from attnserve_server.repository import ManifestError
+from attnserve_server.settings import MIB, Limits, Settings
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if it cannot start."""
+    options = _parser().parse_args(arguments)
+    logs.configure(options.log_format, options.log_level)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        server = AttentionServer(_settings(options))
+        server.start()
+    except (ProviderError, ManifestError, OSError) as error:
+        print(f"attnserve-server: {error}", file=sys.stderr)
+        return 1
+    names = ", ".join(sorted({model.manifest.name for model in server.store})) or "none"
+    print(
+        f"attnserve-server {__version__} listening on {options.host}:{server.port} "
+        f"({server.providers.names[0]}; models: {names})",
+        flush=True,
+    )
+    stop.wait()
+    server.drain()
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        repository=options.repository,
+        host=options.host,
+        port=options.port,
+        metrics_port=None if options.metrics_port < 0 else options.metrics_port,
+        provider=options.provider,
+        intra_op_threads=options.intra_op_threads,
+        spinning=options.spinning,
+        concurrency=options.concurrency,
+        grpc_threads=options.grpc_threads,
+        drain_seconds=options.drain_seconds,
+        limits=Limits(
+            max_message_bytes=options.max_message_mib * MIB,
+            max_request_bytes=options.max_request_mib * MIB,
+            max_response_bytes=options.max_response_mib * MIB,
+            max_bytes_in_flight=options.max_in_flight_mib * MIB,
+            max_working_bytes=options.max_working_mib * MIB,
+            max_seq_len=options.max_seq_len,
+            max_batch=options.max_batch,
+            max_queue=options.max_queue,
+            max_stream_requests=options.max_stream_requests,
+            chunk_bytes=options.chunk_kib << 10,
+        ),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults, limits = Settings(Path()), Limits()
+    parser = argparse.ArgumentParser(
+        prog="attnserve-server",
+        description="Serves the models of a repository over gRPC.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"attnserve-server {__version__}")
+    add = parser.add_argument
+    add("--repository", type=Path, required=True, help="folder of models")
+    add("--host", default=defaults.host, help="address to listen on")
+    add("--port", type=_at_least(0), default=defaults.port, help="gRPC; 0 takes a free one")
+    add(
+        "--metrics-port",
+        type=_at_least(-1),
+        default=defaults.metrics_port,
+        help="Prometheus /metrics; 0 takes a free one, -1 is off",
+    )
+    add("--provider", choices=("auto", "cuda", "cpu"), default=defaults.provider)
+    add(
+        "--intra-op-threads",
+        type=_at_least(0),
+        default=defaults.intra_op_threads,
+        help="CPU threads of one computation; 0: one per core",
+    )
+    add(
+        "--spinning",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.spinning,
+        help="let idle computation threads spin",
+    )
+    add(
+        "--concurrency",
+        type=_at_least(1),
+        default=defaults.concurrency,
+        help="computations at once",
+    )
+    add("--grpc-threads", type=_at_least(1), default=defaults.grpc_threads, help="calls at once")
+    add(
+        "--drain-seconds",
+        type=float,
+        default=defaults.drain_seconds,
+        help="how long SIGTERM waits for calls under way",
+    )
+    for name, default, text in (
+        ("message", limits.max_message_bytes, "one gRPC message"),
+        ("request", limits.max_request_bytes, "all tensors of a request"),
+        ("response", limits.max_response_bytes, "all tensors of an answer"),
+        ("working", limits.max_working_bytes, "estimated memory for the scores of a request"),
+    ):
+        add(f"--max-{name}-mib", type=_at_least(1), default=default // MIB, help=text)
+    add(
+        "--max-in-flight-mib",
+        type=_at_least(1),
+        default=limits.max_bytes_in_flight // MIB,
+        help="tensors of all streamed requests together",
+    )
+    add("--max-seq-len", type=_at_least(1), default=limits.max_seq_len, help="longest sequence")
+    add("--max-batch", type=_at_least(1), default=limits.max_batch, help="sequences of a request")
+    add("--max-queue", type=_at_least(0), default=limits.max_queue, help="requests that may wait")
+    add(
+        "--max-stream-requests",
+        type=_at_least(1),
+        default=limits.max_stream_requests,
+        help="requests in flight on one stream",
+    )
+    add(
+        "--chunk-kib",
+        type=_at_least(1),
+        default=limits.chunk_bytes >> 10,
+        help="chunks that the server sends",
+    )
+    add("--log-format", choices=("json", "text"), default="json")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser
+
+
+class _at_least:  # noqa: N801 (used as an argparse type, whose name shows in messages)
+    """An integer with a lower bound."""
+
+    def __init__(self, lowest: int) -> None:
+        self._lowest = lowest
+
+    def __call__(self, text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = self._lowest - 1
+        if number < self._lowest:
+            raise argparse.ArgumentTypeError(f"given {text!r}; allowed: {self._lowest} or more")
+        return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

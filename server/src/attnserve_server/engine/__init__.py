@@ -1,0 +1,1 @@
+"""ONNX Runtime: providers, sessions, loaded models, running them."""

@@ -1,0 +1,66 @@
+"""What can go wrong with a request, each kind with its gRPC status.
+
+Raised where the fact is known; turned into a status once, in `services`. Messages name the field,
+what was given and what is allowed.
+"""
+
+import grpc
+
+
+class RequestError(Exception):
+    """A request cannot be answered; `code` is the gRPC status."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+class InvalidRequestError(RequestError):
+    """The request is wrong in itself."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    @classmethod
+    def of(cls, field: str, given: object, allowed: object) -> "InvalidRequestError":
+        """The usual sentence: field, what was given, what is allowed."""
+        return cls(f"{field}: given {given}; allowed: {allowed}")
+
+
+class NotFoundError(RequestError):
+    """No such model, version, variant, layer or head."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class PreconditionError(RequestError):
+    """The request is well formed, but this model cannot do it."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ExhaustedError(RequestError):
+    """Over a limit of this server, or its queue is full."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class DeadlineError(RequestError):
+    """The caller's deadline has passed."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class CancelledError(RequestError):
+    """The caller has gone."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class DrainingError(RequestError):
+    """The server is shutting down."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class UnimplementedError(RequestError):
+    """This server version does not have it."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED

@@ -1,0 +1,53 @@
+"""The model repository on disk: what is there, and whether its files are what they should be."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from attnserve_server.repository.manifest import Manifest, ManifestError, read
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_VERSION = re.compile(r"[1-9][0-9]*")
+
+__all__ = ["Manifest", "ManifestError", "check_files", "find", "read"]
+
+
+def find(repository: Path) -> Iterator[Path]:
+    """The folders of all model versions, by name and version; hidden ones are left out.
+
+    Raises:
+        ManifestError: `repository` is not a folder.
+    """
+    if not repository.is_dir():
+        raise ManifestError(f"{repository}: no such folder; allowed: a model repository")
+    for model in sorted(repository.iterdir()):
+        if not NAME.fullmatch(model.name) or not model.is_dir():
+            continue
+        versions = [entry for entry in model.iterdir() if _VERSION.fullmatch(entry.name)]
+        yield from sorted(versions, key=lambda entry: int(entry.name))
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare a version's files with its manifest.
+
+    Raises:
+        ManifestError: a name, a size or a SHA-256 differs.
+    """
+    if (manifest.name, str(manifest.version)) != (folder.parent.name, folder.name):
+        raise ManifestError(
+            f"{folder}/model.json: is for {manifest.name} version {manifest.version}, "
+            "which differs from its folders"
+        )
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ManifestError(f"{path}: listed in model.json, but missing")
+        if path.stat().st_size != entry.bytes:
+            raise ManifestError(
+                f"{path}: {path.stat().st_size} bytes; model.json says {entry.bytes}"
+            )
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry.sha256:
+            raise ManifestError(f"{path}: SHA-256 {digest}; model.json says {entry.sha256}")

@@ -1,0 +1,200 @@
+"""`model.json`, read and checked. The format is described in docs/model-repository.md."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = ("core", "layer", "transformer")
+MASKS = ("bidirectional", "causal", "cross")
+DTYPES = ("FP32", "FP16")
+
+
+class ManifestError(Exception):
+    """A model's files or manifest are not as they should be; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The attention that a model computes; of each block, in a transformer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    mask: str
+    window: int | None
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a layer model has besides: E, and E of the context (None: self-attention)."""
+
+    embed_dim: int
+    context_dim: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """What a transformer model has besides."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_seq_len: int
+    pad_token_id: int
+    pooling: str | None
+    normalize_pooled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VariantEntry:
+    """One ONNX graph: its file, names of its inputs and outputs, providers, measured error."""
+
+    name: str
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    providers: tuple[str, ...]
+    max_abs_error: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size and SHA-256 (hex) of one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One version of one model."""
+
+    name: str
+    version: int
+    kind: str
+    dtype: str
+    attention: Attention
+    layer: Layer | None
+    transformer: Transformer | None
+    tokenizer: str | None
+    variants: tuple[VariantEntry, ...]
+    files: Mapping[str, FileEntry]
+    source: str
+    text: str
+
+
+def read(folder: Path) -> Manifest:
+    """Read `folder`/model.json.
+
+    Raises:
+        ManifestError: it is missing, not JSON, or lacks what the format asks for.
+    """
+    path = folder / "model.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ManifestError(f"{path}: not JSON: {error}") from None
+    try:
+        manifest = _manifest(content, text)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ManifestError(f"{path}: {type(error).__name__} at {error}") from None
+    for file in manifest.files:
+        if Path(file).name != file or file.startswith("."):
+            raise ManifestError(f"{path}: files: {file!r} is not a plain file name")
+    return manifest
+
+
+def _manifest(content: Any, text: str) -> Manifest:
+    if content["manifest_version"] != 1:
+        raise ValueError(f"manifest_version: {content['manifest_version']}; allowed: 1")
+    attention = content["attention"]
+    manifest = Manifest(
+        name=str(content["name"]),
+        version=int(content["version"]),
+        kind=_one_of("kind", content["kind"], KINDS),
+        dtype=_one_of("dtype", content["dtype"], DTYPES),
+        attention=Attention(
+            num_heads=int(attention["num_heads"]),
+            num_kv_heads=int(attention["num_kv_heads"]),
+            head_dim=int(attention["head_dim"]),
+            value_head_dim=int(attention["value_head_dim"]),
+            mask=_one_of("attention.mask", attention["mask"], MASKS),
+            window=attention["window"],
+            scale=float(attention["scale"]),
+            softcap=float(attention["softcap"]),
+        ),
+        layer=_layer(content.get("layer")),
+        transformer=_transformer(content.get("transformer")),
+        tokenizer=content.get("tokenizer"),
+        variants=tuple(_variant(entry) for entry in content["variants"]),
+        files={
+            name: FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
+            for name, entry in content["files"].items()
+        },
+        source=str(content["source"]["description"]),
+        text=text,
+    )
+    if not manifest.variants:
+        raise ValueError("variants: none")
+    if (manifest.kind == "layer") != (manifest.layer is not None):
+        raise ValueError("layer: goes with kind layer")
+    if (manifest.kind == "transformer") != (manifest.transformer is not None):
+        raise ValueError("transformer: goes with kind transformer")
+    named = [variant.file for variant in manifest.variants]
+    if manifest.tokenizer is not None:
+        named.append(manifest.tokenizer)
+    for name in named:
+        if name not in manifest.files:
+            raise ValueError(f"files: {name!r} has no entry")
+    return manifest
+
+
+def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{field}: {value!r}; allowed: {', '.join(allowed)}")
+    return str(value)
+
+
+def _layer(content: Any) -> Layer | None:
+    if content is None:
+        return None
+    context = content["context_dim"]
+    return Layer(int(content["embed_dim"]), None if context is None else int(context))
+
+
+def _transformer(content: Any) -> Transformer | None:
+    if content is None:
+        return None
+    return Transformer(
+        family=str(content["family"]),
+        num_layers=int(content["num_layers"]),
+        hidden_size=int(content["hidden_size"]),
+        vocab_size=int(content["vocab_size"]),
+        max_seq_len=int(content["max_seq_len"]),
+        pad_token_id=int(content["pad_token_id"] or 0),
+        pooling=content.get("pooling"),
+        normalize_pooled=bool(content.get("normalize_pooled")),
+    )
+
+
+def _variant(content: Any) -> VariantEntry:
+    verification = content["verification"]
+    return VariantEntry(
+        name=str(content["name"]),
+        file=str(content["file"]),
+        inputs=tuple(str(entry["name"]) for entry in content["inputs"]),
+        outputs=tuple(str(entry["name"]) for entry in content["outputs"]),
+        providers=tuple(str(provider) for provider in content["providers"]),
+        max_abs_error=max((float(e) for e in verification["max_abs_error"].values()), default=0.0),
+        tolerance=float(verification["tolerance"]),
+    )

@@ -1,0 +1,1 @@
+"""The gRPC methods: decode, call, encode."""

@@ -1,0 +1,156 @@
+"""`attnserve.v1.AttentionService`: decode, call, encode."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+import onnxruntime
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import wire
+
+from attnserve_server import __version__, validation
+from attnserve_server.errors import ExhaustedError, InvalidRequestError, UnimplementedError
+from attnserve_server.services.runtime import Runtime, ticket_for
+from attnserve_server.services.statuses import status_of
+from attnserve_server.services.stream import StreamCall, Streams
+from attnserve_server.wire import answers, models
+
+SERVICE = pb.DESCRIPTOR.services_by_name["AttentionService"].full_name
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
+
+class AttentionService:
+    """The methods of the service, over messages (`bytes` where tensors are looked at in place)."""
+
+    def __init__(self, runtime: Runtime, streams: Streams, providers: tuple[str, ...]) -> None:
+        self._runtime = runtime
+        self._streams = streams
+        self._providers = providers
+
+    def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
+        """What to add to a `grpc.Server`."""
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+
+        def plain(
+            method: str,
+            behaviour: Callable[[RequestT, grpc.ServicerContext], ResponseT],
+            request: type[RequestT],
+        ) -> "grpc.RpcMethodHandler[Any, Any]":
+            def decoded(message: bytes, context: grpc.ServicerContext) -> ResponseT:
+                return behaviour(request.FromString(message), context)  # type: ignore[attr-defined]
+
+            return unary(
+                self._answering(method, decoded),
+                response_serializer=lambda response: response.SerializeToString(),
+            )
+
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Attend": unary(self._answering("Attend", self.attend)),
+                "AttendStream": stream(self.attend_stream),
+                "AttendTokens": plain("AttendTokens", self.attend_tokens, pb.AttendTokensRequest),
+                "Decode": stream(self.decode),
+                "ListModels": plain("ListModels", self.list_models, pb.ListModelsRequest),
+                "GetModel": plain("GetModel", self.get_model, pb.GetModelRequest),
+                "ServerInfo": plain("ServerInfo", self.server_info, pb.ServerInfoRequest),
+            },
+        )
+
+    def _answering(
+        self, method: str, behaviour: Callable[[RequestT, grpc.ServicerContext], ResponseT]
+    ) -> Callable[[RequestT, grpc.ServicerContext], ResponseT]:
+        """A behaviour whose errors end the call with their status, and which is counted."""
+        counts = self._runtime.metrics.requests
+        fine = counts.labels(method, "OK")
+
+        def answer(request: RequestT, context: grpc.ServicerContext) -> ResponseT:
+            try:
+                response = behaviour(request, context)
+            except Exception as error:
+                code, details = status_of(error, method)
+                counts.labels(method, code.name).inc()
+                context.abort(code, details)
+            fine.inc()
+            return response
+
+        return answer
+
+    def attend(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        """One attention computation."""
+        arrived = time.perf_counter_ns()
+        runtime = self._runtime
+        message, views = wire.split(request, pb.AttendRequest, wire.REQUEST_TENSORS)
+        sizes = {name: view.nbytes for name, view in views.items()}
+        plan = validation.plan(message, sizes, runtime.store, runtime.limits, chunks_allowed=False)
+        if plan.response_bytes > runtime.limits.max_message_bytes:
+            raise ExhaustedError(
+                f"response size: its tensors take {plan.response_bytes} bytes; allowed in one "
+                f"message: {runtime.limits.max_message_bytes}; use AttendStream"
+            )
+        arrays = {name: spec.array(views[name]) for name, spec in plan.specs.items()}
+        work = validation.complete(plan, arrays)
+        results, clock = runtime.attend(work, ticket_for(context), arrived)
+        timings = clock.timings(time.perf_counter_ns(), work.batch)
+        return answers.attend_unary(answers.attend_response(work, timings), results)
+
+    def attend_stream(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        """Many attention computations on one stream."""
+        call = StreamCall(self._runtime, context)
+        with self._streams.having(call):
+            yield from call.answers(requests)
+
+    def attend_tokens(
+        self, message: pb.AttendTokensRequest, context: grpc.ServicerContext
+    ) -> pb.AttendTokensResponse:
+        """Texts or token ids through a transformer."""
+        arrived = time.perf_counter_ns()
+        runtime = self._runtime
+        work = validation.tokens_work(message, runtime.store, runtime.limits)
+        outputs, clock = runtime.attend_tokens(work, ticket_for(context), arrived)
+        timings = clock.timings(time.perf_counter_ns(), len(work.sequences))
+        return answers.tokens_response(work, outputs, timings)
+
+    def decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Attention over a KV cache in the server; not there yet."""
+        error = UnimplementedError(
+            "Decode: this server version keeps no KV sessions; call Attend with all keys and values"
+        )
+        self._runtime.metrics.requests.labels("Decode", error.code.name).inc()
+        context.abort(error.code, str(error))
+        yield b""  # never reached: it makes this the generator that grpc asks for
+
+    def list_models(
+        self, message: pb.ListModelsRequest, context: grpc.ServicerContext
+    ) -> pb.ListModelsResponse:
+        """Every model."""
+        return pb.ListModelsResponse(models=map(models.model_message, self._runtime.store))
+
+    def get_model(
+        self, message: pb.GetModelRequest, context: grpc.ServicerContext
+    ) -> pb.GetModelResponse:
+        """One model."""
+        if not message.name:
+            raise InvalidRequestError.of("name", "nothing", "a name that ListModels gives")
+        model = self._runtime.store.get(message.name, message.version)
+        return pb.GetModelResponse(
+            model=models.model_message(model), manifest_json=model.manifest.text
+        )
+
+    def server_info(
+        self, message: pb.ServerInfoRequest, context: grpc.ServicerContext
+    ) -> pb.ServerInfoResponse:
+        """What this server is."""
+        return pb.ServerInfoResponse(
+            name="attnserve",
+            version=__version__,
+            onnxruntime_version=onnxruntime.__version__,
+            providers=self._providers,
+            limits=models.limits_message(self._runtime.limits),
+            state="draining" if self._runtime.places.draining else "serving",
+        )

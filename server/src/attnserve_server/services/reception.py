@@ -1,0 +1,185 @@
+"""Receiving the requests of one AttendStream: announcements, then chunks into arrays."""
+
+from dataclasses import dataclass, field
+
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import wire
+
+from attnserve_server.dtypes import Array
+from attnserve_server.errors import ExhaustedError, InvalidRequestError
+from attnserve_server.scheduler.memory import ByteBudget
+from attnserve_server.validation import AttendPlan
+from attnserve_server.wire import tensors
+
+_NUMBER = {name: number for number, name in wire.REQUEST_TENSORS.items()}
+
+
+@dataclass(slots=True)
+class Reception:
+    """One request whose tensors are arriving.
+
+    Attributes:
+        plan: the request, checked but for its elements.
+        arrays: its tensors, filled so far.
+        missing: bytes that have not come yet.
+    """
+
+    plan: AttendPlan
+    arrays: dict[str, Array]
+    missing: int
+    _targets: dict[int, memoryview] = field(default_factory=dict)
+    _received: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, plan: AttendPlan, views: dict[str, memoryview]) -> "Reception":
+        """Make room for the tensors that follow, and take those that came inline."""
+        reception = cls(plan, {}, 0)
+        for name, spec in plan.specs.items():
+            if not spec.chunked:
+                reception.arrays[name] = spec.array(views[name])
+                continue
+            array = spec.empty()
+            number = _NUMBER[name]
+            reception.arrays[name] = array
+            reception._targets[number] = tensors.data(array)
+            reception._received[number] = 0
+            reception.missing += spec.byte_size
+        return reception
+
+    def add(self, chunk: wire.Chunk) -> None:
+        """Take one chunk.
+
+        Raises:
+            InvalidRequestError: it is empty, out of order, too long, or of no chunked tensor.
+        """
+        target = self._targets.get(chunk.tensor)
+        if target is None:
+            allowed = ", ".join(f"{n} ({wire.REQUEST_TENSORS[n]})" for n in self._targets)
+            raise InvalidRequestError.of("chunk.tensor", chunk.tensor, allowed)
+        name, received = wire.REQUEST_TENSORS[chunk.tensor], self._received[chunk.tensor]
+        if chunk.offset != received:
+            raise InvalidRequestError.of(
+                f"chunk.offset of {name}", chunk.offset, f"{received}, the bytes already sent"
+            )
+        size, left = chunk.data.nbytes, target.nbytes - received
+        if not 1 <= size <= left:
+            raise InvalidRequestError.of(
+                f"chunk.data of {name}", f"{size} bytes", f"1..{left} bytes" if left else "no more"
+            )
+        target[received : received + size] = chunk.data
+        self._received[chunk.tensor] += size
+        self.missing -= size
+
+
+class Receiver:
+    """Turns the messages of a stream into complete requests.
+
+    Args:
+        max_open: requests that may be arriving at once.
+        budget: where the memory for their tensors is taken from.
+    """
+
+    def __init__(self, max_open: int, budget: ByteBudget) -> None:
+        self._max_open = max_open
+        self._budget = budget
+        self._open: dict[int, Reception] = {}
+        # Requests that failed while chunks of theirs are still to come: bytes to throw away.
+        self._discarded: dict[int, int] = {}
+        self._last_id = 0
+
+    def announce(self, message: pb.AttendStreamRequest) -> None:
+        """Check that a request id may be used.
+
+        Raises:
+            InvalidRequestError: the protocol is broken; the stream must end.
+        """
+        if message.WhichOneof("body") != "request":
+            raise InvalidRequestError.of("body", "nothing", "request or chunk")
+        if message.request_id <= self._last_id:
+            raise InvalidRequestError.of(
+                "request_id", message.request_id, f"more than {self._last_id}, the last one"
+            )
+        self._last_id = message.request_id
+
+    def begin(
+        self, request_id: int, plan: AttendPlan, views: dict[str, memoryview]
+    ) -> Reception | None:
+        """Start to receive a request; returns it if it is complete already.
+
+        Raises:
+            ExhaustedError: too many are open, or too little memory is left.
+        """
+        if len(self._open) >= self._max_open:
+            raise ExhaustedError(
+                f"requests open on this stream: {len(self._open)} wait for chunks; "
+                f"allowed: {self._max_open}"
+            )
+        self._budget.take(plan.request_bytes)
+        try:
+            reception = Reception.begin(plan, views)
+        except MemoryError:
+            self._budget.give_back(plan.request_bytes)
+            raise ExhaustedError(f"memory: no room for {plan.request_bytes} bytes") from None
+        if reception.missing:
+            self._open[request_id] = reception
+            return None
+        return reception
+
+    def discard(self, request_id: int, message: pb.AttendRequest) -> None:
+        """A request was refused: throw its chunks away."""
+        size = 0
+        for name in wire.REQUEST_TENSORS.values():
+            tensor: pb.Tensor = getattr(message, name)
+            if tensor.WhichOneof("content") == "chunked":
+                size += tensor.chunked.byte_size
+        if size:
+            self._discarded[request_id] = size
+
+    def add(self, chunk: wire.Chunk) -> Reception | None:
+        """Take a chunk; returns its request if that is complete now.
+
+        Raises:
+            RefusedChunkError: the chunk's request fails; the stream goes on.
+            InvalidRequestError: the protocol is broken; the stream must end.
+        """
+        reception = self._open.get(chunk.request_id)
+        if reception is None:
+            self._throw_away(chunk)
+            return None
+        try:
+            reception.add(chunk)
+        except InvalidRequestError as error:
+            del self._open[chunk.request_id]
+            self._budget.give_back(reception.plan.request_bytes)
+            left = reception.missing - chunk.data.nbytes
+            if left > 0:
+                self._discarded[chunk.request_id] = left
+            raise RefusedChunkError(str(error)) from None
+        if reception.missing:
+            return None
+        return self._open.pop(chunk.request_id)
+
+    def close(self) -> list[int]:
+        """Give up what is still arriving; the ids of those requests."""
+        for reception in self._open.values():
+            self._budget.give_back(reception.plan.request_bytes)
+        unfinished = list(self._open)
+        self._open.clear()
+        return unfinished
+
+    def _throw_away(self, chunk: wire.Chunk) -> None:
+        left = self._discarded.get(chunk.request_id)
+        if left is None:
+            raise InvalidRequestError.of(
+                "chunk",
+                f"for request_id {chunk.request_id}, which waits for none",
+                "chunks of a request that announced them",
+            )
+        if left <= chunk.data.nbytes:
+            del self._discarded[chunk.request_id]
+        else:
+            self._discarded[chunk.request_id] = left - max(1, chunk.data.nbytes)
+
+
+class RefusedChunkError(InvalidRequestError):
+    """A chunk whose request fails, while its stream goes on."""

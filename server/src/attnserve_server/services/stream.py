@@ -1,0 +1,262 @@
+"""One AttendStream call: a reader, computations, and the answers as they are done."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import grpc
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import wire
+
+from attnserve_server import validation
+from attnserve_server.errors import CancelledError, DrainingError, InvalidRequestError
+from attnserve_server.scheduler import Ticket
+from attnserve_server.services.reception import Receiver, Reception, RefusedChunkError
+from attnserve_server.services.runtime import Runtime, ticket_for
+from attnserve_server.services.statuses import status_of
+from attnserve_server.wire import answers
+
+METHOD = "AttendStream"
+
+_log = logging.getLogger(__name__)
+
+
+class Streams:
+    """The streams that are open now, so that a drain can end them."""
+
+    def __init__(self) -> None:
+        self._open: set[StreamCall] = set()
+        self._lock = threading.Lock()
+        self._draining = False
+
+    @contextmanager
+    def having(self, call: "StreamCall") -> Iterator[None]:
+        """Count a call as open for the length of a `with` block."""
+        with self._lock:
+            self._open.add(call)
+            draining = self._draining
+        if draining:
+            call.drain()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(call)
+
+    def drain(self) -> None:
+        """End every stream as soon as what it is computing is answered."""
+        with self._lock:
+            self._draining = True
+            calls = list(self._open)
+        for call in calls:
+            call.drain()
+
+
+class StreamCall:
+    """One call. Its reader runs in a thread, each computation in another; the thread that grpc
+    gave to the call sends the answers.
+
+    Args:
+        runtime: what requests need.
+        context: the call.
+    """
+
+    def __init__(self, runtime: Runtime, context: grpc.ServicerContext) -> None:
+        self._runtime = runtime
+        self._context = context
+        self._call_ticket = ticket_for(context)
+        self._receiver = Receiver(runtime.limits.max_stream_requests, runtime.budget)
+        # Requests that are computing, or whose answers have not been sent yet.
+        self._room = threading.Semaphore(runtime.limits.max_stream_requests)
+        self._outgoing: SimpleQueue[Iterator[bytes] | Exception | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._unanswered = 0
+        self._reading = True
+        self._draining = False
+        self._tickets: set[Ticket] = set()
+        # Requests whose chunks are coming, with the moment they were announced.
+        self._arriving: dict[int, tuple[Ticket, int]] = {}
+        self._ended = not context.add_callback(self._end)
+
+    def answers(self, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The messages to send, as long as the call lasts."""
+        pool = ThreadPoolExecutor(
+            self._runtime.limits.max_stream_requests, thread_name_prefix="stream-compute"
+        )
+        reader = threading.Thread(
+            target=self._read, args=(requests, pool), name="stream-read", daemon=True
+        )
+        reader.start()
+        try:
+            while not self._ended and (answer := self._outgoing.get()) is not None:
+                if isinstance(answer, Exception):
+                    code, details = status_of(answer, METHOD)
+                    self._runtime.metrics.requests.labels(METHOD, code.name).inc()
+                    self._context.abort(code, details)
+                else:
+                    yield from answer
+                    self._room.release()
+                    self._answered()
+        finally:
+            self._end()
+            pool.shutdown(wait=False, cancel_futures=False)
+
+    def drain(self) -> None:
+        """Take no more requests; end the call once all that came have been answered."""
+        with self._lock:
+            self._draining = True
+            idle = self._unanswered == 0
+        if idle:
+            self._outgoing.put(DrainingError("the server is shutting down; try another one"))
+
+    def _end(self) -> None:
+        """The call is over, for whatever reason: wake everything that waits."""
+        self._ended = True
+        self._outgoing.put(None)
+        self._room.release(self._runtime.limits.max_stream_requests)
+        with self._lock:
+            tickets = list(self._tickets)
+        for ticket in tickets:
+            ticket.cancel()
+
+    def _read(self, requests: Iterator[bytes], pool: ThreadPoolExecutor) -> None:
+        failure: Exception | None = None
+        try:
+            for message in requests:
+                arrived = time.perf_counter_ns()
+                chunk = wire.decode_chunk(message)
+                if chunk is None:
+                    self._take_request(message, arrived, pool)
+                else:
+                    self._take_chunk(chunk, pool)
+                if self._ended:
+                    break
+        except grpc.RpcError:
+            failure = CancelledError("the caller cancelled the stream")
+        except Exception as error:  # the stream must end with its status
+            failure = error
+        unfinished = self._receiver.close()
+        if failure is None and unfinished and not self._ended:
+            failure = InvalidRequestError.of(
+                "stream", f"its end, with chunks of request {unfinished[0]} missing", "all chunks"
+            )
+        if failure is not None:
+            self._outgoing.put(failure)
+        with self._lock:
+            self._reading = False
+            idle = self._unanswered == 0
+        if idle:
+            self._outgoing.put(None)
+
+    def _take_request(self, message: bytes, arrived: int, pool: ThreadPoolExecutor) -> None:
+        request = pb.AttendStreamRequest.FromString(message)
+        self._receiver.announce(request)
+        request_id, attend = request.request_id, request.request
+        ticket = self._ticket(request.timeout)
+        try:
+            if self._draining:
+                raise DrainingError("the server is shutting down; try another one")
+            # Small tensors may come inline; they are taken out by protobuf here.
+            views = _inline(attend)
+            plan = validation.plan(
+                attend,
+                {name: view.nbytes for name, view in views.items()},
+                self._runtime.store,
+                self._runtime.limits,
+                chunks_allowed=True,
+            )
+            complete = self._receiver.begin(request_id, plan, views)
+        except Exception as error:
+            self._receiver.discard(request_id, attend)
+            self._begun()
+            self._fail(request_id, error)
+            return
+        self._begun()
+        self._arriving[request_id] = (ticket, arrived)
+        if complete is not None:
+            self._submit(request_id, complete, pool)
+
+    def _take_chunk(self, chunk: wire.Chunk, pool: ThreadPoolExecutor) -> None:
+        try:
+            complete = self._receiver.add(chunk)
+        except RefusedChunkError as error:
+            del self._arriving[chunk.request_id]
+            self._fail(chunk.request_id, error)
+            return
+        if complete is not None:
+            self._submit(chunk.request_id, complete, pool)
+
+    def _submit(self, request_id: int, reception: Reception, pool: ThreadPoolExecutor) -> None:
+        ticket, arrived = self._arriving.pop(request_id)
+        # Reading stops here while too many are under way: they end without any more of it.
+        self._room.acquire()
+        with self._lock:
+            self._tickets.add(ticket)
+        if self._ended:
+            ticket.cancel()
+        pool.submit(self._compute, request_id, reception, ticket, arrived)
+
+    def _compute(self, request_id: int, reception: Reception, ticket: Ticket, arrived: int) -> None:
+        plan = reception.plan
+        try:
+            work = validation.complete(plan, reception.arrays)
+            results, clock = self._runtime.attend(work, ticket, arrived)
+            timings = clock.timings(time.perf_counter_ns(), work.batch)
+            answer = answers.attend_stream(
+                request_id,
+                answers.attend_response(work, timings),
+                results,
+                self._runtime.limits.chunk_bytes,
+            )
+        except Exception as error:
+            self._fail(request_id, error, room_taken=True)
+        else:
+            self._runtime.metrics.requests.labels(METHOD, "OK").inc()
+            self._outgoing.put(answer)
+        finally:
+            self._runtime.budget.give_back(plan.request_bytes)
+            with self._lock:
+                self._tickets.discard(ticket)
+
+    def _fail(self, request_id: int, error: Exception, *, room_taken: bool = False) -> None:
+        if not room_taken:
+            self._room.acquire()
+        code, details = status_of(error, METHOD)
+        self._runtime.metrics.requests.labels(METHOD, code.name).inc()
+        number: int = code.value[0]
+        self._outgoing.put(iter((answers.stream_error(request_id, number, details),)))
+
+    def _ticket(self, timeout: int) -> Ticket:
+        """A request's ticket: the stream's deadline, or its own if that is sooner."""
+        deadline = self._call_ticket.deadline
+        if timeout:
+            own = time.monotonic() + timeout / 1e6
+            deadline = own if deadline is None else min(own, deadline)
+        return Ticket(deadline)
+
+    def _begun(self) -> None:
+        with self._lock:
+            self._unanswered += 1
+
+    def _answered(self) -> None:
+        with self._lock:
+            self._unanswered -= 1
+            idle = self._unanswered == 0
+        if idle and self._draining:
+            self._outgoing.put(DrainingError("the server is shutting down; try another one"))
+        if idle and not self._reading:
+            self._outgoing.put(None)
+
+
+def _inline(request: pb.AttendRequest) -> dict[str, memoryview]:
+    """The elements of tensors that came within the announcement."""
+    views = {}
+    for name in wire.REQUEST_TENSORS.values():
+        tensor: pb.Tensor = getattr(request, name)
+        if tensor.WhichOneof("content") == "data":
+            views[name] = memoryview(tensor.data)
+    return views

@@ -1,0 +1,72 @@
+"""Everything about a server that can be set, with its default."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server accepts; sizes in bytes.
+
+    Attributes:
+        max_message_bytes: one gRPC message. Tensors above about 1 MB are better sent in chunks.
+        max_request_bytes: all tensors of one request.
+        max_response_bytes: all tensors of one answer.
+        max_bytes_in_flight: tensors of all streamed requests being received or waiting.
+        max_working_bytes: estimated memory for the score matrices of one request.
+        max_seq_len: Sq and Sk.
+        max_batch: sequences of one request.
+        max_queue: requests waiting to run.
+        max_stream_requests: requests in flight on one stream; more are not read until some end.
+        chunk_bytes: size of the chunks that the server sends.
+    """
+
+    max_message_bytes: int = 128 * MIB
+    max_request_bytes: int = 1024 * MIB
+    max_response_bytes: int = 1024 * MIB
+    max_bytes_in_flight: int = 4096 * MIB
+    max_working_bytes: int = 8192 * MIB
+    max_seq_len: int = 65_536
+    max_batch: int = 1024
+    max_queue: int = 256
+    max_stream_requests: int = 32
+    chunk_bytes: int = MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run a server.
+
+    Attributes:
+        repository: the folder of models.
+        host, port: where gRPC listens; port 0 takes a free one.
+        metrics_port: Prometheus over HTTP on the same host; 0 takes a free one, None is off.
+        provider: "auto", "cuda" or "cpu".
+        intra_op_threads: threads that one computation may use.
+        spinning: whether idle computation threads spin. Lower latency for the next computation,
+            at the cost of whatever else needs the cores, the transport first of all.
+        concurrency: computations that run at once.
+        grpc_threads: calls handled at once, waiting ones included.
+        drain_seconds: how long SIGTERM waits for calls under way.
+        limits: what is accepted.
+    """
+
+    repository: Path
+    host: str = "127.0.0.1"
+    port: int = 8001
+    metrics_port: int | None = 8002
+    provider: str = "auto"
+    intra_op_threads: int = 0
+    spinning: bool = False
+    concurrency: int = 1
+    grpc_threads: int = 320
+    drain_seconds: float = 30.0
+    limits: Limits = Limits()
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

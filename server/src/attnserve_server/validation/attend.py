@@ -1,0 +1,337 @@
+"""Checks of `AttendRequest`, in two steps.
+
+`plan` checks everything that can be checked without the tensors' elements, so that a stream's
+request is refused before its chunks arrive; `complete` checks the elements.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import wire
+
+from attnserve_server import dtypes
+from attnserve_server.dtypes import Array
+from attnserve_server.engine.memory import working_bytes
+from attnserve_server.engine.models import LoadedModel, ModelStore, Variant
+from attnserve_server.engine.work import AttendWork, Wanted
+from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
+from attnserve_server.settings import Limits
+from attnserve_server.wire import tensors
+from attnserve_server.wire.tensors import TensorSpec
+
+_CORE = ("query", "key", "value")
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """The sizes of one attention."""
+
+    batch: int
+    num_heads: int
+    query_len: int
+    key_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttendPlan:
+    """A request that has been checked but for its elements.
+
+    Attributes:
+        specs: its tensors, by name.
+        query_factor: what query is multiplied by to give the scale asked for.
+        softcap: a softcap other than the model's own, or None.
+        request_bytes, response_bytes: of all tensors.
+    """
+
+    model: LoadedModel
+    variant: Variant
+    wanted: Wanted
+    specs: Mapping[str, TensorSpec]
+    dims: Dims
+    query_factor: float
+    softcap: float | None
+    request_bytes: int
+    response_bytes: int
+
+
+def plan(
+    message: pb.AttendRequest,
+    data_bytes: Mapping[str, int],
+    store: ModelStore,
+    limits: Limits,
+    *,
+    chunks_allowed: bool,
+) -> AttendPlan:
+    """Check a request but for the elements of its tensors.
+
+    Args:
+        message: the request, its tensors' `data` left out.
+        data_bytes: how long the `data` of each tensor was, by field name.
+        store: the models.
+        limits: what is accepted.
+        chunks_allowed: whether tensors may follow in chunks.
+
+    Raises:
+        RequestError: with the field, what was given and what is allowed.
+    """
+    if not message.model:
+        raise InvalidRequestError.of("model", "nothing", "a name that ListModels gives")
+    model = store.get(message.model, message.version)
+    specs = _specs(message, data_bytes, model, chunks_allowed)
+    dims = _dims(model, specs)
+    _check_limits(dims, limits)
+    request_bytes = sum(spec.byte_size for spec in specs.values())
+    _check_size("request", request_bytes, limits.max_request_bytes, "--max-request-mib")
+    _check_against(model, specs, dims)
+    query_factor, softcap = _options(message, model)
+    wanted = _wanted(message.returns, dims)
+    inputs = set(specs) | ({"softcap"} if softcap is not None else set())
+    outputs = {"output"} if wanted.output else set()
+    if wanted.weights or wanted.entropy or wanted.top_k or wanted.mass_per_key:
+        outputs.add("weights")
+    variant = model.choose(message.variant, inputs, outputs)
+    response_bytes = _response_bytes(model, specs, dims, wanted)
+    _check_size("response", response_bytes, limits.max_response_bytes, "--max-response-mib")
+    _check_working(model, dims, limits)
+    return AttendPlan(
+        model, variant, wanted, specs, dims, query_factor, softcap, request_bytes, response_bytes
+    )
+
+
+def complete(ready: AttendPlan, arrays: Mapping[str, Array]) -> AttendWork:
+    """Check the elements, and add what the request left out.
+
+    Raises:
+        InvalidRequestError: an element is out of range.
+    """
+    dims, manifest = ready.dims, ready.model.manifest
+    feeds = dict(arrays)
+    if "key_lengths" in feeds:
+        _check_key_lengths(feeds["key_lengths"], dims.key_len)
+    if "bias" in feeds:
+        _check_bias(feeds["bias"])
+    takes = ready.variant.session.inputs
+    if "key_lengths" in takes and "key_lengths" not in feeds:
+        feeds["key_lengths"] = np.full(dims.batch, dims.key_len, np.int64)
+    if "bias" in takes and "bias" not in feeds:
+        dtype = dtypes.to_numpy(dtypes.number_of(manifest.dtype))
+        feeds["bias"] = np.zeros((1, 1, 1, 1), dtype)
+    if "softcap" in takes:
+        # A graph with this input is chosen by name or because the request gives one.
+        own = manifest.attention.softcap
+        value = ready.softcap if ready.softcap is not None else own
+        if not value:
+            raise InvalidRequestError.of(
+                "softcap", "none", f"a number above 0 with variant {ready.variant.name!r}"
+            )
+        feeds["softcap"] = np.array([value], np.float32)
+    if ready.query_factor != 1.0:
+        query = feeds["query"]
+        feeds["query"] = (query * np.float32(ready.query_factor)).astype(query.dtype, copy=False)
+    return AttendWork(ready.model, ready.variant, feeds, ready.wanted, dims.batch)
+
+
+def _specs(
+    message: pb.AttendRequest,
+    data_bytes: Mapping[str, int],
+    model: LoadedModel,
+    chunks_allowed: bool,
+) -> dict[str, TensorSpec]:
+    """Each tensor of the request, checked on its own."""
+    manifest = model.manifest
+    if manifest.kind == "transformer":
+        raise PreconditionError(
+            f"model: {manifest.name} is a transformer and takes tokens; use AttendTokens"
+        )
+    if manifest.layer is None:
+        required: tuple[str, ...] = _CORE
+    elif manifest.layer.context_dim is None:
+        required = ("hidden_states",)
+    else:
+        required = ("hidden_states", "context")
+    dims = {
+        "query": ("B", "H", "Sq", "D"),
+        "key": ("B", "Hkv", "Sk", "D"),
+        "value": ("B", "Hkv", "Sk", "Dv"),
+        "hidden_states": ("B", "Sq", "E"),
+        "context": ("B", "Sk", "E"),
+        "key_lengths": ("B",),
+        "bias": ("1 or B", "1 or H", "1 or Sq", "1 or Sk"),
+    }
+    specs = {}
+    for name in wire.REQUEST_TENSORS.values():
+        if not message.HasField(name):  # type: ignore[arg-type]
+            if name in required:
+                raise InvalidRequestError.of(
+                    name, "nothing", f"[{', '.join(dims[name])}] for {manifest.kind} models"
+                )
+            continue
+        if name not in (*required, "key_lengths", "bias"):
+            raise InvalidRequestError.of(
+                name, "a tensor", f"{', '.join(required)} for model {manifest.name}"
+            )
+        specs[name] = tensors.check(
+            name,
+            getattr(message, name),
+            data_bytes.get(name),
+            dtype="INT64" if name == "key_lengths" else manifest.dtype,
+            dims=dims[name],
+            chunks_allowed=chunks_allowed,
+        )
+    return specs
+
+
+def _dims(model: LoadedModel, specs: Mapping[str, TensorSpec]) -> Dims:
+    num_heads = model.manifest.attention.num_heads
+    if "query" in specs:
+        batch, _, query_len, _ = specs["query"].shape
+        return Dims(batch, num_heads, query_len, specs["key"].shape[2])
+    batch, query_len, _ = specs["hidden_states"].shape
+    other = specs.get("context", specs["hidden_states"])
+    return Dims(batch, num_heads, query_len, other.shape[1])
+
+
+def _check_limits(dims: Dims, limits: Limits) -> None:
+    if dims.batch > limits.max_batch:
+        raise InvalidRequestError.of("batch B", dims.batch, f"1..{limits.max_batch}")
+    for name, length in (("Sq", dims.query_len), ("Sk", dims.key_len)):
+        if length > limits.max_seq_len:
+            raise InvalidRequestError.of(f"length {name}", length, f"1..{limits.max_seq_len}")
+
+
+def _check_against(model: LoadedModel, specs: Mapping[str, TensorSpec], dims: Dims) -> None:
+    """Compare the tensors' shapes with the model and with each other."""
+    attention, layer = model.manifest.attention, model.manifest.layer
+    batch = ("batch B, as the first tensor has", dims.batch)
+    key_len = ("Sk, as key has", dims.key_len)
+    kv_heads = ("num_kv_heads of the model", attention.num_kv_heads)
+    head_dim = ("head_dim of the model", attention.head_dim)
+    expected: dict[str, dict[int, tuple[str, int]]] = {
+        "query": {1: ("num_heads of the model", attention.num_heads), 3: head_dim},
+        "key": {0: batch, 1: kv_heads, 3: head_dim},
+        "value": {
+            0: batch,
+            1: kv_heads,
+            2: key_len,
+            3: ("value_head_dim of the model", attention.value_head_dim),
+        },
+        "key_lengths": {0: batch},
+    }
+    if layer is not None:
+        expected["hidden_states"] = {2: ("embed_dim of the model", layer.embed_dim)}
+        expected["context"] = {0: batch, 2: ("context_dim of the model", layer.context_dim or 0)}
+    for name, spec in specs.items():
+        for axis, (what, size) in expected.get(name, {}).items():
+            if spec.shape[axis] != size:
+                raise InvalidRequestError.of(
+                    f"{name}.shape", f"{list(spec.shape)}", f"{size} at axis {axis} ({what})"
+                )
+    if "bias" in specs:
+        full = (dims.batch, dims.num_heads, dims.query_len, dims.key_len)
+        shape = specs["bias"].shape
+        if any(given not in (1, size) for given, size in zip(shape, full, strict=True)):
+            raise InvalidRequestError.of(
+                "bias.shape", list(shape), f"1 or the full size at each axis of {list(full)}"
+            )
+
+
+def _options(message: pb.AttendRequest, model: LoadedModel) -> tuple[float, float | None]:
+    """The factor for query that gives the scale asked for, and a softcap unlike the model's."""
+    attention = model.manifest.attention
+    for name in ("scale", "softcap"):
+        if message.HasField(name) and model.manifest.kind != "core":
+            raise InvalidRequestError.of(
+                name, getattr(message, name), f"nothing for {model.manifest.kind} models"
+            )
+    factor = 1.0
+    if message.HasField("scale"):
+        if not (math.isfinite(message.scale) and message.scale > 0):
+            raise InvalidRequestError.of("scale", message.scale, "a finite number above 0")
+        factor = message.scale / attention.scale
+        if math.isclose(factor, 1.0, rel_tol=1e-7):
+            factor = 1.0
+    if not message.HasField("softcap"):
+        return factor, None
+    if not (math.isfinite(message.softcap) and message.softcap >= 0):
+        raise InvalidRequestError.of("softcap", message.softcap, "a finite number, 0 (off) or more")
+    if math.isclose(message.softcap, attention.softcap, rel_tol=1e-6):
+        return factor, None
+    if message.softcap == 0:
+        raise PreconditionError(
+            f"softcap: given 0; model {model.manifest.name} was exported with softcap "
+            f"{attention.softcap}; allowed: a number above 0, or another model"
+        )
+    return factor, message.softcap
+
+
+def _wanted(returns: pb.ReturnOptions, dims: Dims) -> Wanted:
+    if returns.top_k > dims.key_len:
+        raise InvalidRequestError.of(
+            "returns.top_k", returns.top_k, f"0..{dims.key_len}, the number of keys"
+        )
+    wanted = Wanted(
+        output=not returns.no_output,
+        weights=returns.weights,
+        entropy=returns.entropy,
+        top_k=returns.top_k,
+        mass_per_key=returns.mass_per_key,
+    )
+    if not any((wanted.output, wanted.weights, wanted.entropy, wanted.top_k, wanted.mass_per_key)):
+        raise InvalidRequestError.of("returns", "nothing to return", "at least one thing")
+    return wanted
+
+
+def _response_bytes(
+    model: LoadedModel, specs: Mapping[str, TensorSpec], dims: Dims, wanted: Wanted
+) -> int:
+    item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
+    rows = dims.batch * dims.num_heads * dims.query_len
+    if "query" in specs:
+        output = rows * model.manifest.attention.value_head_dim * item
+    else:
+        output = specs["hidden_states"].byte_size
+    return (
+        output * wanted.output
+        + rows * dims.key_len * item * wanted.weights
+        + rows * 4 * wanted.entropy
+        + rows * 12 * wanted.top_k
+        + dims.batch * dims.num_heads * dims.key_len * 4 * wanted.mass_per_key
+    )
+
+
+def _check_size(what: str, given: int, allowed: int, option: str) -> None:
+    if given > allowed:
+        raise ExhaustedError(
+            f"{what} size: its tensors take {given} bytes; allowed: {allowed} ({option})"
+        )
+
+
+def _check_working(model: LoadedModel, dims: Dims, limits: Limits) -> None:
+    item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
+    needed = working_bytes(dims.batch, dims.num_heads, dims.query_len, dims.key_len, item)
+    if needed > limits.max_working_bytes:
+        raise ExhaustedError(
+            f"lengths: B={dims.batch}, H={dims.num_heads}, Sq={dims.query_len}, "
+            f"Sk={dims.key_len} would take about {needed} bytes of working memory; "
+            f"allowed: {limits.max_working_bytes} (--max-working-mib)"
+        )
+
+
+def _check_key_lengths(lengths: Array, key_len: int) -> None:
+    wrong = (lengths < 0) | (lengths > key_len)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InvalidRequestError.of(f"key_lengths[{row}]", int(lengths[row]), f"0..{key_len}")
+
+
+def _check_bias(bias: Array) -> None:
+    # max() is NaN if any element is.
+    highest = float(bias.max())
+    if math.isnan(highest) or highest == math.inf:
+        at = np.unravel_index(int(bias.argmax()), bias.shape)
+        raise InvalidRequestError.of(
+            f"bias[{', '.join(str(int(i)) for i in at)}]", highest, "finite numbers and -infinity"
+        )
