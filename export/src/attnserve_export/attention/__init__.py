@@ -1,0 +1,1 @@
+"""Attention as PyTorch modules, made to be exported."""

@@ -1,0 +1,158 @@
+"""Attention layers: projections around the core."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attnserve_export.attention.core import AttentionConfig, FusedCore, ReferenceCore
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """An attention layer.
+
+    Attributes:
+        attention: of its core.
+        embed_dim: E, width of the hidden states.
+        context_dim: width of the context of a cross-attention layer; None: self-attention.
+        bias_terms: whether the projections add a bias.
+    """
+
+    attention: AttentionConfig
+    embed_dim: int
+    context_dim: int | None
+    bias_terms: bool = True
+
+
+class AttentionLayer(nn.Module):
+    """Projections to query, key and value, the core, and the projection of its output.
+
+    Parameters: `q_proj`, `k_proj`, `v_proj` and `o_proj`, each a `torch.nn.Linear`.
+    """
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        attention = config.attention
+        source = config.context_dim or config.embed_dim
+        self.config = config
+        query_width = attention.num_heads * attention.head_dim
+        key_width = attention.num_kv_heads * attention.head_dim
+        value_width = attention.num_kv_heads * attention.value_head_dim
+        output_width = attention.num_heads * attention.value_head_dim
+        self.q_proj = nn.Linear(config.embed_dim, query_width, bias=config.bias_terms)
+        self.k_proj = nn.Linear(source, key_width, bias=config.bias_terms)
+        self.v_proj = nn.Linear(source, value_width, bias=config.bias_terms)
+        self.o_proj = nn.Linear(output_width, config.embed_dim, bias=config.bias_terms)
+
+    @classmethod
+    def of_multihead(cls, module: nn.MultiheadAttention, mask: str) -> "AttentionLayer":
+        """The same layer as a `torch.nn.MultiheadAttention`, its parameters taken over."""
+        head_dim = module.head_dim
+        attention = AttentionConfig(
+            num_heads=module.num_heads,
+            head_dim=head_dim,
+            num_kv_heads=module.num_heads,
+            value_head_dim=head_dim,
+            mask=mask,
+            scale=head_dim**-0.5,
+        )
+        has_bias = module.in_proj_bias is not None
+        context = module.kdim if mask == "cross" else None
+        layer = cls(LayerConfig(attention, module.embed_dim, context, has_bias))
+        if module.in_proj_weight is not None:
+            weights = module.in_proj_weight.chunk(3)
+        else:
+            weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        state = {f"{n}_proj.weight": w for n, w in zip("qkv", weights, strict=True)}
+        state["o_proj.weight"] = module.out_proj.weight
+        if has_bias:
+            biases = module.in_proj_bias.chunk(3)
+            state |= {f"{n}_proj.bias": b for n, b in zip("qkv", biases, strict=True)}
+            state["o_proj.bias"] = module.out_proj.bias
+        layer.load_state_dict(state)
+        return layer
+
+    def heads(self, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected query [B, H, Sq, D], key [B, Hkv, Sk, D] and value [B, Hkv, Sk, Dv]."""
+
+        def split(projected: Tensor, num_heads: int) -> Tensor:
+            batch, length, _ = projected.shape
+            return projected.reshape(batch, length, num_heads, -1).transpose(1, 2)
+
+        attention = self.config.attention
+        return (
+            split(self.q_proj(hidden_states), attention.num_heads),
+            split(self.k_proj(context), attention.num_kv_heads),
+            split(self.v_proj(context), attention.num_kv_heads),
+        )
+
+    def merge(self, output: Tensor) -> Tensor:
+        """[B, H, Sq, Dv] to [B, Sq, E]."""
+        merged: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
+        return merged
+
+
+class FusedSelfLayer(nn.Module):
+    """Self-attention over the fused core."""
+
+    def __init__(self, layer: AttentionLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.core = FusedCore(layer.config.attention)
+
+    def forward(self, hidden_states: Tensor, key_lengths: Tensor) -> Tensor:
+        """[B, S, E] and [B] to [B, S, E]."""
+        heads = self.layer.heads(hidden_states, hidden_states)
+        return self.layer.merge(self.core(*heads, key_lengths))
+
+
+class FusedCrossLayer(FusedSelfLayer):
+    """Cross-attention over the fused core."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, context: Tensor, key_lengths: Tensor
+    ) -> Tensor:
+        """[B, Sq, E], [B, Sk, Ec] and [B] to [B, Sq, E]."""
+        return self.layer.merge(self.core(*self.layer.heads(hidden_states, context), key_lengths))
+
+
+class ReferenceSelfLayer(nn.Module):
+    """Self-attention over the reference core, with bias and weights."""
+
+    def __init__(self, layer: AttentionLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.core = ReferenceCore(layer.config.attention)
+
+    def forward(
+        self, hidden_states: Tensor, key_lengths: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, E], [B] and a bias to [B, S, E] and [B, H, S, S]."""
+        heads = self.layer.heads(hidden_states, hidden_states)
+        output, weights = self.core(*heads, key_lengths, bias)
+        return self.layer.merge(output), weights
+
+
+class ReferenceCrossLayer(ReferenceSelfLayer):
+    """Cross-attention over the reference core, with bias and weights."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, context: Tensor, key_lengths: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[B, Sq, E], [B, Sk, Ec], [B] and a bias to [B, Sq, E] and [B, H, Sq, Sk]."""
+        heads = self.layer.heads(hidden_states, context)
+        output, weights = self.core(*heads, key_lengths, bias)
+        return self.layer.merge(output), weights
+
+
+def layer_variants(layer: AttentionLayer) -> dict[str, nn.Module]:
+    """The modules of a layer model, preferred first."""
+    if layer.config.context_dim is None:
+        return {"fused": FusedSelfLayer(layer), "reference": ReferenceSelfLayer(layer)}
+    return {"fused": FusedCrossLayer(layer), "reference": ReferenceCrossLayer(layer)}
+
+
+def cast(layer: AttentionLayer, dtype: torch.dtype) -> AttentionLayer:
+    """The layer in another dtype, in evaluation mode."""
+    return layer.to(dtype).eval()

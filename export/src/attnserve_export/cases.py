@@ -1,0 +1,257 @@
+"""Inputs to verify attention graphs with: fresh each time, from a seed that is recorded."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from attnserve_export.attention.core import AttentionConfig
+from attnserve_export.attention.layer import AttentionLayer
+from attnserve_export.reference import attention_reference
+from attnserve_export.verification import Case, core_tolerance
+
+Array = NDArray[Any]
+
+NUMPY = {"FP32": np.float32, "FP16": np.float16}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The sizes of one case, and what is special about it.
+
+    Attributes:
+        bias: the full dimensions that a bias has, of b, h, q and k; None: no bias.
+    """
+
+    name: str
+    batch: int
+    query_len: int
+    key_len: int
+    key_lengths: tuple[int, ...] | None = None
+    bias: str | None = None
+    magnitude: float = 1.0
+    softcap: float = 20.0
+
+
+SITUATIONS = (
+    Situation("length 1", 1, 1, 1),
+    Situation("one query", 2, 1, 37),
+    Situation("one key", 1, 13, 1),
+    Situation("odd lengths", 1, 7, 7),
+    Situation("no multiple of 8", 2, 67, 67),
+    Situation("power of two", 1, 128, 128),
+    Situation("more queries than keys", 1, 45, 19),
+    Situation("more keys than queries", 1, 19, 45),
+    Situation("ragged", 4, 33, 33, (33, 1, 17, 8)),
+    Situation("a row fully masked", 3, 21, 21, (21, 0, 5)),
+    Situation("large scores", 1, 50, 50, magnitude=6.0),
+    Situation("full bias", 2, 23, 29, (29, 11), bias="bhqk"),
+    Situation("bias over keys", 2, 23, 29, bias="k"),
+    Situation("bias per head", 1, 9, 14, bias="hqk"),
+    Situation("bias per sequence", 3, 6, 6, (6, 2, 0), bias="bk"),
+    Situation("long", 1, 301, 301),
+)
+
+
+def core_cases(
+    config: AttentionConfig, dtype: str, variant: str, generator: np.random.Generator
+) -> Iterator[Case]:
+    """The cases of one variant of a core model."""
+    for situation in SITUATIONS:
+        if situation.bias and variant == "fused":
+            continue
+        feeds = core_feeds(config, dtype, situation, generator)
+        softcap = config.softcap
+        if variant == "softcap":
+            softcap = situation.softcap
+            feeds["softcap"] = np.array([softcap], np.float32)
+        output, weights = attention_reference(
+            feeds["query"],
+            feeds["key"],
+            feeds["value"],
+            key_lengths=feeds["key_lengths"],
+            bias=feeds["bias"],
+            mask=config.mask,
+            scale=config.scale,
+            softcap=softcap,
+        )
+        largest = _largest_score(feeds["query"], feeds["key"], config)
+        yield Case(
+            situation.name,
+            _dims(situation),
+            feeds,
+            {"output": output, "weights": weights},
+            core_tolerance(dtype, situation.key_len, largest),
+            {},
+        )
+
+
+def core_feeds(
+    config: AttentionConfig, dtype: str, situation: Situation, generator: np.random.Generator
+) -> dict[str, Array]:
+    """Random inputs of a core model; bias zero where the situation has none."""
+    batch, key_len = situation.batch, situation.key_len
+
+    def normal(*shape: int) -> Array:
+        return generator.standard_normal(shape).astype(NUMPY[dtype])
+
+    query = normal(batch, config.num_heads, situation.query_len, config.head_dim)
+    return {
+        "query": query * NUMPY[dtype](situation.magnitude),
+        "key": normal(batch, config.num_kv_heads, key_len, config.head_dim),
+        "value": normal(batch, config.num_kv_heads, key_len, config.value_head_dim),
+        "key_lengths": np.array(situation.key_lengths or (key_len,) * batch, np.int64),
+        "bias": bias_feed(situation, config.num_heads, dtype, generator),
+    }
+
+
+def bias_feed(
+    situation: Situation, num_heads: int, dtype: str, generator: np.random.Generator
+) -> Array:
+    """A random bias of the situation's dimensions, a fifth of it -inf; zero if it has none."""
+    if situation.bias is None:
+        return np.zeros((1, 1, 1, 1), NUMPY[dtype])
+    full = {
+        "b": situation.batch,
+        "h": num_heads,
+        "q": situation.query_len,
+        "k": situation.key_len,
+    }
+    shape = tuple(size if axis in situation.bias else 1 for axis, size in full.items())
+    bias = generator.standard_normal(shape).astype(NUMPY[dtype])
+    bias[generator.random(shape) < 0.2] = -np.inf
+    return bias
+
+
+def layer_cases(
+    layer: AttentionLayer,
+    original: nn.Module,
+    dtype: str,
+    variant: str,
+    generator: np.random.Generator,
+) -> Iterator[Case]:
+    """The cases of one variant of a layer model.
+
+    Args:
+        layer: what was exported, in the dtype of the export.
+        original: the module that it stands for, with the same parameters in float64; where it
+            is a `torch.nn.MultiheadAttention`, the reference is checked against it.
+        dtype: of the export.
+        variant: its name.
+        generator: of the inputs.
+    """
+    config = layer.config
+    attention = config.attention
+    for situation in SITUATIONS:
+        if situation.bias and variant == "fused":
+            continue
+        if config.context_dim is None and situation.query_len != situation.key_len:
+            continue
+        shape = (situation.batch, situation.query_len, config.embed_dim)
+        hidden = generator.standard_normal(shape).astype(NUMPY[dtype])
+        feeds = {
+            "hidden_states": hidden,
+            "key_lengths": np.array(
+                situation.key_lengths or (situation.key_len,) * situation.batch, np.int64
+            ),
+            "bias": bias_feed(situation, attention.num_heads, dtype, generator),
+        }
+        if config.context_dim is not None:
+            context = (situation.batch, situation.key_len, config.context_dim)
+            feeds["context"] = generator.standard_normal(context).astype(NUMPY[dtype])
+        output, weights, largest = _layer_reference(original, layer, feeds)
+        # The projections' sums over E round too.
+        growth = max(1.0, float(np.abs(output).max()), config.embed_dim**0.5 / 8)
+        yield Case(
+            situation.name,
+            _dims(situation),
+            feeds,
+            {"output": output, "weights": weights},
+            core_tolerance(dtype, situation.key_len, largest) * growth,
+            {},
+        )
+
+
+def _layer_reference(
+    original: nn.Module, layer: AttentionLayer, feeds: Mapping[str, Array]
+) -> tuple[Array, Array, float]:
+    """Output, weights and the largest score of a layer, in float64."""
+    attention = layer.config.attention
+    hidden = torch.from_numpy(feeds["hidden_states"]).double()
+    context = torch.from_numpy(feeds.get("context", feeds["hidden_states"])).double()
+    # A copy in float64 of the very parameters that were exported.
+    exact = AttentionLayer(layer.config).double()
+    exact.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        query, key, value = (heads.numpy() for heads in exact.heads(hidden, context))
+        output, weights = attention_reference(
+            query,
+            key,
+            value,
+            key_lengths=feeds["key_lengths"],
+            bias=feeds["bias"],
+            mask=attention.mask,
+            scale=attention.scale,
+        )
+        merged = exact.merge(torch.from_numpy(output)).numpy()
+        if isinstance(original, nn.MultiheadAttention):
+            _check_multihead(original, hidden, context, feeds, attention, merged, weights)
+    return merged, weights, _largest_score(query, key, attention)
+
+
+def _check_multihead(
+    original: nn.MultiheadAttention,
+    hidden: torch.Tensor,
+    context: torch.Tensor,
+    feeds: Mapping[str, Array],
+    attention: AttentionConfig,
+    output: Array,
+    weights: Array,
+) -> None:
+    """The reference must be what PyTorch's own module gives, where that gives numbers."""
+    query_len, key_len = hidden.shape[1], context.shape[1]
+    additive = torch.zeros(weights.shape, dtype=torch.float64)
+    additive += torch.from_numpy(feeds["bias"].astype(np.float64))
+    padding = torch.arange(key_len)[None] >= torch.from_numpy(feeds["key_lengths"])[:, None]
+    additive.masked_fill_(padding[:, None, None, :], -torch.inf)
+    if attention.mask == "causal":
+        later = torch.ones(query_len, key_len, dtype=torch.bool).triu(1)
+        additive.masked_fill_(later, -torch.inf)
+    expected, expected_weights = original(
+        hidden,
+        context,
+        context,
+        attn_mask=additive.flatten(0, 1),
+        need_weights=True,
+        average_attn_weights=False,
+    )
+    seen = ~torch.isinf(additive).all(dim=-1)  # (B, H, Sq)
+    whole = seen.all(dim=1).numpy()[..., None]
+    scale = max(1.0, float(np.abs(output).max()))
+    exported = max(
+        float(np.abs(np.where(whole, output - expected.numpy(), 0)).max()) / scale,
+        float(
+            np.abs(np.where(seen.numpy()[..., None], weights - expected_weights.numpy(), 0)).max()
+        ),
+    )
+    if not exported <= 1e-9:
+        raise AssertionError(f"the reference differs from torch.nn.MultiheadAttention: {exported}")
+
+
+def _largest_score(query: Array, key: Array, config: AttentionConfig) -> float:
+    q, k = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    groups = config.num_heads // config.num_kv_heads
+    scores = q @ np.repeat(k, groups, axis=1).swapaxes(2, 3) * config.scale
+    return float(np.abs(scores).max())
+
+
+def _dims(situation: Situation) -> dict[str, int]:
+    return {
+        "batch": situation.batch,
+        "query_len": situation.query_len,
+        "key_len": situation.key_len,
+    }

@@ -1,0 +1,130 @@
+"""From modules to a version in the repository: export, verify, write."""
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+import attnserve_export
+from attnserve_export import graphs, repository, storage
+from attnserve_export.errors import VerificationError
+from attnserve_export.repository import (
+    AttentionInfo,
+    LayerInfo,
+    Manifest,
+    TransformerInfo,
+    VariantInfo,
+)
+from attnserve_export.verification import Case, verify
+
+Progress = Callable[[str], None]
+CaseMaker = Callable[[str, np.random.Generator], Iterable[Case]]
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+# Each dimension's size while tracing: all different, so that none is mistaken for another.
+TRACED = {"batch": 2, "query_len": 5, "key_len": 7, "seq_len": 6}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the manifest says of a model besides its graphs."""
+
+    name: str
+    version: int
+    kind: str
+    dtype: str
+    attention: AttentionInfo
+    source: Mapping[str, Any]
+    layer: LayerInfo | None = None
+    transformer: TransformerInfo | None = None
+    tokenizer: str | None = None
+
+
+def write_version(
+    description: Description,
+    variants: Mapping[str, onnx.ModelProto],
+    target: Path,
+    *,
+    cases: CaseMaker,
+    reference: str,
+    extra_files: Mapping[str, bytes],
+    progress: Progress,
+) -> Manifest:
+    """Verify all graphs and write them with their manifest.
+
+    Args:
+        description: for the manifest.
+        variants: graphs by name, preferred first.
+        target: the version's folder.
+        cases: the cases of a variant, by its name and a source of random numbers.
+        reference: what the graphs are compared with, in words.
+        extra_files: further files of the version.
+        progress: told what is going on.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        VerificationError: a graph missed its tolerance; nothing is written.
+    """
+    seed = secrets.randbits(32)
+    with repository.staging(target) as folder:
+        storage.save(folder, variants)
+        for name, content in extra_files.items():
+            (folder / name).write_bytes(content)
+        infos = []
+        for name, file in storage.file_names(variants).items():
+            model = onnx.load(folder / file, load_external_data=False)
+            onnx.checker.check_model(str(folder / file))
+
+            def report(text: str, name: str = name) -> None:
+                progress(f"verifying {name}: {text}")
+
+            try:
+                verification = verify(
+                    folder / file,
+                    list(cases(name, np.random.default_rng(seed))),
+                    reference=reference,
+                    seed=seed,
+                    progress=report,
+                )
+            except VerificationError as error:
+                raise VerificationError(f"variant {name}: {error}") from None
+            infos.append(
+                VariantInfo(
+                    name,
+                    file,
+                    storage.tensor_infos(list(model.graph.input)),
+                    storage.tensor_infos(list(model.graph.output)),
+                    (CUDA, CPU),
+                    verification,
+                )
+            )
+        manifest = Manifest(
+            name=description.name,
+            version=description.version,
+            kind=description.kind,
+            dtype=description.dtype,
+            opset=graphs.opset_of(model),
+            attention=description.attention,
+            layer=description.layer,
+            transformer=description.transformer,
+            tokenizer=description.tokenizer,
+            variants=tuple(infos),
+            source=description.source,
+            created_by={
+                "attnserve_export": attnserve_export.__version__,
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
+            },
+        )
+        repository.commit(folder, target, manifest)
+    return manifest

@@ -1,0 +1,104 @@
+"""PyTorch modules to ONNX graphs, by `torch.onnx.export(dynamo=True)`."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+# Opset 23 is the first with an Attention operator: https://onnx.ai/onnx/operators/onnx__Attention.html
+MIN_OPSET = 23
+
+# What the dimensions of an input are called, where they are dynamic; an integer is fixed.
+Dims = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a graph: an example, and the names of its dynamic dimensions."""
+
+    name: str
+    example: Tensor
+    dims: Dims
+
+
+def export(
+    module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], opset: int
+) -> onnx.ModelProto:
+    """Export a module.
+
+    Dimensions of one name are one dynamic dimension. An input whose dimensions broadcast in ONNX
+    (a bias) is traced at full size under the other inputs' names: `rename_dims` frees it.
+
+    Args:
+        module: in evaluation mode; its forward takes the inputs in order.
+        inputs: with examples whose dynamic dimensions are all different and above 1.
+        outputs: their names, in order.
+        opset: of the default domain, 23 or newer.
+
+    Returns:
+        The graph with its weights inside.
+    """
+    names = {dim for entry in inputs for dim in entry.dims if isinstance(dim, str)}
+    dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
+    shapes = tuple(
+        {axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)}
+        for entry in inputs
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(entry.example for entry in inputs),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[entry.name for entry in inputs],
+            output_names=list(outputs),
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    # The exporter leaves file paths and stack traces of this machine in the graph.
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for values in (model.graph.value_info, model.graph.input, model.graph.output):
+        for value in values:
+            value.ClearField("metadata_props")
+    for initializer in model.graph.initializer:
+        initializer.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+    model.graph.ClearField("metadata_props")
+    return model
+
+
+def rename_dims(model: onnx.ModelProto, name: str, dims: Sequence[str]) -> None:
+    """Give an input dimensions of its own, so that each may also be 1."""
+    entry = next(value for value in model.graph.input if value.name == name)
+    for dim, symbol in zip(entry.type.tensor_type.shape.dim, dims, strict=True):
+        dim.dim_param = symbol
+    # Inferred from the traced sizes, and no longer true for all.
+    del model.graph.value_info[:]
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the default domain."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes to itself: what matters of a graph is verified."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,236 @@
+"""Core and layer models: their graphs, and what they are compared with."""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from attnserve_export import cases, graphs
+from attnserve_export.attention.core import AttentionConfig, core_variants
+from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_variants
+from attnserve_export.errors import ExportError
+from attnserve_export.exporting import TRACED, Description, Progress, write_version
+from attnserve_export.graphs import Input
+from attnserve_export.repository import AttentionInfo, LayerInfo, Manifest
+from attnserve_export.verification import Case
+
+TORCH = {"FP32": torch.float32, "FP16": torch.float16}
+
+_BIAS_DIMS = ("bias_batch", "bias_heads", "bias_queries", "bias_keys")
+_REFERENCE = "attention in float64 (attnserve_export.reference)"
+
+
+def export_core(
+    config: AttentionConfig,
+    target: Path,
+    *,
+    name: str,
+    version: int,
+    dtype: str,
+    opset: int,
+    progress: Progress,
+) -> Manifest:
+    """Export a core model.
+
+    Args:
+        config: the attention.
+        target: the version's folder.
+        name, version: of the model.
+        dtype: "FP32" or "FP16".
+        opset: 23 or newer.
+        progress: told what is going on.
+
+    Raises:
+        VerificationError: a graph missed its tolerance; nothing is written.
+    """
+    inputs = [
+        _input("query", dtype, "batch", config.num_heads, "query_len", config.head_dim),
+        _input("key", dtype, "batch", config.num_kv_heads, "key_len", config.head_dim),
+        _input("value", dtype, "batch", config.num_kv_heads, "key_len", config.value_head_dim),
+        _key_lengths(),
+        _bias(dtype, config.num_heads),
+        Input("softcap", torch.tensor([20.0]), (1,)),
+    ]
+    counts = {"fused": 4, "reference": 5, "softcap": 6}
+    variants = {}
+    for variant, module in core_variants(config).items():
+        progress(f"exporting {variant}")
+        variants[variant] = _graph(module, inputs[: counts[variant]], variant, opset)
+
+    def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
+        return cases.core_cases(config, dtype, variant, generator)
+
+    return write_version(
+        Description(
+            name=name,
+            version=version,
+            kind="core",
+            dtype=dtype,
+            attention=attention_info(config),
+            source={"description": "no parameters"},
+        ),
+        variants,
+        target,
+        cases=make,
+        reference=_REFERENCE,
+        extra_files={},
+        progress=progress,
+    )
+
+
+def export_layer(
+    module: AttentionLayer | nn.MultiheadAttention,
+    mask: str,
+    target: Path,
+    *,
+    name: str,
+    version: int,
+    dtype: str,
+    opset: int,
+    source: dict[str, Any],
+    progress: Progress,
+) -> Manifest:
+    """Export an attention layer with its projections.
+
+    Args:
+        module: the layer, in FP32.
+        mask: of a `MultiheadAttention`, which has none of its own.
+        target, name, version, dtype, opset, progress: as in `export_core`.
+        source: where the parameters come from.
+
+    Raises:
+        VerificationError: a graph missed its tolerance; nothing is written.
+    """
+    module = copy.deepcopy(module).to(TORCH[dtype]).eval()
+    if isinstance(module, nn.MultiheadAttention):
+        layer = AttentionLayer.of_multihead(module, mask).to(TORCH[dtype])
+    else:
+        layer = module
+    config = layer.config
+    cross = config.context_dim is not None
+    key_len = "key_len" if cross else "query_len"
+    inputs = [_input("hidden_states", dtype, "batch", "query_len", config.embed_dim)]
+    if config.context_dim is not None:
+        inputs.append(_input("context", dtype, "batch", "key_len", config.context_dim))
+    inputs += [_key_lengths(), _bias(dtype, config.attention.num_heads, key_len)]
+    variants = {}
+    for variant, graph in layer_variants(layer).items():
+        progress(f"exporting {variant}")
+        taken = inputs[:-1] if variant == "fused" else inputs
+        variants[variant] = _graph(graph, taken, variant, opset)
+    original = copy.deepcopy(module).double()
+
+    def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
+        return cases.layer_cases(layer, original, dtype, variant, generator)
+
+    return write_version(
+        Description(
+            name=name,
+            version=version,
+            kind="layer",
+            dtype=dtype,
+            attention=attention_info(config.attention),
+            source=source,
+            layer=LayerInfo(config.embed_dim, config.context_dim),
+        ),
+        variants,
+        target,
+        cases=make,
+        reference=f"{_REFERENCE} with the layer's projections in float64"
+        + (", itself checked against torch.nn.MultiheadAttention" if module is not layer else ""),
+        extra_files={},
+        progress=progress,
+    )
+
+
+def seeded(make: "type[AttentionLayer]", config: LayerConfig, seed: int) -> AttentionLayer:
+    """A layer with random parameters that depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make(config)
+
+
+def seeded_multihead(
+    embed_dim: int, num_heads: int, context_dim: int | None, bias_terms: bool, seed: int
+) -> nn.MultiheadAttention:
+    """PyTorch's own module with random parameters that depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = nn.MultiheadAttention(
+            embed_dim,
+            num_heads,
+            bias=bias_terms,
+            kdim=context_dim,
+            vdim=context_dim,
+            batch_first=True,
+        )
+        # PyTorch starts these at zero, which would leave their path unverified.
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)
+        return module
+
+
+def load_parameters(module: nn.Module, path: Path) -> None:
+    """Load a module's parameters from a safetensors file.
+
+    Raises:
+        ExportError: a parameter is missing, unexpected or of the wrong shape.
+    """
+    try:
+        given = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"--weights: {path} cannot be read: {error}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong = [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is not a parameter of the layer" for name in given if name not in wanted]
+    wrong += [
+        f"{name} has shape {list(given[name].shape)}, allowed: {list(shape)}"
+        for name, shape in wanted.items()
+        if name in given and tuple(given[name].shape) != shape
+    ]
+    if wrong:
+        raise ExportError(f"--weights: {path}: {'; '.join(wrong)}")
+    module.load_state_dict({name: tensor.float() for name, tensor in given.items()})
+
+
+def attention_info(config: AttentionConfig) -> AttentionInfo:
+    """An attention for the manifest."""
+    return AttentionInfo(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        value_head_dim=config.value_head_dim,
+        mask=config.mask,
+        window=None,
+        scale=config.scale,
+        softcap=config.softcap,
+    )
+
+
+def _graph(module: nn.Module, inputs: list[Input], variant: str, opset: int) -> onnx.ModelProto:
+    outputs = ["output"] if variant == "fused" else ["output", "weights"]
+    model = graphs.export(module, inputs, outputs, opset)
+    if any(entry.name == "bias" for entry in inputs):
+        graphs.rename_dims(model, "bias", _BIAS_DIMS)
+    return model
+
+
+def _input(name: str, dtype: str, *dims: str | int) -> Input:
+    sizes = [TRACED[dim] if isinstance(dim, str) else dim for dim in dims]
+    return Input(name, torch.zeros(sizes, dtype=TORCH[dtype]), dims)
+
+
+def _key_lengths() -> Input:
+    return Input("key_lengths", torch.ones(TRACED["batch"], dtype=torch.int64), ("batch",))
+
+
+def _bias(dtype: str, num_heads: int, key_len: str = "key_len") -> Input:
+    return _input("bias", dtype, "batch", num_heads, "query_len", key_len)

@@ -1,0 +1,169 @@
+"""The model repository on disk: manifests and files, written whole or not at all.
+
+The format is described in docs/model-repository.md.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnserve_export.errors import ExportError
+from attnserve_export.verification import Verification
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a graph; a dimension is an integer or a symbol's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """One graph of a model."""
+
+    name: str
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    providers: tuple[str, ...]
+    verification: Verification
+
+
+@dataclass(frozen=True)
+class AttentionInfo:
+    """The attention that a model computes."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    mask: str
+    window: int | None
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a layer has besides."""
+
+    embed_dim: int
+    context_dim: int | None
+
+
+@dataclass(frozen=True)
+class TransformerInfo:
+    """What a transformer has besides."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_seq_len: int
+    pad_token_id: int
+    pooling: str | None
+    normalize_pooled: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`model.json`, but for `files`, which are known once they are written."""
+
+    name: str
+    version: int
+    kind: str
+    dtype: str
+    opset: int
+    attention: AttentionInfo
+    layer: LayerInfo | None
+    transformer: TransformerInfo | None
+    tokenizer: str | None
+    variants: tuple[VariantInfo, ...]
+    source: Mapping[str, Any]
+    created_by: Mapping[str, str]
+    manifest_version: int = 1
+
+
+def place(repository: Path, name: str, version: int, *, overwrite: bool) -> Path:
+    """The folder of a version that may be written.
+
+    Raises:
+        ExportError: the name or version is not allowed, or the version is there already.
+    """
+    if not NAME.fullmatch(name):
+        raise ExportError(f"--name: given {name!r}; allowed: {NAME.pattern}")
+    if version < 1:
+        raise ExportError(f"--version: given {version}; allowed: 1 or more")
+    target = repository / name / str(version)
+    if target.exists() and not overwrite:
+        raise ExportError(
+            f"--version: {target} is there already; allowed: another version, or --overwrite"
+        )
+    return target
+
+
+@contextlib.contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` to write into; gone at the end unless committed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            target.parent.rmdir()  # only if nothing else is in it
+
+
+def commit(folder: Path, target: Path, manifest: Manifest) -> None:
+    """Write the manifest into a staged folder, and rename it to its place.
+
+    A version that is there already (`--overwrite`) is renamed away first: between the two renames
+    there is no version at all for a moment, but never half of one.
+    """
+    content = dataclasses.asdict(manifest)
+    content["files"] = {
+        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+    }
+    path = folder / "model.json"
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in [*folder.iterdir(), folder]:
+        _sync(file)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        target.rename(old / target.name)
+        folder.rename(target)
+        shutil.rmtree(old)
+    else:
+        folder.rename(target)
+    _sync(target.parent)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,122 @@
+"""Every graph is run in ONNX Runtime on fresh random inputs and compared with a reference."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from attnserve_export.errors import VerificationError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check of a graph.
+
+    Attributes:
+        name: what is special about it.
+        dims: its sizes, for the manifest.
+        feeds: the graph's inputs.
+        expected: what each output should be, in float64.
+        tolerance: largest absolute error.
+        compared: for an output, which of its elements count; absent: all.
+    """
+
+    name: str
+    dims: Mapping[str, int]
+    feeds: Mapping[str, Array]
+    expected: Mapping[str, Array]
+    tolerance: float
+    compared: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """The largest absolute error of one case, over all outputs."""
+
+    case: str
+    dims: Mapping[str, int]
+    max_abs_error: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a graph is from its reference."""
+
+    reference: str
+    seed: int
+    tolerance: float
+    max_abs_error: Mapping[str, float]
+    cases: tuple[CaseResult, ...]
+
+
+def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
+    """The largest error allowed to an attention over values of about unit size.
+
+    FP32: 2e-6 * sqrt(Sk), since a row's rounding errors add like a random walk, times the size of
+    the scores above 8: exp turns an absolute error of a score into a relative one of a weight.
+    FP16: 2e-3, two units in the last place of an output between 1 and 2, likewise.
+    """
+    growth = max(1.0, largest_score / 8)
+    return (2e-3 if dtype == "FP16" else 2e-6 * math.sqrt(key_len)) * growth
+
+
+def verify(
+    path: Path,
+    cases: Sequence[Case],
+    *,
+    reference: str,
+    seed: int,
+    progress: Callable[[str], None],
+) -> Verification:
+    """Run all cases on the CPU.
+
+    Raises:
+        VerificationError: an error above its tolerance, or a value that is not finite.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    taken = {entry.name for entry in session.get_inputs()}
+    outputs = [entry.name for entry in session.get_outputs()]
+    worst = dict.fromkeys(outputs, 0.0)
+    results = []
+    progress(f"{len(cases)} cases against {reference}")
+    for case in cases:
+        feeds = {name: array for name, array in case.feeds.items() if name in taken}
+        answers = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        errors = {name: _error(name, case, answers[name]) for name in outputs}
+        largest = max(errors.values())
+        if not largest <= case.tolerance:
+            name = max(errors, key=lambda key: errors[key])
+            raise VerificationError(
+                f"case {case.name!r} {dict(case.dims)}: {name} is off by {errors[name]:.3g}; "
+                f"allowed: {case.tolerance:.3g}; seed {seed}"
+            )
+        worst = {name: max(worst[name], errors[name]) for name in outputs}
+        results.append(CaseResult(case.name, case.dims, largest, case.tolerance))
+    return Verification(
+        reference, seed, max(case.tolerance for case in cases), worst, tuple(results)
+    )
+
+
+def _error(name: str, case: Case, answer: Array) -> float:
+    expected = case.expected[name]
+    if answer.shape != expected.shape:
+        raise VerificationError(
+            f"case {case.name!r} {dict(case.dims)}: {name} has shape {list(answer.shape)}; "
+            f"expected: {list(expected.shape)}"
+        )
+    difference = np.abs(answer.astype(np.float64) - expected)
+    compared = case.compared.get(name)
+    if compared is not None:
+        difference = np.where(compared, difference, 0.0)
+    # NaN passes no comparison, so it must not be lost in a maximum.
+    return math.inf if np.isnan(difference).any() else float(difference.max())

@@ -1,0 +1,10 @@
+"""Load test of an attnserve server.
+
+    locust -f loadtest/locustfile.py --host 127.0.0.1:8001
+    locust -f loadtest/locustfile.py --host 127.0.0.1:8001 --headless -u 4 -t 30s \\
+        --model causal --seq-lens 64,256,1024
+"""
+
+from attnserve_loadtest.users import AttendTokensUser, AttendUser
+
+__all__ = ["AttendTokensUser", "AttendUser"]

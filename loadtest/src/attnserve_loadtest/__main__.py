@@ -1,0 +1,6 @@
+"""`python -m attnserve_loadtest`."""
+
+from attnserve_loadtest.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

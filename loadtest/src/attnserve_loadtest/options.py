@@ -1,0 +1,112 @@
+"""The options that the users add to Locust's command line and to the form of its web UI.
+
+Locust's form sends every value back as text and converts it by the type of the default, so lists
+stay text here and are split where they are used.
+"""
+
+from argparse import ArgumentTypeError
+from dataclasses import dataclass
+from typing import Any
+
+from attnserve_loadtest import parsing
+from attnserve_loadtest.errors import LoadTestError
+
+
+@dataclass(frozen=True, slots=True)
+class UserOptions:
+    """What one kind of user sends.
+
+    Attributes:
+        target: `host:port` of the server.
+        model: the model's name.
+        variant: empty lets the server pick.
+        seq_lens: lengths, ascending.
+        batch: sequences of each request.
+        timeout: seconds that a request may take.
+        seed: of the random inputs.
+    """
+
+    target: str
+    model: str
+    variant: str
+    seq_lens: tuple[int, ...]
+    batch: int
+    timeout: float
+    seed: int
+
+
+def add_to_parser(parser: Any) -> None:
+    """Add the options; `parser` is Locust's own, which shows them in the web UI too."""
+    group = parser.add_argument_group("attnserve")
+    group.add_argument("--model", default="causal", help="model that AttendUser calls; empty: none")
+    group.add_argument("--variant", default="", help="its variant; empty: the server picks")
+    group.add_argument(
+        "--seq-lens",
+        type=_checked_seq_lens,
+        default="64,128,256,512",
+        help="sequence lengths that AttendUser sends, e.g. 64,128,256",
+    )
+    group.add_argument("--batch", type=parsing.positive_int, default=1, help="sequences a request")
+    group.add_argument(
+        "--tokens-model", default="", help="model that AttendTokensUser calls; empty: none"
+    )
+    group.add_argument("--tokens-variant", default="", help="its variant; empty: the server picks")
+    group.add_argument(
+        "--tokens-seq-lens",
+        type=_checked_seq_lens,
+        default="16,32,64,128",
+        help="tokens a sequence that AttendTokensUser sends",
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=parsing.positive_float,
+        default=30.0,
+        help="seconds that a request may take",
+    )
+    group.add_argument("--seed", type=parsing.count, default=0, help="of the random inputs")
+
+
+def attend_options(host: str | None, options: Any) -> UserOptions:
+    """What `AttendUser` sends.
+
+    Args:
+        host: Locust's host.
+        options: Locust's parsed options.
+
+    Raises:
+        LoadTestError: one of them cannot be read.
+    """
+    return _user_options(host, options, options.model, options.variant, options.seq_lens)
+
+
+def tokens_options(host: str | None, options: Any) -> UserOptions:
+    """What `AttendTokensUser` sends; arguments and errors as those of `attend_options`."""
+    return _user_options(
+        host, options, options.tokens_model, options.tokens_variant, options.tokens_seq_lens
+    )
+
+
+def _user_options(
+    host: str | None, options: Any, model: str, variant: str, seq_lens: str
+) -> UserOptions:
+    if not host:
+        raise LoadTestError("no server given: use --host HOST:PORT")
+    if not model:
+        raise LoadTestError("no model given: use --model (AttendUser), --tokens-model (tokens)")
+    try:
+        return UserOptions(
+            target=parsing.target(host),
+            model=model,
+            variant=variant,
+            seq_lens=parsing.seq_lens(seq_lens),
+            batch=parsing.positive_int(str(options.batch)),
+            timeout=parsing.positive_float(str(options.request_timeout)),
+            seed=parsing.count(str(options.seed)),
+        )
+    except ArgumentTypeError as error:
+        raise LoadTestError(str(error)) from None
+
+
+def _checked_seq_lens(text: str) -> str:
+    parsing.seq_lens(text)
+    return text
