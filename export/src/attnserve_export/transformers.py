@@ -203,8 +203,8 @@ def _load(checkpoint: Checkpoint, attention: str) -> nn.Module:
         local_files_only=True,
         dtype=torch.float32,
     )
-    assert isinstance(model, nn.Module)
-    return model.eval()
+    module: nn.Module = model.eval()  # type: ignore[no-untyped-call]
+    return module
 
 
 def _tokens(name: str) -> Input:

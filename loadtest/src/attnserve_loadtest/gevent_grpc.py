@@ -7,6 +7,6 @@ importing Locust does, and before the first channel, so both happen here, once, 
 """
 
 import locust  # noqa: F401  (patches the standard library)
-from grpc.experimental import gevent as _grpc_gevent
+from grpc.experimental import gevent as _grpc_gevent  # type: ignore[attr-defined]
 
 _grpc_gevent.init_gevent()

@@ -70,7 +70,16 @@ class AttendPayload:
         Raises:
             AttnserveError: the call failed.
         """
-        result = client.attend(**self.tensors, model=self.model, variant=variant, timeout=timeout)
+        result = client.attend(
+            self.tensors.get("query"),
+            self.tensors.get("key"),
+            self.tensors.get("value"),
+            hidden_states=self.tensors.get("hidden_states"),
+            context=self.tensors.get("context"),
+            model=self.model,
+            variant=variant,
+            timeout=timeout,
+        )
         return _attend_answer(result)
 
 

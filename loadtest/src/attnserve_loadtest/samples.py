@@ -49,16 +49,6 @@ class Sample:
     failure: Failure | None = None
 
 
-class CallFailed(Exception):  # noqa: N818  (Locust shows its repr, so that is all it is for)
-    """What Locust gets as the exception of a failed request: it lists failures by its repr.
-
-    The repr is the gRPC status alone, so that messages which differ in a number are one row.
-    """
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 def measure(
     payload: Payload, client: AttentionClient, *, variant: str = "", timeout: float = 30.0
 ) -> Sample:

@@ -7,7 +7,6 @@ its gRPC status. All users of a process share one connection, as grpc's channels
 
 from attnserve_loadtest import gevent_grpc  # noqa: F401, I001  (patches; comes first)
 
-import logging
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -22,17 +21,16 @@ from locust.runners import WorkerRunner
 from attnserve_loadtest import collector, options, webui
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.options import UserOptions
-from attnserve_loadtest.payloads import Payload, check_request, make_payload, row_name
-from attnserve_loadtest.samples import CallFailed, Sample, measure
+from attnserve_loadtest.payloads import Payload, check_request, make_payload
+from attnserve_loadtest.publish import publish
+from attnserve_loadtest.samples import measure
 
 __all__ = ["AttendTokensUser", "AttendUser"]
 
-_log = logging.getLogger(__name__)
 _preparing = RLock()
-_messages_seen: set[tuple[str, str]] = set()
 
 
-class AttentionUser(User):  # type: ignore[misc]  (Locust's User is untyped to mypy)
+class AttentionUser(User):
     """A user that sends one request after another, each user's lengths in an order of its own.
 
     Every user goes through all lengths in a random order, then again in another, so that all
@@ -40,7 +38,7 @@ class AttentionUser(User):  # type: ignore[misc]  (Locust's User is untyped to m
     """
 
     abstract = True
-    read_options: ClassVar[Callable[[str | None, Any], UserOptions]]
+    read_options: Callable[[str | None, Any], UserOptions]
     kinds: ClassVar[tuple[str, ...]]
 
     def __init__(self, environment: Any) -> None:
@@ -53,7 +51,10 @@ class AttentionUser(User):  # type: ignore[misc]  (Locust's User is untyped to m
                 self._client = _client(self._options.target)
                 self._payloads = _payloads(self._options, self.kinds)
         except (LoadTestError, AttnserveError) as error:
-            raise StopTest(f"{type(self).__name__}: {error}") from error
+            if getattr(environment.parsed_options, "headless", False):
+                environment.process_exit_code = 1
+            raise StopTest(f"{type(self).__name__}: {error}") from None
+        self._variant = self._options.variant
         self._order = _shuffled_for_ever(self._payloads)
 
     @task
@@ -65,7 +66,8 @@ class AttentionUser(User):  # type: ignore[misc]  (Locust's User is untyped to m
             variant=self._options.variant,
             timeout=self._options.timeout,
         )
-        fire(self.environment, sample, self._options.variant)
+        self._variant = sample.variant or self._variant
+        publish(self.environment, sample, self._variant)
 
 
 class AttendUser(AttentionUser):
@@ -82,30 +84,6 @@ class AttendTokensUser(AttentionUser):
     kinds = ("transformer",)
 
 
-def fire(environment: Any, sample: Sample, variant: str) -> None:
-    """Tell Locust of a request; the sample travels to listeners in its context.
-
-    Args:
-        environment: Locust's.
-        sample: the request.
-        variant: the variant asked for; its row if the request failed.
-    """
-    failure = sample.failure
-    if failure and (failure.code, failure.message) not in _messages_seen:
-        if len(_messages_seen) < 100:
-            _log.warning("%s: %s", failure.code, failure.message)
-        _messages_seen.add((failure.code, failure.message))
-    environment.events.request.fire(
-        request_type=sample.method,
-        name=row_name(sample.model, sample.variant or variant, sample.seq_len),
-        response_time=sample.end_to_end_us / 1e3,
-        response_length=sample.response_bytes,
-        response=None,
-        exception=CallFailed(failure.code) if failure else None,
-        context={"sample": sample},
-    )
-
-
 @cache
 def _client(target: str) -> AttentionClient:
     return AttentionClient(target)
@@ -117,7 +95,8 @@ def _payloads(wanted: UserOptions, kinds: tuple[str, ...]) -> tuple[Payload, ...
     model = client.get_model(wanted.model)
     if model.kind not in kinds:
         raise LoadTestError(
-            f"model {wanted.model!r} is of kind {model.kind}, this user sends to {' or '.join(kinds)}"
+            f"model {wanted.model!r} is a {model.kind} model; "
+            f"this user calls {' and '.join(kinds)} models"
         )
     check_request(
         model,
@@ -155,12 +134,12 @@ def choose_users(environment: Any, model: str, tokens_model: str) -> None:
     environment.user_classes = [each for each in every if each not in idle] or every
 
 
-@events.init_command_line_parser.add_listener
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def _add_options(parser: Any) -> None:
     options.add_to_parser(parser)
 
 
-@events.init.add_listener
+@events.init.add_listener  # type: ignore[untyped-decorator]
 def _install(environment: Any, **_: Any) -> None:
     timings = collector.TimingsCollector(environment)
     if isinstance(environment.runner, WorkerRunner):
@@ -170,3 +149,9 @@ def _install(environment: Any, **_: Any) -> None:
         choose_users(environment, parsed.model, parsed.tokens_model)
     if environment.web_ui:
         webui.install(environment, timings, choose_users)
+
+
+@events.test_start.add_listener  # type: ignore[untyped-decorator]
+def _forget_payloads(**_: Any) -> None:
+    """A model may have been replaced since the last test."""
+    _payloads.cache_clear()

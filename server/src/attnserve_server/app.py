@@ -47,7 +47,9 @@ class AttentionServer:
         self.metrics = Metrics()
         self.metrics.waiting.set_function(lambda: self._places.waiting)
         self.metrics.bytes_in_flight.set_function(lambda: budget.lent)
-        runtime = Runtime(self.store, self._places, budget, limits, self.metrics)
+        # A stream has one reader, and as many computations as it has answers under way.
+        pool = ThreadPoolExecutor(4 * settings.grpc_threads, thread_name_prefix="stream")
+        runtime = Runtime(self.store, self._places, budget, limits, self.metrics, pool)
         self._health = health.HealthServicer()
         self._server = grpc.server(
             ThreadPoolExecutor(settings.grpc_threads, thread_name_prefix="grpc"),

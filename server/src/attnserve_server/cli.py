@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve_server import __version__, logs
+from attnserve_server.allocator import keep_freed_memory
 from attnserve_server.app import AttentionServer
 from attnserve_server.engine.providers import ProviderError
 from attnserve_server.repository import ManifestError
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if it cannot start."""
     options = _parser().parse_args(arguments)
+    keep_freed_memory()
     logs.configure(options.log_format, options.log_level)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,13 +26,14 @@ _FAR_SECONDS = 1e7
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Everything that a request needs."""
+    """Everything that a request needs; `pool` is for the readers and computations of streams."""
 
     store: ModelStore
     places: Places
     budget: ByteBudget
     limits: Limits
     metrics: Metrics
+    pool: ThreadPoolExecutor
 
     def attend(
         self, work: AttendWork, ticket: Ticket, arrived: int

@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
 
@@ -57,7 +56,7 @@ class Streams:
 
 
 class StreamCall:
-    """One call. Its reader runs in a thread, each computation in another; the thread that grpc
+    """One call. Its reader and each computation run on threads of the pool; the thread that grpc
     gave to the call sends the answers.
 
     Args:
@@ -84,13 +83,7 @@ class StreamCall:
 
     def answers(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """The messages to send, as long as the call lasts."""
-        pool = ThreadPoolExecutor(
-            self._runtime.limits.max_stream_requests, thread_name_prefix="stream-compute"
-        )
-        reader = threading.Thread(
-            target=self._read, args=(requests, pool), name="stream-read", daemon=True
-        )
-        reader.start()
+        self._runtime.pool.submit(self._read, requests)
         try:
             while not self._ended and (answer := self._outgoing.get()) is not None:
                 if isinstance(answer, Exception):
@@ -103,7 +96,6 @@ class StreamCall:
                     self._answered()
         finally:
             self._end()
-            pool.shutdown(wait=False, cancel_futures=False)
 
     def drain(self) -> None:
         """Take no more requests; end the call once all that came have been answered."""
@@ -123,16 +115,16 @@ class StreamCall:
         for ticket in tickets:
             ticket.cancel()
 
-    def _read(self, requests: Iterator[bytes], pool: ThreadPoolExecutor) -> None:
+    def _read(self, requests: Iterator[bytes]) -> None:
         failure: Exception | None = None
         try:
             for message in requests:
                 arrived = time.perf_counter_ns()
                 chunk = wire.decode_chunk(message)
                 if chunk is None:
-                    self._take_request(message, arrived, pool)
+                    self._take_request(message, arrived)
                 else:
-                    self._take_chunk(chunk, pool)
+                    self._take_chunk(chunk)
                 if self._ended:
                     break
         except grpc.RpcError:
@@ -152,7 +144,7 @@ class StreamCall:
         if idle:
             self._outgoing.put(None)
 
-    def _take_request(self, message: bytes, arrived: int, pool: ThreadPoolExecutor) -> None:
+    def _take_request(self, message: bytes, arrived: int) -> None:
         request = pb.AttendStreamRequest.FromString(message)
         self._receiver.announce(request)
         request_id, attend = request.request_id, request.request
@@ -178,9 +170,9 @@ class StreamCall:
         self._begun()
         self._arriving[request_id] = (ticket, arrived)
         if complete is not None:
-            self._submit(request_id, complete, pool)
+            self._submit(request_id, complete)
 
-    def _take_chunk(self, chunk: wire.Chunk, pool: ThreadPoolExecutor) -> None:
+    def _take_chunk(self, chunk: wire.Chunk) -> None:
         try:
             complete = self._receiver.add(chunk)
         except RefusedChunkError as error:
@@ -188,9 +180,9 @@ class StreamCall:
             self._fail(chunk.request_id, error)
             return
         if complete is not None:
-            self._submit(chunk.request_id, complete, pool)
+            self._submit(chunk.request_id, complete)
 
-    def _submit(self, request_id: int, reception: Reception, pool: ThreadPoolExecutor) -> None:
+    def _submit(self, request_id: int, reception: Reception) -> None:
         ticket, arrived = self._arriving.pop(request_id)
         # Reading stops here while too many are under way: they end without any more of it.
         self._room.acquire()
@@ -198,7 +190,7 @@ class StreamCall:
             self._tickets.add(ticket)
         if self._ended:
             ticket.cancel()
-        pool.submit(self._compute, request_id, reception, ticket, arrived)
+        self._runtime.pool.submit(self._compute, request_id, reception, ticket, arrived)
 
     def _compute(self, request_id: int, reception: Reception, ticket: Ticket, arrived: int) -> None:
         plan = reception.plan

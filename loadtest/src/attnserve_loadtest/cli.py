@@ -1,0 +1,168 @@
+"""The command `attnserve-loadtest`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnserve_loadtest import __version__, parsing
+from attnserve_loadtest.errors import LoadTestError
+from attnserve_loadtest.report.schema import Settings
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+
+    Returns:
+        The exit status: 0, 1 for what cannot be done, 130 after an interruption.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except LoadTestError as error:
+        print(f"attnserve-loadtest: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("attnserve-loadtest: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attnserve-loadtest",
+        description="Measures attnserve servers. For load tests with a web UI run "
+        "`locust -f loadtest/locustfile.py --host HOST:PORT`.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_scaling(commands.add_parser("scaling", help="how latency grows with seq_len"))
+    _add_report(commands.add_parser("report", help="draw a report.json again"))
+    return parser
+
+
+def _add_scaling(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measures a model at several sequence lengths with Locust, fits the exponent of latency "
+        "in seq_len, and writes report.json, .csv, .png and .html. Several models or variants "
+        "make one line each."
+    )
+    add = parser.add_argument
+    add("--target", type=parsing.target, default="127.0.0.1:8001", metavar="HOST:PORT")
+    add("--model", type=parsing.names, required=True, metavar="NAME[,NAME...]")
+    add(
+        "--variant",
+        type=parsing.names,
+        default=("",),
+        metavar="NAME[,NAME...]",
+        help="default: the server picks",
+    )
+    add(
+        "--seq-lens",
+        type=parsing.seq_lens,
+        default=(64, 128, 256, 512, 1024),
+        metavar="N,N,...",
+        help="default: 64,128,256,512,1024",
+    )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--requests",
+        type=parsing.positive_int,
+        metavar="N",
+        help="measured requests of each length, over all rounds; default: 40",
+    )
+    amount.add_argument(
+        "--duration",
+        type=parsing.positive_float,
+        metavar="SECONDS",
+        help="instead: measured seconds of each length, over all rounds",
+    )
+    add("--users", type=parsing.positive_int, default=1, help="requests under way at once; 1")
+    add("--batch", type=parsing.positive_int, default=1, help="sequences a request; 1")
+    add(
+        "--rounds",
+        type=parsing.positive_int,
+        default=5,
+        help="times to go through all lengths, in a random order each; 5",
+    )
+    add("--warmup", type=parsing.count, default=3, help="unmeasured requests of each length; 3")
+    add(
+        "--settle",
+        type=parsing.count,
+        default=1,
+        help="unmeasured requests of each user whenever the length changes; 1",
+    )
+    add("--timeout", type=parsing.positive_float, default=30.0, help="seconds a request; 30")
+    add("--seed", type=parsing.count, default=0, help="of the inputs and the order; 0")
+    add("--out", type=Path, default=Path("reports/scaling"), metavar="DIR")
+    parser.set_defaults(run=_run_scaling)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Writes report.csv, .png and .html of a report.json, and prints its table."
+    parser.add_argument("json", type=Path, metavar="report.json")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: where report.json lies")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_scaling(parsed: argparse.Namespace) -> int:
+    # The runner patches the standard library: it comes before whatever opens sockets or threads.
+    from attnserve_loadtest.runner import run_scaling  # isort: skip
+    from attnserve_loadtest.progress import make_progress
+    from attnserve_loadtest.report.files import make_folder, write_report
+    from attnserve_loadtest.report.terminal import make_console, print_report
+
+    by_time = parsed.duration is not None
+    settings = Settings(
+        seq_lens=parsed.seq_lens,
+        users=parsed.users,
+        batch=parsed.batch,
+        rounds=parsed.rounds,
+        requests=None if by_time else parsed.requests or 40,
+        duration_seconds=parsed.duration,
+        warmup=parsed.warmup,
+        settle=parsed.settle,
+        timeout_seconds=parsed.timeout,
+        seed=parsed.seed,
+    )
+    make_folder(parsed.out)
+    errors, console = make_console(stderr=True), make_console()
+    report = run_scaling(
+        parsed.target,
+        parsed.model,
+        parsed.variant,
+        settings,
+        lambda lanes, its: make_progress(lanes, its, errors),
+    )
+    paths = write_report(report, parsed.out)
+    print_report(report, console)
+    _print_paths(paths)
+    return 0 if report.complete else _INTERRUPTED
+
+
+def _run_report(parsed: argparse.Namespace) -> int:
+    from attnserve_loadtest.report.files import write_report
+    from attnserve_loadtest.report.json_file import read_json
+    from attnserve_loadtest.report.terminal import make_console, print_report
+
+    report = read_json(parsed.json)
+    paths = write_report(report, parsed.out or parsed.json.parent)
+    print_report(report, make_console())
+    _print_paths(paths)
+    return 0
+
+
+def _print_paths(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

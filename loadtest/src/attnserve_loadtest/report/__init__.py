@@ -1,0 +1,1 @@
+"""The scaling report: what it holds, and how it is written as JSON, CSV, PNG, HTML and text."""

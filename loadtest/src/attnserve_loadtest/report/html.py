@@ -1,0 +1,278 @@
+"""`report.html`: one page that needs nothing else; light or dark as the reader's system is."""
+
+from html import escape
+from pathlib import Path
+
+from attnserve_loadtest.report import palette, plot
+from attnserve_loadtest.report.schema import Distribution, Fit, Point, Report, Series
+from attnserve_loadtest.report.svg import inline_svg
+from attnserve_loadtest.report.terminal import format_ms
+
+_LATENCY_COLUMNS = ("p50", "p95", "p99", "mean")
+_SPLIT_COLUMNS = ("queue", "compute", "wire", "deserialize", "serialize")
+
+
+def write_html(report: Report, path: Path) -> None:
+    """Write the page."""
+    path.write_text(html_page(report), "utf-8")
+
+
+def html_page(report: Report) -> str:
+    """The page: the fits, the plots, every figure as a table, and how it was measured."""
+    title = escape(plot.title(report))
+    sections = [_summary(report), _figures(report)]
+    sections += [_series_section(series) for series in report.series]
+    sections.append(_method(report))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
+        '<meta name="color-scheme" content="light dark"/>\n'
+        f"<title>{title}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{title}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _summary(report: Report) -> str:
+    rows = []
+    for index, series in enumerate(report.series):
+        for quantity in ("end_to_end", "compute"):
+            fit = series.fit(quantity)
+            if fit is not None:
+                rows.append(_fit_row(index, series, fit))
+    note = (
+        "" if report.complete else '<p class="warning">The run was interrupted: figures so far.</p>'
+    )
+    failures = sum(each.count for series in report.series for each in series.failures)
+    if failures:
+        note += f'<p class="warning">{failures} requests failed; see below.</p>'
+    if not rows:
+        return f"{note}<p>Fewer than two lengths were answered: there is no exponent.</p>"
+    head = _head(
+        ("series", "of", "exponent", "confidence interval", "R²", "lengths", "last two lengths")
+    )
+    return (
+        f"{note}<h2>How latency grows</h2>\n"
+        "<p>Duration ≈ coefficient × seq_len<sup>exponent</sup>, fitted to the medians. "
+        "1 is linear, 2 is quadratic. Small lengths are dominated by constant costs; the exponent "
+        "between the last two lengths says most about large ones.</p>\n"
+        + _table(head, rows, "Fitted exponents")
+    )
+
+
+def _fit_row(index: int, series: Series, fit: Fit) -> str:
+    interval = (
+        "none with 2 lengths"
+        if fit.low is None or fit.high is None
+        else f"{fit.low:.2f} to {fit.high:.2f} ({fit.confidence:.0%})"
+    )
+    r_squared = "–" if fit.r_squared is None else f"{fit.r_squared:.4f}"
+    last = fit.local_exponents[-1]
+    colour = f"var(--series-{index % len(palette.LIGHT)})"
+    return (
+        f'<tr><th scope="row"><span class="key" style="background:{colour}"></span>'
+        f"{escape(series.label)}</th><td>{fit.quantity.replace('_', ' ')}</td>"
+        f"<td><strong>{fit.exponent:.2f}</strong></td><td>{interval}</td><td>{r_squared}</td>"
+        f"<td>{fit.points}</td>"
+        f"<td>{last.exponent:.2f} ({last.from_seq_len}→{last.to_seq_len})</td></tr>"
+    )
+
+
+def _figures(report: Report) -> str:
+    names = ", ".join(series.label for series in report.series)
+    figures = [
+        inline_svg(
+            plot.latency_figure(report),
+            name="latency",
+            title=plot.title(report),
+            description=(
+                f"Log-log plot of the median end to end with its band from p5 to p95, and of "
+                f"compute alone, for {names}. {_spoken_fits(report)} The tables below hold all "
+                "figures."
+            ),
+        )
+    ]
+    if any(series.fits for series in report.series):
+        figures.append(
+            inline_svg(
+                plot.local_exponents_figure(report),
+                name="exponents",
+                title="Exponent between neighbouring lengths",
+                description=f"The local exponents of {names}; the tables below hold them.",
+            )
+        )
+    figures.append(
+        inline_svg(
+            plot.split_figure(report),
+            name="split",
+            title="Where the time goes",
+            description="Shares of compute, queue and wire in the mean end to end of each length; "
+            "the tables below hold the means.",
+        )
+    )
+    return "\n".join(f"<figure>{figure}</figure>" for figure in figures)
+
+
+def _spoken_fits(report: Report) -> str:
+    return " ".join(
+        f"{series.label}: {fit.quantity.replace('_', ' ')} grows as seq_len to the power of "
+        f"{fit.exponent:.2f}."
+        for series in report.series
+        for fit in series.fits
+    )
+
+
+def _series_section(series: Series) -> str:
+    shape = f"{series.num_heads} heads"
+    if series.num_kv_heads and series.num_kv_heads != series.num_heads:
+        shape += f" ({series.num_kv_heads} key/value heads)"
+    facts = (
+        f"{series.kind}, version {series.version}, {series.dtype}, {series.mask}, {shape}, "
+        f"head_dim {series.head_dim}; variant run: {', '.join(series.variants_run) or 'none'}"
+    )
+    latency = _table(
+        _head(
+            ("seq_len", "count", "failures", *(f"{each} ms" for each in _LATENCY_COLUMNS))
+            + ("requests/s", "tokens/s")
+        ),
+        [_latency_row(point) for point in series.points],
+        "Latency end to end and throughput",
+    )
+    split = _table(
+        _head(("seq_len", *(f"{each} ms" for each in _SPLIT_COLUMNS), "batch size")),
+        [_split_row(point) for point in series.points],
+        "Means: queue + compute + wire = end to end; deserialize and serialize are part of wire",
+    )
+    fits = "".join(_fit_table(fit) for fit in series.fits)
+    return (
+        f"<section><h2>{escape(series.label)}</h2>\n<p>{escape(facts)}</p>\n"
+        f"{latency}{split}{fits}{_failure_list(series)}</section>"
+    )
+
+
+def _latency_row(point: Point) -> str:
+    whole = point.end_to_end
+    latency = [_ms(whole and getattr(whole, each)) for each in _LATENCY_COLUMNS]
+    rates = [f"{point.requests_per_second:,.1f}", f"{point.tokens_per_second:,.0f}"]
+    return _row([str(point.seq_len), str(point.count), str(point.failures), *latency, *rates])
+
+
+def _split_row(point: Point) -> str:
+    means: list[Distribution | None] = [getattr(point, each) for each in _SPLIT_COLUMNS]
+    batch = "–" if point.batch_size is None else f"{point.batch_size:.2f}"
+    return _row([str(point.seq_len), *(_ms(each and each.mean) for each in means), batch])
+
+
+def _fit_table(fit: Fit) -> str:
+    local = {each.to_seq_len: each.exponent for each in fit.local_exponents}
+    rows = [
+        _row(
+            [
+                str(each.seq_len),
+                format_ms(each.observed_ms),
+                format_ms(each.fitted_ms),
+                f"{2**each.log2_ratio - 1:+.1%}",
+                f"{local[each.seq_len]:.2f}" if each.seq_len in local else "–",
+            ]
+        )
+        for each in fit.residuals
+    ]
+    head = _head(("seq_len", "p50 ms", "fitted ms", "off the line", "exponent from the one before"))
+    name = fit.quantity.replace("_", " ")
+    return (
+        f"<details><summary>Residuals and local exponents, {name}</summary>"
+        + _table(head, rows, f"Fit of {name}")
+        + "</details>"
+    )
+
+
+def _failure_list(series: Series) -> str:
+    items = "".join(
+        f"<li>{each.count} × <code>{escape(each.code)}</code>: {escape(each.message)}</li>"
+        for each in series.failures
+    )
+    return f"<h3>Failures</h3><ul>{items}</ul>" if items else ""
+
+
+def _method(report: Report) -> str:
+    settings, client, server = report.settings, report.client, report.server
+    amount = (
+        f"{settings.requests} requests"
+        if settings.requests is not None
+        else f"{settings.duration_seconds:g} seconds"
+    )
+    drift = "one round" if report.drift is None else f"{report.drift:.3f}"
+    facts = {
+        "Date": report.date,
+        "Server": f"{server.target}, attnserve {server.version}, ONNX Runtime "
+        f"{server.onnxruntime_version}, {', '.join(server.providers)}",
+        "Client": f"attnserve-loadtest {client.attnserve_loadtest}, attnserve-client "
+        f"{client.attnserve_client}, Locust {client.locust}, grpcio {client.grpcio}, "
+        f"Python {client.python}, {client.system}, {client.cpu_count} processors",
+        "Load": f"{settings.users} users, batch {settings.batch}; at each length {amount} in "
+        f"{settings.rounds} rounds, {settings.warmup} to warm up, seed {settings.seed}",
+        "Drift": f"{drift} (last round / first round)",
+    }
+    items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+    return (
+        f"<section><h2>How it was measured</h2>\n<dl>{items}</dl>\n"
+        "<p>End to end is from the call of the SDK to its return. Queue, compute, deserialize and "
+        "serialize are the server's own timings; wire is the rest of end to end, request by "
+        "request. Each round goes through all lengths in another random order, so that a drift of "
+        "the machine falls on all of them alike. The exponent is the slope of an ordinary least "
+        "squares line through the medians on log-log axes; its interval is Student's t, and says "
+        "how well one line suits these lengths.</p></section>"
+    )
+
+
+def _table(head: str, rows: list[str], caption: str) -> str:
+    return (
+        f'<div class="scroll"><table><caption>{escape(caption)}</caption>'
+        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>\n"
+    )
+
+
+def _head(columns: tuple[str, ...]) -> str:
+    return "<tr>" + "".join(f'<th scope="col">{escape(each)}</th>' for each in columns) + "</tr>"
+
+
+def _row(cells: list[str]) -> str:
+    first, *others = cells
+    return f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in others) + "</tr>"
+
+
+def _ms(milliseconds: float | None) -> str:
+    return "–" if milliseconds is None else format_ms(milliseconds)
+
+
+def _style() -> str:
+    def variables(ink: str, muted: str, grid: str, paper: str, series: tuple[str, ...]) -> str:
+        colours = {"ink": ink, "muted": muted, "grid": grid, "paper": paper}
+        colours |= {f"series-{index}": colour for index, colour in enumerate(series)}
+        return "".join(f"--{name}:{colour};" for name, colour in colours.items())
+
+    p = palette
+    light = variables(p.INK, p.MUTED, p.GRID, p.PAPER, p.LIGHT)
+    dark = variables(p.DARK_INK, p.DARK_MUTED, p.DARK_GRID, p.DARK_PAPER, p.DARK)
+    return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{_RULES}"
+
+
+_RULES = """
+body{margin:0;background:var(--paper);color:var(--ink);
+  font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:62rem;margin:0 auto;padding:1.5rem}
+h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.2rem}
+h3{font-size:1.05rem}
+figure{margin:1.5rem 0}svg{width:100%;height:auto;display:block}
+.scroll{overflow-x:auto;margin:1rem 0}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+caption{text-align:left;color:var(--muted);padding-bottom:.3rem}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+thead th{color:var(--muted);font-weight:600}
+th:first-child{text-align:left;padding-left:0}tbody th{font-weight:600}
+.key{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.5em}
+.warning{border-left:4px solid var(--series-1);padding-left:.8rem}
+summary{cursor:pointer;padding:.3rem 0}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.2rem}
+dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
+@media print{details{display:block}}
+"""
