@@ -33,7 +33,7 @@ def export(
     """Export a module.
 
     Dimensions of one name are one dynamic dimension. An input whose dimensions broadcast in ONNX
-    (a bias) is traced at full size under the other inputs' names: `rename_dims` frees it.
+    (a bias) is traced at full size under the other inputs' names: `free_dims` frees it.
 
     Args:
         module: in evaluation mode; its forward takes the inputs in order.
@@ -77,8 +77,30 @@ def export(
     return model
 
 
-def rename_dims(model: onnx.ModelProto, name: str, dims: Sequence[str]) -> None:
-    """Give an input dimensions of its own, so that each may also be 1."""
+def free_dims(model: onnx.ModelProto, name: str, dims: Sequence[str]) -> None:
+    """Give an input that only broadcasts dimensions of its own, so that each may also be 1.
+
+    The exporter takes each dynamic size from whichever input it likes. Where it took one from this
+    input, it is taken from another input that has the dimension of the same name.
+
+    Args:
+        model: changed in place.
+        name: the input.
+        dims: what its dimensions are to be called.
+    """
+    shapes = {
+        value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+    }
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0] == name:
+            start, end = (next(a for a in node.attribute if a.name == n) for n in ("start", "end"))
+            if end.i != start.i + 1:
+                raise AssertionError(f"{node.name} takes more than one size from {name}")
+            symbol = shapes[name][start.i]
+            node.input[0] = next(n for n in shapes if n != name and symbol in shapes[n])
+            start.i = shapes[node.input[0]].index(symbol)
+            end.i = start.i + 1
     entry = next(value for value in model.graph.input if value.name == name)
     for dim, symbol in zip(entry.type.tensor_type.shape.dim, dims, strict=True):
         dim.dim_param = symbol

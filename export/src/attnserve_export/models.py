@@ -219,7 +219,7 @@ def _graph(module: nn.Module, inputs: list[Input], variant: str, opset: int) -> 
     outputs = ["output"] if variant == "fused" else ["output", "weights"]
     model = graphs.export(module, inputs, outputs, opset)
     if any(entry.name == "bias" for entry in inputs):
-        graphs.rename_dims(model, "bias", _BIAS_DIMS)
+        graphs.free_dims(model, "bias", _BIAS_DIMS)
     return model
 
 

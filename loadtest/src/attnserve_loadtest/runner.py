@@ -146,7 +146,7 @@ class _Run:
                 "timeout_seconds": settings.timeout_seconds,
             },
         )
-        self._environment = Environment(
+        self._environment: Any = Environment(
             user_classes=[user_class], host=target, stop_timeout=_GRACE_SECONDS
         )
         self._environment.events.request.add_listener(self._on_request)
@@ -156,11 +156,11 @@ class _Run:
         handlers = [
             gevent.signal_handler(each, self._interrupt) for each in (signal.SIGINT, signal.SIGTERM)
         ]
-        runner = self._environment.create_local_runner()
+        runner: Any = self._environment.create_local_runner()
         try:
             with self._progress:
                 users = self._settings.users
-                runner.start(users, spawn_rate=min(users, 100), wait=users <= 100)
+                runner.start(users, spawn_rate=min(users, 100))
                 runner.spawning_greenlet.join()
                 for block in blocks(self._settings, len(self._lanes)):
                     self._run_block(block)

@@ -112,19 +112,18 @@ class ReferenceCore(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         batch, num_heads, query_len, head_dim = query.shape
         num_kv_heads, key_len = key.shape[1], key.shape[2]
-        rows = num_heads // num_kv_heads * query_len
         # Heads that share keys become rows of one product: (B, Hkv, G * Sq, D).
-        q = query.float().reshape(batch, num_kv_heads, rows, head_dim) * self._config.scale
+        q = query.float().reshape(batch, num_kv_heads, -1, head_dim) * self._config.scale
         scores = q @ key.float().transpose(2, 3)  # (B, Hkv, G * Sq, Sk)
-        scores = cap(scores.reshape(batch, num_heads, query_len, key_len)) + bias.float()
+        scores = cap(scores.reshape(batch, num_heads, -1, key_len)) + bias.float()
         lowest = torch.finfo(torch.float32).min
         visible = self._mask.visible(query_len, key_len, key_lengths)
         # A finite stand-in for -inf: softmax over a row of -inf would give NaN.
         scores = torch.where(visible, scores.clamp(min=lowest), lowest)
         seen = scores.amax(dim=-1, keepdim=True) > lowest
         weights = torch.softmax(scores, dim=-1) * seen.float()  # (B, H, Sq, Sk)
-        output = weights.reshape(batch, num_kv_heads, rows, key_len) @ value.float()
-        output = output.reshape(batch, num_heads, query_len, value.shape[3])
+        output = weights.reshape(batch, num_kv_heads, -1, key_len) @ value.float()
+        output = output.reshape(batch, num_heads, -1, value.shape[3])
         return output.to(query.dtype), weights.to(query.dtype)
 
 

@@ -52,7 +52,7 @@ def _summary(report: Report) -> str:
     )
     return (
         f"{note}<h2>How latency grows</h2>\n"
-        "<p>Duration ≈ coefficient × seq_len<sup>exponent</sup>, fitted to the medians. "
+        "<p>Duration ≈ coefficient &#215; seq_len<sup>exponent</sup>, fitted to the medians. "
         "1 is linear, 2 is quadratic. Small lengths are dominated by constant costs; the exponent "
         "between the last two lengths says most about large ones.</p>\n"
         + _table(head, rows, "Fitted exponents")
@@ -65,7 +65,7 @@ def _fit_row(index: int, series: Series, fit: Fit) -> str:
         if fit.low is None or fit.high is None
         else f"{fit.low:.2f} to {fit.high:.2f} ({fit.confidence:.0%})"
     )
-    r_squared = "–" if fit.r_squared is None else f"{fit.r_squared:.4f}"
+    r_squared = "-" if fit.r_squared is None else f"{fit.r_squared:.4f}"
     last = fit.local_exponents[-1]
     colour = f"var(--series-{index % len(palette.LIGHT)})"
     return (
@@ -131,8 +131,14 @@ def _series_section(series: Series) -> str:
     )
     latency = _table(
         _head(
-            ("seq_len", "count", "failures", *(f"{each} ms" for each in _LATENCY_COLUMNS))
-            + ("requests/s", "tokens/s")
+            (
+                "seq_len",
+                "count",
+                "failures",
+                *(f"{each} ms" for each in _LATENCY_COLUMNS),
+                "requests/s",
+                "tokens/s",
+            )
         ),
         [_latency_row(point) for point in series.points],
         "Latency end to end and throughput",
@@ -151,15 +157,15 @@ def _series_section(series: Series) -> str:
 
 def _latency_row(point: Point) -> str:
     whole = point.end_to_end
-    latency = [_ms(whole and getattr(whole, each)) for each in _LATENCY_COLUMNS]
+    latency = [_ms(whole, each) for each in _LATENCY_COLUMNS]
     rates = [f"{point.requests_per_second:,.1f}", f"{point.tokens_per_second:,.0f}"]
     return _row([str(point.seq_len), str(point.count), str(point.failures), *latency, *rates])
 
 
 def _split_row(point: Point) -> str:
     means: list[Distribution | None] = [getattr(point, each) for each in _SPLIT_COLUMNS]
-    batch = "–" if point.batch_size is None else f"{point.batch_size:.2f}"
-    return _row([str(point.seq_len), *(_ms(each and each.mean) for each in means), batch])
+    batch = "-" if point.batch_size is None else f"{point.batch_size:.2f}"
+    return _row([str(point.seq_len), *(_ms(each, "mean") for each in means), batch])
 
 
 def _fit_table(fit: Fit) -> str:
@@ -171,7 +177,7 @@ def _fit_table(fit: Fit) -> str:
                 format_ms(each.observed_ms),
                 format_ms(each.fitted_ms),
                 f"{2**each.log2_ratio - 1:+.1%}",
-                f"{local[each.seq_len]:.2f}" if each.seq_len in local else "–",
+                f"{local[each.seq_len]:.2f}" if each.seq_len in local else "-",
             ]
         )
         for each in fit.residuals
@@ -187,7 +193,7 @@ def _fit_table(fit: Fit) -> str:
 
 def _failure_list(series: Series) -> str:
     items = "".join(
-        f"<li>{each.count} × <code>{escape(each.code)}</code>: {escape(each.message)}</li>"
+        f"<li>{each.count} &#215; <code>{escape(each.code)}</code>: {escape(each.message)}</li>"
         for each in series.failures
     )
     return f"<h3>Failures</h3><ul>{items}</ul>" if items else ""
@@ -240,8 +246,8 @@ def _row(cells: list[str]) -> str:
     return f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in others) + "</tr>"
 
 
-def _ms(milliseconds: float | None) -> str:
-    return "–" if milliseconds is None else format_ms(milliseconds)
+def _ms(distribution: Distribution | None, statistic: str) -> str:
+    return "-" if distribution is None else format_ms(getattr(distribution, statistic))
 
 
 def _style() -> str:

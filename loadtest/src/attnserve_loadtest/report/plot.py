@@ -17,7 +17,7 @@ from attnserve_loadtest.report.schema import Fit, Point, Report, Series
 
 matplotlib.use("Agg")
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10.5,
     "axes.edgecolor": palette.MUTED,

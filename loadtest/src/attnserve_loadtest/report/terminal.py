@@ -84,9 +84,9 @@ def _table(series: Series) -> Table:
 
 def _cells(point: Point) -> list[str]:
     whole = point.end_to_end
-    latency = ("-",) * 4
+    latency = ["-"] * 4
     if whole is not None:
-        latency = tuple(format_ms(ms) for ms in (whole.p50, whole.p95, whole.p99, whole.mean))
+        latency = [format_ms(ms) for ms in (whole.p50, whole.p95, whole.p99, whole.mean)]
     split = (point.queue, point.compute, point.wire, point.deserialize, point.serialize)
     return [
         str(point.seq_len),
