@@ -31,7 +31,9 @@ def process(command: Sequence[str], address_in: Callable[[str], str]) -> Iterato
         command: to start it; its first line of output says that it is ready.
         address_in: finds the address in that line.
     """
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as p:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as p:
         try:
             assert p.stdout is not None
             line = p.stdout.readline()

@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check-all bench lint format clean
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## make .venv with the five distributions and the tools
+
+$(STAMP): constraints.txt requirements-dev.txt proto/setup.py proto/attnserve/v1/attention.proto $(wildcard */pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt \
+		-e ./proto -e ./client -e './export[transformers]' -e ./server -e ./loadtest
+	@touch $@
+
+demo: $(STAMP) ## export two models, serve them, call them, load-test them
+	$(BIN)/python demo.py
+
+test: $(STAMP) ## the tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+check-all: lint test ## lint, all tests, the longest included
+	$(BIN)/python -m pytest -m slow
+
+bench: $(STAMP) ## the benchmarks; figures in reports/
+	$(BIN)/python benchmarks/overhead.py --json reports/overhead.json
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove everything made here
+	rm -rf $(VENV) models reports .pytest_cache .mypy_cache .ruff_cache .hypothesis
