@@ -34,10 +34,17 @@ def tensors(
     data=st.data(),
 )
 def test_any_shape_gives_what_the_reference_gives(
-    client: AttentionClient, batch: int, query_len: int, key_len: int, seed: int, data: st.DataObject
+    client: AttentionClient,
+    batch: int,
+    query_len: int,
+    key_len: int,
+    seed: int,
+    data: st.DataObject,
 ) -> None:
     q, k, v = tensors(batch, query_len, key_len, seed, kv_heads=KV_HEADS, dv=VALUE_DIM)
-    lengths = data.draw(st.none() | st.lists(st.integers(0, key_len), min_size=batch, max_size=batch))
+    lengths = data.draw(
+        st.none() | st.lists(st.integers(0, key_len), min_size=batch, max_size=batch)
+    )
     result = client.attend(
         q, k, v, model="grouped", key_lengths=lengths, return_weights=True, return_entropy=True,
         top_k=1, return_mass_per_key=True,
@@ -131,7 +138,8 @@ def test_weights_come_only_when_asked_for(client: AttentionClient) -> None:
 def test_variants_agree_and_can_be_forced(client: AttentionClient) -> None:
     q, k, v = tensors(1, 30, 30, 8)
     fused, reference = (
-        client.attend(q, k, v, model="causal", variant=variant) for variant in ("fused", "reference")
+        client.attend(q, k, v, model="causal", variant=variant)
+        for variant in ("fused", "reference")
     )
     assert (fused.variant, reference.variant) == ("fused", "reference")
     np.testing.assert_allclose(fused.output, reference.output, atol=1e-5)

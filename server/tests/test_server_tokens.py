@@ -17,7 +17,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BertModel:
     """The checkpoint behind the `bert` model: the same seed gives the same parameters."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("fixtures", Path(__file__).with_name("conftest.py"))
+    spec = importlib.util.spec_from_file_location(
+        "fixtures", Path(__file__).with_name("conftest.py")
+    )
     fixtures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fixtures)
     folder = fixtures.tiny_bert(tmp_path_factory.mktemp("again"))
