@@ -20,19 +20,19 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     out = ["--out", str(folder)]
     core = ["core", *out, "--num-heads", str(HEADS), "--head-dim", str(DIM)]
+    grouped = [*core, "--name", "grouped", "--num-kv-heads", str(KV_HEADS)]
+    grouped += ["--value-head-dim", str(VALUE_DIM)]
+    crossed = ["--mask", "cross", "--context-dim", "24", "--module", "multihead"]
     layer = ["layer", *out, "--num-heads", "4", "--embed-dim", "32", "--seed", "3"]
     checkpoint = tiny_bert(tmp_path_factory.mktemp("checkpoint"))
     for arguments in (
         [*core, "--name", "causal", "--mask", "causal"],
-        [*core, "--name", "grouped", "--num-kv-heads", str(KV_HEADS)]
-        + ["--value-head-dim", str(VALUE_DIM), "--version", "1"],
-        [*core, "--name", "grouped", "--num-kv-heads", str(KV_HEADS)]
-        + ["--value-head-dim", str(VALUE_DIM), "--version", "10"],
+        [*grouped, "--version", "1"],
+        [*grouped, "--version", "10"],
         [*core, "--name", "half", "--dtype", "fp16"],
         [*core, "--name", "capped", "--softcap", "5"],
         [*layer, "--name", "self", "--mask", "causal"],
-        [*layer, "--name", "cross", "--mask", "cross", "--context-dim", "24"]
-        + ["--module", "multihead"],
+        [*layer, "--name", "cross", *crossed],
         ["transformer", *out, "--name", "bert", "--checkpoint", str(checkpoint)],
     ):
         assert export(arguments) == 0
