@@ -1,0 +1,124 @@
+"""docker-compose.yml and the Dockerfiles as text: what they name exists and is accepted."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from attnserve_server.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+DOCKERFILES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
+KNOWN_KEYS = {
+    "build", "command", "deploy", "depends_on", "entrypoint", "environment", "image", "networks",
+    "ports", "profiles", "restart", "stop_grace_period", "volumes",
+}  # fmt: skip
+
+
+def instructions(dockerfile: Path) -> list[tuple[str, str]]:
+    text = re.sub(r"\\\n\s*", " ", dockerfile.read_text())
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def options_of(*command: str) -> set[str]:
+    shown = subprocess.run(
+        [BIN / command[0], *command[1:], "--help"], capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"--[a-z][a-z-]*|(?<=\W)-[a-zA-Z]\b", shown.stdout))
+
+
+def given(words: list[str]) -> set[str]:
+    return {word for word in words if re.match(r"--?[a-zA-Z]", word)}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_has_only_keys_of_the_compose_specification(name: str) -> None:
+    service = SERVICES[name]
+    assert set(service) <= KNOWN_KEYS
+    assert ("build" in service) != ("image" in service)
+    assert service["profiles"]
+    for port in service.get("ports", []):
+        assert re.fullmatch(r"\d+:\d+", port)
+    for needed in service.get("depends_on", []):
+        assert needed in SERVICES
+
+
+@pytest.mark.parametrize("name", [n for n, s in SERVICES.items() if "build" in s])
+def test_what_is_built_exists(name: str) -> None:
+    build = SERVICES[name]["build"]
+    dockerfile = ROOT / build["context"] / build["dockerfile"]
+    assert dockerfile.is_file()
+    stages = [value.split(" AS ")[-1] for key, value in instructions(dockerfile) if key == "FROM"]
+    assert build.get("target", stages[-1]) in stages
+
+
+def test_what_is_mounted_exists_or_is_made_here() -> None:
+    for service in SERVICES.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in ("./models", "./reports") or (ROOT / source).is_file(), source
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+def test_a_dockerfile_is_sound(dockerfile: Path) -> None:
+    steps = instructions(dockerfile)
+    assert steps[0][0] == "FROM"
+    allowed = {"FROM", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT"}
+    assert {key for key, _ in steps} <= allowed | {"CMD", "ENV", "ARG"}
+    users = [value for key, value in steps if key == "USER"]
+    assert users[-1] != "root"
+    for key, value in steps:
+        if key == "COPY":
+            for source in value.split()[:-1]:
+                assert (ROOT / source).exists(), source
+        if key in ("ENTRYPOINT", "CMD"):
+            assert isinstance(json.loads(value), list)
+
+
+def test_ports_are_the_servers_own() -> None:
+    defaults = Settings(Path())
+    for name in ("server-cpu", "server-gpu"):
+        published = {int(port.split(":")[1]) for port in SERVICES[name]["ports"]}
+        assert published == {defaults.port, defaults.metrics_port}
+    scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    target = scrape["scrape_configs"][0]["static_configs"][0]["targets"][0]
+    assert target == f"server:{defaults.metrics_port}"
+
+
+def test_a_stop_leaves_time_for_the_drain() -> None:
+    grace = SERVICES["server-cpu"]["stop_grace_period"]
+    assert int(grace.removesuffix("s")) > Settings(Path()).drain_seconds
+
+
+def test_every_option_is_one_that_the_commands_take() -> None:
+    for dockerfile in DOCKERFILES:
+        entry = next(json.loads(v) for k, v in instructions(dockerfile) if k == "ENTRYPOINT")
+        for key, value in instructions(dockerfile):
+            if key == "CMD":
+                assert given(json.loads(value)) <= options_of(*entry)
+    scaling = SERVICES["loadtest"]["command"]
+    assert given(scaling) <= options_of("attnserve-loadtest", scaling[0])
+    locust = SERVICES["locust"]
+    file = ROOT / locust["entrypoint"][2].removeprefix("/app/")
+    shown = options_of("locust", "-f", str(file))
+    assert given([*locust["entrypoint"], *locust["command"]]) <= shown
+
+
+def test_the_health_check_tells_a_server_from_none(tmp_path: Path) -> None:
+    command = [BIN / "attnserve-server", "--repository", str(tmp_path), "--port", "0"]
+    server = subprocess.Popen([*command, "--metrics-port", "-1"], stdout=-1, stderr=-1, text=True)
+    assert server.stdout is not None
+    address = server.stdout.readline().split("listening on ")[1].split()[0]
+    check = [sys.executable, str(ROOT / "deploy/healthcheck.py"), address]
+    assert subprocess.run(check).returncode == 0
+    server.terminate()
+    assert server.wait(timeout=30) == 0
+    assert subprocess.run(check).returncode == 1
