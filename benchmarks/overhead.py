@@ -18,6 +18,7 @@ from typing import Any
 import common
 import numpy as np
 from attnserve_client import AttentionClient
+from attnserve_client._channel import STREAM_THRESHOLD_BYTES
 from attnserve_server.engine.providers import choose
 from attnserve_server.engine.session import GraphSession
 from attnserve_server.settings import usable_cores
@@ -66,6 +67,12 @@ def main() -> int:
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--seq-lens", default="64,512,2048")
     parser.add_argument("--rounds", type=int, default=200, help="at the shortest length")
+    parser.add_argument(
+        "--stream-threshold-bytes",
+        type=int,
+        default=STREAM_THRESHOLD_BYTES,
+        help="tensors above this go in chunks (default: the SDK's own)",
+    )
     options = parser.parse_args()
     echo_command = [sys.executable, str(Path(__file__).with_name("echo_server.py"))]
     rows = []
@@ -73,7 +80,7 @@ def main() -> int:
         common.causal_core(NUM_HEADS, HEAD_DIM) as repository,
         common.attnserve(repository) as address,
         common.process(echo_command, str.strip) as echo_address,
-        AttentionClient(address) as client,
+        AttentionClient(address, stream_threshold_bytes=options.stream_threshold_bytes) as client,
     ):
         session = GraphSession(
             repository / "causal" / "1" / "model.onnx",

@@ -149,7 +149,9 @@ class _Run:
         self._environment: Any = Environment(
             user_classes=[user_class], host=target, stop_timeout=_GRACE_SECONDS
         )
-        self._environment.events.request.add_listener(self._on_request)
+        self._environment.events.request.add_listener(  # type: ignore[no-untyped-call]
+            self._on_request
+        )
 
     def run(self) -> bool:
         """Run all blocks; False if it was interrupted."""
