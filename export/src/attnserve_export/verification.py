@@ -62,10 +62,12 @@ def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
 
     FP32: 2e-6 * sqrt(Sk), since a row's rounding errors add like a random walk, times the size of
     the scores above 8: exp turns an absolute error of a score into a relative one of a weight.
-    FP16: 2e-3, two units in the last place of an output between 1 and 2, likewise.
+    FP16: 2e-3, two units in the last place of an output between 1 and 2, plus what rounding the
+    largest score to FP16 costs beyond a score of 8, 2^-11 of it, for the same reason.
     """
-    growth = max(1.0, largest_score / 8)
-    return (2e-3 if dtype == "FP16" else 2e-6 * math.sqrt(key_len)) * growth
+    if dtype == "FP16":
+        return 2e-3 + max(0.0, largest_score - 8) * 2**-11
+    return 2e-6 * math.sqrt(key_len) * max(1.0, largest_score / 8)
 
 
 def verify(
