@@ -26,7 +26,7 @@ test: $(STAMP) ## the tests (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
 
 check-all: lint test ## lint, all tests, the longest included
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: none is marked slow yet
 
 bench: $(STAMP) ## the benchmarks; figures in reports/
 	$(BIN)/python benchmarks/overhead.py --json reports/overhead.json
