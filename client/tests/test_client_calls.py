@@ -1,0 +1,108 @@
+"""The SDK against a real grpc server that misbehaves on purpose."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+from attnserve_client import (
+    AttentionClient,
+    AttnserveError,
+    DeadlineExceededError,
+    ResourceExhaustedError,
+    UnavailableError,
+    _errors,
+)
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import attention_pb2_grpc as pb_grpc
+
+Q = np.ones((1, 2, 3, 4), np.float32)
+
+
+@contextmanager
+def served(
+    attend: Callable[[pb.AttendRequest, grpc.ServicerContext], pb.AttendResponse],
+) -> Iterator[str]:
+    class Service(pb_grpc.AttentionServiceServicer):
+        def Attend(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+            return attend(request, context)
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    pb_grpc.add_AttentionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait()
+
+
+def test_unavailable_is_tried_again() -> None:
+    calls = []
+
+    def attend(request: pb.AttendRequest, context: grpc.ServicerContext) -> pb.AttendResponse:
+        calls.append(request)
+        if len(calls) < 3:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+        return pb.AttendResponse(model=request.model, output=request.query)
+
+    with served(attend) as address, AttentionClient(address) as client:
+        result = client.attend(Q, Q, Q, model="m")
+    assert len(calls) == 3
+    np.testing.assert_array_equal(result.output, Q)
+    assert result.output.flags.writeable
+
+
+def test_other_statuses_are_not_tried_again_and_keep_their_message() -> None:
+    calls = []
+
+    def attend(request: pb.AttendRequest, context: grpc.ServicerContext) -> pb.AttendResponse:
+        calls.append(request)
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue: 4 requests are waiting")
+        raise AssertionError
+
+    with served(attend) as address, AttentionClient(address) as client:
+        with pytest.raises(ResourceExhaustedError, match="queue: 4 requests") as caught:
+            client.attend(Q, Q, Q, model="m")
+        assert caught.value.method == "Attend"
+    assert len(calls) == 1
+
+
+def test_a_timeout_is_a_deadline() -> None:
+    import time
+
+    def attend(request: pb.AttendRequest, context: grpc.ServicerContext) -> pb.AttendResponse:
+        time.sleep(1)
+        return pb.AttendResponse()
+
+    with (
+        served(attend) as address,
+        AttentionClient(address) as client,
+        pytest.raises(DeadlineExceededError),
+    ):
+        client.attend(Q, Q, Q, model="m", timeout=0.1)
+
+
+def test_no_server_is_unavailable() -> None:
+    with AttentionClient("127.0.0.1:1") as client, pytest.raises(UnavailableError):
+        client.attend(Q, Q, Q, model="m", timeout=10)
+
+
+def test_every_grpc_status_has_an_exception_that_keeps_it() -> None:
+    for code in grpc.StatusCode:
+        if code is not grpc.StatusCode.OK:
+            error = _errors.from_code_number(code.value[0], "text", "Attend")
+            assert isinstance(error, AttnserveError)
+            assert (error.code, error.message) == (code, "text")
+
+
+def test_wrong_arguments_never_leave_the_process() -> None:
+    with AttentionClient("127.0.0.1:1") as client:
+        with pytest.raises(TypeError, match="key: dtype complex128 cannot be sent"):
+            client.attend(Q, Q.astype(complex), Q, model="m")
+        with pytest.raises(TypeError, match="not one text"):
+            client.attend_tokens("one text", model="m")
+        with pytest.raises(TypeError, match="cannot be mixed"):
+            client.attend_tokens(["text", [1, 2]], model="m")
+        with pytest.raises(ValueError, match="top_k: -1"):
+            client.attend(Q, Q, Q, model="m", top_k=-1)
