@@ -1,142 +1,243 @@
-"""Real Locust over real gRPC, against a server whose truth is known."""
+"""Real Locust, real gRPC, against a server whose compute grows as a known power of seq_len."""
 
-import csv
 import json
-import re
+import os
+import pty
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from attnserve_loadtest.fitting import fit_power_law
 
-HERE = Path(__file__).parent
-BIN = Path(sys.executable).parent
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def target() -> Iterator[str]:
-    command = [sys.executable, str(HERE / "fake_attention_server.py")]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as server:
-        assert server.stdout is not None
-        yield server.stdout.readline().strip()
-        assert server.stdin is not None
-        server.stdin.close()
+def read(folder: Path) -> Any:
+    return json.loads((folder / "report.json").read_text())
 
 
-def scaling(target: str, out: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [str(BIN / "attnserve-loadtest"), "scaling", "--target", target, "--out", str(out)]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+def fits(series: Any) -> dict[str, Any]:
+    return {fit["quantity"]: fit for fit in series["fits"]}
 
 
-@pytest.fixture(scope="module")
-def report(target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report")
-    lengths = ("--seq-lens", "64,128,256,512", "--requests", "10")
-    done = scaling(target, out, "--model", "quadratic,linear", "--variant", "fused", *lengths)
+def test_known_exponents_are_found_for_models_and_variants(
+    target: str, loadtest: Run, tmp_path: Path
+) -> None:
+    done = loadtest(
+        "scaling", "--target", target, "--model", "quadratic,linear", "--variant",
+        "fused,reference", "--seq-lens", "64,128,256", "--requests", "10", "--out", tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return out
+    report = read(tmp_path)
+    assert report["complete"]
+    labels = [series["label"] for series in report["series"]]
+    assert labels == ["quadratic/fused", "quadratic/reference", "linear/fused", "linear/reference"]
+    for series in report["series"]:
+        truth = 2 if series["model"] == "quadratic" else 1
+        found = fits(series)
+        assert found["compute"]["exponent"] == pytest.approx(truth, abs=0.01)
+        assert found["end_to_end"]["exponent"] == pytest.approx(truth, abs=0.3)
+        for point in series["points"]:
+            assert (point["count"], point["failures"]) == (10, 0)
+            assert len(point["round_p50_ms"]) == 5
+            parts = sum(point[name]["mean"] for name in ("queue", "compute", "wire"))
+            assert parts == pytest.approx(point["end_to_end"]["mean"])
+            assert point["queue"]["p50"] == pytest.approx(0.03)
+            assert point["compute"]["p50"] < point["end_to_end"]["p50"]
+    assert report["server"]["version"] == "0.0.fake"
+    assert "compute ~ seq_len^2.00" in done.stdout
+    assert str(tmp_path / "report.html") in done.stdout
+    assert "round 5/5" in done.stderr
+    for name in ("report.csv", "report.png", "report.html"):
+        assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_the_exponents_of_the_server_are_found(report: Path) -> None:
-    series = {s["model"]: s for s in json.loads((report / "report.json").read_text())["series"]}
-    for model, truth in (("quadratic", 2.0), ("linear", 1.0)):
-        fits = {fit["quantity"]: fit for fit in series[model]["fits"]}
-        compute = fits["compute"]
-        assert compute["exponent"] == pytest.approx(truth, abs=0.15)
-        assert compute["low"] <= compute["exponent"] <= compute["high"]
+def test_transformer_with_users_batch_and_duration(
+    target: str, loadtest: Run, tmp_path: Path
+) -> None:
+    done = loadtest(
+        "scaling", "--target", target, "--model", "tokens", "--seq-lens", "64,128,256",
+        "--duration", "0.6", "--rounds", "2", "--users", "3", "--batch", "2", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (series,) = read(tmp_path)["series"]
+    assert series["kind"] == "transformer"
+    assert series["label"] == "tokens/fused"
+    assert fits(series)["compute"]["exponent"] == pytest.approx(2, abs=0.01)
+    for point in series["points"]:
+        assert point["measured_seconds"] == pytest.approx(0.6, abs=0.25)
+        assert point["batch_size"] == 2
+        assert point["response_bytes"] == 2 * point["seq_len"] * 8 * 4
+        per_second = point["requests_per_second"]
+        assert point["tokens_per_second"] == pytest.approx(per_second * 2 * point["seq_len"])
+        # Three users at once: more than one could do.
+        assert per_second > 1.5e3 / point["end_to_end"]["mean"]
 
 
-def test_one_row_per_length_in_every_file(report: Path) -> None:
-    rows = list(csv.DictReader((report / "report.csv").open()))
-    assert {(row["model"], row["seq_len"]) for row in rows} == {
-        (model, length)
-        for model in ("quadratic", "linear")
-        for length in ("64", "128", "256", "512")
-    }
-    assert all(int(row["count"]) == 10 for row in rows)
-    assert (report / "report.png").read_bytes()[:4] == b"\x89PNG"
+def test_requests_too_large_for_one_message_go_over_a_stream(
+    target: str, loadtest: Run, tmp_path: Path
+) -> None:
+    done = loadtest(
+        "scaling", "--target", target, "--model", "linear", "--seq-lens", "4096,16384",
+        "--requests", "2", "--rounds", "1", "--warmup", "0", "--settle", "0", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (series,) = read(tmp_path)["series"]
+    assert [point["response_bytes"] for point in series["points"]] == [131072, 524288]
 
 
-def test_the_page_needs_nothing_from_outside(report: Path) -> None:
-    text = (report / "report.html").read_text()
-    HTMLParser().feed(text)
-    loads = re.findall(r"""(?:src|href)=["']([^"'#]+)""", text)
-    assert all(url.startswith("data:") for url in loads), loads
-    assert not re.search(r"@import|url\(\s*['\"]?http", text)
-
-
-def test_a_report_can_be_drawn_again(report: Path, tmp_path: Path) -> None:
-    command = [str(BIN / "attnserve-loadtest"), "report", str(report / "report.json")]
-    subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=60)
-    assert (tmp_path / "report.csv").read_text() == (report / "report.csv").read_text()
+def test_failures_are_counted_by_status_and_kept_out_of_the_latencies(
+    target: str, loadtest: Run, tmp_path: Path
+) -> None:
+    done = loadtest(
+        "scaling", "--target", target, "--model", "flaky", "--seq-lens", "64,128",
+        "--requests", "30", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (series,) = read(tmp_path)["series"]
+    (failure,) = series["failures"]
+    assert (failure["code"], failure["message"]) == ("INTERNAL", "fault on purpose")
+    assert failure["count"] == sum(point["failures"] for point in series["points"]) > 10
+    assert all(point["count"] + point["failures"] == 30 for point in series["points"])
+    assert all(point["end_to_end"]["minimum"] > 1 for point in series["points"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "none", "--seq-lens", "64"), "none"),
-        (("--model", "tokens", "--seq-lens", "64,1024"), "512"),
-        (("--model", "quadratic", "--seq-lens", "0"), "--seq-lens"),
-        (("--model", "broken", "--seq-lens", "64", "--requests", "3"), "RESOURCE_EXHAUSTED"),
+        (["--model", "nosuch"], "model: 'nosuch' is not served"),
+        (["--model", "linear", "--variant", "nope"], "it has: fused, reference"),
+        (["--model", "tokens", "--seq-lens", "512,1024"], "seq_len 1024 is over the max_seq_len"),
+        (
+            ["--model", "broken", "--seq-lens", "8"],
+            "requests failed; the first: RESOURCE_EXHAUSTED",
+        ),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_a_line(
-    target: str, tmp_path: Path, arguments: tuple[str, ...], message: str
+def test_what_cannot_be_measured_is_one_line_and_a_status(
+    target: str, loadtest: Run, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    done = scaling(target, tmp_path, *arguments)
-    assert done.returncode != 0
-    assert message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-
-
-def test_no_server_is_said_in_a_line(tmp_path: Path) -> None:
-    done = scaling("127.0.0.1:1", tmp_path, "--model", "causal", "--seq-lens", "64")
+    done = loadtest("scaling", "--target", target, "--out", tmp_path, *arguments)
     assert done.returncode == 1
-    assert "no server answers at 127.0.0.1:1" in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("attnserve-loadtest: ")]
+    assert len(errors) == 1
+    assert not (tmp_path / "report.json").exists()
 
 
-def test_locusts_web_ui_shows_a_row_per_length(target: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(BIN / "locust"), "-f", str(HERE.parent / "locustfile.py"), "--host", target]
-    command += ["--web-host", "127.0.0.1", "--web-port", str(port), "--autostart", "-u", "2"]
-    command += ["--model", "quadratic", "--seq-lens", "64,128", "-t", "20s", "--autoquit", "1"]
-    page = f"http://127.0.0.1:{port}"
-    locust = subprocess.Popen(command, stdout=-3, stderr=-3)
-    try:
-        names: set[str] = set()
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and len(names) < 3:
-            time.sleep(0.5)
-            try:
-                with urllib.request.urlopen(f"{page}/stats/requests", timeout=5) as answer:
-                    names = {row["name"] for row in json.load(answer)["stats"]}
-            except OSError:
-                continue
-        assert {"quadratic/fused/seq_len=64", "quadratic/fused/seq_len=128"} <= names
-        with urllib.request.urlopen(page, timeout=5) as answer:
-            assert b"Locust" in answer.read()
-    finally:
-        locust.terminate()
-        locust.wait(timeout=20)
+def test_unreachable_server_is_one_line_and_a_status(loadtest: Run, tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        done = loadtest(
+            "scaling", "--target", f"127.0.0.1:{port}", "--model", "m", "--out", tmp_path
+        )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"no server answers at 127.0.0.1:{port}" in done.stderr
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(7)
-    lengths = [64, 128, 256, 512, 1024]
-    covered = 0
-    for _ in range(300):
-        noise = np.exp(0.1 * generator.standard_normal(len(lengths)))
-        fit = fit_power_law("compute", lengths, list(0.01 * np.array(lengths) ** 1.7 * noise))
-        assert fit is not None
-        covered += fit.low <= 1.7 <= fit.high
-    assert 0.90 <= covered / 300 <= 0.985
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scaling"],
+        ["scaling", "--model", "m", "--seq-lens", "0"],
+        ["scaling", "--model", "m", "--requests", "5", "--duration", "5"],
+        ["scaling", "--model", "m", "--target", "nowhere"],
+        [],
+    ],
+)
+def test_bad_arguments_are_refused(loadtest: Run, arguments: list[str]) -> None:
+    done = loadtest(*arguments)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+
+
+def test_folder_that_cannot_be_made_is_refused_before_measuring(
+    target: str, loadtest: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = loadtest(
+        "scaling", "--target", target, "--model", "linear", "--out", tmp_path / "file" / "x"
+    )
+    assert done.returncode == 1
+    assert "cannot write to" in done.stderr
+
+
+def test_report_is_drawn_again_from_json(target: str, loadtest: Run, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    loadtest(
+        "scaling", "--target", target, "--model", "linear", "--seq-lens", "8,16",
+        "--requests", "2", "--out", first,
+    )  # fmt: skip
+    done = loadtest("report", first / "report.json", "--out", second)
+    assert done.returncode == 0, done.stderr
+    for name in ("report.json", "report.csv", "report.html"):
+        assert (first / name).read_text() == (second / name).read_text()
+    missing = loadtest("report", tmp_path / "none.json")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("attnserve-loadtest: cannot read")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_writes_what_was_measured(
+    target: str, tmp_path: Path, stop: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "attnserve_loadtest", "scaling", "--target", target, "--model",
+            "quadratic", "--seq-lens", "32,64", "--requests", "100000", "--rounds", "1000",
+            "--out", str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "round 1/" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(stop)
+    started = time.monotonic()
+    out, errors = process.communicate(timeout=20)
+    assert time.monotonic() - started < 10
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted" in out
+    report = read(tmp_path)
+    assert report["complete"] is False
+    assert all(point["count"] > 0 for point in report["series"][0]["points"])
+
+
+def test_terminal_shows_live_progress_and_the_table(target: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "attnserve_loadtest", "scaling", "--target", target, "--model",
+            "linear", "--seq-lens", "64,128", "--requests", "100", "--out", str(tmp_path),
+        ],
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "150"},
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the other end closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    assert process.wait(timeout=10) == 0
+    text = shown.decode()
+    assert "round 1/5" in text or "round 2/5" in text
+    assert "p50 ms" in text
+    assert "compute ~ seq_len^1.00" in text

@@ -92,7 +92,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         default=5,
         help="times to go through all lengths, in a random order each; 5",
     )
-    add("--warmup", type=parsing.count, default=3, help="unmeasured requests of each length; 3")
+    add("--warmup", type=parsing.count, default=5, help="unmeasured requests of each length; 5")
     add(
         "--settle",
         type=parsing.count,

@@ -37,33 +37,32 @@ class UserOptions:
 
 def add_to_parser(parser: Any) -> None:
     """Add the options; `parser` is Locust's own, which shows them in the web UI too."""
-    group = parser.add_argument_group("attnserve")
-    group.add_argument("--model", default="causal", help="model that AttendUser calls; empty: none")
-    group.add_argument("--variant", default="", help="its variant; empty: the server picks")
-    group.add_argument(
+    # Not in a group of argparse: Locust's form shows only what was added to its parser itself.
+    add = parser.add_argument
+    add("--model", default="causal", help="model that AttendUser calls; empty: none")
+    add("--variant", default="", help="its variant; empty: the server picks")
+    add(
         "--seq-lens",
         type=_checked_seq_lens,
         default="64,128,256,512",
         help="sequence lengths that AttendUser sends, e.g. 64,128,256",
     )
-    group.add_argument("--batch", type=parsing.positive_int, default=1, help="sequences a request")
-    group.add_argument(
-        "--tokens-model", default="", help="model that AttendTokensUser calls; empty: none"
-    )
-    group.add_argument("--tokens-variant", default="", help="its variant; empty: the server picks")
-    group.add_argument(
+    add("--batch", type=parsing.positive_int, default=1, help="sequences a request")
+    add("--tokens-model", default="", help="model that AttendTokensUser calls; empty: none")
+    add("--tokens-variant", default="", help="its variant; empty: the server picks")
+    add(
         "--tokens-seq-lens",
         type=_checked_seq_lens,
         default="16,32,64,128",
         help="tokens a sequence that AttendTokensUser sends",
     )
-    group.add_argument(
+    add(
         "--request-timeout",
         type=parsing.positive_float,
         default=30.0,
         help="seconds that a request may take",
     )
-    group.add_argument("--seed", type=parsing.count, default=0, help="of the random inputs")
+    add("--seed", type=parsing.count, default=0, help="of the random inputs")
 
 
 def attend_options(host: str | None, options: Any) -> UserOptions:

@@ -122,9 +122,9 @@ def _spoken_fits(report: Report) -> str:
 
 
 def _series_section(series: Series) -> str:
-    shape = f"{series.num_heads} heads"
+    shape = f"num_heads {series.num_heads}"
     if series.num_kv_heads and series.num_kv_heads != series.num_heads:
-        shape += f" ({series.num_kv_heads} key/value heads)"
+        shape += f", num_kv_heads {series.num_kv_heads}"
     facts = (
         f"{series.kind}, version {series.version}, {series.dtype}, {series.mask}, {shape}, "
         f"head_dim {series.head_dim}; variant run: {', '.join(series.variants_run) or 'none'}"

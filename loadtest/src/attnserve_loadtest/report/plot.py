@@ -29,8 +29,8 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "grid.color": palette.GRID,
     "grid.linewidth": 0.8,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "attnserve",
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
 }
 _PARTS = (("compute", 1.0), ("queue", 0.55), ("wire", 0.22))
 
@@ -38,7 +38,7 @@ _PARTS = (("compute", 1.0), ("queue", 0.55), ("wire", 0.22))
 def write_png(report: Report, path: Path) -> None:
     """Draw the latencies and the local exponents into one PNG file, light."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 9), dpi=150, layout="constrained", facecolor=palette.PAPER)
+        figure = Figure(figsize=(12, 9), dpi=150, layout="constrained", facecolor=palette.PAPER)
         upper, lower = figure.subplots(2, 1, height_ratios=(2.6, 1), sharex=True)
         _draw_latency(upper, report)
         _draw_local_exponents(lower, report)
@@ -49,7 +49,7 @@ def write_png(report: Report, path: Path) -> None:
 def latency_figure(report: Report) -> Figure:
     """End to end and compute against seq_len on log-log axes, with the fits."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 6.2), layout="constrained")
+        figure = Figure(figsize=(11, 6), layout="constrained")
         _draw_latency(figure.subplots(), report)
     return figure
 
@@ -57,7 +57,7 @@ def latency_figure(report: Report) -> Figure:
 def local_exponents_figure(report: Report) -> Figure:
     """The exponent between neighbouring lengths against seq_len."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+        figure = Figure(figsize=(11, 3.4), layout="constrained")
         _draw_local_exponents(figure.subplots(), report)
     return figure
 
@@ -65,7 +65,7 @@ def local_exponents_figure(report: Report) -> Figure:
 def split_figure(report: Report) -> Figure:
     """What share of the mean end to end is compute, queue and wire, by length and series."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
         _draw_split(figure.subplots(), report)
     return figure
 
@@ -98,7 +98,15 @@ def _draw_latency(axes: Axes, report: Report) -> None:
     axes.grid(visible=True, axis="both")
     axes.set_axisbelow(True)
     axes.set_title("Latency and sequence length, p50 end to end", loc="left", weight="bold")
-    axes.legend(handles=handles, loc="upper left", frameon=False, labelspacing=0.6)
+    axes.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        borderaxespad=0,
+        frameon=False,
+        labelspacing=0.9,
+        fontsize=9.5,
+    )
 
 
 def _draw_series(axes: Axes, series: Series, colour: str, marker: str) -> None:

@@ -197,7 +197,7 @@ class Settings:
     rounds: int = 5
     requests: int | None = 40
     duration_seconds: float | None = None
-    warmup: int = 3
+    warmup: int = 5
     settle: int = 1
     timeout_seconds: float = 30.0
     seed: int = 0
