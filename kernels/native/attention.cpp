@@ -1,0 +1,54 @@
+// Which implementation this processor runs.
+#include "attention.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace attnserve {
+namespace {
+
+struct Implementation {
+  const char* name;
+  Kernel attend;
+  Kernel diagnose;
+};
+
+Implementation choose() {
+  const Implementation generic_one = {"generic", generic::attend, generic::diagnose};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const Implementation avx512_one = {"avx512", avx512::attend, avx512::diagnose};
+  const Implementation avx2_one = {"avx2", avx2::attend, avx2::diagnose};
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  // To test one implementation on a processor that would run another.
+  const char* wanted = std::getenv("ATTNSERVE_KERNELS_ISA");
+  if (wanted != nullptr && std::strcmp(wanted, "generic") == 0) return generic_one;
+  if (wanted != nullptr && std::strcmp(wanted, "avx2") == 0 && has_avx2) return avx2_one;
+  if (has_avx512) return avx512_one;
+  if (has_avx2) return avx2_one;
+#endif
+  return generic_one;
+}
+
+const Implementation& implementation() {
+  static const Implementation chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+std::int64_t attention_tasks(const Problem& problem) {
+  const std::int64_t rows = problem.query_len * (problem.num_heads / problem.num_kv_heads);
+  return problem.batch * problem.num_kv_heads * ((rows + kQueriesPerTask - 1) / kQueriesPerTask);
+}
+
+std::int64_t diagnosis_tasks(const Problem& problem) { return problem.batch * problem.num_heads; }
+
+Kernel attention_kernel() { return implementation().attend; }
+Kernel diagnosis_kernel() { return implementation().diagnose; }
+const char* instruction_set() { return implementation().name; }
+
+}  // namespace attnserve

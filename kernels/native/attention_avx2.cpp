@@ -1,0 +1,21 @@
+// For processors with AVX2 and FMA. The standard headers come first: they must not be compiled for it.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c")
+#define ATTNSERVE_NAMESPACE avx2
+#define ATTNSERVE_LANES 8
+#define ATTNSERVE_VECTORS 2
+#define ATTNSERVE_STEP 6
+#include "attention_tiles.inc"
+#endif
