@@ -13,6 +13,8 @@
 #include <immintrin.h>
 
 #pragma GCC target("avx2,fma,f16c")
+// Not all compilers define __F16C__ and the like after this pragma.
+#define ATTNSERVE_F16C
 #define ATTNSERVE_NAMESPACE avx2
 #define ATTNSERVE_LANES 8
 #define ATTNSERVE_VECTORS 2

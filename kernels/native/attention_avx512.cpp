@@ -13,6 +13,8 @@
 #include <immintrin.h>
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+// Not all compilers define __F16C__ and the like after this pragma.
+#define ATTNSERVE_F16C
 #define ATTNSERVE_NAMESPACE avx512
 #define ATTNSERVE_LANES 16
 #define ATTNSERVE_VECTORS 3
