@@ -1,9 +1,10 @@
 """Inputs to verify attention graphs with: fresh each time, from a seed that is recorded."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,12 +12,16 @@ from torch import nn
 
 from attnserve_export.attention.core import AttentionConfig
 from attnserve_export.attention.layer import AttentionLayer
-from attnserve_export.reference import attention_reference
+from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
+from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
 from attnserve_export.verification import Case, core_tolerance
 
 Array = NDArray[Any]
 
-NUMPY = {"FP32": np.float32, "FP16": np.float16}
+NUMPY: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+# Of the cases of diagnostics.
+_TOP_K, _DISTANCES = 5, 9
 
 
 @dataclass(frozen=True)
@@ -57,37 +62,75 @@ SITUATIONS = (
 )
 
 
+def scheme_of(config: AttentionConfig) -> Scheme:
+    """A config as the reference has it."""
+    mask, rotary = config.visibility, config.rotary
+    scheme = Scheme(mask.left, mask.right, mask.bottom_right, config.slopes)
+    if rotary is None:
+        return scheme
+    return replace(
+        scheme, rotary_style=rotary.style, rotary_dims=rotary.dims, rotary_base=rotary.base
+    )
+
+
 def core_cases(
-    config: AttentionConfig, dtype: str, variant: str, generator: np.random.Generator
+    config: AttentionConfig, dtype: str, spec: VariantSpec, generator: np.random.Generator
 ) -> Iterator[Case]:
     """The cases of one variant of a core model."""
     for situation in SITUATIONS:
-        if situation.bias and variant == "fused":
+        if situation.bias and "bias" not in spec.inputs:
             continue
         feeds = core_feeds(config, dtype, situation, generator)
         softcap = config.softcap
-        if variant == "softcap":
-            softcap = situation.softcap
-            feeds["softcap"] = np.array([softcap], np.float32)
+        if "softcap" in spec.inputs:
+            # `native` has the config's own where the input is negative.
+            own = spec.native and not situation.bias
+            softcap = config.softcap if own else situation.softcap
+            feeds["softcap"] = np.array([-1 if own else softcap], np.float32)
         output, weights = attention_reference(
             feeds["query"],
             feeds["key"],
             feeds["value"],
             key_lengths=feeds["key_lengths"],
             bias=feeds["bias"],
-            mask=config.mask,
+            scheme=scheme_of(config),
             scale=config.scale,
             softcap=softcap,
         )
-        largest = _largest_score(feeds["query"], feeds["key"], config)
-        yield Case(
-            situation.name,
-            _dims(situation),
-            feeds,
-            {"output": output, "weights": weights},
-            core_tolerance(dtype, situation.key_len, largest),
-            {},
+        tolerance = core_tolerance(
+            dtype, situation.key_len, _largest_score(feeds["query"], feeds["key"], config)
         )
+        if spec.outputs == DIAGNOSTICS:
+            yield _diagnosed(situation, feeds, weights, config, tolerance)
+        else:
+            expected = {"output": output, "weights": weights}
+            yield Case(situation.name, _dims(situation), feeds, expected, tolerance, {})
+
+
+def _diagnosed(
+    situation: Situation,
+    feeds: dict[str, Array],
+    weights: Array,
+    config: AttentionConfig,
+    tolerance: float,
+) -> Case:
+    """A case of what weights say."""
+    top_k = min(_TOP_K, situation.key_len)
+    expected = diagnostics_reference(
+        weights,
+        feeds["key_lengths"],
+        bottom_right=config.visibility.bottom_right,
+        top_k=top_k,
+        distances=_DISTANCES,
+    )
+    # Which of two keys of nearly the same weight is the heavier depends on rounding.
+    ignored = {"top_k_indices": np.zeros(expected["top_k_indices"].shape, bool)}
+    more = {"top_k": np.array([top_k]), "distances": np.array([_DISTANCES])}
+    # Masses are sums over the queries, entropies over the keys.
+    growth = max(8.0, float(expected["mass_per_key"].max()))
+    return Case(
+        situation.name, _dims(situation), feeds | more, expected, tolerance * growth, ignored
+    )
 
 
 def core_feeds(
@@ -131,7 +174,7 @@ def layer_cases(
     layer: AttentionLayer,
     original: nn.Module,
     dtype: str,
-    variant: str,
+    spec: VariantSpec,
     generator: np.random.Generator,
 ) -> Iterator[Case]:
     """The cases of one variant of a layer model.
@@ -141,13 +184,13 @@ def layer_cases(
         original: the module that it stands for, with the same parameters in float64; where it
             is a `torch.nn.MultiheadAttention`, the reference is checked against it.
         dtype: of the export.
-        variant: its name.
+        spec: of the variant.
         generator: of the inputs.
     """
     config = layer.config
     attention = config.attention
     for situation in SITUATIONS:
-        if situation.bias and variant == "fused":
+        if situation.bias and "bias" not in spec.inputs:
             continue
         if config.context_dim is None and situation.query_len != situation.key_len:
             continue
@@ -166,14 +209,12 @@ def layer_cases(
         output, weights, largest = _layer_reference(original, layer, feeds)
         # The projections' sums over E round too.
         growth = max(1.0, float(np.abs(output).max()), config.embed_dim**0.5 / 8)
-        yield Case(
-            situation.name,
-            _dims(situation),
-            feeds,
-            {"output": output, "weights": weights},
-            core_tolerance(dtype, situation.key_len, largest) * growth,
-            {},
-        )
+        tolerance = core_tolerance(dtype, situation.key_len, largest) * growth
+        if spec.outputs == DIAGNOSTICS:
+            yield _diagnosed(situation, feeds, weights, attention, tolerance)
+        else:
+            expected = {"output": output, "weights": weights}
+            yield Case(situation.name, _dims(situation), feeds, expected, tolerance, {})
 
 
 def _layer_reference(
@@ -181,8 +222,9 @@ def _layer_reference(
 ) -> tuple[Array, Array, float]:
     """Output, weights and the largest score of a layer, in float64."""
     attention = layer.config.attention
-    hidden = torch.from_numpy(feeds["hidden_states"]).double()
-    context = torch.from_numpy(feeds.get("context", feeds["hidden_states"])).double()
+    given = feeds["hidden_states"]
+    hidden = torch.from_numpy(given.astype(np.float64))
+    context = torch.from_numpy(feeds.get("context", given).astype(np.float64))
     # A copy in float64 of the very parameters that were exported.
     exact = AttentionLayer(layer.config).double()
     exact.load_state_dict(layer.state_dict())
@@ -194,8 +236,9 @@ def _layer_reference(
             value,
             key_lengths=feeds["key_lengths"],
             bias=feeds["bias"],
-            mask=attention.mask,
+            scheme=scheme_of(attention),
             scale=attention.scale,
+            softcap=attention.softcap,
         )
         merged = exact.merge(torch.from_numpy(output)).numpy()
         if isinstance(original, nn.MultiheadAttention):

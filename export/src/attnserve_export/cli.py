@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch.nn import MultiheadAttention
 
-from attnserve_export import __version__, models, repository
+from attnserve_export import __version__, models, repository, tuning
 from attnserve_export.attention.core import AttentionConfig, default_scale
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig
-from attnserve_export.attention.masks import MASKS
+from attnserve_export.attention.masks import ALIGNMENTS, MASKS
+from attnserve_export.attention.positions import Rotary
+from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.errors import ExportError, VerificationError
 from attnserve_export.graphs import MIN_OPSET
 from attnserve_export.repository import Manifest
@@ -22,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0 written, 1 verification failed, 2 wrong arguments."""
     options = _parser().parse_args(arguments)
     try:
+        if options.run is _tune:
+            _tune(options)
+            return 0
         _check(options)
         target = repository.place(
             options.out, options.name, options.version, overwrite=options.overwrite
@@ -47,6 +52,21 @@ def _core(options: argparse.Namespace, target: Path) -> Manifest:
         opset=options.opset,
         progress=_progress,
     )
+
+
+def _tune(options: argparse.Namespace) -> None:
+    folder = options.out / options.name / str(options.version)
+    tuning.tune(
+        folder,
+        seq_lens=options.seq_lens,
+        provider=options.provider,
+        batch=options.batch,
+        seconds=options.seconds,
+        progress=_progress,
+    )
+    for pick in repository.read(folder)["picks"][options.provider]:
+        length = "longer" if pick["up_to"] is None else f"up to {pick['up_to']}"
+        print(f"{options.provider}, {length}: {', '.join(pick['variants'])}")
 
 
 def _layer(options: argparse.Namespace, target: Path) -> Manifest:
@@ -122,8 +142,32 @@ def _attention(options: argparse.Namespace, head_dim: int) -> AttentionConfig:
         value_head_dim=getattr(options, "value_head_dim", None) or head_dim,
         mask=options.mask,
         scale=getattr(options, "scale", None) or default_scale(head_dim),
-        softcap=getattr(options, "softcap", 0.0),
+        softcap=options.softcap,
+        alignment=options.alignment,
+        window=options.window,
+        window_right=_window_right(options),
+        alibi=options.alibi,
+        rotary=_rotary(options, head_dim),
     )
+
+
+def _window_right(options: argparse.Namespace) -> int | None:
+    """A window reaches as far to the right as to the left, unless causal or told otherwise."""
+    given: int | None = options.window_right
+    if given is not None and options.mask == "causal":
+        raise ExportError("--window-right: given with --mask causal; allowed: the other masks")
+    if given is None and options.window is not None and options.mask != "causal":
+        return int(options.window) - 1
+    return given
+
+
+def _rotary(options: argparse.Namespace, head_dim: int) -> Rotary | None:
+    if options.rotary is None:
+        return None
+    dims = options.rotary_dims or head_dim
+    if dims % 2 or dims > head_dim:
+        raise ExportError(f"--rotary-dims: given {dims}; allowed: even, at most {head_dim}")
+    return Rotary(options.rotary, dims, options.rotary_base)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -160,10 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     core.add_argument("--num-kv-heads", type=_positive, help="default: as many as --num-heads")
     core.add_argument("--head-dim", type=_positive, required=True)
     core.add_argument("--value-head-dim", type=_positive, help="default: --head-dim")
-    core.add_argument("--mask", choices=tuple(MASKS), default="bidirectional")
     core.add_argument("--scale", type=_above_zero, help="default: 1/sqrt(head_dim)")
-    core.add_argument("--softcap", type=_above_zero, default=0.0, help="default: none")
-    core.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")
+    _add_attention(core)
 
     layer = commands.add_parser("layer", help="attention with its projections")
     _add_common(layer, _layer)
@@ -178,11 +220,10 @@ def _parser() -> argparse.ArgumentParser:
     layer.add_argument("--embed-dim", type=_positive, required=True)
     layer.add_argument("--head-dim", type=_positive, help="default: embed_dim / num_heads")
     layer.add_argument("--context-dim", type=_positive, help="with --mask cross; default embed_dim")
-    layer.add_argument("--mask", choices=tuple(MASKS), default="bidirectional")
+    _add_attention(layer)
     layer.add_argument(
         "--bias-terms", action=argparse.BooleanOptionalAction, default=True, help="of projections"
     )
-    layer.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")
     parameters = layer.add_mutually_exclusive_group()
     parameters.add_argument("--seed", type=int, help="random parameters; default 0")
     parameters.add_argument("--weights", type=Path, help="a safetensors file")
@@ -192,7 +233,45 @@ def _parser() -> argparse.ArgumentParser:
     transformer.add_argument(
         "--checkpoint", type=Path, required=True, help="folder with config.json, model.safetensors"
     )
+
+    tune = commands.add_parser("tune", help="measure a core model's variants on this machine")
+    tune.add_argument("--out", type=Path, required=True, help="the model repository")
+    tune.add_argument("--name", required=True, help="of the model")
+    tune.add_argument("--version", type=int, default=1, help="of the model (default 1)")
+    tune.add_argument("--provider", choices=(CPU, CUDA), default=CPU)
+    tune.add_argument(
+        "--seq-lens", type=_lengths, default=(64, 256, 1024, 4096), help="default 64,256,1024,4096"
+    )
+    tune.add_argument("--batch", type=_positive, default=1, help="sequences per run (default 1)")
+    tune.add_argument(
+        "--seconds", type=_above_zero, default=3.0, help="to spend on each length (default 3)"
+    )
+    tune.set_defaults(run=_tune)
     return parser
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mask", choices=MASKS, default="bidirectional")
+    parser.add_argument(
+        "--alignment",
+        choices=ALIGNMENTS,
+        default="top-left",
+        help="where queries are among the keys if there are fewer or more of them",
+    )
+    parser.add_argument(
+        "--window", type=_positive, help="keys up to its own that a query sees; default: all"
+    )
+    parser.add_argument(
+        "--window-right",
+        type=_zero_or_more,
+        help="keys after its own that it sees, unless causal; default: --window less 1, or all",
+    )
+    parser.add_argument("--softcap", type=_above_zero, default=0.0, help="default: none")
+    parser.add_argument("--alibi", action="store_true", help="scores fall with distance")
+    parser.add_argument("--rotary", choices=("half", "interleaved"), help="default: none")
+    parser.add_argument("--rotary-dims", type=_positive, help="default: head_dim")
+    parser.add_argument("--rotary-base", type=_above_zero, default=10_000.0)
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
 
 
 def _add_common(parser: argparse.ArgumentParser, run: object) -> None:
@@ -209,6 +288,16 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"given {text!r}; allowed: an integer, 1 or more")
     return number
+
+
+def _zero_or_more(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: an integer, 0 or more")
+    return int(text)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _above_zero(text: str) -> float:

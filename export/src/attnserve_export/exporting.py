@@ -13,6 +13,7 @@ import torch
 
 import attnserve_export
 from attnserve_export import graphs, repository, storage
+from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.errors import VerificationError
 from attnserve_export.repository import (
     AttentionInfo,
@@ -21,15 +22,24 @@ from attnserve_export.repository import (
     TransformerInfo,
     VariantInfo,
 )
+from attnserve_export.tuning import default_picks
 from attnserve_export.verification import Case, verify
 
 Progress = Callable[[str], None]
 CaseMaker = Callable[[str, np.random.Generator], Iterable[Case]]
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-
 # Each dimension's size while tracing: all different, so that none is mistaken for another.
 TRACED = {"batch": 2, "query_len": 5, "key_len": 7, "seq_len": 6}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A variant's graph, and what else the manifest says of it (see `VariantSpec`)."""
+
+    graph: onnx.ModelProto
+    memory: str = "quadratic"
+    providers: tuple[str, ...] = (CUDA, CPU)
+    native: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Description:
 
 def write_version(
     description: Description,
-    variants: Mapping[str, onnx.ModelProto],
+    variants: Mapping[str, Exported],
     target: Path,
     *,
     cases: CaseMaker,
@@ -61,7 +71,7 @@ def write_version(
 
     Args:
         description: for the manifest.
-        variants: graphs by name, preferred first.
+        variants: by name; the first becomes `model.onnx`.
         target: the version's folder.
         cases: the cases of a variant, by its name and a source of random numbers.
         reference: what the graphs are compared with, in words.
@@ -76,13 +86,15 @@ def write_version(
     """
     seed = secrets.randbits(32)
     with repository.staging(target) as folder:
-        storage.save(folder, variants)
+        graph_of = {name: variant.graph for name, variant in variants.items()}
+        storage.save(folder, graph_of)
         for name, content in extra_files.items():
             (folder / name).write_bytes(content)
         infos = []
-        for name, file in storage.file_names(variants).items():
+        for name, file in storage.file_names(graph_of).items():
             model = onnx.load(folder / file, load_external_data=False)
-            onnx.checker.check_model(str(folder / file))
+            if not variants[name].native:  # the checker knows no operators of ours
+                onnx.checker.check_model(str(folder / file))
 
             def report(text: str, name: str = name) -> None:
                 progress(f"verifying {name}: {text}")
@@ -103,7 +115,9 @@ def write_version(
                     file,
                     storage.tensor_infos(list(model.graph.input)),
                     storage.tensor_infos(list(model.graph.output)),
-                    (CUDA, CPU),
+                    variants[name].providers,
+                    variants[name].memory,
+                    variants[name].native,
                     verification,
                 )
             )
@@ -118,6 +132,7 @@ def write_version(
             transformer=description.transformer,
             tokenizer=description.tokenizer,
             variants=tuple(infos),
+            picks=default_picks(infos),
             source=description.source,
             created_by={
                 "attnserve_export": attnserve_export.__version__,

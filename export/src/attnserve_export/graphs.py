@@ -4,10 +4,11 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
+import onnx.helper
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,14 @@ def export(
     return model
 
 
+def add_function(model: onnx.ModelProto, function: onnx.FunctionProto) -> None:
+    """Let a graph bring along an operator of its own, as a function of plain operators."""
+    model.functions.append(function)
+    known = {entry.domain for entry in model.opset_import}
+    if function.domain not in known:
+        model.opset_import.append(onnx.helper.make_opsetid(function.domain, 1))
+
+
 def free_dims(model: onnx.ModelProto, name: str, dims: Sequence[str]) -> None:
     """Give an input that only broadcasts dimensions of its own, so that each may also be 1.
 
@@ -106,6 +115,13 @@ def free_dims(model: onnx.ModelProto, name: str, dims: Sequence[str]) -> None:
         dim.dim_param = symbol
     # Inferred from the traced sizes, and no longer true for all.
     del model.graph.value_info[:]
+
+
+def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) -> None:
+    """Make dimensions of outputs dynamic: output name to axis to the dimension's name."""
+    for value in model.graph.output:
+        for axis, name in names.get(value.name, {}).items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
 
 
 def opset_of(model: onnx.ModelProto) -> int:

@@ -2,27 +2,41 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import attnserve_kernels
 import numpy as np
-import onnx
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from attnserve_export import cases, graphs
-from attnserve_export.attention.core import AttentionConfig, core_variants
-from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_variants
+from attnserve_export.attention.blocked import blocked_attention
+from attnserve_export.attention.core import BLOCKED, AttentionConfig
+from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_module
+from attnserve_export.attention.variants import (
+    DIAGNOSTICS,
+    VariantSpec,
+    core_module,
+    core_specs,
+    layer_specs,
+)
 from attnserve_export.errors import ExportError
-from attnserve_export.exporting import TRACED, Description, Progress, write_version
+from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Input
 from attnserve_export.repository import AttentionInfo, LayerInfo, Manifest
 from attnserve_export.verification import Case
 
-TORCH = {"FP32": torch.float32, "FP16": torch.float16}
+TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 
+_DIAGNOSTICS_DIMS = {
+    "mass_by_distance": {2: "distances"},
+    "top_k_indices": {3: "top_k"},
+    "top_k_weights": {3: "top_k"},
+}
 _BIAS_DIMS = ("bias_batch", "bias_heads", "bias_queries", "bias_keys")
 _REFERENCE = "attention in float64 (attnserve_export.reference)"
 
@@ -43,29 +57,27 @@ def export_core(
         config: the attention.
         target: the version's folder.
         name, version: of the model.
-        dtype: "FP32" or "FP16".
+        dtype: "FP32", "FP16" or "BF16".
         opset: 23 or newer.
         progress: told what is going on.
 
     Raises:
         VerificationError: a graph missed its tolerance; nothing is written.
     """
-    inputs = [
+    core_inputs = [
         _input("query", dtype, "batch", config.num_heads, "query_len", config.head_dim),
         _input("key", dtype, "batch", config.num_kv_heads, "key_len", config.head_dim),
         _input("value", dtype, "batch", config.num_kv_heads, "key_len", config.value_head_dim),
-        _key_lengths(),
-        _bias(dtype, config.num_heads),
-        Input("softcap", torch.tensor([20.0]), (1,)),
     ]
-    counts = {"fused": 4, "reference": 5, "softcap": 6}
+    specs = core_specs(config, native=_native(progress))
     variants = {}
-    for variant, module in core_variants(config).items():
+    for variant, spec in specs.items():
         progress(f"exporting {variant}")
-        variants[variant] = _graph(module, inputs[: counts[variant]], variant, opset)
+        own = core_inputs if spec.takes_value else core_inputs[:2]
+        variants[variant] = _exported(core_module(config, spec), spec, own, config, dtype, opset)
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
-        return cases.core_cases(config, dtype, variant, generator)
+        return cases.core_cases(config, dtype, specs[variant], generator)
 
     return write_version(
         Description(
@@ -116,19 +128,20 @@ def export_layer(
     config = layer.config
     cross = config.context_dim is not None
     key_len = "key_len" if cross else "query_len"
-    inputs = [_input("hidden_states", dtype, "batch", "query_len", config.embed_dim)]
+    own = [_input("hidden_states", dtype, "batch", "query_len", config.embed_dim)]
     if config.context_dim is not None:
-        inputs.append(_input("context", dtype, "batch", "key_len", config.context_dim))
-    inputs += [_key_lengths(), _bias(dtype, config.attention.num_heads, key_len)]
+        own.append(_input("context", dtype, "batch", "key_len", config.context_dim))
+    specs = layer_specs(config.attention, native=_native(progress))
     variants = {}
-    for variant, graph in layer_variants(layer).items():
+    for variant, spec in specs.items():
         progress(f"exporting {variant}")
-        taken = inputs[:-1] if variant == "fused" else inputs
-        variants[variant] = _graph(graph, taken, variant, opset)
+        variants[variant] = _exported(
+            layer_module(layer, spec), spec, own, config.attention, dtype, opset, key_len
+        )
     original = copy.deepcopy(module).double()
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
-        return cases.layer_cases(layer, original, dtype, variant, generator)
+        return cases.layer_cases(layer, original, dtype, specs[variant], generator)
 
     return write_version(
         Description(
@@ -209,18 +222,51 @@ def attention_info(config: AttentionConfig) -> AttentionInfo:
         head_dim=config.head_dim,
         value_head_dim=config.value_head_dim,
         mask=config.mask,
-        window=None,
+        window=config.window,
+        window_right=config.window_right,
+        alignment=config.alignment,
+        alibi=config.alibi,
+        rotary=None if config.rotary is None else asdict(config.rotary),
         scale=config.scale,
         softcap=config.softcap,
     )
 
 
-def _graph(module: nn.Module, inputs: list[Input], variant: str, opset: int) -> onnx.ModelProto:
-    outputs = ["output"] if variant == "fused" else ["output", "weights"]
-    model = graphs.export(module, inputs, outputs, opset)
-    if any(entry.name == "bias" for entry in inputs):
+def _exported(
+    module: nn.Module,
+    spec: VariantSpec,
+    own_inputs: list[Input],
+    config: AttentionConfig,
+    dtype: str,
+    opset: int,
+    key_len: str = "key_len",
+) -> Exported:
+    """A variant's graph; `own_inputs` carry the sequences, `key_len` names the keys' dimension."""
+    more = {
+        "key_lengths": _key_lengths(),
+        "bias": _input("bias", dtype, "batch", config.num_heads, "query_len", key_len),
+        "softcap": Input("softcap", torch.tensor([20.0]), (1,)),
+        # Objects of their own: the exporter takes one tensor given twice for one input.
+        "top_k": Input("top_k", torch.ones(1, dtype=torch.int64), (1,)),
+        "distances": Input("distances", torch.ones(1, dtype=torch.int64), (1,)),
+    }
+    inputs = [*own_inputs, *(more[name] for name in spec.inputs)]
+    model = graphs.export(module, inputs, spec.outputs, opset)
+    if "bias" in spec.inputs:
         graphs.free_dims(model, "bias", _BIAS_DIMS)
-    return model
+    if spec.outputs == DIAGNOSTICS:
+        # Their last dimension is the value of an input; traced as 1.
+        graphs.rename_dims(model, _DIAGNOSTICS_DIMS)
+    if any(node.op_type == BLOCKED for node in model.graph.node):
+        graphs.add_function(model, blocked_attention(config, opset))
+    return Exported(model, spec.memory, spec.providers, spec.native)
+
+
+def _native(progress: Progress) -> bool:
+    if attnserve_kernels.library_path() is not None:
+        return True
+    progress("attnserve-kernels has no library here: variants that need it are left out")
+    return False
 
 
 def _input(name: str, dtype: str, *dims: str | int) -> Input:

@@ -4,12 +4,39 @@ It shares no code with the exported modules.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a reference computes besides softmax(scale * query x key) x value.
+
+    Attributes:
+        left, right: keys before and after its own position that a query sees; None: all.
+        bottom_right: positions count back from the last valid key.
+        slopes: of each head, by which scores fall with distance (ALiBi); None: not at all.
+        rotary_style: "half" or "interleaved": query and key are turned first; None: not.
+        rotary_dims, rotary_base: of the rotary embedding.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    bottom_right: bool = False
+    slopes: Sequence[float] | None = None
+    rotary_style: str | None = None
+    rotary_dims: int = 0
+    rotary_base: float = 10_000.0
+
+
+BIDIRECTIONAL = Scheme()
+CAUSAL = Scheme(right=0)
 
 
 def attention_reference(
@@ -19,7 +46,7 @@ def attention_reference(
     *,
     key_lengths: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    mask: str = "bidirectional",
+    scheme: Scheme = BIDIRECTIONAL,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> tuple[Float64, Float64]:
@@ -31,7 +58,7 @@ def attention_reference(
         value: [B, Hkv, Sk, Dv].
         key_lengths: [B]; keys from that position on are masked.
         bias: added to the scores, broadcast to [B, H, Sq, Sk]; -inf masks.
-        mask: "bidirectional", "cross" (alike), or "causal": query i sees keys 0..i.
+        scheme: who sees whom, and what positions do.
         scale: multiplies query x key; None is 1/sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap); 0 is off.
 
@@ -45,28 +72,87 @@ def attention_reference(
     used_scale = 1 / math.sqrt(head_dim) if scale is None else scale
     weights = np.zeros((batch, num_heads, query_len, key_len))
     output = np.zeros((batch, num_heads, query_len, v.shape[3]))
+    lengths = [key_len] * batch if key_lengths is None else [int(n) for n in np.asarray(key_lengths)]
     full_bias: NDArray[Any] | None = None
     if bias is not None:
         full_bias = np.broadcast_to(np.asarray(bias, np.float64), weights.shape)
-    for row in range(batch):
+    for row, length in enumerate(lengths):
+        positions = np.arange(query_len) + (length - query_len if scheme.bottom_right else 0)
+        distance = np.arange(key_len)[None, :] - positions[:, None]  # key minus query
+        hidden = np.broadcast_to(np.arange(key_len) >= length, distance.shape).copy()
+        if scheme.left is not None:
+            hidden |= distance < -scheme.left
+        if scheme.right is not None:
+            hidden |= distance > scheme.right
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
-            scores = used_scale * (q[row, head] @ k[row, kv_head].T)
+            left = _turned(q[row, head], positions, scheme)
+            right = _turned(k[row, kv_head], np.arange(key_len), scheme)
+            scores = used_scale * (left @ right.T)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
+            if scheme.slopes is not None:
+                scores = scores - scheme.slopes[head] * np.abs(distance)
             if full_bias is not None:
                 scores = scores + full_bias[row, head]
-            hidden = np.zeros(scores.shape, bool)
-            if key_lengths is not None:
-                hidden[:, int(np.asarray(key_lengths)[row]) :] = True
-            if mask == "causal":
-                hidden |= np.arange(key_len)[None, :] > np.arange(query_len)[:, None]
             scores[hidden] = -np.inf
-            for i in range(query_len):
-                highest = scores[i].max()
-                if highest == -np.inf:
-                    continue
-                exponentials = np.exp(scores[i] - highest)
-                weights[row, head, i] = exponentials / exponentials.sum()
+            highest = scores.max(axis=1, keepdims=True)
+            highest[highest == -np.inf] = 0
+            exponentials = np.exp(scores - highest)
+            total = exponentials.sum(axis=1, keepdims=True)
+            weights[row, head] = exponentials / np.where(total > 0, total, 1)
             output[row, head] = weights[row, head] @ v[row, kv_head]
     return output, weights
+
+
+def diagnostics_reference(
+    weights: Float64, key_lengths: ArrayLike, *, bottom_right: bool, top_k: int, distances: int
+) -> dict[str, NDArray[Any]]:
+    """What weights say.
+
+    Args:
+        weights: [B, H, Sq, Sk].
+        key_lengths: [B].
+        bottom_right: as in `Scheme`.
+        top_k: keys to name per query.
+        distances: to tell apart; the last one gathers all beyond.
+
+    Returns:
+        `entropy` [B, H, Sq] in nats, `mass_per_key` [B, H, Sk], `mass_by_distance`
+        [B, H, distances], `top_k_indices` and `top_k_weights` [B, H, Sq, top_k], of equal weights
+        the earlier key first.
+    """
+    batch, num_heads, query_len, key_len = weights.shape
+    by_distance = np.zeros((batch, num_heads, distances))
+    for row, length in enumerate(np.asarray(key_lengths)):
+        positions = np.arange(query_len) + (int(length) - query_len if bottom_right else 0)
+        apart = np.abs(np.arange(key_len)[None, :] - positions[:, None])
+        for distance in range(distances):
+            chosen = apart >= distance if distance == distances - 1 else apart == distance
+            by_distance[row, :, distance] = (weights[row] * chosen).sum(axis=(1, 2))
+    logs = np.log(np.where(weights > 0, weights, 1))
+    indices = np.argsort(-weights, axis=-1, kind="stable")[..., :top_k]
+    return {
+        "entropy": -(weights * logs).sum(axis=-1),
+        "mass_per_key": weights.sum(axis=2),
+        "mass_by_distance": by_distance,
+        "top_k_indices": indices,
+        "top_k_weights": np.take_along_axis(weights, indices, axis=-1),
+    }
+
+
+def _turned(heads: Float64, positions: NDArray[Any], scheme: Scheme) -> Float64:
+    """Rotary embedding as the multiplication of complex numbers."""
+    if scheme.rotary_style is None:
+        return heads
+    dims = scheme.rotary_dims
+    turned = heads.copy()
+    if scheme.rotary_style == "half":
+        real, imaginary = slice(0, dims // 2), slice(dims // 2, dims)
+    else:
+        real, imaginary = slice(0, dims, 2), slice(1, dims, 2)
+    wavelengths = scheme.rotary_base ** (np.arange(0, dims, 2) / dims)
+    angles = positions[:, None] / wavelengths[None, :]
+    pairs = (heads[:, real] + 1j * heads[:, imaginary]) * np.exp(1j * angles)
+    turned[:, real], turned[:, imaginary] = pairs.real, pairs.imag
+    return turned

@@ -40,7 +40,17 @@ class VariantInfo:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     providers: tuple[str, ...]
+    memory: str
+    native: bool
     verification: Verification
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Which variants to prefer up to a length (the longer of Sq and Sk; None: any), best first."""
+
+    up_to: int | None
+    variants: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,10 @@ class AttentionInfo:
     value_head_dim: int
     mask: str
     window: int | None
+    window_right: int | None
+    alignment: str
+    alibi: bool
+    rotary: Mapping[str, Any] | None
     scale: float
     softcap: float
 
@@ -93,8 +107,10 @@ class Manifest:
     transformer: TransformerInfo | None
     tokenizer: str | None
     variants: tuple[VariantInfo, ...]
+    picks: Mapping[str, tuple[Pick, ...]]
     source: Mapping[str, Any]
     created_by: Mapping[str, str]
+    tuned: Mapping[str, Any] | None = None
     manifest_version: int = 1
 
 
@@ -153,6 +169,34 @@ def commit(folder: Path, target: Path, manifest: Manifest) -> None:
     else:
         folder.rename(target)
     _sync(target.parent)
+
+
+def rewrite(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Replace entries of a version's manifest, in one step.
+
+    Raises:
+        ExportError: there is no manifest.
+    """
+    path = folder / "model.json"
+    content = read(folder) | dict(changes)
+    beside = path.with_name(".model.json.new")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(beside)
+    beside.rename(path)
+    _sync(folder)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A version's manifest as it is written.
+
+    Raises:
+        ExportError: there is none.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(f"{folder}/model.json: {error.strerror}") from None
+    return content
 
 
 def sha256(path: Path) -> str:

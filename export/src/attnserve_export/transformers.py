@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnserve_export import graphs
 from attnserve_export.errors import ExportError
-from attnserve_export.exporting import TRACED, Description, Progress, write_version
+from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Input
 from attnserve_export.repository import AttentionInfo, Manifest, TransformerInfo, sha256
 from attnserve_export.verification import Case
@@ -133,6 +133,10 @@ def export_transformer(
                 value_head_dim=checkpoint.head_dim,
                 mask="bidirectional",
                 window=None,
+                window_right=None,
+                alignment="top-left",
+                alibi=False,
+                rotary=None,
                 scale=checkpoint.head_dim**-0.5,
                 softcap=0.0,
             ),
@@ -143,7 +147,7 @@ def export_transformer(
             transformer=info,
             tokenizer=None if tokenizer is None else "tokenizer.json",
         ),
-        {"fused": fused, "reference": reference},
+        {"fused": Exported(fused), "reference": Exported(reference)},
         target,
         cases=make,
         reference="Hugging Face transformers, eager attention, float64",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
+from attnserve_export import sessions
 from attnserve_export.errors import VerificationError
 
 Array = NDArray[Any]
@@ -63,10 +63,13 @@ def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
     FP32: 2e-6 * sqrt(Sk), since a row's rounding errors add like a random walk, times the size of
     the scores above 8: exp turns an absolute error of a score into a relative one of a weight.
     FP16: 2e-3, two units in the last place of an output between 1 and 2, plus what rounding the
-    largest score to FP16 costs beyond a score of 8, 2^-11 of it, for the same reason.
+    largest score to FP16 costs beyond a score of 8, 2^-11 of it, for the same reason. BF16, which
+    has three bits less: 8 times that.
     """
     if dtype == "FP16":
         return 2e-3 + max(0.0, largest_score - 8) * 2**-11
+    if dtype == "BF16":
+        return 1.6e-2 + max(0.0, largest_score - 8) * 2**-8
     return 2e-6 * math.sqrt(key_len) * max(1.0, largest_score / 8)
 
 
@@ -83,17 +86,14 @@ def verify(
     Raises:
         VerificationError: an error above its tolerance, or a value that is not finite.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    taken = {entry.name for entry in session.get_inputs()}
+    session = sessions.open_session(path)
     outputs = [entry.name for entry in session.get_outputs()]
     worst = dict.fromkeys(outputs, 0.0)
     results = []
     progress(f"{len(cases)} cases against {reference}")
     for case in cases:
-        feeds = {name: array for name, array in case.feeds.items() if name in taken}
-        answers = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        shapes = {name: case.expected[name].shape for name in outputs}
+        answers = sessions.run(session, case.feeds, shapes)
         errors = {name: _error(name, case, answers[name]) for name in outputs}
         largest = max(errors.values())
         if not largest <= case.tolerance:
@@ -120,5 +120,7 @@ def _error(name: str, case: Case, answer: Array) -> float:
     compared = case.compared.get(name)
     if compared is not None:
         difference = np.where(compared, difference, 0.0)
+    if not difference.size:
+        return 0.0
     # NaN passes no comparison, so it must not be lost in a maximum.
     return math.inf if np.isnan(difference).any() else float(difference.max())

@@ -1,13 +1,18 @@
 """Core attention: query, key and value in, attention out; no weights of its own."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from attnserve_export.attention.masks import MASKS, Mask
+from attnserve_export.attention.masks import Mask
+from attnserve_export.attention.positions import Rotary, alibi_slopes
+
+# The operators of attnserve-kernels, and the one that graphs bring as a function of their own.
+DOMAIN = "attnserve"
+BLOCKED = "BlockedAttention"
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,12 @@ class AttentionConfig:
         scale: multiplies query x key.
         softcap: scores become softcap * tanh(scores / softcap); 0 is off (Gemma 2,
             https://arxiv.org/abs/2408.00118).
+        alignment: "top-left" or "bottom-right": where queries are among the keys.
+        window: keys up to its own position that a query sees, its own included (Mistral,
+            https://arxiv.org/abs/2310.06825); None: all.
+        window_right: keys after its own position that it sees, unless causal; None: all.
+        alibi: whether scores fall with distance, by a slope per head.
+        rotary: how query and key are turned by their positions first; None: not at all.
     """
 
     num_heads: int
@@ -33,24 +44,65 @@ class AttentionConfig:
     mask: str
     scale: float
     softcap: float = 0.0
+    alignment: str = "top-left"
+    window: int | None = None
+    window_right: int | None = None
+    alibi: bool = False
+    rotary: Rotary | None = None
 
     @property
     def visibility(self) -> Mask:
         """The mask as an object."""
-        return MASKS[self.mask]
+        return Mask(
+            left=None if self.window is None else self.window - 1,
+            right=0 if self.mask == "causal" else self.window_right,
+            bottom_right=self.alignment == "bottom-right",
+        )
+
+    @property
+    def slopes(self) -> list[float] | None:
+        """ALiBi's slopes, if it is on."""
+        return alibi_slopes(self.num_heads) if self.alibi else None
 
 
-class FusedCore(nn.Module):
-    """Attention that exports to one ONNX Attention node (ai.onnx, opset 23).
-
-    A softcap is not among what PyTorch's operator can express: such a config has no fused form.
-    """
+class Core(nn.Module):
+    """What all variants share."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
-        self._mask = config.visibility
-        self._scale = config.scale
-        self._grouped = config.num_kv_heads != config.num_heads
+        self.config = config
+        self.mask = config.visibility
+        self.slopes: Tensor | None = None
+        if config.slopes is not None:
+            self.slopes = torch.tensor(config.slopes)
+
+    def turned(self, query: Tensor, key: Tensor, key_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key, turned by their positions if the config asks for it."""
+        rotary = self.config.rotary
+        if rotary is None:
+            return query, key
+        queries = self.mask.positions(query.shape[2], key_lengths)
+        keys = torch.arange(key.shape[2], device=key.device)[None, :]
+        return rotary.rotate(query, queries), rotary.rotate(key, keys)
+
+    def attributes(self) -> dict[str, int | float]:
+        """Of the operators in attnserve-kernels."""
+        mask = self.mask
+        return {
+            "scale": float(self.config.scale),
+            "softcap": float(self.config.softcap),
+            "left": -1 if mask.left is None else mask.left,
+            "right": -1 if mask.right is None else mask.right,
+            "bottom_right": int(mask.bottom_right),
+        }
+
+
+class FusedCore(Core):
+    """Attention that exports to one ONNX Attention node (ai.onnx, opset 23).
+
+    Softcap and ALiBi are not among what PyTorch's operator can express without a matrix of biases:
+    such a config has no fused form.
+    """
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor) -> Tensor:
         """Attention output.
@@ -64,29 +116,135 @@ class FusedCore(nn.Module):
         Returns:
             [B, H, Sq, Dv]; 0 for queries that see no key.
         """
-        visible = self._mask.visible(query.shape[2], key.shape[2], key_lengths)
+        config = self.config
+        dtype = query.dtype
+        query, key = self.turned(query, key, key_lengths)
         # In FP32 also for FP16 tensors: ONNX Runtime's CPU kernel rounds FP16 scores to FP16, which
         # was measured to put the output off by up to 2e-3, and by 1.5e-2 for scores of 30.
         output = nn.functional.scaled_dot_product_attention(
             query.float(),
             key.float(),
             value.float(),
-            attn_mask=visible,
-            scale=self._scale,
-            enable_gqa=self._grouped,
-        ).to(query.dtype)
-        # Every mask lets a query see key 0, unless all keys are padding.
-        some = (key_lengths > 0)[:, None, None, None]
-        return torch.where(some, output, torch.zeros_like(output))
+            attn_mask=self.mask.visible(query.shape[2], key.shape[2], key_lengths),
+            scale=config.scale,
+            enable_gqa=config.num_kv_heads != config.num_heads,
+        )
+        first, end = self.mask.ranges(query.shape[2], key_lengths)
+        return torch.where(first < end, output, torch.zeros_like(output)).to(dtype)
 
 
-class ReferenceCore(nn.Module):
+class NativeCore(Core):
+    """The operator of attnserve-kernels: tiled, linear in memory, on the CPU."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_lengths: Tensor,
+        bias: Tensor,
+        softcap: Tensor | None = None,
+    ) -> Tensor:
+        """As `FusedCore.forward`, with a bias and a softcap.
+
+        Args:
+            query, key, value, key_lengths: as there.
+            bias: broadcast to [B, H, Sq, Sk] and added to the scores; -inf masks.
+            softcap: [1] FP32; replaces the config's unless it is negative.
+        """
+        dtype = query.dtype
+        query, key = self.turned(query, key, key_lengths)
+        batch, num_heads, query_len, _ = query.shape
+        # The operator takes one type; turned heads are FP32.
+        return _operator(
+            "Attention",
+            (
+                query,
+                key,
+                value.to(query.dtype),
+                key_lengths,
+                bias.to(query.dtype),
+                self.slopes,
+                softcap,
+            ),
+            self.attributes(),
+            query.dtype,
+            (batch, num_heads, query_len, value.shape[3]),
+        ).to(dtype)
+
+
+class BlockedCore(Core):
+    """Blocks of queries in an ONNX Loop, each against only the keys that it may see.
+
+    The operator is a function that the graph brings along: `attnserve_export.attention.blocked`.
+    """
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor) -> Tensor:
+        """See `FusedCore.forward`."""
+        dtype = query.dtype
+        query, key = self.turned(query, key, key_lengths)
+        batch, num_heads, query_len, _ = query.shape
+        shape = (batch, num_heads, query_len, value.shape[3])
+        inputs = (query, key, value.to(query.dtype), key_lengths)
+        return _operator(BLOCKED, inputs, {}, query.dtype, shape).to(dtype)
+
+
+class DiagnosticsCore(Core):
+    """What the weights say, without ever holding them all; by attnserve-kernels."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_lengths: Tensor,
+        top_k: Tensor,
+        distances: Tensor,
+        bias: Tensor,
+        softcap: Tensor | None = None,
+    ) -> Sequence[Tensor]:
+        """Entropy and masses of the weights.
+
+        Args:
+            query, key, key_lengths, bias, softcap: as in `NativeCore.forward`.
+            top_k: [1] INT64, keys to name per query; 0: none.
+            distances: [1] INT64, N: distances to tell apart, the last one gathers all beyond.
+
+        Returns:
+            entropy [B, H, Sq] in nats, mass per key [B, H, Sk], mass by distance [B, H, N], indices
+            [B, H, Sq, top_k] INT64 and weights of the heaviest keys; FP32 where nothing is said.
+        """
+        query, key = self.turned(query, key, key_lengths)
+        batch, num_heads, query_len, _ = query.shape
+        rows = (batch, num_heads, query_len)
+        # The sizes of the last three depend on values: symbols of their own would be needed.
+        floats = torch.float32
+        return torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::AttentionDiagnostics",
+            (
+                query,
+                key,
+                key_lengths,
+                top_k,
+                distances,
+                bias.to(query.dtype),
+                self.slopes,
+                softcap,
+            ),
+            self.attributes(),
+            dtypes=(floats, floats, floats, torch.int64, floats),
+            shapes=(
+                rows,
+                (batch, num_heads, key.shape[2]),
+                (batch, num_heads, 1),
+                (*rows, 1),
+                (*rows, 1),
+            ),
+            version=1,
+        )
+
+
+class ReferenceCore(Core):
     """Attention by plain operators, with a bias, giving the weights too; computed in FP32."""
-
-    def __init__(self, config: AttentionConfig) -> None:
-        super().__init__()
-        self._config = config
-        self._mask = config.visibility
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, bias: Tensor
@@ -117,28 +275,34 @@ class ReferenceCore(nn.Module):
         bias: Tensor,
         cap: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
+        dtype = query.dtype
+        query, key = self.turned(query, key, key_lengths)
         batch, num_heads, query_len, head_dim = query.shape
         num_kv_heads, key_len = key.shape[1], key.shape[2]
         # Heads that share keys become rows of one product: (B, Hkv, G * Sq, D).
-        q = query.float().reshape(batch, num_kv_heads, -1, head_dim) * self._config.scale
+        q = query.float().reshape(batch, num_kv_heads, -1, head_dim) * self.config.scale
         scores = q @ key.float().transpose(2, 3)  # (B, Hkv, G * Sq, Sk)
         scores = cap(scores.reshape(batch, num_heads, -1, key_len)) + bias.float()
+        if self.slopes is not None:
+            positions = self.mask.positions(query_len, key_lengths)[:, None, :, None]
+            apart = (positions - torch.arange(key_len)).abs().float()  # (B, 1, Sq, Sk)
+            scores = scores - self.slopes[:, None, None] * apart
         lowest = torch.finfo(torch.float32).min
-        visible = self._mask.visible(query_len, key_len, key_lengths)
+        visible = self.mask.visible(query_len, key_len, key_lengths)
         # A finite stand-in for -inf: softmax over a row of -inf would give NaN.
         scores = torch.where(visible, scores.clamp(min=lowest), lowest)
         seen = scores.amax(dim=-1, keepdim=True) > lowest
         weights = torch.softmax(scores, dim=-1) * seen.float()  # (B, H, Sq, Sk)
         output = weights.reshape(batch, num_kv_heads, -1, key_len) @ value.float()
         output = output.reshape(batch, num_heads, -1, value.shape[3])
-        return output.to(query.dtype), weights.to(query.dtype)
+        return output.to(dtype), weights.to(dtype)
 
 
 class CappedCore(ReferenceCore):
     """As the reference, for a config that has a softcap."""
 
     def _cap(self, scores: Tensor) -> Tensor:
-        return self._config.softcap * torch.tanh(scores / self._config.softcap)
+        return self.config.softcap * torch.tanh(scores / self.config.softcap)
 
 
 class SoftcapCore(ReferenceCore):
@@ -161,17 +325,20 @@ class SoftcapCore(ReferenceCore):
         return self._attend(query, key, value, key_lengths, bias, cap)
 
 
-def core_variants(config: AttentionConfig) -> dict[str, nn.Module]:
-    """The modules of a core model, preferred first."""
-    if config.softcap:
-        return {"reference": CappedCore(config), "softcap": SoftcapCore(config)}
-    return {
-        "fused": FusedCore(config),
-        "reference": ReferenceCore(config),
-        "softcap": SoftcapCore(config),
-    }
-
-
 def default_scale(head_dim: int) -> float:
     """1/sqrt(D)."""
     return 1 / math.sqrt(head_dim)
+
+
+def _operator(
+    name: str,
+    inputs: Sequence[Tensor | None],
+    attributes: dict[str, int | float],
+    dtype: torch.dtype,
+    shape: Sequence[int | torch.SymInt],
+) -> Tensor:
+    """A node of our own domain in the exported graph; PyTorch itself cannot compute it."""
+    output: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, attributes, dtype=dtype, shape=shape, version=1
+    )
+    return output

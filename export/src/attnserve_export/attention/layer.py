@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attnserve_export.attention.core import AttentionConfig, FusedCore, ReferenceCore
+from attnserve_export.attention.core import AttentionConfig, Core
+from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ class AttentionLayer(nn.Module):
         return merged
 
 
-class FusedSelfLayer(nn.Module):
-    """Self-attention over the fused core."""
+class SelfLayer(nn.Module):
+    """Self-attention over any core that takes key lengths alone."""
 
-    def __init__(self, layer: AttentionLayer) -> None:
+    def __init__(self, layer: AttentionLayer, core: Core) -> None:
         super().__init__()
         self.layer = layer
-        self.core = FusedCore(layer.config.attention)
+        self.core = core
 
     def forward(self, hidden_states: Tensor, key_lengths: Tensor) -> Tensor:
         """[B, S, E] and [B] to [B, S, E]."""
@@ -107,8 +108,8 @@ class FusedSelfLayer(nn.Module):
         return self.layer.merge(self.core(*heads, key_lengths))
 
 
-class FusedCrossLayer(FusedSelfLayer):
-    """Cross-attention over the fused core."""
+class CrossLayer(SelfLayer):
+    """Cross-attention over any core that takes key lengths alone."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: Tensor, key_lengths: Tensor
@@ -117,40 +118,78 @@ class FusedCrossLayer(FusedSelfLayer):
         return self.layer.merge(self.core(*self.layer.heads(hidden_states, context), key_lengths))
 
 
-class ReferenceSelfLayer(nn.Module):
-    """Self-attention over the reference core, with bias and weights."""
+class BiasedSelfLayer(SelfLayer):
+    """Self-attention over a core that takes a bias, and may give weights."""
 
-    def __init__(self, layer: AttentionLayer) -> None:
-        super().__init__()
-        self.layer = layer
-        self.core = ReferenceCore(layer.config.attention)
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden_states: Tensor, key_lengths: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[B, S, E], [B] and a bias to [B, S, E] and [B, H, S, S]."""
-        heads = self.layer.heads(hidden_states, hidden_states)
-        output, weights = self.core(*heads, key_lengths, bias)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, E], [B] and a bias to [B, S, E], and [B, H, S, S] if the core gives them."""
+        return self._merged(self.layer.heads(hidden_states, hidden_states), key_lengths, bias)
+
+    def _merged(
+        self, heads: tuple[Tensor, Tensor, Tensor], key_lengths: Tensor, bias: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        result = self.core(*heads, key_lengths, bias)
+        if isinstance(result, Tensor):
+            return self.layer.merge(result)
+        output, weights = result
         return self.layer.merge(output), weights
 
 
-class ReferenceCrossLayer(ReferenceSelfLayer):
-    """Cross-attention over the reference core, with bias and weights."""
+class BiasedCrossLayer(BiasedSelfLayer):
+    """Cross-attention over a core that takes a bias, and may give weights."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: Tensor, key_lengths: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[B, Sq, E], [B, Sk, Ec], [B] and a bias to [B, Sq, E] and [B, H, Sq, Sk]."""
-        heads = self.layer.heads(hidden_states, context)
-        output, weights = self.core(*heads, key_lengths, bias)
-        return self.layer.merge(output), weights
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, Sq, E], [B, Sk, Ec], [B] and a bias to [B, Sq, E], perhaps [B, H, Sq, Sk]."""
+        return self._merged(self.layer.heads(hidden_states, context), key_lengths, bias)
 
 
-def layer_variants(layer: AttentionLayer) -> dict[str, nn.Module]:
-    """The modules of a layer model, preferred first."""
-    if layer.config.context_dim is None:
-        return {"fused": FusedSelfLayer(layer), "reference": ReferenceSelfLayer(layer)}
-    return {"fused": FusedCrossLayer(layer), "reference": ReferenceCrossLayer(layer)}
+class DiagnosticsSelfLayer(SelfLayer):
+    """What the weights of self-attention say."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        key_lengths: Tensor,
+        top_k: Tensor,
+        distances: Tensor,
+        bias: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """See `DiagnosticsCore.forward`."""
+        query, key, _ = self.layer.heads(hidden_states, hidden_states)
+        return tuple(self.core(query, key, key_lengths, top_k, distances, bias))
+
+
+class DiagnosticsCrossLayer(SelfLayer):
+    """What the weights of cross-attention say."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        key_lengths: Tensor,
+        top_k: Tensor,
+        distances: Tensor,
+        bias: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """See `DiagnosticsCore.forward`."""
+        query, key, _ = self.layer.heads(hidden_states, context)
+        return tuple(self.core(query, key, key_lengths, top_k, distances, bias))
+
+
+def layer_module(layer: AttentionLayer, spec: VariantSpec) -> nn.Module:
+    """The module of a layer model's variant."""
+    cross = layer.config.context_dim is not None
+    if spec.outputs == DIAGNOSTICS:
+        make: type[SelfLayer] = DiagnosticsCrossLayer if cross else DiagnosticsSelfLayer
+    elif "bias" in spec.inputs:
+        make = BiasedCrossLayer if cross else BiasedSelfLayer
+    else:
+        make = CrossLayer if cross else SelfLayer
+    return make(layer, spec.core(layer.config.attention))
 
 
 def cast(layer: AttentionLayer, dtype: torch.dtype) -> AttentionLayer:

@@ -1,63 +1,50 @@
-"""Who may see whom. Each scheme is one object, chosen once."""
+"""Who may see whom. Every scheme is one rule: a query sees a range of keys around its position."""
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-class Mask(Protocol):
-    """A rule for which keys a query sees."""
-
-    name: str
-
-    def visible(self, query_len: int, key_len: int, key_lengths: Tensor) -> Tensor:
-        """Which keys each query sees.
-
-        Args:
-            query_len: Sq.
-            key_len: Sk.
-            key_lengths: [B] INT64; keys from that position on are padding.
-
-        Returns:
-            [B, 1, Sq, Sk] bool.
-        """
+MASKS = ("bidirectional", "causal", "cross")
+ALIGNMENTS = ("top-left", "bottom-right")
 
 
-def _not_padding(query_len: int, key_len: int, key_lengths: Tensor) -> Tensor:
-    positions = torch.arange(key_len, device=key_lengths.device)
-    valid = positions[None, :] < key_lengths[:, None]  # (B, Sk)
-    # Written out over the queries: ONNX Runtime's Attention does not broadcast that dimension.
-    return valid[:, None, None, :].expand(-1, 1, query_len, -1)  # (B, 1, Sq, Sk)
+@dataclass(frozen=True)
+class Mask:
+    """The query at position p sees keys p - left to p + right that are not padding.
 
+    Attributes:
+        left: keys before its own position; None: all of them.
+        right: keys after its own position; None: all of them.
+        bottom_right: query i is at position key_length - Sq + i, so that the last query is at the
+            last valid key (a decoder with a cache); otherwise it is at position i. The two differ
+            only where Sq and the key length do.
+    """
 
-class Bidirectional:
-    """Every query sees every key that is not padding."""
+    left: int | None
+    right: int | None
+    bottom_right: bool
 
-    name = "bidirectional"
+    def positions(self, query_len: int, key_lengths: Tensor) -> Tensor:
+        """The position of each query among the keys, [B, Sq] INT64; negative ones see nothing."""
+        queries = torch.arange(query_len, device=key_lengths.device)[None, :]
+        offsets = key_lengths[:, None] - query_len if self.bottom_right else 0 * key_lengths[:, None]
+        return queries + offsets
 
-    def visible(self, query_len: int, key_len: int, key_lengths: Tensor) -> Tensor:
-        """See `Mask.visible`."""
-        return _not_padding(query_len, key_len, key_lengths)
-
-
-class Cross(Bidirectional):
-    """As bidirectional; the keys come from another sequence."""
-
-    name = "cross"
-
-
-class Causal:
-    """Query i sees keys 0..i, as in GPT: aligned top-left where Sq and Sk differ."""
-
-    name = "causal"
+    def ranges(self, query_len: int, key_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The first key that each query sees and the one after the last, each [B, 1, Sq, 1]."""
+        positions = self.positions(query_len, key_lengths)
+        lengths = key_lengths[:, None].expand(-1, query_len)
+        first = torch.zeros_like(positions)
+        if self.left is not None:
+            first = torch.clamp(positions - self.left, min=0)
+        end = lengths
+        if self.right is not None:
+            end = torch.minimum(lengths, positions + self.right + 1)
+        return first[:, None, :, None], end[:, None, :, None]
 
     def visible(self, query_len: int, key_len: int, key_lengths: Tensor) -> Tensor:
-        """See `Mask.visible`."""
-        queries = torch.arange(query_len, device=key_lengths.device)
+        """Which keys each query sees: [B, 1, Sq, Sk] bool."""
+        first, end = self.ranges(query_len, key_lengths)
         keys = torch.arange(key_len, device=key_lengths.device)
-        earlier = keys[None, :] <= queries[:, None]  # (Sq, Sk)
-        return _not_padding(query_len, key_len, key_lengths) & earlier
-
-
-MASKS: dict[str, Mask] = {mask.name: mask for mask in (Bidirectional(), Causal(), Cross())}
+        return (keys >= first) & (keys < end)

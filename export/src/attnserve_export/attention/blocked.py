@@ -1,0 +1,214 @@
+"""Attention by blocks of queries as an ONNX function: plain operators, linear in memory.
+
+A Loop takes a block of queries at a time, cuts out the keys and values that any of them sees, and
+does what the reference does on that cut. A block is as long as fits `SCORES` scores, so the memory
+does not grow with the length; under a window the cut is at most the window and a block long, so
+neither does the time per query.
+"""
+
+import onnx
+from onnx import FunctionProto
+
+from attnserve_export.attention.core import BLOCKED, DOMAIN, AttentionConfig
+
+# Scores held at once, and bounds for the queries of a block. 4 Mi scores are 16 MiB, of which a
+# few copies live at a time.
+SCORES = 4 << 20
+FEWEST, MOST = 16, 128
+
+
+def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
+    """The body of `BlockedAttention(query, key, value, key_lengths) -> output` for a config.
+
+    Args:
+        config: masks, heads and positions are fixed by it; rotary embedding happened before.
+        opset: of the default domain.
+    """
+    mask = config.visibility
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    offsets = "Sub (lengths, query_len)" if mask.bottom_right else "Mul (lengths, zero)"
+    bounded = mask.left is not None and mask.right is not None
+    width = "key_len"
+    if mask.left is not None and mask.right is not None:
+        width = "Min (key_len, window)"
+    window = (mask.left or 0) + (mask.right or 0) + 1 + MOST if bounded else 0
+    lines = [
+        "zero = Constant <value_ints = [0]> ()",
+        "one = Constant <value_ints = [1]> ()",
+        "two = Constant <value_ints = [2]> ()",
+        "last = Constant <value_ints = [-1]> ()",
+        "scalar = Constant <value_ints: ints = []> ()",
+        "query_len = Shape <start = 2, end = 3> (query)",
+        "key_len = Shape <start = 2, end = 3> (key)",
+        "batch = Shape <start = 0, end = 1> (query)",
+        "value_dim = Shape <start = 3, end = 4> (value)",
+        f"num_heads = Constant <value_ints = [{heads}]> ()",
+        f"num_kv_heads = Constant <value_ints = [{kv_heads}]> ()",
+        f"scale = Constant <value_float = {_float(config.scale)}> ()",
+        "exact_query = Cast <to = 1> (query)",
+        "scaled = Mul (exact_query, scale)",
+        "exact_key = Cast <to = 1> (key)",
+        "exact_value = Cast <to = 1> (value)",
+        # How long a block is.
+        f"window = Constant <value_ints = [{window}]> ()",
+        f"width = {width if ' ' in width else f'Identity ({width})'}",
+        "rows = Mul (batch, num_heads)",
+        "scores_per_query = Mul (rows, width)",
+        f"budget = Constant <value_ints = [{SCORES}]> ()",
+        "fitting = Div (budget, scores_per_query)",
+        f"fewest = Constant <value_ints = [{FEWEST}]> ()",
+        f"most = Constant <value_ints = [{MOST}]> ()",
+        "at_most = Min (fitting, most)",
+        "block = Max (at_most, fewest)",
+        "above = Add (query_len, block)",
+        "rounded_up = Sub (above, one)",
+        "blocks = Div (rounded_up, block)",
+        "block_scalar = Reshape (block, scalar)",
+        "padded_len = Mul (blocks, block)",
+        "padding = Sub (padded_len, query_len)",
+        "no_padding = Constant <value_ints = [0, 0, 0, 0, 0, 0]> ()",
+        "pads = Concat <axis = 0> (no_padding, padding, zero)",
+        "padded = Pad (scaled, pads)",
+        # Positions: of each sequence's queries, and the extremes.
+        "lengths = Min (key_lengths, key_len)",
+        f"offsets = {offsets}",
+        "four = Constant <value_ints = [-1, 1, 1, 1]> ()",
+        "length4 = Reshape (lengths, four)",
+        "offset4 = Reshape (offsets, four)",
+        "lowest_offset = ReduceMin <keepdims = 1> (offsets)",
+        "highest_offset = ReduceMax <keepdims = 1> (offsets)",
+        "longest = ReduceMax <keepdims = 1> (lengths)",
+        f"left = Constant <value_ints = [{mask.left or 0}]> ()",
+        f"right = Constant <value_ints = [{(mask.right or 0) + 1}]> ()",
+        "column = Constant <value_ints = [1, 1, -1, 1]> ()",
+        "row = Constant <value_ints = [1, 1, 1, -1]> ()",
+        f"by_key_head = Constant <value_ints = [0, {kv_heads}, -1, {config.head_dim}]> ()",
+        "heads_shape = Concat <axis = 0> (batch, num_heads, block, last)",
+        "lowest = Constant <value_float = -3.4028234663852886e+38> ()",
+        "axis2 = Constant <value_ints = [2]> ()",
+        "one_scalar = Reshape (one, scalar)",
+    ]
+    if config.slopes is not None:
+        slopes = ", ".join(_float(slope) for slope in config.slopes)
+        lines += [
+            f"slopes_row = Constant <value_floats = [{slopes}]> ()",
+            "heads4 = Constant <value_ints = [1, -1, 1, 1]> ()",
+            "slopes4 = Reshape (slopes_row, heads4)",
+        ]
+    if config.softcap:
+        lines.append(f"cap = Constant <value_float = {_float(config.softcap)}> ()")
+    lines += [
+        "more = Constant <value = bool {1}> ()",
+        "trips = Reshape (blocks, scalar)",
+        f"""stacked = Loop (trips, more) <body = one_block (int64 i, bool going) =>
+        (bool still, float[batch_, heads_, block_, dim_] block_output) {{
+            {_lines(_body(config))}
+        }}>""",
+        "in_order = Transpose <perm = [1, 2, 0, 3, 4]> (stacked)",
+        "copy = Constant <value_ints = [0, 0, -1]> ()",
+        "whole_shape = Concat <axis = 0> (copy, value_dim)",
+        "whole = Reshape (in_order, whole_shape)",
+        "cut = Slice (whole, zero, query_len, axis2)",
+        "output = CastLike (cut, query)",
+    ]
+    text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
+        {BLOCKED} (query, key, value, key_lengths) => (output) {{ {_lines(lines)} }}"""
+    return onnx.parser.parse_function(text)
+
+
+def _body(config: AttentionConfig) -> list[str]:
+    mask = config.visibility
+    lines = [
+        "still = Identity (going)",
+        "start_scalar = Mul (i, block_scalar)",
+        "start = Reshape (start_scalar, one)",
+        "stop = Add (start, block)",
+        "stop_scalar = Add (start_scalar, block_scalar)",
+        "queries = Slice (padded, start, stop, axis2)",
+        "indices = Range (start_scalar, stop_scalar, one_scalar)",
+        "indices4 = Reshape (indices, column)",
+        "positions = Add (indices4, offset4)",
+    ]
+    # The keys that some query of the block sees: begin to end.
+    if mask.left is None:
+        lines += ["first = Mul (positions, zero)", "begin_key = Identity (zero)"]
+    else:
+        lines += [
+            "reach_left = Sub (positions, left)",
+            "first = Max (reach_left, zero)",
+            "block_first = Add (start, lowest_offset)",
+            "block_left = Sub (block_first, left)",
+            "not_before = Max (block_left, zero)",
+            "last_key = Sub (key_len, one)",
+            "begin_key = Min (not_before, last_key)",
+        ]
+    if mask.right is None:
+        lines += ["end = Identity (length4)", "wanted_end = Identity (longest)"]
+    else:
+        lines += [
+            "reach_right = Add (positions, right)",
+            "end = Min (reach_right, length4)",
+            "block_last = Add (stop, highest_offset)",
+            "block_end = Add (block_last, right)",
+            "block_right = Sub (block_end, one)",
+            "wanted_end = Min (block_right, longest)",
+        ]
+    lines += [
+        "after_begin = Add (begin_key, one)",
+        "end_key = Max (wanted_end, after_begin)",
+        "keys = Slice (exact_key, begin_key, end_key, axis2)",
+        "values = Slice (exact_value, begin_key, end_key, axis2)",
+        "keys_across = Transpose <perm = [0, 1, 3, 2]> (keys)",
+        "grouped = Reshape (queries, by_key_head)",
+        "products = MatMul (grouped, keys_across)",
+    ]
+    scores = "products"
+    if config.softcap:
+        lines += [
+            "relative = Div (products, cap)",
+            "bent = Tanh (relative)",
+            "capped = Mul (bent, cap)",
+        ]
+        scores = "capped"
+    lines += [
+        f"by_head = Reshape ({scores}, heads_shape)",
+        "begin_scalar = Reshape (begin_key, scalar)",
+        "end_scalar = Reshape (end_key, scalar)",
+        "key_numbers = Range (begin_scalar, end_scalar, one_scalar)",
+        "numbers4 = Reshape (key_numbers, row)",
+    ]
+    scores = "by_head"
+    if config.alibi:
+        lines += [
+            "apart = Sub (positions, numbers4)",
+            "distance = Abs (apart)",
+            "exact_distance = Cast <to = 1> (distance)",
+            "penalty = Mul (exact_distance, slopes4)",
+            "inclined = Sub (by_head, penalty)",
+        ]
+        scores = "inclined"
+    lines += [
+        "not_before_first = GreaterOrEqual (numbers4, first)",
+        "before_end = Less (numbers4, end)",
+        "visible = And (not_before_first, before_end)",
+        f"masked = Where (visible, {scores}, lowest)",
+        "weights = Softmax <axis = -1> (masked)",
+        "products_shape = Shape (products)",
+        "grouped_weights = Reshape (weights, products_shape)",
+        "sums = MatMul (grouped_weights, values)",
+        "sums_by_head = Reshape (sums, heads_shape)",
+        # A query that sees no key.
+        "some = Less (first, end)",
+        "some_or_none = Cast <to = 1> (some)",
+        "block_output = Mul (sums_by_head, some_or_none)",
+    ]
+    return lines
+
+
+def _lines(lines: list[str]) -> str:
+    return "\n".join(lines)
+
+
+def _float(number: float) -> str:
+    """A number as the ONNX text format has it, exactly."""
+    return f"{number:.17e}"

@@ -1,0 +1,108 @@
+"""The variants of a model: which module computes what, from which inputs, into which outputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from attnserve_export.attention.core import (
+    AttentionConfig,
+    BlockedCore,
+    CappedCore,
+    Core,
+    DiagnosticsCore,
+    FusedCore,
+    NativeCore,
+    ReferenceCore,
+    SoftcapCore,
+)
+
+OUTPUT = ("output",)
+WEIGHTS = ("output", "weights")
+DIAGNOSTICS = (
+    "entropy",
+    "mass_per_key",
+    "mass_by_distance",
+    "top_k_indices",
+    "top_k_weights",
+)
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """A variant before it is exported.
+
+    Attributes:
+        core: makes its module.
+        inputs: of its graph after those that carry the sequence (query, key and value, or hidden
+            states).
+        outputs: of its graph.
+        memory: "linear" or "quadratic" in the length.
+        providers: that it suits.
+        native: whether it needs the operators of attnserve-kernels.
+        takes_value: whether value is among a core model's inputs.
+    """
+
+    core: Callable[[AttentionConfig], Core]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    memory: str
+    providers: tuple[str, ...] = (CUDA, CPU)
+    native: bool = False
+    takes_value: bool = True
+
+
+_LENGTHS = ("key_lengths",)
+FUSED = VariantSpec(FusedCore, _LENGTHS, OUTPUT, "quadratic")
+BLOCKED = VariantSpec(BlockedCore, _LENGTHS, OUTPUT, "linear")
+REFERENCE = VariantSpec(ReferenceCore, (*_LENGTHS, "bias"), WEIGHTS, "quadratic")
+CAPPED = VariantSpec(CappedCore, (*_LENGTHS, "bias"), WEIGHTS, "quadratic")
+SOFTCAP = VariantSpec(SoftcapCore, (*_LENGTHS, "bias", "softcap"), WEIGHTS, "quadratic")
+NATIVE = VariantSpec(
+    NativeCore, (*_LENGTHS, "bias", "softcap"), OUTPUT, "linear", (CPU,), native=True
+)
+DIAGNOSTICS_SPEC = VariantSpec(
+    DiagnosticsCore,
+    (*_LENGTHS, "top_k", "distances", "bias", "softcap"),
+    DIAGNOSTICS,
+    "linear",
+    native=True,
+    takes_value=False,
+)
+
+
+def core_specs(config: AttentionConfig, *, native: bool) -> dict[str, VariantSpec]:
+    """The variants of a core model; the first becomes `model.onnx`, which any ONNX Runtime runs.
+
+    Args:
+        config: the attention.
+        native: whether attnserve-kernels is there to verify its variants with.
+    """
+    plain = not config.softcap and not config.alibi
+    specs = {"fused": FUSED} if plain else {}
+    specs |= {
+        "blocked": BLOCKED,
+        "reference": CAPPED if config.softcap else REFERENCE,
+        "softcap": SOFTCAP,
+        "native": NATIVE,
+        "diagnostics": DIAGNOSTICS_SPEC,
+    }
+    return {name: spec for name, spec in specs.items() if native or not spec.native}
+
+
+def layer_specs(config: AttentionConfig, *, native: bool) -> dict[str, VariantSpec]:
+    """The variants of a layer model: as a core's, but for softcap as an input."""
+
+    def without_softcap(spec: VariantSpec) -> VariantSpec:
+        inputs = tuple(name for name in spec.inputs if name != "softcap")
+        return VariantSpec(**{**vars(spec), "inputs": inputs})
+
+    specs = core_specs(config, native=native)
+    return {name: without_softcap(spec) for name, spec in specs.items() if name != "softcap"}
+
+
+def core_module(config: AttentionConfig, spec: VariantSpec) -> nn.Module:
+    """The module of a core model's variant."""
+    return spec.core(config)
