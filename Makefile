@@ -10,13 +10,13 @@ STAMP := $(VENV)/.ready
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP) ## make .venv with the five distributions and the tools
+setup: $(STAMP) ## make .venv with the six distributions and the tools
 
-$(STAMP): constraints.txt requirements-dev.txt proto/setup.py proto/attnserve/v1/attention.proto $(wildcard */pyproject.toml)
+$(STAMP): constraints.txt requirements-dev.txt proto/setup.py kernels/setup.py $(wildcard kernels/native/*) proto/attnserve/v1/attention.proto $(wildcard */pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt \
-		-e ./proto -e ./client -e './export[transformers]' -e ./server -e ./loadtest
+		-e ./proto -e ./kernels -e ./client -e './export[transformers]' -e ./server -e ./loadtest
 	@touch $@
 
 demo: $(STAMP) ## export two models, serve them, call them, load-test them

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from attnserve_client import AsyncAttentionClient, AttentionClient, NotFoundError, UnavailableError
-from attnserve_export.reference import attention_reference
+from attnserve_export.reference import CAUSAL, attention_reference
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -55,7 +55,7 @@ def test_small_and_large_requests_agree_with_the_reference(address: str) -> None
     with AttentionClient(address) as client:
         for seq_len in (1, 64, 700):  # the last one goes over AttendStream, in chunks
             result = client.attend(*tensors(seq_len), model="causal")
-            expected, _ = attention_reference(*tensors(seq_len), mask="causal")
+            expected, _ = attention_reference(*tensors(seq_len), scheme=CAUSAL)
             np.testing.assert_allclose(result.output, expected, atol=2e-6 * np.sqrt(seq_len))
 
 
@@ -98,7 +98,7 @@ def test_the_asyncio_client(address: str) -> None:
     import asyncio
 
     for seq_len, output in zip((3, 64, 600), asyncio.run(_gather(address)), strict=True):
-        expected, _ = attention_reference(*tensors(seq_len, seq_len), mask="causal")
+        expected, _ = attention_reference(*tensors(seq_len, seq_len), scheme=CAUSAL)
         np.testing.assert_allclose(output, expected, atol=2e-6 * np.sqrt(seq_len))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import onnxruntime
 import pytest
 import torch
 from attnserve_export import models
-from attnserve_export.attention import core
-from attnserve_export.attention.core import FusedCore
+from attnserve_export.attention.core import AttentionConfig, FusedCore
+from attnserve_export.attention.masks import Mask
+from attnserve_export.attention.variants import FUSED, VariantSpec
 from attnserve_export.cli import main
-from attnserve_export.reference import attention_reference
+from attnserve_export.reference import BIDIRECTIONAL, CAUSAL, attention_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -34,7 +36,7 @@ def test_the_reference_is_torchs_attention(
     q = torch.randn(batch, 2 * groups, sq, 5, dtype=torch.float64)
     k, v = (torch.randn(batch, 2, sk, width, dtype=torch.float64) for width in (5, 7))
     for mask in ("bidirectional", "causal"):
-        output, _ = attention_reference(q, k, v, mask=mask)
+        output, _ = attention_reference(q, k, v, scheme=CAUSAL if mask == "causal" else BIDIRECTIONAL)
         expected = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=mask == "causal", enable_gqa=True
         )
@@ -78,7 +80,9 @@ def test_any_shape_is_within_tolerance(
         shape = [data.draw(st.sampled_from((1, size))) for size in full]
         feeds["bias"] = generator.standard_normal(shape).astype(dtype)
         feeds["bias"][generator.random(shape) < 0.2] = -np.inf
-    output, weights = attention_reference(**feeds, mask=attention["mask"])
+    output, weights = attention_reference(
+        **feeds, scheme=CAUSAL if attention["mask"] == "causal" else BIDIRECTIONAL
+    )
     session = _session(repository / name / "1" / _file(manifest, variant))
     answers = session.run(None, feeds)
     tolerance = 2e-3 if name == "half" else 2e-6 * np.sqrt(sk)
@@ -109,7 +113,17 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
-    assert [v["name"] for v in manifest["variants"]] == ["fused", "reference", "softcap"]
+    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics"]
+    assert [v["name"] for v in manifest["variants"]] == names
+    assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
+        "blocked", "native", "diagnostics",
+    }  # fmt: skip
+    for provider, rows in manifest["picks"].items():
+        assert rows[-1]["up_to"] is None
+        for row in rows:
+            assert set(row["variants"]) <= {
+                v["name"] for v in manifest["variants"] if provider in v["providers"]
+            }
     for variant in manifest["variants"]:
         checked = variant["verification"]
         assert len(checked["cases"]) >= 12
@@ -130,20 +144,17 @@ class _SeesTheFuture(FusedCore):
     """Wrong on purpose: key_lengths are looked at, the causal mask is not."""
 
     def forward(self, query, key, value, key_lengths):  # type: ignore[no-untyped-def]
-        whole = torch.full_like(key_lengths, 1) * key.shape[2]
-        from attnserve_export.attention.masks import Bidirectional
-
-        self._mask = Bidirectional()
-        return super().forward(query, key, value, torch.minimum(key_lengths, whole))
+        self.mask = Mask(left=None, right=None, bottom_right=False)
+        return super().forward(query, key, value, key_lengths)
 
 
 def test_a_wrong_graph_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def variants(config: core.AttentionConfig) -> dict[str, nn.Module]:
-        return {"fused": _SeesTheFuture(config)}
+    def specs(config: AttentionConfig, *, native: bool) -> dict[str, VariantSpec]:
+        return {"fused": replace(FUSED, core=_SeesTheFuture)}
 
-    monkeypatch.setattr(models, "core_variants", variants)
+    monkeypatch.setattr(models, "core_specs", specs)
     arguments = ["core", "--out", str(tmp_path / "m"), "--name", "x", "--num-heads", "2"]
     assert main([*arguments, "--head-dim", "4", "--mask", "causal"]) == 1
     message = capsys.readouterr().err

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from attnserve_client import AttentionClient
-from attnserve_export.reference import attention_reference
+from attnserve_export.reference import CAUSAL, attention_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +88,7 @@ def test_a_bias_broadcasts_and_minus_infinity_masks(client: AttentionClient, sha
     if shape[-1] > 1:
         bias[..., 3] = -np.inf
     result = client.attend(q, k, v, model="causal", bias=bias, return_weights=True)
-    output, weights = attention_reference(q, k, v, bias=bias, mask="causal")
+    output, weights = attention_reference(q, k, v, bias=bias, scheme=CAUSAL)
     np.testing.assert_allclose(result.output, output, atol=1e-5)
     np.testing.assert_allclose(result.weights, weights, atol=1e-5)
 
@@ -96,9 +96,11 @@ def test_a_bias_broadcasts_and_minus_infinity_masks(client: AttentionClient, sha
 def test_scale_and_softcap_of_a_request(client: AttentionClient) -> None:
     q, k, v = tensors(1, 8, 8, 5)
     result = client.attend(q, k, v, model="causal", scale=0.7, softcap=3.0)
-    expected, _ = attention_reference(q, k, v, mask="causal", scale=0.7, softcap=3.0)
+    expected, _ = attention_reference(q, k, v, scheme=CAUSAL, scale=0.7, softcap=3.0)
     np.testing.assert_allclose(result.output, expected, atol=1e-5)
-    assert result.variant == "softcap"
+    assert result.variant == "native"
+    forced = client.attend(q, k, v, model="causal", scale=0.7, softcap=3.0, variant="softcap")
+    np.testing.assert_allclose(forced.output, expected, atol=1e-5)
 
 
 def test_a_models_own_softcap_is_kept_unless_the_request_gives_another(

@@ -121,7 +121,9 @@ ATTEND = {
         changed(**dict.fromkeys(("query", "key", "value"), tensor(65, 4, 1, 8))), INVALID, "batch B"
     ),
     "too much memory": (
-        changed(**dict.fromkeys(("query", "key", "value"), tensor(1, 4, 2100, 8))),
+        changed(
+            variant="fused", **dict.fromkeys(("query", "key", "value"), tensor(1, 4, 2100, 8))
+        ),
         EXHAUSTED, "working memory",
     ),
     "oversized message": (

@@ -79,6 +79,7 @@ class AsyncAttentionClient:
         return_entropy: bool = False,
         top_k: int = 0,
         return_mass_per_key: bool = False,
+        mass_by_distance: int = 0,
         timeout: float | None = 60.0,
     ) -> AttendResult:
         """Compute attention; arguments, result and errors as those of `AttentionClient.attend`."""
@@ -102,6 +103,7 @@ class AsyncAttentionClient:
             return_entropy=return_entropy,
             top_k=top_k,
             return_mass_per_key=return_mass_per_key,
+            mass_by_distance=mass_by_distance,
         )
         if call.request_bytes + call.response_bytes > self._threshold:
             return await self._attend_in_chunks(call, timeout)

@@ -94,6 +94,8 @@ def _describe(model: Model) -> str:
     if model.num_kv_heads != model.num_heads:
         heads += f", {model.num_kv_heads} for keys and values"
     parts = [model.kind, model.mask, model.dtype, heads]
+    if model.window:
+        parts.append(f"window {model.window}")
     if model.num_layers:
         parts.append(f"{model.num_layers} layers")
     return ", ".join(parts)
@@ -143,6 +145,8 @@ def _random_tensors(model: Model, options: argparse.Namespace) -> dict[str, Arra
             "key": (batch, model.num_kv_heads, seq_len, model.head_dim),
             "value": (batch, model.num_kv_heads, seq_len, model.value_head_dim),
         }
+    if model.dtype not in _NUMPY:
+        raise ValueError(f"model {model.name} is {model.dtype}; give tensors with --input")
     dtype = _NUMPY[model.dtype]
     return {name: generator.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 

@@ -81,12 +81,13 @@ class AttentionClient:
         return_entropy: bool = False,
         top_k: int = 0,
         return_mass_per_key: bool = False,
+        mass_by_distance: int = 0,
         timeout: float | None = 60.0,
     ) -> AttendResult:
         """Compute attention.
 
         Args:
-            query: [B, H, Sq, D], for a core model. FP32 or FP16 as the model is, like all tensors.
+            query: [B, H, Sq, D], for a core model. FP32, FP16 or BF16 as the model is, like all tensors.
             key: [B, Hkv, Sk, D].
             value: [B, Hkv, Sk, Dv].
             model: its name; `client.list_models()` lists them.
@@ -103,6 +104,8 @@ class AttentionClient:
             return_entropy: also the entropy of each query's weights, nats.
             top_k: also the heaviest keys of each query, this many.
             return_mass_per_key: also the weight each key receives over all queries.
+            mass_by_distance: also the weight given at each distance between query and key, for
+                this many distances; the last one gathers all beyond.
             timeout: seconds; None waits for ever.
 
         Raises:
@@ -129,6 +132,7 @@ class AttentionClient:
             return_entropy=return_entropy,
             top_k=top_k,
             return_mass_per_key=return_mass_per_key,
+            mass_by_distance=mass_by_distance,
         )
         if call.request_bytes + call.response_bytes > self._threshold:
             return self._attend_in_chunks(call, timeout)

@@ -93,10 +93,13 @@ def attend_call(
     return_entropy: bool,
     top_k: int,
     return_mass_per_key: bool,
+    mass_by_distance: int,
 ) -> AttendCall:
     """Build a request from the arguments of `attend`; tensors that are None are left out."""
     if top_k < 0:
         raise ValueError(f"top_k: {top_k}; allowed: 0 (off) or more")
+    if mass_by_distance < 0:
+        raise ValueError(f"mass_by_distance: {mass_by_distance}; allowed: 0 (off) or more")
     message = pb.AttendRequest(model=model, version=str(version), variant=variant)
     if scale is not None:
         message.scale = scale
@@ -109,6 +112,7 @@ def attend_call(
             entropy=return_entropy,
             top_k=top_k,
             mass_per_key=return_mass_per_key,
+            mass_by_distance=mass_by_distance,
         )
     )
     arrays: dict[str, Array] = {}
@@ -237,10 +241,15 @@ def model_from(message: pb.Model, manifest: str = "") -> Model:
                 providers=tuple(variant.providers),
                 max_abs_error=variant.max_abs_error,
                 tolerance=variant.tolerance,
+                quadratic_memory=variant.quadratic_memory,
             )
             for variant in message.variants
         ),
         source=message.source,
+        window_right=message.window_right if message.has_window_right else None,
+        bottom_right=message.bottom_right,
+        alibi=message.alibi,
+        rotary=message.rotary,
         manifest=manifest,
     )
 

@@ -39,6 +39,7 @@ class AttendResult:
         top_k_indices: [B, H, Sq, k] INT64, heaviest first.
         top_k_weights: [B, H, Sq, k] FP32.
         mass_per_key: [B, H, Sk] FP32.
+        mass_by_distance: [B, H, N] FP32.
         timings: the server's own.
     """
 
@@ -52,6 +53,7 @@ class AttendResult:
     top_k_indices: Array | None = None
     top_k_weights: Array | None = None
     mass_per_key: Array | None = None
+    mass_by_distance: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,11 @@ class TokensResult:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One ONNX graph of a model, and how far it is from its reference."""
+    """One ONNX graph of a model, and how far it is from its reference.
+
+    Attributes:
+        quadratic_memory: it holds scores of all queries and keys while it runs.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -96,6 +102,7 @@ class Variant:
     providers: tuple[str, ...]
     max_abs_error: float
     tolerance: float
+    quadratic_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +111,14 @@ class Model:
 
     Attributes:
         kind: "core", "layer" or "transformer".
-        dtype: "FP32" or "FP16".
+        dtype: "FP32", "FP16" or "BF16".
         mask: "bidirectional", "causal" or "cross".
         window: keys to the left that a query sees, itself included; 0 is all.
         max_seq_len: 0 where only the server's limits apply.
+        window_right: keys to the right that a query sees; None is all, unless causal.
+        bottom_right: query i is at position key_length - Sq + i among the keys, instead of i.
+        alibi: scores fall with distance.
+        rotary: how query and key are turned by their positions: "half", "interleaved" or "".
         manifest: model.json as text; only from `get_model`.
     """
 
@@ -130,6 +141,10 @@ class Model:
     takes_text: bool
     variants: tuple[Variant, ...]
     source: str
+    window_right: int | None = None
+    bottom_right: bool = False
+    alibi: bool = False
+    rotary: str = ""
     manifest: str = ""
 
 

@@ -69,6 +69,7 @@ class AttendStream:
         return_entropy: bool = False,
         top_k: int = 0,
         return_mass_per_key: bool = False,
+        mass_by_distance: int = 0,
         timeout: float | None = None,
     ) -> Future[AttendResult]:
         """Send a request; arguments as those of `AttentionClient.attend`.
@@ -103,6 +104,7 @@ class AttendStream:
             return_entropy=return_entropy,
             top_k=top_k,
             return_mass_per_key=return_mass_per_key,
+            mass_by_distance=mass_by_distance,
         )
         future: Future[AttendResult] = Future()
         with self._lock:

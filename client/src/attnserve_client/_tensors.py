@@ -7,6 +7,11 @@ from attnserve_proto import attention_pb2 as pb
 
 from attnserve_client._results import Array
 
+try:
+    import ml_dtypes
+except ImportError:  # pip install attnserve-client[bf16]
+    ml_dtypes = None
+
 _DTYPES: "dict[np.dtype[Any], pb.DataType.ValueType]" = {
     np.dtype(np.float32): pb.FP32,
     np.dtype(np.float16): pb.FP16,
@@ -14,6 +19,8 @@ _DTYPES: "dict[np.dtype[Any], pb.DataType.ValueType]" = {
     np.dtype(np.int32): pb.INT32,
     np.dtype(np.bool_): pb.BOOL,
 }
+if ml_dtypes is not None:
+    _DTYPES[np.dtype(ml_dtypes.bfloat16)] = pb.BF16
 _NUMPY = {number: dtype for dtype, number in _DTYPES.items()}
 
 

@@ -5,10 +5,12 @@ two runs send the same bytes. Nothing here is measured.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 from attnserve_client import AttendResult, AttentionClient, Model, ServerInfo, Timings, TokensResult
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from attnserve_loadtest.errors import LoadTestError
 
 Array = NDArray[Any]
 
-_DTYPES = {"FP32": np.float32, "FP16": np.float16}
+_DTYPES: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +211,8 @@ def _context_dim(model: Model) -> int:
 def _request_bytes(model: Model, seq_len: int, batch: int) -> int:
     if model.kind == "transformer":
         return 8 * batch * seq_len
-    itemsize = np.dtype(_DTYPES[model.dtype]).itemsize
-    elements = sum(int(np.prod(shape)) for shape in _tensor_shapes(model, seq_len, batch).values())
+    itemsize: int = np.dtype(_DTYPES[model.dtype]).itemsize
+    elements: int = sum(math.prod(shape) for shape in _tensor_shapes(model, seq_len, batch).values())
     return elements * itemsize
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from numpy.typing import NDArray
@@ -11,12 +12,13 @@ Array = NDArray[Any]
 _NUMPY_BY_NUMBER: dict[int, np.dtype[Any]] = {
     pb.FP32: np.dtype("<f4"),
     pb.FP16: np.dtype("<f2"),
+    pb.BF16: np.dtype(ml_dtypes.bfloat16),
     pb.INT64: np.dtype("<i8"),
     pb.INT32: np.dtype("<i4"),
     pb.BOOL: np.dtype("?"),
 }
 _NUMBER_BY_NUMPY = {dtype: number for number, dtype in _NUMPY_BY_NUMBER.items()}
-_ITEM_BYTES = {pb.BF16: 2} | {number: d.itemsize for number, d in _NUMPY_BY_NUMBER.items()}
+_ITEM_BYTES = {number: dtype.itemsize for number, dtype in _NUMPY_BY_NUMBER.items()}
 
 
 def number_of(name: str) -> "pb.DataType.ValueType":

@@ -14,6 +14,12 @@ from attnserve_export.attention.positions import Rotary, alibi_slopes
 DOMAIN = "attnserve"
 BLOCKED = "BlockedAttention"
 
+# As torch.onnx.ops.symbolic takes them.
+Attributes = dict[
+    str,
+    int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool],
+]
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -85,7 +91,7 @@ class Core(nn.Module):
         keys = torch.arange(key.shape[2], device=key.device)[None, :]
         return rotary.rotate(query, queries), rotary.rotate(key, keys)
 
-    def attributes(self) -> dict[str, int | float]:
+    def attributes(self) -> Attributes:
         """Of the operators in attnserve-kernels."""
         mask = self.mask
         return {
@@ -333,7 +339,7 @@ def default_scale(head_dim: int) -> float:
 def _operator(
     name: str,
     inputs: Sequence[Tensor | None],
-    attributes: dict[str, int | float],
+    attributes: Attributes,
     dtype: torch.dtype,
     shape: Sequence[int | torch.SymInt],
 ) -> Tensor:

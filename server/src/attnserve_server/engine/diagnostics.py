@@ -1,4 +1,8 @@
-"""What attention weights say: how spread, on which keys, how much each key gets."""
+"""What attention weights say: how spread, on which keys, how much each key gets, how far away.
+
+From the weights themselves, where they are there; a model's `diagnostics` variant says the same
+without ever holding them all.
+"""
 
 import numpy as np
 
@@ -43,3 +47,28 @@ def mass_per_key(weights: Array) -> Array:
         [..., Sk] FP32; sums to the number of queries that see any key.
     """
     return np.asarray(weights.sum(axis=-2, dtype=np.float32))
+
+
+def mass_by_distance(
+    weights: Array, key_lengths: Array, *, bottom_right: bool, count: int
+) -> Array:
+    """The weight given at each distance between query and key, summed over queries.
+
+    Args:
+        weights: [B, H, Sq, Sk].
+        key_lengths: [B].
+        bottom_right: whether query i is at position key_length - Sq + i instead of i.
+        count: N, distances to tell apart; the last one gathers all from N - 1 on.
+
+    Returns:
+        [B, H, N] FP32; sums to the number of queries that see any key.
+    """
+    batch, num_heads, query_len, key_len = weights.shape
+    masses = np.empty((batch, num_heads, count), np.float32)
+    for row, length in enumerate(key_lengths):
+        positions = np.arange(query_len) + (int(length) - query_len if bottom_right else 0)
+        apart = np.abs(positions[:, None] - np.arange(key_len)[None, :])
+        bins = np.minimum(apart, count - 1).ravel()
+        for head in range(num_heads):
+            masses[row, head] = np.bincount(bins, weights[row, head].ravel(), count)
+    return masses

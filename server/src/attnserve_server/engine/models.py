@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import attnserve_kernels
+
 from attnserve_server.engine.providers import Providers
 from attnserve_server.engine.session import GraphSession
 from attnserve_server.engine.tokenizer import TextTokenizer
@@ -36,11 +38,33 @@ class LoadedModel:
     manifest: Manifest
     variants: tuple[Variant, ...]
     tokenizer: TextTokenizer | None
+    provider: str
 
-    def choose(self, forced: str, inputs: Collection[str], outputs: Collection[str]) -> Variant:
-        """The first variant that takes what is given and gives what is wanted.
+    def preferred(self, length: int) -> list[Variant]:
+        """All variants, those first that the manifest picks for a length on this provider."""
+        rows = self.manifest.picks.get(self.provider, ())
+        for row in rows:
+            if row.up_to is None or length <= row.up_to:
+                rank = {name: index for index, name in enumerate(row.variants)}
+                return sorted(self.variants, key=lambda v: rank.get(v.name, len(rank)))
+        return list(self.variants)
+
+    def find(self, inputs: Collection[str], outputs: Collection[str]) -> Variant | None:
+        """A variant that takes and gives these, if there is one."""
+        for variant in self.variants:
+            if variant.session.inputs.issuperset(inputs) and set(variant.session.outputs) >= set(
+                outputs
+            ):
+                return variant
+        return None
+
+    def choose(
+        self, forced: str, inputs: Collection[str], outputs: Collection[str], length: int
+    ) -> Variant:
+        """The preferred variant that takes what is given and gives what is wanted.
 
         Args:
+            length: the longer of Sq and Sk.
             forced: the variant asked for by name; empty: any.
             inputs: graph inputs that the request gives.
             outputs: graph outputs that it needs.
@@ -49,7 +73,7 @@ class LoadedModel:
             NotFoundError: no variant has the name asked for.
             PreconditionError: no variant, or not the one asked for, can do it.
         """
-        candidates = [variant for variant in self.variants if forced in ("", variant.name)]
+        candidates = [v for v in self.preferred(length) if forced in ("", v.name)]
         what = f"model {self.manifest.name} version {self.manifest.version}"
         if not candidates:
             known = ", ".join(variant.name for variant in self.variants)
@@ -118,8 +142,17 @@ def load_all(
         check_files(folder, manifest)
         variants = []
         for entry in manifest.variants:
-            if not set(entry.providers) & set(providers.names):
-                _log.info("variant left out", extra={"model": manifest.name, "variant": entry.name})
+            if entry.native and attnserve_kernels.library_path() is None:
+                reason = "attnserve-kernels was installed without its operators"
+            elif not set(entry.providers) & set(providers.names):
+                reason = f"it suits {', '.join(entry.providers)}"
+            else:
+                reason = ""
+            if reason:
+                _log.info(
+                    "variant left out",
+                    extra={"model": manifest.name, "variant": entry.name, "reason": reason},
+                )
                 continue
             try:
                 session = GraphSession(
@@ -134,7 +167,7 @@ def load_all(
         tokenizer = TextTokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
         if variants:
             models[manifest.name, manifest.version] = LoadedModel(
-                manifest, tuple(variants), tokenizer
+                manifest, tuple(variants), tokenizer, providers.names[0]
             )
         _log.info(
             "model loaded",

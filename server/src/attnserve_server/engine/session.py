@@ -1,12 +1,20 @@
 """One ONNX graph, loaded and run by ONNX Runtime."""
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import attnserve_kernels
+import ml_dtypes
+import numpy as np
 import onnxruntime
+from onnxruntime import OrtValue
 
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.providers import Providers
+
+
+_BFLOAT16 = 16  # its number in ONNX
 
 
 class GraphSession:
@@ -28,7 +36,11 @@ class GraphSession:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        options.log_severity_level = 3
+        # Errors come as exceptions; nothing else of its log is for the operator.
+        options.log_severity_level = 4
+        library = attnserve_kernels.library_path()
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         self._session = onnxruntime.InferenceSession(
             str(path), options, providers=list(providers.names)
         )
@@ -36,29 +48,55 @@ class GraphSession:
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self.inputs: frozenset[str] = frozenset(i.name for i in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+        types = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._has_bfloat16 = any(entry.type == "tensor(bfloat16)" for entry in types)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """Run the graph.
 
         Args:
-            feeds: every input by name.
+            feeds: every input by name, and perhaps more, which are left out.
             outputs: the outputs to bring back.
 
         Returns:
             Those outputs by name, on the host.
         """
-        if self._on_cuda:
+        if self._on_cuda or self._has_bfloat16:
             return self.run_bound(feeds, outputs)
-        results = self._session.run(list(outputs), dict(feeds))
+        results = self._session.run(list(outputs), {name: feeds[name] for name in self.inputs})
         return dict(zip(outputs, results, strict=True))
 
     def run_bound(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """As `run`, with IO binding: outputs not asked for never leave the device."""
         device = "cuda" if self._on_cuda else "cpu"
         binding = self._session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
+        kept = []
+        for name in self.inputs:
+            array = feeds[name]
+            if array.dtype == ml_dtypes.bfloat16:
+                # ONNX Runtime's Python has no BF16 arrays: their bits go in and out.
+                bits = np.ascontiguousarray(array).view(np.uint16)
+                value = OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
+                kept.append((bits, value))
+                binding.bind_ortvalue_input(name, value)
+            else:
+                binding.bind_cpu_input(name, array)
         for name in outputs:
-            binding.bind_output(name, device)
+            binding.bind_output(name, "cpu" if self._has_bfloat16 else device)
         self._session.run_with_iobinding(binding)
-        return dict(zip(outputs, binding.copy_outputs_to_cpu(), strict=True))
+        if not self._has_bfloat16:
+            return dict(zip(outputs, binding.copy_outputs_to_cpu(), strict=True))
+        return {
+            name: _array(value) for name, value in zip(outputs, binding.get_outputs(), strict=True)
+        }
+
+
+def _array(value: OrtValue) -> Array:
+    """A copy of a tensor on the CPU."""
+    if value.data_type() != "tensor(bfloat16)":
+        return np.array(value.numpy())
+    size = value.tensor_size_in_bytes()
+    memory = (ctypes.c_char * size).from_address(value.data_ptr())
+    bits = np.frombuffer(memory, np.uint16).copy()
+    array: Array = bits.view(ml_dtypes.bfloat16).reshape(value.shape())
+    return array

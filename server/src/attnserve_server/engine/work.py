@@ -16,14 +16,27 @@ class Wanted:
     entropy: bool
     top_k: int
     mass_per_key: bool
+    mass_by_distance: int
+
+    @property
+    def diagnosed(self) -> bool:
+        """Whether anything is wanted that the weights say."""
+        return bool(self.entropy or self.top_k or self.mass_per_key or self.mass_by_distance)
 
 
 @dataclass(frozen=True, slots=True)
 class AttendWork:
-    """An attention to compute: checked, complete, ready to run."""
+    """An attention to compute: checked, complete, ready to run.
+
+    Attributes:
+        variant: that gives output and weights, or, if neither is wanted, the diagnosis.
+        diagnosis: that gives what the weights say; None: nothing, or from the weights themselves.
+        feeds: inputs of both.
+    """
 
     model: LoadedModel
     variant: Variant
+    diagnosis: Variant | None
     feeds: Mapping[str, Array]
     wanted: Wanted
     batch: int

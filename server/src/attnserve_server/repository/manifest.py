@@ -8,7 +8,9 @@ from typing import Any
 
 KINDS = ("core", "layer", "transformer")
 MASKS = ("bidirectional", "causal", "cross")
-DTYPES = ("FP32", "FP16")
+DTYPES = ("FP32", "FP16", "BF16")
+ALIGNMENTS = ("top-left", "bottom-right")
+MEMORY = ("linear", "quadratic")
 
 
 class ManifestError(Exception):
@@ -25,6 +27,10 @@ class Attention:
     value_head_dim: int
     mask: str
     window: int | None
+    window_right: int | None
+    alignment: str
+    alibi: bool
+    rotary: str | None
     scale: float
     softcap: float
 
@@ -53,15 +59,30 @@ class Transformer:
 
 @dataclass(frozen=True, slots=True)
 class VariantEntry:
-    """One ONNX graph: its file, names of its inputs and outputs, providers, measured error."""
+    """One ONNX graph: its file, names of its inputs and outputs, providers, measured error.
+
+    Attributes:
+        quadratic: whether it holds the scores of all queries and keys while it runs.
+        native: whether it needs the operators of attnserve-kernels.
+    """
 
     name: str
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     providers: tuple[str, ...]
+    quadratic: bool
+    native: bool
     max_abs_error: float
     tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Names of variants to prefer up to a length, best first; None: any length."""
+
+    up_to: int | None
+    variants: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +106,7 @@ class Manifest:
     transformer: Transformer | None
     tokenizer: str | None
     variants: tuple[VariantEntry, ...]
+    picks: Mapping[str, tuple[Pick, ...]]
     files: Mapping[str, FileEntry]
     source: str
     text: str
@@ -129,7 +151,13 @@ def _manifest(content: Any, text: str) -> Manifest:
             head_dim=int(attention["head_dim"]),
             value_head_dim=int(attention["value_head_dim"]),
             mask=_one_of("attention.mask", attention["mask"], MASKS),
-            window=attention["window"],
+            window=_optional_integer(attention["window"]),
+            window_right=_optional_integer(attention.get("window_right")),
+            alignment=_one_of(
+                "attention.alignment", attention.get("alignment", "top-left"), ALIGNMENTS
+            ),
+            alibi=bool(attention.get("alibi", False)),
+            rotary=(attention.get("rotary") or {}).get("style"),
             scale=float(attention["scale"]),
             softcap=float(attention["softcap"]),
         ),
@@ -137,6 +165,10 @@ def _manifest(content: Any, text: str) -> Manifest:
         transformer=_transformer(content.get("transformer")),
         tokenizer=content.get("tokenizer"),
         variants=tuple(_variant(entry) for entry in content["variants"]),
+        picks={
+            str(provider): tuple(_pick(row) for row in rows)
+            for provider, rows in content.get("picks", {}).items()
+        },
         files={
             name: FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
             for name, entry in content["files"].items()
@@ -163,6 +195,14 @@ def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{field}: {value!r}; allowed: {', '.join(allowed)}")
     return str(value)
+
+
+def _optional_integer(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _pick(content: Any) -> Pick:
+    return Pick(_optional_integer(content["up_to"]), tuple(str(n) for n in content["variants"]))
 
 
 def _layer(content: Any) -> Layer | None:
@@ -195,6 +235,8 @@ def _variant(content: Any) -> VariantEntry:
         inputs=tuple(str(entry["name"]) for entry in content["inputs"]),
         outputs=tuple(str(entry["name"]) for entry in content["outputs"]),
         providers=tuple(str(provider) for provider in content["providers"]),
+        quadratic=_one_of("memory", content.get("memory", "quadratic"), MEMORY) == "quadratic",
+        native=bool(content.get("native", False)),
         max_abs_error=max((float(e) for e in verification["max_abs_error"].values()), default=0.0),
         tolerance=float(verification["tolerance"]),
     )

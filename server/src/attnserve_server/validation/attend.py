@@ -24,6 +24,11 @@ from attnserve_server.wire.tensors import TensorSpec
 
 _CORE = ("query", "key", "value")
 
+# The outputs of a variant that says what the weights say.
+DIAGNOSTICS = frozenset(
+    ("entropy", "mass_per_key", "mass_by_distance", "top_k_indices", "top_k_weights")
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Dims:
@@ -48,6 +53,7 @@ class AttendPlan:
 
     model: LoadedModel
     variant: Variant
+    diagnosis: Variant | None
     wanted: Wanted
     specs: Mapping[str, TensorSpec]
     dims: Dims
@@ -89,15 +95,22 @@ def plan(
     query_factor, softcap = _options(message, model)
     wanted = _wanted(message.returns, dims)
     inputs = set(specs) | ({"softcap"} if softcap is not None else set())
-    outputs = {"output"} if wanted.output else set()
-    if wanted.weights or wanted.entropy or wanted.top_k or wanted.mass_per_key:
-        outputs.add("weights")
-    variant = model.choose(message.variant, inputs, outputs)
+    variant, diagnosis = _variants(model, message.variant, inputs, wanted, dims)
     response_bytes = _response_bytes(model, specs, dims, wanted)
     _check_size("response", response_bytes, limits.max_response_bytes, "--max-response-mib")
-    _check_working(model, dims, limits)
+    for runs in {variant.name: variant, **({diagnosis.name: diagnosis} if diagnosis else {})}.values():
+        _check_working(runs, dims, request_bytes + response_bytes, limits)
     return AttendPlan(
-        model, variant, wanted, specs, dims, query_factor, softcap, request_bytes, response_bytes
+        model,
+        variant,
+        diagnosis,
+        wanted,
+        specs,
+        dims,
+        query_factor,
+        softcap,
+        request_bytes,
+        response_bytes,
     )
 
 
@@ -114,24 +127,58 @@ def complete(ready: AttendPlan, arrays: Mapping[str, Array]) -> AttendWork:
     if "bias" in feeds:
         _check_bias(feeds["bias"])
     takes = ready.variant.session.inputs
+    if ready.diagnosis is not None:
+        takes |= ready.diagnosis.session.inputs
+        feeds["top_k"] = np.array([ready.wanted.top_k], np.int64)
+        feeds["distances"] = np.array([ready.wanted.mass_by_distance], np.int64)
     if "key_lengths" in takes and "key_lengths" not in feeds:
         feeds["key_lengths"] = np.full(dims.batch, dims.key_len, np.int64)
     if "bias" in takes and "bias" not in feeds:
         dtype = dtypes.to_numpy(dtypes.number_of(manifest.dtype))
         feeds["bias"] = np.zeros((1, 1, 1, 1), dtype)
     if "softcap" in takes:
-        # A graph with this input is chosen by name or because the request gives one.
-        own = manifest.attention.softcap
-        value = ready.softcap if ready.softcap is not None else own
-        if not value:
-            raise InvalidRequestError.of(
-                "softcap", "none", f"a number above 0 with variant {ready.variant.name!r}"
-            )
-        feeds["softcap"] = np.array([value], np.float32)
+        feeds["softcap"] = np.array([_softcap(ready)], np.float32)
     if ready.query_factor != 1.0:
         query = feeds["query"]
         feeds["query"] = (query * np.float32(ready.query_factor)).astype(query.dtype, copy=False)
-    return AttendWork(ready.model, ready.variant, feeds, ready.wanted, dims.batch)
+    return AttendWork(
+        ready.model, ready.variant, ready.diagnosis, feeds, ready.wanted, dims.batch
+    )
+
+
+def _softcap(ready: AttendPlan) -> float:
+    """What a graph with this input is fed."""
+    if ready.softcap is not None:
+        return ready.softcap
+    if ready.variant.entry.native or ready.variant is ready.diagnosis:
+        return -1.0  # its own
+    # `softcap` asked for by name; it divides by what it is given.
+    own = ready.model.manifest.attention.softcap
+    if not own:
+        raise InvalidRequestError.of(
+            "softcap", "none", f"a number above 0 with variant {ready.variant.name!r}"
+        )
+    return own
+
+
+def _variants(
+    model: LoadedModel, forced: str, inputs: set[str], wanted: Wanted, dims: Dims
+) -> tuple[Variant, Variant | None]:
+    """The variant to run, and the one that says what the weights say, if they need not be held."""
+    outputs = {"output"} if wanted.output else set()
+    diagnosis = None
+    if wanted.weights:
+        outputs.add("weights")
+    elif wanted.diagnosed:
+        given = next((v for v in model.variants if v.name == forced), None)
+        if given is None or "weights" not in given.session.outputs:
+            diagnosis = model.find(inputs, DIAGNOSTICS)
+        if diagnosis is None:
+            outputs.add("weights")
+        elif not outputs:
+            outputs.update(DIAGNOSTICS)
+    variant = model.choose(forced, inputs, outputs, max(dims.query_len, dims.key_len))
+    return variant, diagnosis
 
 
 def _specs(
@@ -278,8 +325,14 @@ def _wanted(returns: pb.ReturnOptions, dims: Dims) -> Wanted:
         entropy=returns.entropy,
         top_k=returns.top_k,
         mass_per_key=returns.mass_per_key,
+        mass_by_distance=returns.mass_by_distance,
     )
-    if not any((wanted.output, wanted.weights, wanted.entropy, wanted.top_k, wanted.mass_per_key)):
+    most = max(dims.query_len, dims.key_len)
+    if wanted.mass_by_distance > most:
+        raise InvalidRequestError.of(
+            "returns.mass_by_distance", wanted.mass_by_distance, f"0..{most}, the longest length"
+        )
+    if not (wanted.output or wanted.weights or wanted.diagnosed):
         raise InvalidRequestError.of("returns", "nothing to return", "at least one thing")
     return wanted
 
@@ -299,6 +352,7 @@ def _response_bytes(
         + rows * 4 * wanted.entropy
         + rows * 12 * wanted.top_k
         + dims.batch * dims.num_heads * dims.key_len * 4 * wanted.mass_per_key
+        + dims.batch * dims.num_heads * 4 * wanted.mass_by_distance
     )
 
 
@@ -309,13 +363,15 @@ def _check_size(what: str, given: int, allowed: int, option: str) -> None:
         )
 
 
-def _check_working(model: LoadedModel, dims: Dims, limits: Limits) -> None:
-    item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
-    needed = working_bytes(dims.batch, dims.num_heads, dims.query_len, dims.key_len, item)
+def _check_working(variant: Variant, dims: Dims, tensor_bytes: int, limits: Limits) -> None:
+    needed = working_bytes(
+        variant.entry, dims.batch, dims.num_heads, dims.query_len, dims.key_len, tensor_bytes
+    )
     if needed > limits.max_working_bytes:
         raise ExhaustedError(
             f"lengths: B={dims.batch}, H={dims.num_heads}, Sq={dims.query_len}, "
-            f"Sk={dims.key_len} would take about {needed} bytes of working memory; "
+            f"Sk={dims.key_len} would take about {needed} bytes of working memory with variant "
+            f"{variant.name!r}; "
             f"allowed: {limits.max_working_bytes} (--max-working-mib)"
         )
 

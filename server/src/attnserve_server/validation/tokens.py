@@ -6,7 +6,7 @@ from attnserve_proto import attention_pb2 as pb
 
 from attnserve_server import dtypes
 from attnserve_server.engine.memory import working_bytes
-from attnserve_server.engine.models import LoadedModel, ModelStore
+from attnserve_server.engine.models import LoadedModel, ModelStore, Variant
 from attnserve_server.engine.work import TokensWanted, TokensWork
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
 from attnserve_server.repository.manifest import Transformer
@@ -46,8 +46,9 @@ def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limi
                 f"{field}[{row}]", f"{len(sequence)} tokens", f"1..{max_len} tokens"
             )
     outputs = ["weights_0"] if wanted.weights or wanted.entropy else []
-    variant = model.choose(message.variant, (), outputs)
-    _check_sizes(sequences, wanted, model, transformer, limits)
+    longest = max(len(sequence) for sequence in sequences)
+    variant = model.choose(message.variant, (), outputs, longest)
+    _check_sizes(sequences, wanted, model, variant, limits)
     return TokensWork(model, variant, sequences, truncated, wanted)
 
 
@@ -109,13 +110,15 @@ def _check_sizes(
     sequences: Sequence[Sequence[int]],
     wanted: TokensWanted,
     model: LoadedModel,
-    transformer: Transformer,
+    variant: Variant,
     limits: Limits,
 ) -> None:
+    transformer = model.manifest.transformer
+    assert transformer is not None
     item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
     batch, longest = len(sequences), max(len(sequence) for sequence in sequences)
     num_heads = model.manifest.attention.num_heads
-    needed = working_bytes(batch, num_heads, longest, longest, item)
+    needed = working_bytes(variant.entry, batch, num_heads, longest, longest, 0)
     if wanted.weights or wanted.entropy:
         needed += len(wanted.layers) * batch * num_heads * longest * longest * item
     # The widest of a block's intermediate results is about four times the hidden states.

@@ -25,6 +25,11 @@ def model_message(model: LoadedModel) -> pb.Model:
         softcap=attention.softcap,
         takes_text=model.tokenizer is not None,
         source=manifest.source,
+        window_right=attention.window_right or 0,
+        has_window_right=attention.window_right is not None,
+        bottom_right=attention.alignment == "bottom-right",
+        alibi=attention.alibi,
+        rotary=attention.rotary or "",
     )
     if manifest.layer is not None:
         message.embed_dim = manifest.layer.embed_dim
@@ -42,6 +47,7 @@ def model_message(model: LoadedModel) -> pb.Model:
             providers=entry.providers,
             max_abs_error=entry.max_abs_error,
             tolerance=entry.tolerance,
+            quadratic_memory=entry.quadratic,
         )
     return message
 

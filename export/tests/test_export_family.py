@@ -1,0 +1,237 @@
+"""The whole family of attentions, every variant, on shapes drawn at random."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from attnserve_export import sessions, tuning
+from attnserve_export.attention.core import AttentionConfig
+from attnserve_export.attention.positions import Rotary, alibi_slopes
+from attnserve_export.cases import scheme_of
+from attnserve_export.cli import main
+from attnserve_export.reference import attention_reference
+from attnserve_export.tuning import Measurement, picks_from
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+# Options of `attnserve-export core`, and the same as a config.
+FAMILY: dict[str, tuple[str, dict]] = {
+    "bottom": ("--mask causal --alignment bottom-right", {
+        "mask": "causal", "alignment": "bottom-right"}),
+    "window": ("--mask causal --window 7", {"mask": "causal", "window": 7}),
+    "both": ("--window 5 --window-right 2", {"window": 5, "window_right": 2}),
+    "band": ("--window 130", {"window": 130, "window_right": 129}),
+    "ahead": ("--window-right 3 --mask cross", {"window_right": 3, "mask": "cross"}),
+    "alibi": ("--mask causal --alibi", {"mask": "causal", "alibi": True}),
+    "turned": ("--mask causal --rotary half --alignment bottom-right --window 9", {
+        "mask": "causal", "rotary": Rotary("half", 8), "alignment": "bottom-right", "window": 9}),
+    "gptj": ("--mask causal --rotary interleaved --rotary-dims 4 --rotary-base 500", {
+        "mask": "causal", "rotary": Rotary("interleaved", 4, 500.0)}),
+    "gemma": ("--mask causal --softcap 3 --window 6 --scale 0.5", {
+        "mask": "causal", "softcap": 3.0, "window": 6, "scale": 0.5}),
+    "brain": ("--mask causal --alibi --dtype bf16 --window 20", {
+        "mask": "causal", "alibi": True, "window": 20}),
+    "half": ("--rotary half --dtype fp16", {"rotary": Rotary("half", 8)}),
+}  # fmt: skip
+HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 8, 5
+DTYPES = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+TOLERANCE = {"FP16": 2e-3, "BF16": 1.6e-2}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    sizes = ["--num-heads", "6", "--num-kv-heads", "2", "--head-dim", "8", "--value-head-dim", "5"]
+    for name, (options, _) in FAMILY.items():
+        arguments = ["core", "--out", str(folder), "--name", name, *sizes, *options.split()]
+        assert main(arguments) == 0
+    return folder
+
+
+@cache
+def opened(path: Path) -> onnxruntime.InferenceSession:
+    return sessions.open_session(path)
+
+
+def config_of(name: str) -> AttentionConfig:
+    settings_of = {"mask": "bidirectional", "scale": DIM**-0.5} | FAMILY[name][1]
+    return AttentionConfig(HEADS, DIM, KV_HEADS, VALUE_DIM, **settings_of)
+
+
+# On both sides of blocks (16 to 128 queries) and of the windows.
+lengths = st.integers(1, 24) | st.sampled_from([127, 128, 129, 150, 260])
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_variant_at_any_shape(
+    family: Path, name: str, data: st.DataObject, seed: int
+) -> None:
+    config = config_of(name)
+    manifest = json.loads((family / name / "1/model.json").read_text())
+    dtype = DTYPES[manifest["dtype"]]
+    generator = np.random.default_rng(seed)
+    batch, sq, sk = data.draw(st.integers(1, 3)), data.draw(lengths), data.draw(lengths)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape).astype(dtype)
+
+    feeds = {
+        "query": normal(batch, HEADS, sq, DIM),
+        "key": normal(batch, KV_HEADS, sk, DIM),
+        "value": normal(batch, KV_HEADS, sk, VALUE_DIM),
+        "key_lengths": generator.integers(0, sk + 1, batch),
+        "bias": np.zeros((1, 1, 1, 1), dtype),
+        "softcap": np.array([-1.0], np.float32),
+    }
+    expected, weights = attention_reference(
+        feeds["query"], feeds["key"], feeds["value"], key_lengths=feeds["key_lengths"],
+        scheme=scheme_of(config), scale=config.scale, softcap=config.softcap,
+    )  # fmt: skip
+    # FP32 rounds scores relative to their size, which ALiBi makes large.
+    largest = max(config.slopes or [0.0]) * max(sq, sk)
+    exact = 2e-6 * np.sqrt(sk) * max(1.0, largest / 8)
+    tolerance = TOLERANCE.get(manifest["dtype"], exact)
+    for variant in manifest["variants"]:
+        outputs = {entry["name"] for entry in variant["outputs"]}
+        if "output" not in outputs or variant["name"] == "softcap":
+            continue
+        shapes = {n: a.shape for n, a in (("output", expected), ("weights", weights))}
+        answers = sessions.run(
+            opened(family / name / "1" / variant["file"]),
+            feeds,
+            {n: shape for n, shape in shapes.items() if n in outputs},
+        )
+        for key, answer in answers.items():
+            right = expected if key == "output" else weights
+            difference = np.abs(answer.astype(np.float64) - right).max()
+            assert difference <= tolerance, (variant["name"], key, difference, tolerance)
+
+
+def test_no_variant_of_the_family_is_missing(family: Path) -> None:
+    for name in FAMILY:
+        manifest = json.loads((family / name / "1/model.json").read_text())
+        config = config_of(name)
+        expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
+        if not config.softcap and not config.alibi:
+            expected.add("fused")
+        assert {v["name"] for v in manifest["variants"]} == expected
+        attention = manifest["attention"]
+        assert attention["window"] == config.window
+        assert attention["window_right"] == config.window_right
+        assert attention["alignment"] == config.alignment
+
+
+def test_blocked_needs_no_operators_of_ours(family: Path) -> None:
+    """Any ONNX Runtime runs it: its operator is a function that the graph brings along."""
+    path = family / "alibi/1/model.onnx"
+    model = onnx.load(path)
+    assert [f.name for f in model.functions] == ["BlockedAttention"]
+    onnx.checker.check_model(model, full_check=False)
+    assert onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) is not None
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 999), style=st.sampled_from(["half", "interleaved"]))
+def test_rotary_is_what_transformers_does(seed: int, style: str) -> None:
+    """Llama's (half) and GPT-J's (interleaved) own functions."""
+    from transformers.models.gptj import modeling_gptj as gptj
+    from transformers.models.llama import modeling_llama as llama
+
+    torch.manual_seed(seed)
+    heads = torch.randn(2, 3, 9, 8, dtype=torch.float64).float()
+    positions = torch.arange(9)[None]
+    angles = positions[0, :, None] * 10_000 ** -(torch.arange(0, 8, 2) / 8)
+    turned = Rotary(style, 8).rotate(heads, positions)
+    if style == "half":
+        both = torch.cat((angles, angles), dim=-1)[None]
+        expected, _ = llama.apply_rotary_pos_emb(heads, heads, both.cos(), both.sin())
+    else:
+        sine, cosine = angles.sin()[None], angles.cos()[None]
+        expected = gptj.apply_rotary_pos_emb(heads.transpose(1, 2), sine, cosine).transpose(1, 2)
+    torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
+
+
+def test_alibi_slopes_are_those_of_transformers() -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    for num_heads in (1, 2, 6, 8, 12, 32, 112):
+        alibi = build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float64)
+        np.testing.assert_allclose(alibi_slopes(num_heads), alibi[:, 0, 1].numpy(), rtol=1e-6)
+
+
+def test_bottom_right_is_torchs_causal_lower_right() -> None:
+    from torch.nn.attention.bias import causal_lower_right
+
+    torch.manual_seed(3)
+    q, k = torch.randn(1, 2, 4, 8).double(), torch.randn(1, 2, 9, 8).double()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), k.float(), attn_mask=causal_lower_right(4, 9)
+    )
+    config = AttentionConfig(2, 8, 2, 8, "causal", 8**-0.5, alignment="bottom-right")
+    output, _ = attention_reference(q, k, k, scheme=scheme_of(config))
+    np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)
+
+
+def test_tuning_measures_and_the_manifest_says_so(
+    family: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["tune", "--out", str(family), "--name", "window", "--seq-lens", "8,64"]
+    assert main([*arguments, "--seconds", "0.05"]) == 0
+    printed = capsys.readouterr()
+    assert "64 positions: " in printed.err
+    manifest = json.loads((family / "window/1/model.json").read_text())
+    tuned = manifest["tuned"]["CPUExecutionProvider"]
+    assert {m["seq_len"] for m in tuned["measurements"]} == {8, 64}
+    assert all(m["milliseconds"] > 0 for m in tuned["measurements"])
+    rows = manifest["picks"]["CPUExecutionProvider"]
+    assert rows[-1]["up_to"] is None
+    names = {"fused", "blocked", "reference", "native"}
+    assert all(set(row["variants"]) == names for row in rows)
+    assert "CUDAExecutionProvider" in manifest["picks"]
+
+
+def test_picks_follow_the_measurements() -> None:
+    measured = [
+        Measurement("a", 100, 1.0), Measurement("b", 100, 2.0),
+        Measurement("a", 400, 9.0), Measurement("b", 400, 8.0),
+        Measurement("b", 1600, 30.0),
+    ]  # fmt: skip
+    rows = picks_from(measured)
+    assert [(row.up_to, row.variants) for row in rows] == [(200, ("a", "b")), (None, ("b", "a"))]
+
+
+def test_tuning_refuses_what_it_cannot_measure(
+    family: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["tune", "--out", str(family), "--name", "nothing"]) == 2
+    assert "model.json" in capsys.readouterr().err
+    monkeypatch.setattr(
+        tuning.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"]
+    )
+    arguments = ["tune", "--out", str(family), "--name", "half"]
+    assert main([*arguments, "--provider", "CUDAExecutionProvider"]) == 2
+    assert "available here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mask causal --window-right 3", "--window-right: given with --mask causal"),
+        ("--rotary half --rotary-dims 9", "--rotary-dims: given 9"),
+        ("--rotary half --rotary-dims 5", "--rotary-dims: given 5"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    tmp_path: Path, options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["core", "--out", str(tmp_path), "--name", "x", "--num-heads", "2"]
+    assert main([*arguments, "--head-dim", "8", *options.split()]) == 2
+    assert message in capsys.readouterr().err

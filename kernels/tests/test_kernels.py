@@ -1,0 +1,286 @@
+"""The operators against the float64 reference: every mask, dtype and instruction set."""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import attnserve_kernels
+import ml_dtypes
+import numpy as np
+import onnx.helper
+import onnxruntime
+import pytest
+from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.bfloat16, 16)}
+INPUTS = {
+    "Attention": ("query", "key", "value", "key_lengths", "bias", "slopes", "softcap"),
+    "AttentionDiagnostics": (
+        "query", "key", "key_lengths", "top_k", "distances", "bias", "slopes", "softcap",
+    ),
+}  # fmt: skip
+OUTPUTS = {
+    "Attention": ("output",),
+    "AttentionDiagnostics": (
+        "entropy", "mass_per_key", "mass_by_distance", "top_k_indices", "top_k_weights",
+    ),
+}  # fmt: skip
+INTEGERS = ("key_lengths", "top_k", "distances", "top_k_indices")
+RANKS = {"key_lengths": 1, "slopes": 1, "softcap": 1, "top_k": 1, "distances": 1}
+
+
+@cache
+def session(operator: str, dtype: str, present: frozenset, attributes: tuple):
+    """One node of an operator, with some of its optional inputs."""
+    exact = ("entropy", "mass_per_key", "mass_by_distance", "top_k_weights", "slopes", "softcap")
+
+    def value(name: str):
+        kind = 7 if name in INTEGERS else 1 if name in exact else TYPES[dtype][1]
+        return onnx.helper.make_tensor_value_info(name, kind, [None] * RANKS.get(name, 4))
+
+    names = [name if name in present else "" for name in INPUTS[operator]]
+    while not names[-1]:
+        names.pop()
+    node = onnx.helper.make_node(
+        operator, names, OUTPUTS[operator], domain="attnserve", **dict(attributes)
+    )
+    graph = onnx.helper.make_graph(
+        [node], "one", [value(n) for n in names if n], [value(n) for n in OUTPUTS[operator]]
+    )
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("attnserve", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(attnserve_kernels.library_path()))
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(operator: str, dtype: str, feeds: dict, shape: tuple, **attributes):
+    defaults = {"scale": 1.0, "softcap": 0.0, "left": -1, "right": -1, "bottom_right": 0}
+    present = frozenset(feeds)
+    opened = session(operator, dtype, present, tuple(sorted({**defaults, **attributes}.items())))
+    if dtype != "BF16":
+        return opened.run(None, feeds)
+    binding = opened.io_binding()
+    for name, array in feeds.items():
+        if array.dtype == ml_dtypes.bfloat16:
+            bits = np.ascontiguousarray(array).view(np.uint16)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)
+            binding.bind_ortvalue_input(name, value)
+        else:
+            binding.bind_cpu_input(name, array)
+    if operator != "Attention":
+        for name in OUTPUTS[operator]:
+            binding.bind_output(name, "cpu")
+        opened.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()
+    output = np.empty(shape, ml_dtypes.bfloat16)
+    binding.bind_output("output", "cpu", 0, 16, list(shape), output.ctypes.data)
+    opened.run_with_iobinding(binding)
+    return [output]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict:
+    """Sizes on both sides of every tile's: 16 and 48 rows, 128 keys, 192 queries of a task."""
+    length = st.integers(1, 20) | st.sampled_from([47, 48, 49, 127, 128, 129, 191, 193, 260])
+    some = st.none() | st.integers(0, 40)
+    return {
+        "dtype": draw(st.sampled_from(list(TYPES))),
+        "batch": draw(st.integers(1, 3)),
+        "kv_heads": draw(st.integers(1, 3)),
+        "group": draw(st.sampled_from([1, 1, 2, 3, 5])),
+        "sq": draw(length),
+        "sk": draw(length),
+        "d": draw(st.sampled_from([1, 3, 8, 16, 31, 64, 80])),
+        "dv": draw(st.sampled_from([1, 5, 8, 33, 64])),
+        "left": draw(some),
+        "right": draw(some),
+        "bottom_right": draw(st.booleans()),
+        "softcap": draw(st.sampled_from([None, 0.0, 2.5, 30.0])),
+        "slopes": draw(st.booleans()),
+        "bias": draw(st.none() | st.sets(st.sampled_from("bhqk"))),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+
+
+def prepare(p: dict) -> tuple[dict, dict, Scheme, float]:
+    generator = np.random.default_rng(p["seed"])
+    dtype = TYPES[p["dtype"]][0]
+    heads = p["kv_heads"] * p["group"]
+
+    def normal(*shape: int):
+        return generator.standard_normal(shape).astype(dtype)
+
+    feeds = {
+        "query": normal(p["batch"], heads, p["sq"], p["d"]),
+        "key": normal(p["batch"], p["kv_heads"], p["sk"], p["d"]),
+        "value": normal(p["batch"], p["kv_heads"], p["sk"], p["dv"]),
+        "key_lengths": generator.integers(0, p["sk"] + 1, p["batch"]),
+    }
+    if p["bias"] is not None:
+        full = {"b": p["batch"], "h": heads, "q": p["sq"], "k": p["sk"]}
+        shape = tuple(size if axis in p["bias"] else 1 for axis, size in full.items())
+        feeds["bias"] = normal(*shape)
+        feeds["bias"][generator.random(shape) < 0.2] = -np.inf
+    slopes = None
+    if p["slopes"]:
+        slopes = generator.random(heads).astype(np.float32)
+        feeds["slopes"] = slopes
+    if p["softcap"] is not None:
+        feeds["softcap"] = np.array([p["softcap"]], np.float32)
+    attributes = {
+        "scale": p["d"] ** -0.5,
+        "left": -1 if p["left"] is None else p["left"],
+        "right": -1 if p["right"] is None else p["right"],
+        "bottom_right": int(p["bottom_right"]),
+    }
+    scheme = Scheme(p["left"], p["right"], p["bottom_right"], slopes)
+    return feeds, attributes, scheme, p["softcap"] or 0.0
+
+
+def reference(feeds: dict, scheme: Scheme, scale: float, softcap: float):
+    return attention_reference(
+        feeds["query"], feeds["key"], feeds["value"], key_lengths=feeds["key_lengths"],
+        bias=feeds.get("bias"), scheme=scheme, scale=scale, softcap=softcap,
+    )  # fmt: skip
+
+
+def growth(p: dict, scheme: Scheme) -> float:
+    """How much larger than 8 scores get by ALiBi: FP32 rounds them relative to their size."""
+    if scheme.slopes is None:
+        return 1.0
+    return max(1.0, max(p["sq"], p["sk"]) * float(np.max(scheme.slopes)) / 8)
+
+
+@settings(deadline=None, max_examples=150)
+@given(p=problems())
+def test_any_attention_is_within_tolerance(p: dict) -> None:
+    feeds, attributes, scheme, softcap = prepare(p)
+    expected, _ = reference(feeds, scheme, attributes["scale"], softcap)
+    (output,) = run("Attention", p["dtype"], feeds, expected.shape, **attributes)
+    exact = 2e-6 * np.sqrt(p["sk"]) * growth(p, scheme)
+    tolerance = {"FP32": exact, "FP16": max(2e-3, exact), "BF16": 1.6e-2}[p["dtype"]]
+    assert output.dtype == TYPES[p["dtype"]][0]
+    np.testing.assert_allclose(output.astype(np.float64), expected, atol=tolerance, rtol=0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(p=problems(), data=st.data())
+def test_any_diagnosis_is_within_tolerance(p: dict, data: st.DataObject) -> None:
+    feeds, attributes, scheme, softcap = prepare(p)
+    _, weights = reference(feeds, scheme, attributes["scale"], softcap)
+    del feeds["value"]
+    top_k = data.draw(st.integers(0, min(p["sk"], 7)))
+    distances = data.draw(st.integers(0, 12))
+    feeds |= {"top_k": np.array([top_k]), "distances": np.array([distances])}
+    answers = run("AttentionDiagnostics", p["dtype"], feeds, (), **attributes)
+    said = dict(zip(OUTPUTS["AttentionDiagnostics"], answers, strict=True))
+    expected = diagnostics_reference(
+        weights,
+        feeds["key_lengths"],
+        bottom_right=p["bottom_right"],
+        top_k=top_k,
+        distances=distances,
+    )
+    tolerance = 1e-5 * np.sqrt(p["sk"]) * growth(p, scheme)
+    for name in ("entropy", "top_k_weights"):
+        np.testing.assert_allclose(said[name], expected[name], atol=tolerance, rtol=0)
+    for name in ("mass_per_key", "mass_by_distance"):
+        np.testing.assert_allclose(said[name], expected[name], atol=tolerance, rtol=1e-5)
+    picked = np.take_along_axis(weights, said["top_k_indices"], -1)
+    np.testing.assert_allclose(picked, expected["top_k_weights"], atol=tolerance, rtol=0)
+    ordered = np.sort(said["top_k_indices"], axis=-1)
+    assert (np.diff(ordered, axis=-1) > 0).all(), "a key is named twice"
+
+
+def test_large_scores_keep_their_softmax() -> None:
+    generator = np.random.default_rng(1)
+    q, k, v = (generator.standard_normal((1, 2, 50, 16)).astype(np.float32) for _ in range(3))
+    q *= 200
+    feeds = {"query": q, "key": k, "value": v, "key_lengths": np.array([50])}
+    expected, _ = attention_reference(q, k, v, scale=1.0)
+    (output,) = run("Attention", "FP32", feeds, expected.shape, scale=1.0)
+    largest = np.abs(q @ k.swapaxes(2, 3)).max()
+    np.testing.assert_allclose(output, expected, atol=2e-6 * 50**0.5 * largest / 8)
+
+
+def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
+    """torch.finfo(...).min as a mask, as transformers has it: a row of them weighs all alike."""
+    generator = np.random.default_rng(2)
+    q, k, v = (generator.standard_normal((1, 1, 5, 8)).astype(np.float32) for _ in range(3))
+    bias = np.full((1, 1, 5, 5), np.finfo(np.float32).min, np.float32)
+    bias[:, :, 1:, 0] = 0
+    feeds = {"query": q, "key": k, "value": v, "key_lengths": np.array([5]), "bias": bias}
+    (output,) = run("Attention", "FP32", feeds, q.shape)
+    np.testing.assert_allclose(output[0, 0, 0], v[0, 0].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(output[0, 0, 1:], np.repeat(v[0, 0, :1], 4, axis=0), atol=1e-6)
+
+
+def test_half_precision_conversions_are_exact() -> None:
+    """Every finite FP16 and BF16 value comes through an attention with one key unchanged."""
+    for dtype in ("FP16", "BF16"):
+        bits = np.arange(1 << 16, dtype=np.uint16)
+        values = bits.view(TYPES[dtype][0])
+        values = values[np.isfinite(values.astype(np.float32))]
+        # As inputs, FP16 denormals too; BF16's would be FP32 denormals, which sums may flush.
+        if dtype == "BF16":
+            values = values[np.abs(values.astype(np.float32)) >= 2.0**-125]
+        v = values.reshape(1, 1, 1, -1)
+        one = np.ones((1, 1, 1, 1), TYPES[dtype][0])
+        feeds = {"query": one, "key": one, "value": v, "key_lengths": np.array([1])}
+        (output,) = run("Attention", dtype, feeds, v.shape)
+        np.testing.assert_array_equal(output, v)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": (1, 2, 4, 9)}, "key: batch and head_dim"),
+        ({"key": (1, 3, 4, 8)}, "key: its heads"),
+        ({"value": (1, 2, 5, 8)}, "value: batch, heads and length"),
+        ({"bias": (1, 1, 3, 1)}, "bias: each dimension"),
+    ],
+)
+def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
+    shapes = {"query": (1, 2, 4, 8), "key": (1, 2, 4, 8), "value": (1, 2, 4, 8)} | changes
+    feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    feeds["key_lengths"] = np.array([4])
+    with pytest.raises(Exception, match=message):
+        run("Attention", "FP32", feeds, ())
+
+
+@pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
+def test_other_instruction_sets_compute_the_same(instruction_set: str) -> None:
+    """The tests above, once more, in a process told to use another implementation."""
+    environment = os.environ | {"ATTNSERVE_KERNELS_ISA": instruction_set}
+    used = subprocess.run(
+        [sys.executable, "-c", "import attnserve_kernels as k; print(k.instruction_set())"],
+        env=environment, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    if used != instruction_set:
+        pytest.skip(f"this processor runs {used}")
+    again = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "any or conversions or large"]
+    result = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_without_a_compiler_it_installs_without_operators(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1]
+    copy = shutil.copytree(source, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    environment = os.environ | {"CC": "false", "CXX": "false"}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "built")],
+        cwd=copy, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "installed without operators" in result.stderr
+    assert (tmp_path / "built/attnserve_kernels/__init__.py").is_file()
+    assert not list((tmp_path / "built").rglob("*.so"))
