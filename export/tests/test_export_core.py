@@ -36,7 +36,9 @@ def test_the_reference_is_torchs_attention(
     q = torch.randn(batch, 2 * groups, sq, 5, dtype=torch.float64)
     k, v = (torch.randn(batch, 2, sk, width, dtype=torch.float64) for width in (5, 7))
     for mask in ("bidirectional", "causal"):
-        output, _ = attention_reference(q, k, v, scheme=CAUSAL if mask == "causal" else BIDIRECTIONAL)
+        output, _ = attention_reference(
+            q, k, v, scheme=CAUSAL if mask == "causal" else BIDIRECTIONAL
+        )
         expected = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=mask == "causal", enable_gqa=True
         )

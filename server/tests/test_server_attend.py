@@ -128,7 +128,7 @@ def test_half_precision_stays_half_on_the_wire(client: AttentionClient) -> None:
 def test_weights_come_only_when_asked_for(client: AttentionClient) -> None:
     q, k, v = tensors(1, 4, 4, 7)
     plain = client.attend(q, k, v, model="causal")
-    assert plain.variant == "fused"
+    assert plain.variant == "native"
     assert plain.weights is None
     assert plain.entropy is None
     bare = client.attend(q, k, v, model="causal", return_output=False, return_entropy=True)

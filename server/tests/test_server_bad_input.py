@@ -100,6 +100,10 @@ ATTEND = {
     "softcap negative": (changed(softcap=-1.0), INVALID, "softcap: given -1"),
     "softcap off": (changed(model="capped", softcap=0.0), PRECONDITION, "softcap: given 0"),
     "top_k": (changed(returns=pb.ReturnOptions(top_k=4)), INVALID, "returns.top_k: given 4"),
+    "mass_by_distance": (
+        changed(returns=pb.ReturnOptions(mass_by_distance=4)), INVALID,
+        "returns.mass_by_distance: given 4",
+    ),
     "nothing wanted": (changed(returns=pb.ReturnOptions(no_output=True)), INVALID, "returns"),
     "variant cannot": (
         changed(variant="fused", returns=pb.ReturnOptions(weights=True)), PRECONDITION, "no weights"

@@ -87,7 +87,8 @@ class AttentionClient:
         """Compute attention.
 
         Args:
-            query: [B, H, Sq, D], for a core model. FP32, FP16 or BF16 as the model is, like all tensors.
+            query: [B, H, Sq, D], for a core model. FP32, FP16 or BF16 as the model is, like all
+                tensors.
             key: [B, Hkv, Sk, D].
             value: [B, Hkv, Sk, Dv].
             model: its name; `client.list_models()` lists them.

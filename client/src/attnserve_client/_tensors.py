@@ -10,7 +10,7 @@ from attnserve_client._results import Array
 try:
     import ml_dtypes
 except ImportError:  # pip install attnserve-client[bf16]
-    ml_dtypes = None
+    ml_dtypes = None  # type: ignore[assignment]
 
 _DTYPES: "dict[np.dtype[Any], pb.DataType.ValueType]" = {
     np.dtype(np.float32): pb.FP32,

@@ -72,7 +72,9 @@ def attention_reference(
     used_scale = 1 / math.sqrt(head_dim) if scale is None else scale
     weights = np.zeros((batch, num_heads, query_len, key_len))
     output = np.zeros((batch, num_heads, query_len, v.shape[3]))
-    lengths = [key_len] * batch if key_lengths is None else [int(n) for n in np.asarray(key_lengths)]
+    lengths = (
+        [key_len] * batch if key_lengths is None else [int(n) for n in np.asarray(key_lengths)]
+    )
     full_bias: NDArray[Any] | None = None
     if bias is not None:
         full_bias = np.broadcast_to(np.asarray(bias, np.float64), weights.shape)

@@ -71,9 +71,7 @@ def run(
     for name, shape in shapes.items():
         if types[name] == "tensor(bfloat16)":
             answers[name] = np.empty(shape, ml_dtypes.bfloat16)
-            binding.bind_output(
-                name, "cpu", 0, _BF16, list(shape), answers[name].ctypes.data
-            )
+            binding.bind_output(name, "cpu", 0, _BF16, list(shape), answers[name].ctypes.data)
         else:
             binding.bind_output(name, "cpu")
     session.run_with_iobinding(binding)

@@ -94,7 +94,8 @@ def tune(
     candidates = {
         entry["name"]: entry
         for entry in manifest["variants"]
-        if provider in entry["providers"] and "output" in {o["name"] for o in entry["outputs"]}
+        if provider in entry["providers"]
+        and "output" in {o["name"] for o in entry["outputs"]}
         # `softcap` is `reference` with one more input.
         and entry["name"] != "softcap"
     }

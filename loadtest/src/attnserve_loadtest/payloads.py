@@ -212,7 +212,9 @@ def _request_bytes(model: Model, seq_len: int, batch: int) -> int:
     if model.kind == "transformer":
         return 8 * batch * seq_len
     itemsize: int = np.dtype(_DTYPES[model.dtype]).itemsize
-    elements: int = sum(math.prod(shape) for shape in _tensor_shapes(model, seq_len, batch).values())
+    elements: int = sum(
+        math.prod(shape) for shape in _tensor_shapes(model, seq_len, batch).values()
+    )
     return elements * itemsize
 
 

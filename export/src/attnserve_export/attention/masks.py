@@ -28,7 +28,9 @@ class Mask:
     def positions(self, query_len: int, key_lengths: Tensor) -> Tensor:
         """The position of each query among the keys, [B, Sq] INT64; negative ones see nothing."""
         queries = torch.arange(query_len, device=key_lengths.device)[None, :]
-        offsets = key_lengths[:, None] - query_len if self.bottom_right else 0 * key_lengths[:, None]
+        offsets = (
+            key_lengths[:, None] - query_len if self.bottom_right else 0 * key_lengths[:, None]
+        )
         return queries + offsets
 
     def ranges(self, query_len: int, key_lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from onnxruntime import OrtValue
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.providers import Providers
 
-
 _BFLOAT16 = 16  # its number in ONNX
 
 

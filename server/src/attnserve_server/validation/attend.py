@@ -98,7 +98,10 @@ def plan(
     variant, diagnosis = _variants(model, message.variant, inputs, wanted, dims)
     response_bytes = _response_bytes(model, specs, dims, wanted)
     _check_size("response", response_bytes, limits.max_response_bytes, "--max-response-mib")
-    for runs in {variant.name: variant, **({diagnosis.name: diagnosis} if diagnosis else {})}.values():
+    for runs in {
+        variant.name: variant,
+        **({diagnosis.name: diagnosis} if diagnosis else {}),
+    }.values():
         _check_working(runs, dims, request_bytes + response_bytes, limits)
     return AttendPlan(
         model,
@@ -141,17 +144,16 @@ def complete(ready: AttendPlan, arrays: Mapping[str, Array]) -> AttendWork:
     if ready.query_factor != 1.0:
         query = feeds["query"]
         feeds["query"] = (query * np.float32(ready.query_factor)).astype(query.dtype, copy=False)
-    return AttendWork(
-        ready.model, ready.variant, ready.diagnosis, feeds, ready.wanted, dims.batch
-    )
+    return AttendWork(ready.model, ready.variant, ready.diagnosis, feeds, ready.wanted, dims.batch)
 
 
 def _softcap(ready: AttendPlan) -> float:
     """What a graph with this input is fed."""
     if ready.softcap is not None:
         return ready.softcap
-    if ready.variant.entry.native or ready.variant is ready.diagnosis:
-        return -1.0  # its own
+    variant = ready.variant
+    if variant.entry.native or "softcap" not in variant.session.inputs:
+        return -1.0  # the model's own
     # `softcap` asked for by name; it divides by what it is given.
     own = ready.model.manifest.attention.softcap
     if not own:
@@ -172,11 +174,13 @@ def _variants(
     elif wanted.diagnosed:
         given = next((v for v in model.variants if v.name == forced), None)
         if given is None or "weights" not in given.session.outputs:
-            diagnosis = model.find(inputs, DIAGNOSTICS)
+            # Weights do not depend on value.
+            diagnosis = model.find(inputs - {"value"}, DIAGNOSTICS)
         if diagnosis is None:
             outputs.add("weights")
         elif not outputs:
             outputs.update(DIAGNOSTICS)
+            inputs = inputs - {"value"}
     variant = model.choose(forced, inputs, outputs, max(dims.query_len, dims.key_len))
     return variant, diagnosis
 
