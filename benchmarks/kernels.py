@@ -42,7 +42,7 @@ from torch.nn import functional
 Array = NDArray[Any]
 
 # Quadratic variants are not tried where their scores would take more than this.
-MOST_SCORE_BYTES = 2.2e9
+MOST_SCORE_BYTES = 0.6e9
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class Models:
         if path not in self._opened:
             self._opened[path] = sessions.open_session(path, threads=cores())
         return self._opened[path]
+
+    def close(self) -> None:
+        """Give back the sessions: each keeps the memory of its largest run."""
+        self._opened.clear()
 
     def contenders(
         self, options: Sequence[str], shape: Shape
@@ -206,6 +210,7 @@ def full(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
             contenders = {"torch": torch_attention(shape, mask == "causal")}
             contenders |= dict(models.contenders(["--mask", mask], shape))
             rows += measure(mask, shape, contenders, "torch", options)
+        models.close()
     return rows
 
 
@@ -227,6 +232,7 @@ def windowed(models: Models, options: argparse.Namespace) -> list[dict[str, Any]
         if seq_len <= 8192:
             contenders["torch mask"] = torch_attention(shape, causal=True, window=window)
         rows += measure(f"window {window}", shape, contenders, "native", options)
+    models.close()
     # Windowed against full, of the same variant.
     seq_len = options.compare_seq_len
     shape = Shape(options.num_heads, options.num_heads, seq_len, seq_len, options.head_dim)
