@@ -11,6 +11,7 @@ Exit code: 0 all correct, 1 something was not, 2 no GPU.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -47,7 +48,8 @@ ONNX_TYPES = {
     torch.int64: int(onnx.TensorProto.INT64),
 }
 # Which inputs a variant may have to be run here; one with any other is skipped.
-KNOWN_INPUTS = {"query", "key", "value", "key_lengths", "bias"}
+KNOWN_INPUTS = {"query", "key", "value", "key_lengths", "bias", "softcap"}
+FLEX = "torch_flex"
 KERNEL_LOG = ("ONNX Attention: using", "unified unfused", "SdpaKernel=")
 # What the exporter and the probes of kernels and memory may need after the timings.
 RESERVE_SHARE = 0.15
@@ -216,6 +218,8 @@ class Variant:
         """Why it can't be run here; None: it can."""
         if "output" not in self.outputs:
             return "gives no attention output"
+        if self.name == "softcap":
+            return "is `reference` with one more input"
         unknown = sorted(set(self.inputs) - KNOWN_INPUTS)
         return f"needs {', '.join(unknown)}" if unknown else None
 
@@ -375,6 +379,7 @@ def tensors_for(
     }
     tensors["key_lengths"] = torch.tensor(key_lengths, device=target.kind, dtype=torch.int64)
     tensors["bias"] = torch.zeros((1, 1, 1, 1), device=target.kind, dtype=variant.dtype)
+    tensors["softcap"] = torch.tensor([-1.0], device=target.kind)  # the model's own
     return {name: tensors[name] for name in variant.inputs}
 
 
@@ -484,14 +489,18 @@ def environment(target: Target) -> dict[str, Any]:
 
 
 def export_models(plan: Plan, target: Target, folder: Path, report: Report) -> list[Variant]:
-    """Export every model of the plan; what can't be is recorded."""
+    """Export every model of the plan that isn't there yet; what can't be is recorded."""
     variants = []
     for spec in plan.specs:
         if report.spent(f"export of {spec.name}", 0.6 * report.figures["budget_seconds"]):
             break
         print(f"export {spec.name}", file=sys.stderr, flush=True)
         started = time.monotonic()
-        reason = _export(["core", "--out", str(folder), "--name", spec.name, *spec.options.split()])
+        version = folder / spec.name / "1"
+        reason = None
+        if not version.exists():
+            place = ["--out", str(folder), "--name", spec.name]
+            reason = _export(["core", *place, *spec.options.split()])
         seconds = time.monotonic() - started
         report.add(
             "models", model=spec.name, options=spec.options, reason=reason, export_seconds=seconds
@@ -499,7 +508,6 @@ def export_models(plan: Plan, target: Target, folder: Path, report: Report) -> l
         if reason is not None:
             report.note(f"{spec.name}: not available: {reason}")
             continue
-        version = folder / spec.name / "1"
         manifest = json.loads((version / "model.json").read_text())
         for entry in manifest["variants"]:
             variant = Variant(
@@ -615,7 +623,10 @@ def operations(attention: dict[str, Any], seq_len: int, batch: int) -> float:
 def torch_contenders(
     attention: dict[str, Any], tensors: dict[str, Tensor], target: Target
 ) -> dict[str, Contender]:
-    """PyTorch's own attention on the same tensors. A window it knows not: it sees every key."""
+    """PyTorch's own attention on the same tensors.
+
+    Its fused kernels know no window, and see every key; FlexAttention does, if it can be compiled.
+    """
     q, k, v = tensors["query"], tensors["key"], tensors["value"]
     grouped = attention["num_heads"] != attention["num_kv_heads"]
     causal, scale = attention["mask"] == "causal", attention["scale"]
@@ -627,11 +638,14 @@ def torch_contenders(
 
     if target.dry_run:
         return {"torch_default": Contender(attend)}
-    return {
+    contenders = {
         "torch_flash": Contender(attend, SDPBackend.FLASH_ATTENTION),
         "torch_cudnn": Contender(attend, SDPBackend.CUDNN_ATTENTION),
         "torch_efficient": Contender(attend, SDPBackend.EFFICIENT_ATTENTION),
     }
+    if causal and attention.get("window") is not None:
+        contenders[FLEX] = Contender(_flex(attention, q, k, v))
+    return contenders
 
 
 def time_all(plan: Plan, target: Target, variants: Sequence[Variant], report: Report) -> None:
@@ -647,11 +661,13 @@ def time_all(plan: Plan, target: Target, variants: Sequence[Variant], report: Re
             if report.spent(f"timing of {model} at {seq_len}", reserve):
                 return
             print(f"time {model} at {seq_len}", file=sys.stderr, flush=True)
-            tensors = tensors_for(timed[0], target, seq_len, seq_len, [seq_len], seq_len)
+            anyones = dataclasses.replace(timed[0], inputs=tuple(sorted(KNOWN_INPUTS)))
+            tensors = tensors_for(anyones, target, seq_len, seq_len, [seq_len], seq_len)
             target.synchronize()
             contenders = torch_contenders(timed[0].attention, tensors, target)
             for variant in timed:
-                contenders[variant.name] = Contender(runners[variant.name].bind(tensors)[0])
+                own_tensors = {name: tensors[name] for name in variant.inputs}
+                contenders[variant.name] = Contender(runners[variant.name].bind(own_tensors)[0])
             for name in [name for name in contenders if name in out]:
                 del contenders[name]
             for name in list(contenders):
@@ -670,7 +686,8 @@ def time_all(plan: Plan, target: Target, variants: Sequence[Variant], report: Re
             # A window counts only what it sees; PyTorch computes the whole causal triangle.
             full = {**timed[0].attention, "window": None, "window_right": None}
             for name, milliseconds in rows.items():
-                own_work = operations(full, seq_len, 1) if name.startswith("torch_") else work
+                sees_all = name.startswith("torch_") and name != FLEX
+                own_work = operations(full, seq_len, 1) if sees_all else work
                 last[name] = (seq_len, statistics.median(milliseconds))
                 ratios = {
                     f"over_{other}": statistics.median(
@@ -685,7 +702,7 @@ def time_all(plan: Plan, target: Target, variants: Sequence[Variant], report: Re
                     contender=name,
                     dtype=str(timed[0].dtype).removeprefix("torch."),
                     seq_len=seq_len,
-                    # Of the model. PyTorch's kernels take no window: theirs is the whole mask.
+                    # Of the model. PyTorch's fused kernels take no window.
                     window=timed[0].attention.get("window"),
                     median_ms=last[name][1],
                     lowest_ms=min(milliseconds),
@@ -794,6 +811,9 @@ def main() -> int:
     parser.add_argument(
         "--budget-seconds", type=float, default=420.0, help="stop adding measurements after these"
     )
+    parser.add_argument(
+        "--models", type=Path, help="take exported models from here, and leave them here"
+    )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
     options = parser.parse_args()
     reason = None if options.dry_run else unusable_gpu()
@@ -819,7 +839,7 @@ def main() -> int:
         # PyTorch explains at length why a backend was not taken; that it was not is recorded.
         warnings.simplefilter("ignore")
         folder = Path(name)
-        variants = export_models(plan, target, folder, report)
+        variants = export_models(plan, target, options.models or folder, report)
         check_all(plan, target, variants, report)
         time_all(plan, target, variants, report)
         fit_exponents(plan, report)
@@ -892,6 +912,32 @@ def _usable(variant: Variant, target: Target, report: Report) -> bool:
 
 def _names(variant: Variant) -> dict[str, str]:
     return {"model": variant.model, "variant": variant.name}
+
+
+def _flex(attention: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """PyTorch's FlexAttention with a causal window, compiled when it is first called."""
+    # Only here: it needs a compiler, which not every machine has.
+    from torch.nn.attention import flex_attention as flex
+
+    window, seq_len = attention["window"], q.shape[2]
+
+    def visible(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen: Tensor = (key <= query) & (query - key < window)
+        return seen
+
+    options = {"scale": attention["scale"], "enable_gqa": q.shape[1] != k.shape[1]}
+    made: list[Call] = []
+
+    def attend() -> object:
+        if not made:
+            blocks = flex.create_block_mask(
+                visible, None, None, seq_len, seq_len, device=str(q.device), _compile=True
+            )
+            compiled = torch.compile(flex.flex_attention, dynamic=False)
+            made.append(lambda: compiled(q, k, v, block_mask=blocks, **options))
+        return made[0]()
+
+    return attend
 
 
 def _warm_up(contender: Contender, target: Target) -> None:
@@ -983,7 +1029,9 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    # ONNX Runtime tells where first and what at the end.
+    short = text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"
+    return f"{type(error).__name__}: {short}"
 
 
 def _show(figures: dict[str, Any]) -> None:

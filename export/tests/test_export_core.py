@@ -153,7 +153,7 @@ class _SeesTheFuture(FusedCore):
 def test_a_wrong_graph_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def specs(config: AttentionConfig, *, native: bool) -> dict[str, VariantSpec]:
+    def specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
         return {"fused": replace(FUSED, core=_SeesTheFuture)}
 
     monkeypatch.setattr(models, "core_specs", specs)

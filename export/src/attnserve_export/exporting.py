@@ -1,7 +1,9 @@
 """From modules to a version in the repository: export, verify, write."""
 
+import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,19 @@ TRACED = {"batch": 2, "query_len": 5, "key_len": 7, "seq_len": 6}
 
 @dataclass(frozen=True)
 class Exported:
-    """A variant's graph, and what else the manifest says of it (see `VariantSpec`)."""
+    """A variant's graph, and what else the manifest says of it (see `VariantSpec`).
+
+    Attributes:
+        graph: what is served.
+        memory, providers, native: as there.
+        verified_as: the same graph in a dtype that the CPU runs, if it does not run `graph`.
+    """
 
     graph: onnx.ModelProto
     memory: str = "quadratic"
     providers: tuple[str, ...] = (CUDA, CPU)
     native: bool = False
+    verified_as: onnx.ModelProto | None = None
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,14 @@ def write_version(
                 progress(f"verifying {name}: {text}")
 
             try:
-                verification = verify(
-                    folder / file,
-                    list(cases(name, np.random.default_rng(seed))),
-                    reference=reference,
-                    seed=seed,
-                    progress=report,
-                )
+                with _to_verify(variants[name], folder / file) as (path, how):
+                    verification = verify(
+                        path,
+                        list(cases(name, np.random.default_rng(seed))),
+                        reference=reference + how,
+                        seed=seed,
+                        progress=report,
+                    )
             except VerificationError as error:
                 raise VerificationError(f"variant {name}: {error}") from None
             infos.append(
@@ -143,3 +153,14 @@ def write_version(
         )
         repository.commit(folder, target, manifest)
     return manifest
+
+
+@contextlib.contextmanager
+def _to_verify(variant: Exported, path: Path) -> Iterator[tuple[Path, str]]:
+    """The file to verify, and what to say of it besides the reference."""
+    if variant.verified_as is None:
+        yield path, ""
+        return
+    with tempfile.TemporaryDirectory() as name:
+        storage.save(Path(name), {"model": variant.verified_as})
+        yield Path(name) / "model.onnx", "; the same graph in FP32, which the CPU can run"

@@ -1,13 +1,14 @@
 """Core and layer models: their graphs, and what they are compared with."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import attnserve_kernels
 import numpy as np
+import onnx
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,9 +16,12 @@ from torch import nn
 
 from attnserve_export import cases, graphs
 from attnserve_export.attention.blocked import blocked_attention
-from attnserve_export.attention.core import BLOCKED, AttentionConfig
+from attnserve_export.attention.core import AttentionConfig, BlockedCore, CudnnCore, FlashCore
+from attnserve_export.attention.flash import OPSET as FLASH_OPSET
+from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_module
 from attnserve_export.attention.variants import (
+    CPU,
     DIAGNOSTICS,
     VariantSpec,
     core_module,
@@ -64,20 +68,16 @@ def export_core(
     Raises:
         VerificationError: a graph missed its tolerance; nothing is written.
     """
-    core_inputs = [
-        _input("query", dtype, "batch", config.num_heads, "query_len", config.head_dim),
-        _input("key", dtype, "batch", config.num_kv_heads, "key_len", config.head_dim),
-        _input("value", dtype, "batch", config.num_kv_heads, "key_len", config.value_head_dim),
-    ]
-    specs = core_specs(config, native=_native(progress))
-    variants = {}
-    for variant, spec in specs.items():
-        progress(f"exporting {variant}")
-        own = core_inputs if spec.takes_value else core_inputs[:2]
-        variants[variant] = _exported(core_module(config, spec), spec, own, config, dtype, opset)
+    specs = core_specs(config, dtype, native=_native(progress))
+
+    def graph(spec: VariantSpec, dtype: str) -> onnx.ModelProto:
+        return core_graph(config, spec, dtype, opset)
+
+    variants = _exported(specs, dtype, graph, progress)
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
-        return cases.core_cases(config, dtype, specs[variant], generator)
+        spec = specs[variant]
+        return cases.core_cases(config, _verified(spec, dtype), spec, generator)
 
     return write_version(
         Description(
@@ -95,6 +95,14 @@ def export_core(
         extra_files={},
         progress=progress,
     )
+
+
+def core_graph(
+    config: AttentionConfig, spec: VariantSpec, dtype: str, opset: int
+) -> onnx.ModelProto:
+    """The graph of one variant of a core model."""
+    own = _heads(config, dtype)[: 3 if spec.takes_value else 2]
+    return _graph(core_module(config, spec), spec, own, config, dtype, opset)
 
 
 def export_layer(
@@ -128,20 +136,21 @@ def export_layer(
     config = layer.config
     cross = config.context_dim is not None
     key_len = "key_len" if cross else "query_len"
-    own = [_input("hidden_states", dtype, "batch", "query_len", config.embed_dim)]
-    if config.context_dim is not None:
-        own.append(_input("context", dtype, "batch", "key_len", config.context_dim))
-    specs = layer_specs(config.attention, native=_native(progress))
-    variants = {}
-    for variant, spec in specs.items():
-        progress(f"exporting {variant}")
-        variants[variant] = _exported(
-            layer_module(layer, spec), spec, own, config.attention, dtype, opset, key_len
-        )
+    specs = layer_specs(config.attention, dtype, native=_native(progress))
+
+    def graph(spec: VariantSpec, dtype: str) -> onnx.ModelProto:
+        own = [_input("hidden_states", dtype, "batch", "query_len", config.embed_dim)]
+        if config.context_dim is not None:
+            own.append(_input("context", dtype, "batch", "key_len", config.context_dim))
+        used = layer_module(copy.deepcopy(layer).to(TORCH[dtype]), spec)
+        return _graph(used, spec, own, config.attention, dtype, opset, key_len)
+
+    variants = _exported(specs, dtype, graph, progress)
     original = copy.deepcopy(module).double()
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
-        return cases.layer_cases(layer, original, dtype, specs[variant], generator)
+        spec = specs[variant]
+        return cases.layer_cases(layer, original, _verified(spec, dtype), spec, generator)
 
     return write_version(
         Description(
@@ -233,6 +242,32 @@ def attention_info(config: AttentionConfig) -> AttentionInfo:
 
 
 def _exported(
+    specs: Mapping[str, VariantSpec],
+    dtype: str,
+    graph: Callable[[VariantSpec, str], onnx.ModelProto],
+    progress: Progress,
+) -> dict[str, Exported]:
+    """All variants; `graph` exports one in a dtype."""
+    variants = {}
+    for name, spec in specs.items():
+        progress(f"exporting {name}")
+        verified = _verified(spec, dtype)
+        variants[name] = Exported(
+            graph(spec, dtype),
+            spec.memory,
+            spec.providers,
+            spec.native,
+            verified_as=None if verified == dtype else graph(spec, verified),
+        )
+    return variants
+
+
+def _verified(spec: VariantSpec, dtype: str) -> str:
+    """The dtype that a variant is verified in."""
+    return dtype if CPU in spec.providers else "FP32"
+
+
+def _graph(
     module: nn.Module,
     spec: VariantSpec,
     own_inputs: list[Input],
@@ -240,7 +275,7 @@ def _exported(
     dtype: str,
     opset: int,
     key_len: str = "key_len",
-) -> Exported:
+) -> onnx.ModelProto:
     """A variant's graph; `own_inputs` carry the sequences, `key_len` names the keys' dimension."""
     more = {
         "key_lengths": _key_lengths(),
@@ -251,15 +286,30 @@ def _exported(
         "distances": Input("distances", torch.ones(1, dtype=torch.int64), (1,)),
     }
     inputs = [*own_inputs, *(more[name] for name in spec.inputs)]
+    flash = spec.core in (FlashCore, CudnnCore)
+    opset = max(opset, FLASH_OPSET) if flash else opset
     model = graphs.export(module, inputs, spec.outputs, opset)
     if "bias" in spec.inputs:
         graphs.free_dims(model, "bias", _BIAS_DIMS)
     if spec.outputs == DIAGNOSTICS:
         # Their last dimension is the value of an input; traced as 1.
         graphs.rename_dims(model, _DIAGNOSTICS_DIMS)
-    if any(node.op_type == BLOCKED for node in model.graph.node):
+    if spec.core is CudnnCore:
+        graphs.add_function(model, cudnn_attention(config))
+    if flash:
+        graphs.add_function(model, flash_attention(config))
+    if spec.core is BlockedCore or (flash and config.window is not None):
         graphs.add_function(model, blocked_attention(config, opset))
-    return Exported(model, spec.memory, spec.providers, spec.native)
+    return model
+
+
+def _heads(config: AttentionConfig, dtype: str) -> list[Input]:
+    """Query, key and value."""
+    return [
+        _input("query", dtype, "batch", config.num_heads, "query_len", config.head_dim),
+        _input("key", dtype, "batch", config.num_kv_heads, "key_len", config.head_dim),
+        _input("value", dtype, "batch", config.num_kv_heads, "key_len", config.value_head_dim),
+    ]
 
 
 def _native(progress: Progress) -> bool:
@@ -276,7 +326,3 @@ def _input(name: str, dtype: str, *dims: str | int) -> Input:
 
 def _key_lengths() -> Input:
     return Input("key_lengths", torch.ones(TRACED["batch"], dtype=torch.int64), ("batch",))
-
-
-def _bias(dtype: str, num_heads: int, key_len: str = "key_len") -> Input:
-    return _input("bias", dtype, "batch", num_heads, "query_len", key_len)

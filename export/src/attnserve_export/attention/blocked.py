@@ -10,6 +10,7 @@ import onnx
 from onnx import FunctionProto
 
 from attnserve_export.attention.core import BLOCKED, DOMAIN, AttentionConfig
+from attnserve_export.attention.text import exact, joined
 
 # Scores held at once, and bounds for the queries of a block. 4 Mi scores are 16 MiB, of which a
 # few copies live at a time.
@@ -44,7 +45,7 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         "value_dim = Shape <start = 3, end = 4> (value)",
         f"num_heads = Constant <value_ints = [{heads}]> ()",
         f"num_kv_heads = Constant <value_ints = [{kv_heads}]> ()",
-        f"scale = Constant <value_float = {_float(config.scale)}> ()",
+        f"scale = Constant <value_float = {exact(config.scale)}> ()",
         "exact_query = Cast <to = 1> (query)",
         "scaled = Mul (exact_query, scale)",
         "exact_key = Cast <to = 1> (key)",
@@ -89,20 +90,20 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         "one_scalar = Reshape (one, scalar)",
     ]
     if config.slopes is not None:
-        slopes = ", ".join(_float(slope) for slope in config.slopes)
+        slopes = ", ".join(exact(slope) for slope in config.slopes)
         lines += [
             f"slopes_row = Constant <value_floats = [{slopes}]> ()",
             "heads4 = Constant <value_ints = [1, -1, 1, 1]> ()",
             "slopes4 = Reshape (slopes_row, heads4)",
         ]
     if config.softcap:
-        lines.append(f"cap = Constant <value_float = {_float(config.softcap)}> ()")
+        lines.append(f"cap = Constant <value_float = {exact(config.softcap)}> ()")
     lines += [
         "more = Constant <value = bool {1}> ()",
         "trips = Reshape (blocks, scalar)",
         f"""stacked = Loop (trips, more) <body = one_block (int64 i, bool going) =>
         (bool still, float[batch_, heads_, block_, dim_] block_output) {{
-            {_lines(_body(config))}
+            {joined(_body(config))}
         }}>""",
         "in_order = Transpose <perm = [1, 2, 0, 3, 4]> (stacked)",
         "copy = Constant <value_ints = [0, 0, -1]> ()",
@@ -112,7 +113,7 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         "output = CastLike (cut, query)",
     ]
     text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
-        {BLOCKED} (query, key, value, key_lengths) => (output) {{ {_lines(lines)} }}"""
+        {BLOCKED} (query, key, value, key_lengths) => (output) {{ {joined(lines)} }}"""
     return onnx.parser.parse_function(text)
 
 
@@ -203,12 +204,3 @@ def _body(config: AttentionConfig) -> list[str]:
         "block_output = Mul (sums_by_head, some_or_none)",
     ]
     return lines
-
-
-def _lines(lines: list[str]) -> str:
-    return "\n".join(lines)
-
-
-def _float(number: float) -> str:
-    """A number as the ONNX text format has it, exactly."""
-    return f"{number:.17e}"

@@ -13,6 +13,8 @@ from attnserve_export.attention.positions import Rotary, alibi_slopes
 # The operators of attnserve-kernels, and the one that graphs bring as a function of their own.
 DOMAIN = "attnserve"
 BLOCKED = "BlockedAttention"
+FLASH = "FlashAttention"
+CUDNN = "CudnnAttention"
 
 # As torch.onnx.ops.symbolic takes them.
 Attributes = dict[
@@ -193,6 +195,28 @@ class BlockedCore(Core):
         shape = (batch, num_heads, query_len, value.shape[3])
         inputs = (query, key, value.to(query.dtype), key_lengths)
         return _operator(BLOCKED, inputs, {}, query.dtype, shape).to(dtype)
+
+
+class FlashCore(Core):
+    """Nodes that ONNX Runtime runs by FlashAttention on CUDA, in the dtype of the tensors.
+
+    The operator is a function that the graph brings along: `attnserve_export.attention.flash`.
+    """
+
+    operator = FLASH
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor) -> Tensor:
+        """See `FusedCore.forward`."""
+        dtype = value.dtype
+        query, key = self.turned(query, key, key_lengths)
+        inputs = (query.to(dtype), key.to(dtype), value, key_lengths)
+        return _operator(self.operator, inputs, {}, dtype, query.shape)
+
+
+class CudnnCore(FlashCore):
+    """As `FlashCore`, by a node that ONNX Runtime runs by cuDNN's kernel where that is faster."""
+
+    operator = CUDNN
 
 
 class DiagnosticsCore(Core):

@@ -10,12 +10,15 @@ from attnserve_export.attention.core import (
     BlockedCore,
     CappedCore,
     Core,
+    CudnnCore,
     DiagnosticsCore,
+    FlashCore,
     FusedCore,
     NativeCore,
     ReferenceCore,
     SoftcapCore,
 )
+from attnserve_export.attention.flash import has_cudnn, has_flash
 
 OUTPUT = ("output",)
 WEIGHTS = ("output", "weights")
@@ -40,7 +43,8 @@ class VariantSpec:
             states).
         outputs: of its graph.
         memory: "linear" or "quadratic" in the length.
-        providers: that it suits.
+        providers: that it suits. What does not suit the CPU is verified there all the same, in
+            FP32: the CPU has no such kernels for the other types.
         native: whether it needs the operators of attnserve-kernels.
         takes_value: whether value is among a core model's inputs.
     """
@@ -57,6 +61,8 @@ class VariantSpec:
 _LENGTHS = ("key_lengths",)
 FUSED = VariantSpec(FusedCore, _LENGTHS, OUTPUT, "quadratic")
 BLOCKED = VariantSpec(BlockedCore, _LENGTHS, OUTPUT, "linear")
+FLASH = VariantSpec(FlashCore, _LENGTHS, OUTPUT, "linear", (CUDA,))
+CUDNN = VariantSpec(CudnnCore, _LENGTHS, OUTPUT, "linear", (CUDA,))
 REFERENCE = VariantSpec(ReferenceCore, (*_LENGTHS, "bias"), WEIGHTS, "quadratic")
 CAPPED = VariantSpec(CappedCore, (*_LENGTHS, "bias"), WEIGHTS, "quadratic")
 SOFTCAP = VariantSpec(SoftcapCore, (*_LENGTHS, "bias", "softcap"), WEIGHTS, "quadratic")
@@ -73,17 +79,22 @@ DIAGNOSTICS_SPEC = VariantSpec(
 )
 
 
-def core_specs(config: AttentionConfig, *, native: bool) -> dict[str, VariantSpec]:
+def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
     """The variants of a core model; the first becomes `model.onnx`, which any ONNX Runtime runs.
 
     Args:
         config: the attention.
+        dtype: "FP32", "FP16" or "BF16".
         native: whether attnserve-kernels is there to verify its variants with.
     """
     plain = not config.softcap and not config.alibi
     specs = {"fused": FUSED} if plain else {}
+    specs["blocked"] = BLOCKED
+    if has_flash(config, dtype):
+        specs["flash"] = FLASH
+    if has_cudnn(config, dtype):
+        specs["cudnn"] = CUDNN
     specs |= {
-        "blocked": BLOCKED,
         "reference": CAPPED if config.softcap else REFERENCE,
         "softcap": SOFTCAP,
         "native": NATIVE,
@@ -92,14 +103,14 @@ def core_specs(config: AttentionConfig, *, native: bool) -> dict[str, VariantSpe
     return {name: spec for name, spec in specs.items() if native or not spec.native}
 
 
-def layer_specs(config: AttentionConfig, *, native: bool) -> dict[str, VariantSpec]:
+def layer_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
     """The variants of a layer model: as a core's, but for softcap as an input."""
 
     def without_softcap(spec: VariantSpec) -> VariantSpec:
         inputs = tuple(name for name in spec.inputs if name != "softcap")
         return VariantSpec(**{**vars(spec), "inputs": inputs})
 
-    specs = core_specs(config, native=native)
+    specs = core_specs(config, dtype, native=native)
     return {name: without_softcap(spec) for name, spec in specs.items() if name != "softcap"}
 
 
