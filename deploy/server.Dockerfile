@@ -1,13 +1,19 @@
 # attnserve-server. Build from the root of the repository:
 #   docker build -f deploy/server.Dockerfile --target cpu -t attnserve-server:cpu .
 #   docker build -f deploy/server.Dockerfile --target gpu -t attnserve-server:gpu .
+# The operators in kernels are compiled once, where there is a compiler.
+FROM python:3.11 AS kernels
+COPY kernels /kernels
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /kernels
+
 FROM python:3.11-slim AS cpu
 WORKDIR /app
 COPY constraints.txt ./
 COPY proto ./proto
 COPY server ./server
 COPY deploy/healthcheck.py ./
-RUN pip install --no-cache-dir -c constraints.txt ./proto ./server \
+COPY --from=kernels /wheels /wheels
+RUN pip install --no-cache-dir -c constraints.txt /wheels/*.whl ./proto ./server \
     && useradd --create-home attnserve
 USER attnserve
 EXPOSE 8001 8002

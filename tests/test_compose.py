@@ -76,7 +76,11 @@ def test_a_dockerfile_is_sound(dockerfile: Path) -> None:
     users = [value for key, value in steps if key == "USER"]
     assert users[-1] != "root"
     for key, value in steps:
-        if key == "COPY":
+        if key == "COPY" and value.startswith("--from="):
+            stage, made = value.removeprefix("--from=").split()[:2]
+            assert any(v.endswith(f" AS {stage}") for k, v in steps if k == "FROM")
+            assert any(made in command for k, command in steps if k == "RUN")
+        elif key == "COPY":
             for source in value.split()[:-1]:
                 assert (ROOT / source).exists(), source
         if key in ("ENTRYPOINT", "CMD"):

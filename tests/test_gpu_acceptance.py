@@ -149,3 +149,11 @@ def test_operations_are_those_of_the_pairs_that_count(script: ModuleType) -> Non
     assert script.operations({**attention, "mask": "bidirectional"}, 8, 1) == 4 * 2 * 8 * 8 * 4
     # Of 8 queries the first sees one key, the others two.
     assert script.operations({**attention, "window": 2}, 8, 1) == 4 * 2 * 15 * 4
+
+
+def test_the_recorded_figures_can_be_drawn(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("gpu_plots.py")
+    recorded = SCRIPT.parents[1] / "docs/kernels/gpu-h100.json"
+    assert json.loads(recorded.read_text())["passed"]
+    subprocess.run([sys.executable, script, recorded, tmp_path], check=True)
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,14 +47,20 @@ def test_the_reference_is_torchs_attention(
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(
+    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
+) -> Path:
     folder = tmp_path_factory.mktemp("models")
     out = ["--out", str(folder)]
     wide = ["--num-heads", "96", "--num-kv-heads", "32", "--head-dim", "4"]
     multi_query = ["--num-heads", "6", "--num-kv-heads", "1", "--head-dim", "8"]
-    assert main(["core", *out, "--name", "wide", *wide, "--mask", "causal"]) == 0
-    assert main(["core", *out, "--name", "one", *multi_query, "--value-head-dim", "5"]) == 0
-    assert main(["core", *out, "--name", "half", *multi_query, "--dtype", "fp16"]) == 0
+    export_all(
+        [
+            ["core", *out, "--name", "wide", *wide, "--mask", "causal"],
+            ["core", *out, "--name", "half", *multi_query, "--dtype", "fp16"],
+            ["core", *out, "--name", "one", *multi_query, "--value-head-dim", "5"],
+        ]
+    )
     return folder
 
 

@@ -1,6 +1,7 @@
 """The whole family of attentions, every variant, on shapes drawn at random."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -45,12 +46,13 @@ TOLERANCE = {"FP16": 2e-3, "BF16": 1.6e-2}
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def family(
+    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
+) -> Path:
     folder = tmp_path_factory.mktemp("family")
     sizes = ["--num-heads", "6", "--num-kv-heads", "2", "--head-dim", "8", "--value-head-dim", "5"]
-    for name, (options, _) in FAMILY.items():
-        arguments = ["core", "--out", str(folder), "--name", name, *sizes, *options.split()]
-        assert main(arguments) == 0
+    core = ["core", "--out", str(folder), *sizes]
+    export_all([[*core, "--name", name, *options.split()] for name, (options, _) in FAMILY.items()])
     return folder
 
 

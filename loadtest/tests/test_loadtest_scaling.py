@@ -30,7 +30,7 @@ def test_known_exponents_are_found_for_models_and_variants(
 ) -> None:
     done = loadtest(
         "scaling", "--target", target, "--model", "quadratic,linear", "--variant",
-        "fused,reference", "--seq-lens", "64,128,256", "--requests", "10", "--out", tmp_path,
+        "fused,reference", "--seq-lens", "128,256,512", "--requests", "10", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = read(tmp_path)
@@ -41,7 +41,8 @@ def test_known_exponents_are_found_for_models_and_variants(
         truth = 2 if series["model"] == "quadratic" else 1
         found = fits(series)
         assert found["compute"]["exponent"] == pytest.approx(truth, abs=0.01)
-        assert found["end_to_end"]["exponent"] == pytest.approx(truth, abs=0.3)
+        # The way there and back adds some milliseconds, more on a busy machine.
+        assert truth - 0.45 <= found["end_to_end"]["exponent"] <= truth + 0.15
         for point in series["points"]:
             assert (point["count"], point["failures"]) == (10, 0)
             assert len(point["round_p50_ms"]) == 5

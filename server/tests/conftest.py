@@ -1,13 +1,12 @@
 """Real models, exported once, and a real server over them in this process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
 from attnserve_client import AttentionClient
-from attnserve_export.cli import main as export
 from attnserve_server.app import AttentionServer
 from attnserve_server.settings import MIB, Limits, Settings
 
@@ -15,7 +14,9 @@ HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(
+    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
+) -> Path:
     """causal and grouped cores, two layers, and a tiny BERT."""
     folder = tmp_path_factory.mktemp("models")
     out = ["--out", str(folder)]
@@ -25,7 +26,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     crossed = ["--mask", "cross", "--context-dim", "24", "--module", "multihead"]
     layer = ["layer", *out, "--num-heads", "4", "--embed-dim", "32", "--seed", "3"]
     checkpoint = tiny_bert(tmp_path_factory.mktemp("checkpoint"))
-    for arguments in (
+    commands = [
         [*core, "--name", "causal", "--mask", "causal"],
         [*grouped, "--version", "1"],
         [*grouped, "--version", "10"],
@@ -34,8 +35,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*layer, "--name", "self", "--mask", "causal"],
         [*layer, "--name", "cross", *crossed],
         ["transformer", *out, "--name", "bert", "--checkpoint", str(checkpoint)],
-    ):
-        assert export(arguments) == 0
+    ]
+    export_all(commands)
     return folder
 
 

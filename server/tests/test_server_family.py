@@ -1,7 +1,7 @@
 """Windows, positions, BF16, diagnostics of long inputs, and picks, through the wire."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attnserve_kernels
@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from attnserve_client import AttentionClient, FailedPreconditionError, ResourceExhaustedError
-from attnserve_export.cli import main as export
 from attnserve_export.reference import CAUSAL, Scheme, attention_reference, diagnostics_reference
 from attnserve_server.app import AttentionServer
 from attnserve_server.engine import models, providers
@@ -19,19 +18,25 @@ HEADS, DIM = 4, 8
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
+) -> Path:
     made = tmp_path_factory.mktemp("family")
     core = ["core", "--out", str(made), "--num-heads", str(HEADS), "--head-dim", str(DIM)]
-    for name, options in (
-        ("causal", "--mask causal"),
-        ("window", "--mask causal --window 16"),
-        ("bottom", "--mask causal --alignment bottom-right"),
-        ("brain", "--mask causal --dtype bf16"),
-        ("alibi", "--mask causal --alibi"),
-    ):
-        assert export([*core, "--name", name, *options.split()]) == 0
+    named = {
+        "causal": "--mask causal",
+        "window": "--mask causal --window 16",
+        "bottom": "--mask causal --alignment bottom-right",
+        "brain": "--mask causal --dtype bf16",
+        "alibi": "--mask causal --alibi",
+    }
     layer = ["layer", "--out", str(made), "--num-heads", "4", "--embed-dim", "32", "--seed", "3"]
-    assert export([*layer, "--name", "layer", "--mask", "causal", "--rotary", "half"]) == 0
+    export_all(
+        [
+            [*layer, "--name", "layer", "--mask", "causal", "--rotary", "half"],
+            *([*core, "--name", name, *options.split()] for name, options in named.items()),
+        ]
+    )
     return made
 
 
