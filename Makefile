@@ -17,6 +17,7 @@ $(STAMP): constraints.txt requirements-dev.txt proto/setup.py kernels/setup.py $
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt \
 		-e ./proto -e ./kernels -e ./client -e './export[transformers]' -e ./server -e ./loadtest
+	@$(BIN)/python -c "import attnserve_kernels as k; print('kernels:', k.instruction_set() or 'without operators: a C++ compiler is needed to build them')"
 	@touch $@
 
 demo: $(STAMP) ## export two models, serve them, call them, load-test them

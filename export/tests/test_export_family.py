@@ -237,3 +237,30 @@ def test_options_that_do_not_go_together(
     arguments = ["core", "--out", str(tmp_path), "--name", "x", "--num-heads", "2"]
     assert main([*arguments, "--head-dim", "8", *options.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in tuning.onnxruntime.get_available_providers(),
+    reason="this ONNX Runtime knows no CUDA",
+)
+def test_tuning_for_cuda_without_a_gpu_changes_nothing(
+    family: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = family / "half/1/model.json"
+    before = path.read_bytes()
+    arguments = ["tune", "--out", str(family), "--name", "half", "--seq-lens", "8"]
+    code = main([*arguments, "--provider", "CUDAExecutionProvider"])
+    if code == 0:
+        pytest.skip("there is a GPU")
+    assert "which does not work here" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--window 3", "--alibi", "--rotary half", "--softcap 2"])
+def test_multihead_attention_has_no_such_options(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["layer", "--out", str(tmp_path), "--name", "x", "--num-heads", "2"]
+    arguments += ["--embed-dim", "16", "--module", "multihead", "--mask", "causal"]
+    assert main([*arguments, *option.split()]) == 2
+    assert f"given multihead with {option.split()[0]}" in capsys.readouterr().err

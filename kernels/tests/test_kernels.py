@@ -32,6 +32,9 @@ OUTPUTS = {
 }  # fmt: skip
 INTEGERS = ("key_lengths", "top_k", "distances", "top_k_indices")
 RANKS = {"key_lengths": 1, "slopes": 1, "softcap": 1, "top_k": 1, "distances": 1}
+needs_library = pytest.mark.skipif(
+    attnserve_kernels.library_path() is None, reason="installed without a C++ compiler"
+)
 
 
 @cache
@@ -163,6 +166,7 @@ def growth(p: dict, scheme: Scheme) -> float:
 
 @settings(deadline=None, max_examples=150)
 @given(p=problems())
+@needs_library
 def test_any_attention_is_within_tolerance(p: dict) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
     expected, _ = reference(feeds, scheme, attributes["scale"], softcap)
@@ -175,6 +179,7 @@ def test_any_attention_is_within_tolerance(p: dict) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(p=problems(), data=st.data())
+@needs_library
 def test_any_diagnosis_is_within_tolerance(p: dict, data: st.DataObject) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
     _, weights = reference(feeds, scheme, attributes["scale"], softcap)
@@ -202,6 +207,7 @@ def test_any_diagnosis_is_within_tolerance(p: dict, data: st.DataObject) -> None
     assert (np.diff(ordered, axis=-1) > 0).all(), "a key is named twice"
 
 
+@needs_library
 def test_large_scores_keep_their_softmax() -> None:
     generator = np.random.default_rng(1)
     q, k, v = (generator.standard_normal((1, 2, 50, 16)).astype(np.float32) for _ in range(3))
@@ -213,6 +219,7 @@ def test_large_scores_keep_their_softmax() -> None:
     np.testing.assert_allclose(output, expected, atol=2e-6 * 50**0.5 * largest / 8)
 
 
+@needs_library
 def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
     """torch.finfo(...).min as a mask, as transformers has it: a row of them weighs all alike."""
     generator = np.random.default_rng(2)
@@ -225,6 +232,7 @@ def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
     np.testing.assert_allclose(output[0, 0, 1:], np.repeat(v[0, 0, :1], 4, axis=0), atol=1e-6)
 
 
+@needs_library
 def test_half_precision_conversions_are_exact() -> None:
     """Every finite FP16 and BF16 value comes through an attention with one key unchanged."""
     for dtype in ("FP16", "BF16"):
@@ -250,6 +258,7 @@ def test_half_precision_conversions_are_exact() -> None:
         ({"bias": (1, 1, 3, 1)}, "bias: each dimension"),
     ],
 )
+@needs_library
 def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
     shapes = {"query": (1, 2, 4, 8), "key": (1, 2, 4, 8), "value": (1, 2, 4, 8)} | changes
     feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
@@ -259,6 +268,7 @@ def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
+@needs_library
 def test_other_instruction_sets_compute_the_same(instruction_set: str) -> None:
     """The tests above, once more, in a process told to use another implementation."""
     environment = os.environ | {"ATTNSERVE_KERNELS_ISA": instruction_set}

@@ -12,6 +12,8 @@ from attnserve_client import AttentionClient, FailedPreconditionError, ResourceE
 from attnserve_export.reference import CAUSAL, Scheme, attention_reference, diagnostics_reference
 from attnserve_server.app import AttentionServer
 from attnserve_server.engine import models, providers
+from attnserve_server.engine.memory import working_bytes
+from attnserve_server.repository.manifest import VariantEntry
 from attnserve_server.settings import MIB, Limits, Settings
 
 HEADS, DIM = 4, 8
@@ -223,3 +225,11 @@ def test_a_models_description_says_who_sees_whom(client: AttentionClient) -> Non
     assert described["brain"].dtype == "BF16"
     quadratic = {v.name for v in described["causal"].variants if v.quadratic_memory}
     assert quadratic == {"fused", "reference", "softcap"}
+
+
+def test_blocks_that_grow_are_counted_on_cuda() -> None:
+    entry = VariantEntry("blocked", "x.onnx", (), (), (), False, False, 0.0, 0.0)
+    sizes = (1, 8, 16_384, 16_384, 64 << 20)
+    # docs/kernels/gpu-h100.json: 8,778 MiB.
+    assert working_bytes(entry, *sizes) < 512 * MIB
+    assert 8000 * MIB < working_bytes(entry, *sizes, growing_blocks=True) < 10_000 * MIB

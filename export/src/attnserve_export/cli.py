@@ -90,6 +90,12 @@ def _layer(options: argparse.Namespace, target: Path) -> Manifest:
                 "--module: given multihead with --num-kv-heads or --head-dim; "
                 "allowed: --module attnserve for these"
             )
+        beyond = [name for name, value in _beyond_multihead(options).items() if value]
+        if beyond:
+            raise ExportError(
+                f"--module: given multihead with {', '.join(beyond)}; "
+                "allowed: --module attnserve for these"
+            )
         module = models.seeded_multihead(
             options.embed_dim, options.num_heads, context_dim, options.bias_terms, seed
         )
@@ -115,6 +121,18 @@ def _layer(options: argparse.Namespace, target: Path) -> Manifest:
         source=source,
         progress=_progress,
     )
+
+
+def _beyond_multihead(options: argparse.Namespace) -> dict[str, bool]:
+    """What `torch.nn.MultiheadAttention` cannot do, and whether it is asked for."""
+    return {
+        "--window": options.window is not None,
+        "--window-right": options.window_right is not None,
+        "--alignment": options.alignment != "top-left",
+        "--alibi": options.alibi,
+        "--rotary": options.rotary is not None,
+        "--softcap": options.softcap != 0,
+    }
 
 
 def _transformer(options: argparse.Namespace, target: Path) -> Manifest:

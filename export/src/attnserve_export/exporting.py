@@ -136,7 +136,7 @@ def write_version(
             version=description.version,
             kind=description.kind,
             dtype=description.dtype,
-            opset=graphs.opset_of(model),
+            opset=graphs.opset_of(next(iter(graph_of.values()))),
             attention=description.attention,
             layer=description.layer,
             transformer=description.transformer,

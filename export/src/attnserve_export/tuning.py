@@ -55,9 +55,8 @@ def default_picks(variants: Sequence[VariantInfo]) -> dict[str, tuple[Pick, ...]
     picks = {}
     for provider, rows in _DEFAULTS.items():
         suited = {v.name for v in variants if provider in v.providers and _gives_output(v.outputs)}
-        picks[provider] = tuple(
-            Pick(up_to, tuple(name for name in names if name in suited)) for up_to, names in rows
-        )
+        own = [Pick(up_to, tuple(n for n in names if n in suited)) for up_to, names in rows]
+        picks[provider] = _joined(own)
     return picks
 
 
@@ -84,7 +83,7 @@ def tune(
         progress: told what is going on.
 
     Raises:
-        ExportError: not a core model, or the provider is not there.
+        ExportError: not a core model, or the provider is not there or does not work.
     """
     manifest = repository.read(folder)
     if manifest["kind"] != "core":
@@ -104,6 +103,12 @@ def tune(
         name: sessions.open_session(folder / entry["file"], tuple(dict.fromkeys((provider, CPU))))
         for name, entry in candidates.items()
     }
+    for session in opened.values():
+        if session.get_providers()[0] != provider:
+            raise ExportError(
+                f"--provider: given {provider}, which does not work here; "
+                f"ONNX Runtime fell back to {session.get_providers()[0]}"
+            )
     measurements: list[Measurement] = []
     for seq_len in sorted(seq_lens):
         score_bytes = 4 * batch * manifest["attention"]["num_heads"] * seq_len**2
@@ -148,10 +153,18 @@ def picks_from(measurements: Sequence[Measurement]) -> tuple[Pick, ...]:
         order += tuple(name for name in everyone if name not in order)
         last = index + 1 == len(lengths)
         up_to = None if last else int((length * lengths[index + 1]) ** 0.5)
-        if rows and rows[-1].variants == order:
-            rows.pop()
         rows.append(Pick(up_to, order))
-    return tuple(rows)
+    return _joined(rows)
+
+
+def _joined(rows: Sequence[Pick]) -> tuple[Pick, ...]:
+    """Neighbouring rows of the same variants made one."""
+    joined: list[Pick] = []
+    for row in rows:
+        if joined and joined[-1].variants == row.variants:
+            joined.pop()
+        joined.append(row)
+    return tuple(joined)
 
 
 def _times(

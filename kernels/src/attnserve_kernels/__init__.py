@@ -11,8 +11,6 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-DOMAIN = "attnserve"
-
 
 @cache
 def library_path() -> Path | None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from attnserve_export.attention.core import AttentionConfig, Core
@@ -190,8 +189,3 @@ def layer_module(layer: AttentionLayer, spec: VariantSpec) -> nn.Module:
     else:
         make = CrossLayer if cross else SelfLayer
     return make(layer, spec.core(layer.config.attention))
-
-
-def cast(layer: AttentionLayer, dtype: torch.dtype) -> AttentionLayer:
-    """The layer in another dtype, in evaluation mode."""
-    return layer.to(dtype).eval()

@@ -44,7 +44,6 @@ class GraphSession:
             str(path), options, providers=list(providers.names)
         )
         self._on_cuda = providers.on_cuda
-        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self.inputs: frozenset[str] = frozenset(i.name for i in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
         types = [*self._session.get_inputs(), *self._session.get_outputs()]
@@ -61,11 +60,11 @@ class GraphSession:
             Those outputs by name, on the host.
         """
         if self._on_cuda or self._has_bfloat16:
-            return self.run_bound(feeds, outputs)
+            return self._run_bound(feeds, outputs)
         results = self._session.run(list(outputs), {name: feeds[name] for name in self.inputs})
         return dict(zip(outputs, results, strict=True))
 
-    def run_bound(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def _run_bound(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """As `run`, with IO binding: outputs not asked for never leave the device."""
         device = "cuda" if self._on_cuda else "cpu"
         binding = self._session.io_binding()

@@ -151,7 +151,7 @@ def _manifest(content: Any, text: str) -> Manifest:
             head_dim=int(attention["head_dim"]),
             value_head_dim=int(attention["value_head_dim"]),
             mask=_one_of("attention.mask", attention["mask"], MASKS),
-            window=_optional_integer(attention["window"]),
+            window=_optional_integer(attention.get("window")),
             window_right=_optional_integer(attention.get("window_right")),
             alignment=_one_of(
                 "attention.alignment", attention.get("alignment", "top-left"), ALIGNMENTS
@@ -159,7 +159,7 @@ def _manifest(content: Any, text: str) -> Manifest:
             alibi=bool(attention.get("alibi", False)),
             rotary=(attention.get("rotary") or {}).get("style"),
             scale=float(attention["scale"]),
-            softcap=float(attention["softcap"]),
+            softcap=float(attention.get("softcap", 0)),
         ),
         layer=_layer(content.get("layer")),
         transformer=_transformer(content.get("transformer")),

@@ -16,6 +16,7 @@ from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.memory import working_bytes
 from attnserve_server.engine.models import LoadedModel, ModelStore, Variant
+from attnserve_server.engine.providers import CUDA
 from attnserve_server.engine.work import AttendWork, Wanted
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
 from attnserve_server.settings import Limits
@@ -102,7 +103,7 @@ def plan(
         variant.name: variant,
         **({diagnosis.name: diagnosis} if diagnosis else {}),
     }.values():
-        _check_working(runs, dims, request_bytes + response_bytes, limits)
+        _check_working(model, runs, dims, request_bytes + response_bytes, limits)
     return AttendPlan(
         model,
         variant,
@@ -367,9 +368,20 @@ def _check_size(what: str, given: int, allowed: int, option: str) -> None:
         )
 
 
-def _check_working(variant: Variant, dims: Dims, tensor_bytes: int, limits: Limits) -> None:
+def _check_working(
+    model: LoadedModel, variant: Variant, dims: Dims, tensor_bytes: int, limits: Limits
+) -> None:
+    attention = model.manifest.attention
     needed = working_bytes(
-        variant.entry, dims.batch, dims.num_heads, dims.query_len, dims.key_len, tensor_bytes
+        variant.entry,
+        dims.batch,
+        dims.num_heads,
+        dims.query_len,
+        dims.key_len,
+        tensor_bytes,
+        growing_blocks=model.provider == CUDA
+        and attention.mask == "causal"
+        and attention.window is None,
     )
     if needed > limits.max_working_bytes:
         raise ExhaustedError(
