@@ -233,6 +233,32 @@ def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("length", [1, 20, 150])
+def test_no_number_stays_no_number_where_it_is_seen(dtype: str, length: int) -> None:
+    generator = np.random.default_rng(3)
+    shape = (1, 2, length, 8)
+    q, k, v = (generator.standard_normal(shape).astype(TYPES[dtype][0]) for _ in range(3))
+    lengths, last = np.array([length]), length - 1
+    for name, wrong in (("query", q), ("key", k)):
+        spoilt = wrong.copy()
+        spoilt[0, 0, last, 3] = np.nan
+        feeds = {"query": q, "key": k, "value": v, "key_lengths": lengths} | {name: spoilt}
+        (output,) = run("Attention", dtype, feeds, shape, scale=1.0, right=0)
+        # The last query alone sees the last key, and the other head has neither.
+        assert np.isnan(output[0, 0, last].astype(np.float32)).all()
+        assert np.isfinite(output[0, 0, :last].astype(np.float32)).all()
+        assert np.isfinite(output[0, 1].astype(np.float32)).all()
+        diagnosed = {n: a for n, a in feeds.items() if n != "value"}
+        diagnosed |= {"top_k": np.array([1]), "distances": np.array([2])}
+        entropy, per_key, *_ = run("AttentionDiagnostics", dtype, diagnosed, (), scale=1.0, right=0)
+        assert np.isnan(entropy[0, 0, last])
+        assert np.isfinite(entropy[0, 0, :last]).all()
+        assert np.isnan(per_key[0, 0]).any()
+        assert np.isfinite(per_key[0, 1]).all()
+
+
+@needs_library
 def test_half_precision_conversions_are_exact() -> None:
     """Every finite FP16 and BF16 value comes through an attention with one key unchanged."""
     for dtype in ("FP16", "BF16"):
