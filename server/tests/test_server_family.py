@@ -17,6 +17,9 @@ from attnserve_server.repository.manifest import VariantEntry
 from attnserve_server.settings import MIB, Limits, Settings
 
 HEADS, DIM = 4, 8
+pytestmark = pytest.mark.skipif(
+    attnserve_kernels.library_path() is None, reason="attnserve-kernels has no library here"
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from attnserve_export.attention.core import AttentionConfig
 from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
 from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
-from attnserve_export.verification import Case, core_tolerance
+from attnserve_export.verification import Case, angle_tolerance, core_tolerance
 
 Array = NDArray[Any]
 
@@ -97,14 +97,23 @@ def core_cases(
             scale=config.scale,
             softcap=softcap,
         )
-        tolerance = core_tolerance(
-            dtype, situation.key_len, _largest_score(feeds["query"], feeds["key"], config)
+        tolerance = _tolerance(
+            config, dtype, situation, _largest_score(feeds["query"], feeds["key"], config)
         )
         if spec.outputs == DIAGNOSTICS:
             yield _diagnosed(situation, feeds, weights, config, tolerance)
         else:
             expected = {"output": output, "weights": weights}
             yield Case(situation.name, _dims(situation), feeds, expected, tolerance, {})
+
+
+def _tolerance(
+    config: AttentionConfig, dtype: str, situation: Situation, largest_score: float
+) -> float:
+    tolerance = core_tolerance(dtype, situation.key_len, largest_score)
+    if config.rotary is not None:
+        tolerance += angle_tolerance(max(situation.query_len, situation.key_len))
+    return tolerance
 
 
 def _diagnosed(
@@ -213,7 +222,7 @@ def layer_cases(
         output, weights, largest = _layer_reference(original, layer, feeds)
         # The projections' sums over E round too.
         growth = max(1.0, float(np.abs(output).max()), config.embed_dim**0.5 / 8)
-        tolerance = core_tolerance(dtype, situation.key_len, largest) * growth
+        tolerance = _tolerance(attention, dtype, situation, largest) * growth
         if spec.outputs == DIAGNOSTICS:
             yield _diagnosed(situation, feeds, weights, attention, tolerance)
         else:

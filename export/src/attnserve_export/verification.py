@@ -76,6 +76,11 @@ def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
     return 2e-6 * math.sqrt(key_len) * max(1.0, largest_score / 8)
 
 
+def angle_tolerance(longest: int) -> float:
+    """What a rotary embedding adds in FP32: angles of up to `longest`, rounded to FP32."""
+    return 2e-7 * longest
+
+
 def verify(
     path: Path,
     cases: Sequence[Case],

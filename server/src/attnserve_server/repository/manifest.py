@@ -167,7 +167,7 @@ def _manifest(content: Any, text: str) -> Manifest:
         variants=tuple(_variant(entry) for entry in content["variants"]),
         picks={
             str(provider): tuple(_pick(row) for row in rows)
-            for provider, rows in content.get("picks", {}).items()
+            for provider, rows in (content.get("picks") or {}).items()
         },
         files={
             name: FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))

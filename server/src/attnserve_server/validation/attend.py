@@ -144,7 +144,9 @@ def complete(ready: AttendPlan, arrays: Mapping[str, Array]) -> AttendWork:
         feeds["softcap"] = np.array([_softcap(ready)], np.float32)
     if ready.query_factor != 1.0:
         query = feeds["query"]
-        feeds["query"] = (query * np.float32(ready.query_factor)).astype(query.dtype, copy=False)
+        with np.errstate(over="ignore"):  # infinite scores: the caller's wish
+            scaled = query * np.float32(ready.query_factor)
+            feeds["query"] = scaled.astype(query.dtype, copy=False)
     return AttendWork(ready.model, ready.variant, ready.diagnosis, feeds, ready.wanted, dims.batch)
 
 
