@@ -239,6 +239,8 @@ def test_tuning_refuses_what_it_cannot_measure(
         ("--mask causal --window-right 3", "--window-right: given with --mask causal"),
         ("--rotary half --rotary-dims 9", "--rotary-dims: given 9"),
         ("--rotary half --rotary-dims 5", "--rotary-dims: given 5"),
+        ("--rotary-dims 4", "--rotary-dims: given without --rotary"),
+        ("--opset 99", "--opset: given 99; allowed: 23..24"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -274,3 +276,38 @@ def test_multihead_attention_has_no_such_options(
     arguments += ["--embed-dim", "16", "--module", "multihead", "--mask", "causal"]
     assert main([*arguments, *option.split()]) == 2
     assert f"given multihead with {option.split()[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--window 0", "--window 9223372036854775808", "--window-right -1", "--scale 1e300",
+        "--softcap 1e-320", "--num-kv-heads ²",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["core", "--out", str(tmp_path), "--name", "x", "--num-heads", "2"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--head-dim", "8", *option.split()])
+    assert "allowed: " in capsys.readouterr().err
+
+
+def test_a_layer_in_bfloat16_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["layer", "--out", str(tmp_path), "--name", "x", "--num-heads", "2"]
+    assert main([*arguments, "--embed-dim", "16", "--dtype", "bf16"]) == 2
+    assert "--dtype: given bf16 for a layer" in capsys.readouterr().err
+
+
+def test_tuning_stays_within_the_repository(
+    family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outside = f"../{family.name}/half"
+    assert main(["tune", "--out", str(family.parent / "other"), "--name", outside]) == 2
+    assert "--name: given" in capsys.readouterr().err
+    (tmp_path / "bad/1").mkdir(parents=True)
+    for text, message in (("{", "not JSON"), ("{}", "of kind None")):
+        (tmp_path / "bad/1/model.json").write_text(text)
+        assert main(["tune", "--out", str(tmp_path), "--name", "bad"]) == 2
+        assert message in capsys.readouterr().err

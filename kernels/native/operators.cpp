@@ -156,8 +156,10 @@ Problem problem_of(const Context& context, const Node& node, const Tensor& query
   p.key_len = k[2];
   p.scale = node.settings.scale;
   p.softcap = node.settings.softcap;
-  p.left = node.settings.left;
-  p.right = node.settings.right;
+  // No further than any key can be, so that sums with it fit.
+  const std::int64_t farthest = std::int64_t{1} << 40;
+  p.left = std::min(node.settings.left, farthest);
+  p.right = std::min(node.settings.right, farthest);
   p.bottom_right = node.settings.bottom_right != 0;
   if (slopes.data != nullptr) {
     context.require(slopes.shape == std::vector<std::int64_t>{p.num_heads},
@@ -165,6 +167,8 @@ Problem problem_of(const Context& context, const Node& node, const Tensor& query
     p.slopes = static_cast<const float*>(slopes.data);
   }
   if (softcap.data != nullptr) {
+    context.require(softcap.shape == std::vector<std::int64_t>{1},
+                    "attnserve: softcap: its shape must be [1]");
     const float given = *static_cast<const float*>(softcap.data);
     if (given >= 0) p.softcap = given;
   }
@@ -204,10 +208,15 @@ void attention(const Context& context, const Node& node) {
 void diagnostics(const Context& context, const Node& node) {
   Problem p = problem_of(context, node, context.input(0), context.input(1), context.input(2),
                          context.input(5), context.input(6), context.input(7));
-  p.top_k = *static_cast<const std::int64_t*>(context.input(3).data);
-  p.distances = *static_cast<const std::int64_t*>(context.input(4).data);
+  const Tensor top_k = context.input(3), distances = context.input(4);
+  const std::vector<std::int64_t> one{1};
+  context.require(top_k.shape == one, "attnserve: top_k: its shape must be [1]");
+  context.require(distances.shape == one, "attnserve: distances: its shape must be [1]");
+  p.top_k = *static_cast<const std::int64_t*>(top_k.data);
+  p.distances = *static_cast<const std::int64_t*>(distances.data);
   context.require(p.top_k >= 0 && p.top_k <= p.key_len, "attnserve: top_k: must be 0..key_len");
-  context.require(p.distances >= 0, "attnserve: distances: must be 0 or more");
+  context.require(p.distances >= 0 && p.distances <= 1 << 24,
+                  "attnserve: distances: must be 0..16777216");
   p.entropy = context.output<float>(0, {p.batch, p.num_heads, p.query_len});
   p.mass_per_key = context.output<float>(1, {p.batch, p.num_heads, p.key_len});
   float* by_distance = context.output<float>(2, {p.batch, p.num_heads, p.distances});

@@ -259,6 +259,41 @@ def test_no_number_stays_no_number_where_it_is_seen(dtype: str, length: int) -> 
 
 
 @needs_library
+def test_a_softcap_too_small_to_invert() -> None:
+    q = np.zeros((1, 1, 4, 8), np.float32)
+    v = np.random.default_rng(4).standard_normal(q.shape).astype(np.float32)
+    feeds = {"query": q, "key": q, "value": v, "key_lengths": np.array([4])}
+    (output,) = run("Attention", "FP32", feeds, q.shape, softcap=1e-40)
+    np.testing.assert_allclose(output, np.repeat(v.mean(axis=2, keepdims=True), 4, 2), atol=1e-6)
+
+
+@needs_library
+def test_of_keys_that_weigh_nothing_the_earliest_are_named() -> None:
+    generator = np.random.default_rng(5)
+    q, k = (generator.standard_normal((1, 1, 200, 8)).astype(np.float32) for _ in range(2))
+    feeds = {"query": q, "key": k, "key_lengths": np.array([200])}
+    feeds |= {"top_k": np.array([6]), "distances": np.array([0])}
+    *_, indices, weights = run("AttentionDiagnostics", "FP32", feeds, (), left=1, right=0)
+    for row in (0, 1, 60, 199):
+        named = indices[0, 0, row].tolist()
+        seen = {row, max(0, row - 1)}
+        assert set(named[: len(seen)]) == seen
+        rest = [key for key in range(8) if key not in seen]
+        assert named[len(seen) :] == rest[: 6 - len(seen)]
+        assert (weights[0, 0, row, len(seen) :] == 0).all()
+
+
+@needs_library
+def test_a_reach_to_the_right_without_end() -> None:
+    generator = np.random.default_rng(6)
+    q, k, v = (generator.standard_normal((1, 1, 9, 8)).astype(np.float32) for _ in range(3))
+    feeds = {"query": q, "key": k, "value": v, "key_lengths": np.array([9])}
+    expected, _ = attention_reference(q, k, v, scale=1.0)
+    (output,) = run("Attention", "FP32", feeds, q.shape, right=2**63 - 1, left=2**63 - 1)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@needs_library
 def test_half_precision_conversions_are_exact() -> None:
     """Every finite FP16 and BF16 value comes through an attention with one key unchanged."""
     for dtype in ("FP16", "BF16"):

@@ -15,7 +15,7 @@ from attnserve_export.attention.masks import ALIGNMENTS, MASKS
 from attnserve_export.attention.positions import Rotary
 from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.errors import ExportError, VerificationError
-from attnserve_export.graphs import MIN_OPSET
+from attnserve_export.graphs import MAX_OPSET, MIN_OPSET
 from attnserve_export.repository import Manifest
 from attnserve_export.transformers import export_transformer, read_checkpoint
 
@@ -55,7 +55,7 @@ def _core(options: argparse.Namespace, target: Path) -> Manifest:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    folder = options.out / options.name / str(options.version)
+    folder = repository.folder_of(options.out, options.name, options.version)
     tuning.tune(
         folder,
         seq_lens=options.seq_lens,
@@ -70,6 +70,11 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _layer(options: argparse.Namespace, target: Path) -> Manifest:
+    if options.dtype == "bf16":
+        raise ExportError(
+            "--dtype: given bf16 for a layer; allowed: fp32, fp16 (ONNX Runtime multiplies no BF16 "
+            "matrices on the CPU, where layers are verified)"
+        )
     head_dim, left = divmod(options.embed_dim, options.num_heads)
     if options.head_dim is not None:
         head_dim = options.head_dim
@@ -181,6 +186,8 @@ def _window_right(options: argparse.Namespace) -> int | None:
 
 def _rotary(options: argparse.Namespace, head_dim: int) -> Rotary | None:
     if options.rotary is None:
+        if options.rotary_dims is not None:
+            raise ExportError("--rotary-dims: given without --rotary; allowed: with it")
         return None
     dims = options.rotary_dims or head_dim
     if dims % 2 or dims > head_dim:
@@ -189,8 +196,8 @@ def _rotary(options: argparse.Namespace, head_dim: int) -> Rotary | None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.opset < MIN_OPSET:
-        raise ExportError(f"--opset: given {options.opset}; allowed: {MIN_OPSET} or newer")
+    if not MIN_OPSET <= options.opset <= MAX_OPSET:
+        raise ExportError(f"--opset: given {options.opset}; allowed: {MIN_OPSET}..{MAX_OPSET}")
 
 
 def _report(manifest: Manifest, target: Path) -> None:
@@ -205,6 +212,9 @@ def _report(manifest: Manifest, target: Path) -> None:
 
 
 _started = time.monotonic()
+_HIGHEST = 2**31 - 1
+# Well within what FP32 holds.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def _progress(text: str) -> None:
@@ -243,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bias-terms", action=argparse.BooleanOptionalAction, default=True, help="of projections"
     )
     parameters = layer.add_mutually_exclusive_group()
-    parameters.add_argument("--seed", type=int, help="random parameters; default 0")
+    parameters.add_argument("--seed", type=_zero_or_more, help="random parameters; default 0")
     parameters.add_argument("--weights", type=Path, help="a safetensors file")
 
     transformer = commands.add_parser("transformer", help="a Hugging Face checkpoint")
@@ -302,20 +312,20 @@ def _add_common(parser: argparse.ArgumentParser, run: object) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text) if text.lstrip("-").isdigit() else 0
+    number = _zero_or_more(text) if text.isdigit() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: an integer, 1 or more")
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: an integer, 1..{_HIGHEST}")
     return number
 
 
 def _zero_or_more(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: an integer, 0 or more")
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _HIGHEST):
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: an integer, 0..{_HIGHEST}")
     return int(text)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(sorted({_positive(part) for part in text.split(",")}))
 
 
 def _above_zero(text: str) -> float:
@@ -323,8 +333,9 @@ def _above_zero(text: str) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: a number above 0")
+    if not _SMALLEST <= number <= _LARGEST:
+        allowed = f"a number, {_SMALLEST}..{_LARGEST}"
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: {allowed}")
     return number
 
 

@@ -114,17 +114,26 @@ class Manifest:
     manifest_version: int = 1
 
 
+def folder_of(repository: Path, name: str, version: int) -> Path:
+    """The folder of a version.
+
+    Raises:
+        ExportError: the name or version is not allowed.
+    """
+    if not NAME.fullmatch(name):
+        raise ExportError(f"--name: given {name!r}; allowed: {NAME.pattern}")
+    if not 1 <= version < 2**63:
+        raise ExportError(f"--version: given {version}; allowed: 1..{2**63 - 1}")
+    return repository / name / str(version)
+
+
 def place(repository: Path, name: str, version: int, *, overwrite: bool) -> Path:
     """The folder of a version that may be written.
 
     Raises:
         ExportError: the name or version is not allowed, or the version is there already.
     """
-    if not NAME.fullmatch(name):
-        raise ExportError(f"--name: given {name!r}; allowed: {NAME.pattern}")
-    if version < 1:
-        raise ExportError(f"--version: given {version}; allowed: 1 or more")
-    target = repository / name / str(version)
+    target = folder_of(repository, name, version)
     if target.exists() and not overwrite:
         raise ExportError(
             f"--version: {target} is there already; allowed: another version, or --overwrite"
@@ -190,12 +199,14 @@ def read(folder: Path) -> dict[str, Any]:
     """A version's manifest as it is written.
 
     Raises:
-        ExportError: there is none.
+        ExportError: there is none, or it is not JSON.
     """
     try:
         content: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ExportError(f"{folder}/model.json: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{folder}/model.json: not JSON: {error}") from None
     return content
 
 

@@ -86,8 +86,9 @@ def tune(
         ExportError: not a core model, or the provider is not there or does not work.
     """
     manifest = repository.read(folder)
-    if manifest["kind"] != "core":
-        raise ExportError(f"--name: {folder} is a {manifest['kind']}; allowed: a core model")
+    kind = manifest.get("kind")
+    if kind != "core":
+        raise ExportError(f"--name: {folder} is of kind {kind!r}; allowed: a core model")
     if provider not in onnxruntime.get_available_providers():
         known = ", ".join(onnxruntime.get_available_providers())
         raise ExportError(f"--provider: given {provider}; available here: {known}")
@@ -117,7 +118,13 @@ def tune(
             for name, entry in candidates.items()
             if entry["memory"] == "linear" or score_bytes <= _MOST_SCORE_BYTES
         ]
-        times = _times(manifest, [(name, opened[name]) for name in tried], batch, seq_len, seconds)
+        try:
+            contenders = [(name, opened[name]) for name in tried]
+            times = _times(manifest, contenders, batch, seq_len, seconds)
+        except MemoryError:
+            raise ExportError(
+                f"--seq-lens: {seq_len} with --batch {batch} takes more memory than there is"
+            ) from None
         found = [Measurement(n, seq_len, statistics.median(t) * 1e3) for n, t in times.items()]
         found.sort(key=lambda measurement: measurement.milliseconds)
         measurements += found

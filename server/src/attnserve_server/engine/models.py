@@ -119,11 +119,13 @@ class ModelStore:
             raise NotFoundError(f"model: given {name!r}; models here: {known}")
         if not version:
             return self._models[name, latest]
-        number = int(version) if version.isascii() and version.isdigit() else 0
+        # At most as many digits as a version may have: int() takes no end of them.
+        plain = version.isascii() and version.isdigit() and len(version) <= 19
+        number = int(version) if plain else 0
         model = self._models.get((name, number))
         if model is None:
             known = ", ".join(str(v) for n, v in self._models if n == name)
-            raise NotFoundError(f"version: given {version!r}; versions of {name}: {known}")
+            raise NotFoundError(f"version: given {version[:80]!r}; versions of {name}: {known}")
         return model
 
 
@@ -164,7 +166,7 @@ def load_all(
             except Exception as error:  # ONNX Runtime raises many kinds
                 raise ManifestError(f"{folder / entry.file}: does not load: {error}") from None
             variants.append(Variant(entry, session))
-        tokenizer = TextTokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
+        tokenizer = _tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
         if variants:
             models[manifest.name, manifest.version] = LoadedModel(
                 manifest, tuple(variants), tokenizer, providers.names[0]
@@ -179,3 +181,10 @@ def load_all(
             },
         )
     return ModelStore(models)
+
+
+def _tokenizer(path: Path) -> TextTokenizer:
+    try:
+        return TextTokenizer(path)
+    except Exception as error:  # tokenizers raises plain ones
+        raise ManifestError(f"{path}: does not load: {error}") from None

@@ -1,6 +1,7 @@
 """`model.json`, read and checked. The format is described in docs/model-repository.md."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ MASKS = ("bidirectional", "causal", "cross")
 DTYPES = ("FP32", "FP16", "BF16")
 ALIGNMENTS = ("top-left", "bottom-right")
 MEMORY = ("linear", "quadratic")
+STYLES = ("half", "interleaved")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class ManifestError(Exception):
@@ -124,11 +128,11 @@ def read(folder: Path) -> Manifest:
         content = json.loads(text)
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not JSON: {error}") from None
     try:
         manifest = _manifest(content, text)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ManifestError(f"{path}: {type(error).__name__} at {error}") from None
     for file in manifest.files:
         if Path(file).name != file or file.startswith("."):
@@ -142,32 +146,33 @@ def _manifest(content: Any, text: str) -> Manifest:
     attention = content["attention"]
     manifest = Manifest(
         name=str(content["name"]),
-        version=int(content["version"]),
+        version=_integer("version", content["version"], highest=2**63 - 1),
         kind=_one_of("kind", content["kind"], KINDS),
         dtype=_one_of("dtype", content["dtype"], DTYPES),
         attention=Attention(
-            num_heads=int(attention["num_heads"]),
-            num_kv_heads=int(attention["num_kv_heads"]),
-            head_dim=int(attention["head_dim"]),
-            value_head_dim=int(attention["value_head_dim"]),
+            num_heads=_integer("attention.num_heads", attention["num_heads"]),
+            num_kv_heads=_integer("attention.num_kv_heads", attention["num_kv_heads"]),
+            head_dim=_integer("attention.head_dim", attention["head_dim"]),
+            value_head_dim=_integer("attention.value_head_dim", attention["value_head_dim"]),
             mask=_one_of("attention.mask", attention["mask"], MASKS),
-            window=_optional_integer(attention.get("window")),
-            window_right=_optional_integer(attention.get("window_right")),
+            window=_optional_integer("attention.window", attention.get("window")),
+            window_right=_optional_integer(
+                "attention.window_right", attention.get("window_right"), lowest=0
+            ),
             alignment=_one_of(
                 "attention.alignment", attention.get("alignment", "top-left"), ALIGNMENTS
             ),
-            alibi=bool(attention.get("alibi", False)),
-            rotary=(attention.get("rotary") or {}).get("style"),
-            scale=float(attention["scale"]),
-            softcap=float(attention.get("softcap", 0)),
+            alibi=_yes_or_no("attention.alibi", attention.get("alibi", False)),
+            rotary=_rotary(attention.get("rotary")),
+            scale=_number("attention.scale", attention["scale"], above_zero=True),
+            softcap=_number("attention.softcap", attention.get("softcap", 0), above_zero=False),
         ),
         layer=_layer(content.get("layer")),
         transformer=_transformer(content.get("transformer")),
         tokenizer=content.get("tokenizer"),
         variants=tuple(_variant(entry) for entry in content["variants"]),
         picks={
-            str(provider): tuple(_pick(row) for row in rows)
-            for provider, rows in (content.get("picks") or {}).items()
+            str(provider): _picks(rows) for provider, rows in (content.get("picks") or {}).items()
         },
         files={
             name: FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
@@ -197,19 +202,53 @@ def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _optional_integer(value: Any) -> int | None:
-    return None if value is None else int(value)
+def _integer(field: str, value: Any, lowest: int = 1, highest: int = 2**31 - 1) -> int:
+    if type(value) is not int or not lowest <= value <= highest:
+        raise ValueError(f"{field}: {value!r}; allowed: an integer, {lowest}..{highest}")
+    return value
 
 
-def _pick(content: Any) -> Pick:
-    return Pick(_optional_integer(content["up_to"]), tuple(str(n) for n in content["variants"]))
+def _optional_integer(field: str, value: Any, lowest: int = 1) -> int | None:
+    return None if value is None else _integer(field, value, lowest)
+
+
+def _number(field: str, value: Any, *, above_zero: bool) -> float:
+    number = float(value)
+    if not (number > 0 if above_zero else number >= 0) or number == float("inf"):
+        least = "above 0" if above_zero else "0 or more"
+        raise ValueError(f"{field}: {value!r}; allowed: a finite number, {least}")
+    return number
+
+
+def _yes_or_no(field: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{field}: {value!r}; allowed: true, false")
+    return value
+
+
+def _rotary(content: Any) -> str | None:
+    return None if content is None else _one_of("attention.rotary.style", content["style"], STYLES)
+
+
+def _picks(rows: Any) -> tuple[Pick, ...]:
+    picks: list[Pick] = []
+    for row in rows:
+        up_to = _optional_integer("picks: up_to", row["up_to"])
+        last = picks[-1].up_to if picks else 0
+        if last is None or (up_to is not None and up_to <= last):
+            raise ValueError(f"picks: up_to: {up_to} after {last}; allowed: rising, null last")
+        if not isinstance(row["variants"], list):
+            raise ValueError(f"picks: variants: {row['variants']!r}; allowed: a list of names")
+        picks.append(Pick(up_to, tuple(str(name) for name in row["variants"])))
+    return tuple(picks)
 
 
 def _layer(content: Any) -> Layer | None:
     if content is None:
         return None
     context = content["context_dim"]
-    return Layer(int(content["embed_dim"]), None if context is None else int(context))
+    embed_dim = _integer("layer.embed_dim", content["embed_dim"])
+    return Layer(embed_dim, _optional_integer("layer.context_dim", context))
 
 
 def _transformer(content: Any) -> Transformer | None:
@@ -217,26 +256,32 @@ def _transformer(content: Any) -> Transformer | None:
         return None
     return Transformer(
         family=str(content["family"]),
-        num_layers=int(content["num_layers"]),
-        hidden_size=int(content["hidden_size"]),
-        vocab_size=int(content["vocab_size"]),
-        max_seq_len=int(content["max_seq_len"]),
-        pad_token_id=int(content["pad_token_id"] or 0),
+        num_layers=_integer("transformer.num_layers", content["num_layers"]),
+        hidden_size=_integer("transformer.hidden_size", content["hidden_size"]),
+        vocab_size=_integer("transformer.vocab_size", content["vocab_size"]),
+        max_seq_len=_integer("transformer.max_seq_len", content["max_seq_len"]),
+        pad_token_id=_integer("transformer.pad_token_id", content["pad_token_id"] or 0, 0),
         pooling=content.get("pooling"),
         normalize_pooled=bool(content.get("normalize_pooled")),
     )
 
 
+def _variant_name(name: Any) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"variants: name: {name!r}; allowed: {_NAME.pattern}")
+    return name
+
+
 def _variant(content: Any) -> VariantEntry:
     verification = content["verification"]
     return VariantEntry(
-        name=str(content["name"]),
+        name=_variant_name(content["name"]),
         file=str(content["file"]),
         inputs=tuple(str(entry["name"]) for entry in content["inputs"]),
         outputs=tuple(str(entry["name"]) for entry in content["outputs"]),
         providers=tuple(str(provider) for provider in content["providers"]),
         quadratic=_one_of("memory", content.get("memory", "quadratic"), MEMORY) == "quadratic",
-        native=bool(content.get("native", False)),
+        native=_yes_or_no("native", content.get("native", False)),
         max_abs_error=max((float(e) for e in verification["max_abs_error"].values()), default=0.0),
         tolerance=float(verification["tolerance"]),
     )
