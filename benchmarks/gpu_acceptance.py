@@ -12,7 +12,6 @@ Exit code: 0 all correct, 1 something was not, 2 no GPU.
 
 import contextlib
 import dataclasses
-import importlib
 import io
 import json
 import math
@@ -29,18 +28,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import attnserve_kernels
 import common
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from attnserve_export import cli
+from attnserve_export.attention.variants import CPU, CUDA
+from attnserve_export.models import TORCH
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-DTYPES = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 ONNX_TYPES = {
     torch.float32: int(onnx.TensorProto.FLOAT),
     torch.float16: int(onnx.TensorProto.FLOAT16),
@@ -460,11 +460,8 @@ def unusable_gpu() -> str | None:
 
 def custom_libraries() -> tuple[Path, ...]:
     """The project's own operators, where they are built."""
-    try:
-        path = importlib.import_module("attnserve_kernels").library_path()
-    except ImportError:
-        return ()
-    return () if path is None else (Path(path),)
+    path = attnserve_kernels.library_path()
+    return () if path is None else (path,)
 
 
 def environment(target: Target) -> dict[str, Any]:
@@ -517,7 +514,7 @@ def export_models(plan: Plan, target: Target, folder: Path, report: Report) -> l
                 inputs=tuple(value["name"] for value in entry["inputs"]),
                 outputs=tuple(value["name"] for value in entry["outputs"]),
                 providers=tuple(entry["providers"]),
-                dtype=DTYPES[manifest["dtype"]],
+                dtype=TORCH[manifest["dtype"]],
                 attention=manifest["attention"],
                 timed=spec.timed,
             )

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-# As in kernels_plots.py; PyTorch's are dashed.
+# Okabe and Ito's colours, as in kernels_plots.py; PyTorch's are dashed.
 STYLES = {
     "flash": ("#009E73", "s", "-"),
     "cudnn": ("#D55E00", "D", "-"),

@@ -30,6 +30,7 @@ import numpy as np
 import onnxruntime
 import torch
 from attnserve_export import sessions
+from attnserve_export.attention.variants import CPU
 from attnserve_export.cli import main as export
 from attnserve_loadtest.fitting import fit_power_law
 from common import arguments, write_json
@@ -91,7 +92,7 @@ class Models:
             entry["name"]: entry | {"path": folder / entry["file"]}
             for entry in manifest["variants"]
             if "output" in [o["name"] for o in entry["outputs"]]
-            and "CPUExecutionProvider" in entry["providers"]
+            and CPU in entry["providers"]
             and entry["name"] != "softcap"  # `reference` with one more input
         }
 

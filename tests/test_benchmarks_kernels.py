@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attnserve_kernels
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    attnserve_kernels.library_path() is None, reason="its baseline needs the operators"
-)
+pytestmark = pytest.mark.needs_library
 BENCHMARK = Path(__file__).parents[1] / "benchmarks/kernels.py"
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import attnserve_kernels
 import numpy as np
 import onnxruntime
 import pytest
@@ -22,10 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
-
-needs_library = pytest.mark.skipif(
-    attnserve_kernels.library_path() is None, reason="attnserve-kernels has no library here"
-)
 
 sizes = st.integers(1, 24)
 relaxed = settings(deadline=None, max_examples=30)
@@ -118,7 +113,7 @@ def _file(manifest: dict, variant: str) -> str:
     return next(entry["file"] for entry in manifest["variants"] if entry["name"] == variant)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_the_manifest_says_what_is_there(repository: Path) -> None:
     folder = repository / "one/1"
     manifest = json.loads((folder / "model.json").read_text())

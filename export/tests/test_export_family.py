@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import attnserve_kernels
 import ml_dtypes
 import numpy as np
 import onnx
@@ -22,10 +21,6 @@ from attnserve_export.tuning import Measurement, picks_from
 from attnserve_export.verification import angle_tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-needs_library = pytest.mark.skipif(
-    attnserve_kernels.library_path() is None, reason="attnserve-kernels has no library here"
-)
 
 # Options of `attnserve-export core`, and the same as a config.
 FAMILY: dict[str, tuple[str, dict]] = {
@@ -125,7 +120,7 @@ def test_every_variant_at_any_shape(
             assert difference <= tolerance, (variant["name"], key, difference, tolerance)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_no_variant_of_the_family_is_missing(family: Path) -> None:
     for name in FAMILY:
         manifest = json.loads((family / name / "1/model.json").read_text())
@@ -191,7 +186,7 @@ def test_bottom_right_is_torchs_causal_lower_right() -> None:
     np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_tuning_measures_and_the_manifest_says_so(
     family: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

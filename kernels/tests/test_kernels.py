@@ -32,9 +32,6 @@ OUTPUTS = {
 }  # fmt: skip
 INTEGERS = ("key_lengths", "top_k", "distances", "top_k_indices")
 RANKS = {"key_lengths": 1, "slopes": 1, "softcap": 1, "top_k": 1, "distances": 1}
-needs_library = pytest.mark.skipif(
-    attnserve_kernels.library_path() is None, reason="installed without a C++ compiler"
-)
 
 
 @cache
@@ -166,7 +163,7 @@ def growth(p: dict, scheme: Scheme) -> float:
 
 @settings(deadline=None, max_examples=150)
 @given(p=problems())
-@needs_library
+@pytest.mark.needs_library
 def test_any_attention_is_within_tolerance(p: dict) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
     expected, _ = reference(feeds, scheme, attributes["scale"], softcap)
@@ -179,7 +176,7 @@ def test_any_attention_is_within_tolerance(p: dict) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(p=problems(), data=st.data())
-@needs_library
+@pytest.mark.needs_library
 def test_any_diagnosis_is_within_tolerance(p: dict, data: st.DataObject) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
     _, weights = reference(feeds, scheme, attributes["scale"], softcap)
@@ -207,7 +204,7 @@ def test_any_diagnosis_is_within_tolerance(p: dict, data: st.DataObject) -> None
     assert (np.diff(ordered, axis=-1) > 0).all(), "a key is named twice"
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_large_scores_keep_their_softmax() -> None:
     generator = np.random.default_rng(1)
     q, k, v = (generator.standard_normal((1, 2, 50, 16)).astype(np.float32) for _ in range(3))
@@ -219,7 +216,7 @@ def test_large_scores_keep_their_softmax() -> None:
     np.testing.assert_allclose(output, expected, atol=2e-6 * 50**0.5 * largest / 8)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
     """torch.finfo(...).min as a mask, as transformers has it: a row of them weighs all alike."""
     generator = np.random.default_rng(2)
@@ -232,7 +229,7 @@ def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
     np.testing.assert_allclose(output[0, 0, 1:], np.repeat(v[0, 0, :1], 4, axis=0), atol=1e-6)
 
 
-@needs_library
+@pytest.mark.needs_library
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("length", [1, 20, 150])
 def test_no_number_stays_no_number_where_it_is_seen(dtype: str, length: int) -> None:
@@ -258,7 +255,7 @@ def test_no_number_stays_no_number_where_it_is_seen(dtype: str, length: int) -> 
         assert np.isfinite(per_key[0, 1]).all()
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_a_softcap_too_small_to_invert() -> None:
     q = np.zeros((1, 1, 4, 8), np.float32)
     v = np.random.default_rng(4).standard_normal(q.shape).astype(np.float32)
@@ -267,7 +264,7 @@ def test_a_softcap_too_small_to_invert() -> None:
     np.testing.assert_allclose(output, np.repeat(v.mean(axis=2, keepdims=True), 4, 2), atol=1e-6)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_of_keys_that_weigh_nothing_the_earliest_are_named() -> None:
     generator = np.random.default_rng(5)
     q, k = (generator.standard_normal((1, 1, 200, 8)).astype(np.float32) for _ in range(2))
@@ -283,7 +280,7 @@ def test_of_keys_that_weigh_nothing_the_earliest_are_named() -> None:
         assert (weights[0, 0, row, len(seen) :] == 0).all()
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_a_reach_to_the_right_without_end() -> None:
     generator = np.random.default_rng(6)
     q, k, v = (generator.standard_normal((1, 1, 9, 8)).astype(np.float32) for _ in range(3))
@@ -293,7 +290,7 @@ def test_a_reach_to_the_right_without_end() -> None:
     np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_half_precision_conversions_are_exact() -> None:
     """Every finite FP16 and BF16 value comes through an attention with one key unchanged."""
     for dtype in ("FP16", "BF16"):
@@ -319,7 +316,7 @@ def test_half_precision_conversions_are_exact() -> None:
         ({"bias": (1, 1, 3, 1)}, "bias: each dimension"),
     ],
 )
-@needs_library
+@pytest.mark.needs_library
 def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
     shapes = {"query": (1, 2, 4, 8), "key": (1, 2, 4, 8), "value": (1, 2, 4, 8)} | changes
     feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
@@ -329,7 +326,7 @@ def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
-@needs_library
+@pytest.mark.needs_library
 def test_other_instruction_sets_compute_the_same(instruction_set: str) -> None:
     """The tests above, once more, in a process told to use another implementation."""
     environment = os.environ | {"ATTNSERVE_KERNELS_ISA": instruction_set}

@@ -1,6 +1,5 @@
 """Attend over real gRPC, against the float64 reference."""
 
-import attnserve_kernels
 import numpy as np
 import pytest
 from attnserve_client import AttentionClient
@@ -10,9 +9,6 @@ from hypothesis import strategies as st
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 
-needs_library = pytest.mark.skipif(
-    attnserve_kernels.library_path() is None, reason="attnserve-kernels has no library here"
-)
 relaxed = settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -97,7 +93,7 @@ def test_a_bias_broadcasts_and_minus_infinity_masks(client: AttentionClient, sha
     np.testing.assert_allclose(result.weights, weights, atol=1e-5)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_scale_and_softcap_of_a_request(client: AttentionClient) -> None:
     q, k, v = tensors(1, 8, 8, 5)
     result = client.attend(q, k, v, model="causal", scale=0.7, softcap=3.0)
@@ -130,7 +126,7 @@ def test_half_precision_stays_half_on_the_wire(client: AttentionClient) -> None:
     np.testing.assert_allclose(result.weights, weights, atol=2e-3)
 
 
-@needs_library
+@pytest.mark.needs_library
 def test_weights_come_only_when_asked_for(client: AttentionClient) -> None:
     q, k, v = tensors(1, 4, 4, 7)
     plain = client.attend(q, k, v, model="causal")

@@ -17,9 +17,7 @@ from attnserve_server.repository.manifest import VariantEntry
 from attnserve_server.settings import MIB, Limits, Settings
 
 HEADS, DIM = 4, 8
-pytestmark = pytest.mark.skipif(
-    attnserve_kernels.library_path() is None, reason="attnserve-kernels has no library here"
-)
+pytestmark = pytest.mark.needs_library
 
 
 @pytest.fixture(scope="module")

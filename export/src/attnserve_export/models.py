@@ -70,8 +70,8 @@ def export_core(
     """
     specs = core_specs(config, dtype, native=_native(progress))
 
-    def graph(spec: VariantSpec, dtype: str) -> onnx.ModelProto:
-        return core_graph(config, spec, dtype, opset)
+    def graph(spec: VariantSpec, traced: str) -> onnx.ModelProto:
+        return core_graph(config, spec, traced, opset)
 
     variants = _exported(specs, dtype, graph, progress)
 
@@ -138,12 +138,13 @@ def export_layer(
     key_len = "key_len" if cross else "query_len"
     specs = layer_specs(config.attention, dtype, native=_native(progress))
 
-    def graph(spec: VariantSpec, dtype: str) -> onnx.ModelProto:
-        own = [_input("hidden_states", dtype, "batch", "query_len", config.embed_dim)]
+    def graph(spec: VariantSpec, traced: str) -> onnx.ModelProto:
+        own = [_input("hidden_states", traced, "batch", "query_len", config.embed_dim)]
         if config.context_dim is not None:
-            own.append(_input("context", dtype, "batch", "key_len", config.context_dim))
-        used = layer_module(copy.deepcopy(layer).to(TORCH[dtype]), spec)
-        return _graph(used, spec, own, config.attention, dtype, opset, key_len)
+            own.append(_input("context", traced, "batch", "key_len", config.context_dim))
+        used = layer if traced == dtype else copy.deepcopy(layer).to(TORCH[traced])
+        wrapped = layer_module(used, spec)
+        return _graph(wrapped, spec, own, config.attention, traced, opset, key_len)
 
     variants = _exported(specs, dtype, graph, progress)
     original = copy.deepcopy(module).double()

@@ -68,6 +68,11 @@ class AttentionConfig:
         )
 
     @property
+    def windowed(self) -> bool:
+        """Whether a query's reach is bounded on a side, other than by causality."""
+        return self.window is not None or self.window_right is not None
+
+    @property
     def slopes(self) -> list[float] | None:
         """ALiBi's slopes, if it is on."""
         return alibi_slopes(self.num_heads) if self.alibi else None

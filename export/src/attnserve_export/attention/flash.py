@@ -32,17 +32,22 @@ def has_flash(config: AttentionConfig, dtype: str) -> bool:
         dtype: "FP32", "FP16" or "BF16". FP32 has no FlashAttention, but without a mask ONNX Runtime
             takes another kernel of linear memory; windows have none.
     """
-    windowed = config.window is not None or config.window_right is not None
     plain = not (config.softcap or config.alibi)
     regular = config.head_dim == config.value_head_dim and config.head_dim % 8 == 0
     causal_window = config.mask == "causal" and dtype != "FP32"
-    return plain and regular and config.head_dim <= _WIDEST and (not windowed or causal_window)
+    return (
+        plain and regular and config.head_dim <= _WIDEST and (not config.windowed or causal_window)
+    )
 
 
 def has_cudnn(config: AttentionConfig, dtype: str) -> bool:
     """Whether there is a form by GroupQueryAttention that `FlashAttention` isn't yet."""
-    windowed = config.window is not None or config.window_right is not None
-    return has_flash(config, dtype) and dtype != "FP32" and config.mask != "cross" and not windowed
+    return (
+        has_flash(config, dtype)
+        and dtype != "FP32"
+        and config.mask != "cross"
+        and not config.windowed
+    )
 
 
 def flash_attention(config: AttentionConfig) -> FunctionProto:

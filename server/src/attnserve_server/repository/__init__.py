@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from attnserve_server.repository.manifest import Manifest, ManifestError, read
+from attnserve_server.repository.manifest import NAME, Manifest, ManifestError, read
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]*")
 
 __all__ = ["Manifest", "ManifestError", "check_files", "find", "read"]

@@ -14,7 +14,8 @@ ALIGNMENTS = ("top-left", "bottom-right")
 MEMORY = ("linear", "quadratic")
 STYLES = ("half", "interleaved")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+# Of models and variants.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class ManifestError(Exception):
@@ -267,8 +268,8 @@ def _transformer(content: Any) -> Transformer | None:
 
 
 def _variant_name(name: Any) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"variants: name: {name!r}; allowed: {_NAME.pattern}")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"variants: name: {name!r}; allowed: {NAME.pattern}")
     return name
 
 
