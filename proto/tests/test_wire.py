@@ -4,7 +4,9 @@ import contextlib
 
 import pytest
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import wire
+from attnserve_proto import buffers, wire
+from attnserve_proto.frames import ALIGNMENT, REQUEST_PADDING, lay_out
+from attnserve_proto.layouts import Layouts
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,14 +16,23 @@ numbers = st.sampled_from(sorted(wire.REQUEST_TENSORS))
 
 
 @given(st.text(), st.dictionaries(numbers, st.tuples(st.lists(st.integers(1, 2**40)), blobs)))
-def test_join_gives_what_protobuf_would_give(model: str, tensors: dict) -> None:
+def test_a_filled_frame_is_what_protobuf_would_give_but_for_padding(
+    model: str, tensors: dict
+) -> None:
     message = pb.AttendRequest(model=model)
-    parts = [(n, pb.Tensor(dtype=pb.FP32, shape=s), d) for n, (s, d) in tensors.items()]
-    joined = wire.join(message, parts)
+    parts = [
+        (n, pb.Tensor(dtype=pb.FP32, shape=s).SerializeToString(), len(d))
+        for n, (s, d) in tensors.items()
+    ]
+    frame = lay_out(message.SerializeToString(), parts, REQUEST_PADDING)
+    joined = frame.fill([data for _, data in tensors.values()])
+    assert all(start % ALIGNMENT == 0 for start, _ in frame.rooms)
     for number, (shape, data) in tensors.items():
         field = getattr(message, wire.REQUEST_TENSORS[number])
         field.CopyFrom(pb.Tensor(dtype=pb.FP32, shape=shape, data=data))
-    assert pb.AttendRequest.FromString(joined) == message
+    parsed = pb.AttendRequest.FromString(joined)
+    parsed.ClearField("padding")
+    assert parsed == message
 
 
 @given(st.text(), st.dictionaries(numbers, st.tuples(st.lists(st.integers(1, 2**40)), blobs)))
@@ -77,3 +88,45 @@ def test_cut_covers_the_tensor_once_in_order() -> None:
 def test_a_length_beyond_the_message_is_refused() -> None:
     with pytest.raises(DecodeError, match="cut off"):
         wire.split(b"\x22\x7fabc", pb.AttendRequest, wire.REQUEST_TENSORS)
+
+
+@given(st.text(max_size=20), st.dictionaries(numbers, blobs, min_size=1), st.data())
+def test_a_known_layout_is_found_only_for_messages_that_mean_the_same(
+    model: str, tensors: dict, draw: st.DataObject
+) -> None:
+    message = pb.AttendRequest(model=model)
+    for number, data in tensors.items():
+        field = getattr(message, wire.REQUEST_TENSORS[number])
+        field.CopyFrom(pb.Tensor(dtype=pb.FP32, shape=[len(data)], data=data))
+    buffer = message.SerializeToString()
+    layouts: Layouts[str] = Layouts()
+    _, rooms = wire.locate(buffer, pb.AttendRequest, wire.REQUEST_TENSORS)
+    layouts.remember(buffer, rooms, "known")
+    at = draw.draw(st.integers(0, len(buffer) - 1))
+    changed = bytearray(buffer)
+    changed[at] ^= draw.draw(st.integers(1, 255))
+    inside = any(start <= at < end for start, end in rooms.values())
+    found = layouts.find(bytes(changed))
+    assert (found is not None) == inside
+    if found is not None:
+        value, views = found
+        assert value == "known"
+        _, apart = wire.split(bytes(changed), pb.AttendRequest, wire.REQUEST_TENSORS)
+        assert {n: bytes(v) for n, v in views.items()} == {n: bytes(v) for n, v in apart.items()}
+
+
+def test_only_so_many_layouts_are_remembered() -> None:
+    layouts: Layouts[int] = Layouts(most=2)
+    for size in (1, 2, 3):
+        layouts.remember(bytes(size), {}, size)
+    assert [layouts.find(bytes(size)) is not None for size in (1, 2, 3)] == [False, True, True]
+
+
+def test_a_blank_message_outlives_its_name() -> None:
+    made, view = buffers.blank(1000)
+    view[:] = bytes(range(250)) * 4
+    copy = bytes(made)
+    del made
+    assert bytes(view) == copy == bytes(range(250)) * 4
+    with pytest.raises(ValueError, match="size: 1"):
+        buffers.blank(1)

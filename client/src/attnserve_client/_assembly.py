@@ -22,10 +22,7 @@ class Assembler:
             return self._finish(chunk.request_id) if answer.missing == 0 else None
         parsed = pb.AttendStreamResponse.FromString(message)
         if parsed.HasField("error"):
-            error = parsed.error
-            return parsed.request_id, _errors.from_code_number(
-                error.code, error.message, "AttendStream"
-            )
+            return parsed.request_id, _errors.from_stream_error(parsed.error, "AttendStream")
         self._open[parsed.request_id] = _Answer(parsed.response)
         return (
             self._finish(parsed.request_id) if self._open[parsed.request_id].missing == 0 else None

@@ -80,6 +80,7 @@ class AsyncAttentionClient:
         top_k: int = 0,
         return_mass_per_key: bool = False,
         mass_by_distance: int = 0,
+        priority: int = 0,
         timeout: float | None = 60.0,
     ) -> AttendResult:
         """Compute attention; arguments, result and errors as those of `AttentionClient.attend`."""
@@ -104,6 +105,7 @@ class AsyncAttentionClient:
             top_k=top_k,
             return_mass_per_key=return_mass_per_key,
             mass_by_distance=mass_by_distance,
+            priority=priority,
         )
         if call.request_bytes + call.response_bytes > self._threshold:
             return await self._attend_in_chunks(call, timeout)

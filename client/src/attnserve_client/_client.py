@@ -82,6 +82,7 @@ class AttentionClient:
         top_k: int = 0,
         return_mass_per_key: bool = False,
         mass_by_distance: int = 0,
+        priority: int = 0,
         timeout: float | None = 60.0,
     ) -> AttendResult:
         """Compute attention.
@@ -107,6 +108,7 @@ class AttentionClient:
             return_mass_per_key: also the weight each key receives over all queries.
             mass_by_distance: also the weight given at each distance between query and key, for
                 this many distances; the last one gathers all beyond.
+            priority: who is served first among those that wait: 1 high, 2 or 0 normal, 3 low.
             timeout: seconds; None waits for ever.
 
         Raises:
@@ -134,6 +136,7 @@ class AttentionClient:
             top_k=top_k,
             return_mass_per_key=return_mass_per_key,
             mass_by_distance=mass_by_distance,
+            priority=priority,
         )
         if call.request_bytes + call.response_bytes > self._threshold:
             return self._attend_in_chunks(call, timeout)

@@ -15,6 +15,7 @@ AttnserveError
 """
 
 import grpc
+from attnserve_proto import attention_pb2 as pb
 
 
 class AttnserveError(Exception):
@@ -24,14 +25,23 @@ class AttnserveError(Exception):
         code: the gRPC status.
         message: what the server said.
         method: the method called, e.g. `Attend`.
+        retry_after: seconds after which a refused request may be taken; None: not said.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
 
-    def __init__(self, message: str, *, method: str, code: grpc.StatusCode | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        method: str,
+        code: grpc.StatusCode | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         self.code = code or type(self).code
         self.message = message
         self.method = method
+        self.retry_after = retry_after
         super().__init__(f"{self.code.name} from {method}: {message}")
 
 
@@ -66,7 +76,7 @@ class PermissionDeniedError(AttnserveError):
 
 
 class ResourceExhaustedError(AttnserveError):
-    """RESOURCE_EXHAUSTED: over a limit, or the queue is full."""
+    """RESOURCE_EXHAUSTED: over a limit, or the queue is full; `retry_after` says when to retry."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -105,18 +115,32 @@ _BY_CODE = {error.code: error for error in AttnserveError.__subclasses__()}
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def from_status(code: grpc.StatusCode, message: str, method: str) -> AttnserveError:
+def from_status(
+    code: grpc.StatusCode, message: str, method: str, retry_after: float | None = None
+) -> AttnserveError:
     """The exception of a gRPC status."""
-    return _BY_CODE.get(code, AttnserveError)(message, method=method, code=code)
+    kind = _BY_CODE.get(code, AttnserveError)
+    return kind(message, method=method, code=code, retry_after=retry_after)
 
 
-def from_code_number(number: int, message: str, method: str) -> AttnserveError:
-    """The exception of a google.rpc.Code, as stream answers carry it."""
-    return from_status(_CODE_BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN), message, method)
+def from_stream_error(error: pb.Error, method: str) -> AttnserveError:
+    """The exception of a failed request within a stream."""
+    code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.UNKNOWN)
+    return from_status(code, error.message, method, error.retry_after / 1e6 or None)
 
 
 def from_rpc_error(error: grpc.RpcError, method: str) -> AttnserveError:
     """The exception of what grpc raised."""
     code = getattr(error, "code", lambda: None)() or grpc.StatusCode.UNKNOWN
     details = getattr(error, "details", lambda: None)() or str(error)
-    return from_status(code, details, method)
+    return from_status(code, details, method, _retry_after(error))
+
+
+def _retry_after(error: grpc.RpcError) -> float | None:
+    for name, value in getattr(error, "trailing_metadata", lambda: None)() or ():
+        if name == "retry-after":
+            try:
+                return float(value)
+            except ValueError:  # not this server's
+                return None
+    return None

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import wire
+from attnserve_proto import encoding, wire
+from attnserve_proto.frames import REQUEST_PADDING, Frame, lay_out
 
 from attnserve_client import _tensors
 from attnserve_client._results import (
@@ -15,6 +17,7 @@ from attnserve_client._results import (
     Limits,
     Model,
     ServerInfo,
+    StoredTensor,
     Timings,
     TokensResult,
     Variant,
@@ -27,14 +30,22 @@ Tokens = Sequence[str] | Sequence[Sequence[int]] | Array
 
 @dataclass(frozen=True, slots=True)
 class AttendCall:
-    """One attend request: the small part as a message, the tensors as arrays."""
+    """One attend request.
 
-    message: pb.AttendRequest
+    Attributes:
+        head: everything but the tensors, serialised.
+        tensors: those that are sent, by field name.
+        no_output, return_weights: as in `ReturnOptions`.
+    """
+
+    head: bytes
     tensors: dict[str, Array]
+    no_output: bool
+    return_weights: bool
 
     @property
     def request_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors that are sent."""
         return sum(array.nbytes for array in self.tensors.values())
 
     @property
@@ -43,8 +54,8 @@ class AttendCall:
         first = self.tensors.get("query", self.tensors.get("hidden_states"))
         if first is None or first.ndim < 2:
             return 0
-        total = 0 if self.message.returns.no_output else first.nbytes
-        if self.message.returns.weights:
+        total = 0 if self.no_output else first.nbytes
+        if self.return_weights:
             other = self.tensors.get("key", self.tensors.get("context", first))
             # A layer's heads are not known here: one is assumed.
             rows = first.size // first.shape[-1]
@@ -53,20 +64,19 @@ class AttendCall:
 
     def to_bytes(self) -> bytes:
         """The whole request as one message."""
-        parts = [
-            (_REQUEST_FIELD[name], _tensors.header(array), _tensors.data(array))
+        kinds = tuple(
+            (_REQUEST_FIELD[name], array.dtype, array.shape, array.nbytes)
             for name, array in self.tensors.items()
-        ]
-        return wire.join(self.message, parts)
+        )
+        return _frame(self.head, kinds).fill([_tensors.data(a) for a in self.tensors.values()])
 
     def to_stream(
         self, request_id: int, timeout: float | None, chunk_bytes: int
     ) -> Iterator[bytes]:
         """The request as stream messages: the announcement, then each tensor in chunks."""
-        request = pb.AttendRequest()
-        request.CopyFrom(self.message)
+        request = pb.AttendRequest.FromString(self.head)
         for name, array in self.tensors.items():
-            tensor = _tensors.header(array)
+            tensor = _tensors.header(array.dtype, array.shape)
             tensor.chunked.byte_size = array.nbytes
             getattr(request, name).CopyFrom(tensor)
         first = pb.AttendStreamRequest(
@@ -78,6 +88,18 @@ class AttendCall:
         for name in sorted(self.tensors, key=_REQUEST_FIELD.__getitem__):
             view = _tensors.data(self.tensors[name])
             yield from wire.cut(request_id, _REQUEST_FIELD[name], view, chunk_bytes)
+
+
+@lru_cache(maxsize=256)
+def _frame(
+    head: bytes, kinds: tuple[tuple[int, "np.dtype[Any]", tuple[int, ...], int], ...]
+) -> Frame:
+    """A request laid out; callers send the same one again and again with other elements."""
+    parts = [
+        (number, _tensors.header(dtype, shape).SerializeToString(), size)
+        for number, dtype, shape, size in kinds
+    ]
+    return lay_out(head, parts, REQUEST_PADDING)
 
 
 def attend_call(
@@ -94,36 +116,77 @@ def attend_call(
     top_k: int,
     return_mass_per_key: bool,
     mass_by_distance: int,
+    priority: int,
 ) -> AttendCall:
     """Build a request from the arguments of `attend`; tensors that are None are left out."""
     if top_k < 0:
         raise ValueError(f"top_k: {top_k}; allowed: 0 (off) or more")
     if mass_by_distance < 0:
         raise ValueError(f"mass_by_distance: {mass_by_distance}; allowed: 0 (off) or more")
-    message = pb.AttendRequest(model=model, version=str(version), variant=variant)
-    if scale is not None:
-        message.scale = scale
-    if softcap is not None:
-        message.softcap = softcap
-    message.returns.CopyFrom(
-        pb.ReturnOptions(
+    if priority < 0:
+        raise ValueError(f"priority: {priority}; allowed: 0 (normal) or more")
+    head = _head(
+        model,
+        version,
+        variant,
+        scale,
+        softcap,
+        no_output,
+        return_weights,
+        return_entropy,
+        top_k,
+        return_mass_per_key,
+        mass_by_distance,
+        priority,
+    )
+    arrays: dict[str, Array] = {}
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if isinstance(value, StoredTensor):
+            head += encoding.embedded(
+                _REQUEST_FIELD[name], pb.Tensor(stored=value.handle).SerializeToString()
+            )
+            continue
+        array = _tensors.as_array(value, name)
+        if name == "key_lengths":
+            array = array.astype(np.int64, casting="same_kind")
+        arrays[name] = array
+    return AttendCall(head, arrays, no_output, return_weights)
+
+
+@lru_cache(maxsize=256)
+def _head(
+    model: str,
+    version: str,
+    variant: str,
+    scale: float | None,
+    softcap: float | None,
+    no_output: bool,
+    return_weights: bool,
+    return_entropy: bool,
+    top_k: int,
+    return_mass_per_key: bool,
+    mass_by_distance: int,
+    priority: int,
+) -> bytes:
+    message = pb.AttendRequest(
+        model=model,
+        version=version,
+        variant=variant,
+        scale=scale,
+        softcap=softcap,
+        priority=priority,
+        returns=pb.ReturnOptions(
             no_output=no_output,
             weights=return_weights,
             entropy=return_entropy,
             top_k=top_k,
             mass_per_key=return_mass_per_key,
             mass_by_distance=mass_by_distance,
-        )
+        ),
     )
-    arrays: dict[str, Array] = {}
-    for name, value in tensors.items():
-        if value is None:
-            continue
-        array = _tensors.as_array(value, name)
-        if name == "key_lengths":
-            array = array.astype(np.int64, casting="same_kind")
-        arrays[name] = array
-    return AttendCall(message, arrays)
+    return message.SerializeToString()
 
 
 def attend_result(response: pb.AttendResponse, arrays: dict[str, Array]) -> AttendResult:

@@ -1,8 +1,10 @@
 """What the SDK's calls return: frozen dataclasses that hold NumPy arrays."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -25,6 +27,27 @@ class Timings:
     compute: int
     serialize: int
     batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that the server keeps; `attend` takes it wherever it takes an array.
+
+    Attributes:
+        handle: the server's name for it. It cannot be guessed: whoever knows it may use it.
+        lease: seconds that the server keeps it after its last use.
+        shape, dtype: of the array that was put.
+    """
+
+    handle: str
+    lease: float
+    shape: tuple[int, ...]
+    dtype: "np.dtype[Any]"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +182,7 @@ class Limits:
     max_batch: int
     chunk_bytes: int
     max_queue: int
+    max_stored_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ class AttendStream:
         top_k: int = 0,
         return_mass_per_key: bool = False,
         mass_by_distance: int = 0,
+        priority: int = 0,
         timeout: float | None = None,
     ) -> Future[AttendResult]:
         """Send a request; arguments as those of `AttentionClient.attend`.
@@ -105,6 +106,7 @@ class AttendStream:
             top_k=top_k,
             return_mass_per_key=return_mass_per_key,
             mass_by_distance=mass_by_distance,
+            priority=priority,
         )
         future: Future[AttendResult] = Future()
         with self._lock:

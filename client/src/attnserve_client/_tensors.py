@@ -50,9 +50,9 @@ def as_array(value: Any, name: str) -> Array:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
 
 
-def header(array: Array) -> pb.Tensor:
-    """The dtype and shape of an array, without its elements."""
-    return pb.Tensor(dtype=_DTYPES[array.dtype], shape=array.shape)
+def header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> pb.Tensor:
+    """A tensor without its elements."""
+    return pb.Tensor(dtype=_DTYPES[dtype], shape=shape)
 
 
 def data(array: Array) -> memoryview:

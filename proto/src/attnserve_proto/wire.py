@@ -6,18 +6,17 @@ found in it, as views. What comes out is ordinary protobuf (see "Encoding" in it
 https://protobuf.dev/programming-guides/encoding/): any client or server reads and writes it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from attnserve_proto.attnserve.v1 import attention_pb2 as pb
+from attnserve_proto.encoding import fields, read_varint, skip_varint, tag, varint
 
 Buffer = bytes | bytearray | memoryview
 
-_LENGTH_DELIMITED = 2
-_FIXED_WIDTH = {1: 8, 5: 4}
 _TENSOR_DATA = pb.Tensor.DATA_FIELD_NUMBER
 _REQUEST_ID = pb.AttendStreamRequest.REQUEST_ID_FIELD_NUMBER
 _CHUNK = pb.AttendStreamRequest.CHUNK_FIELD_NUMBER
@@ -50,30 +49,22 @@ class Chunk:
     data: memoryview
 
 
-def join(message: Message, tensors: Sequence[tuple[int, pb.Tensor, Buffer]]) -> bytes:
-    """Serialise `message` with tensors added to it.
-
-    Args:
-        message: everything but the tensors.
-        tensors: (field number in `message`, dtype and shape, elements as bytes) of each.
-
-    Returns:
-        The bytes that `message.SerializeToString()` would give had the tensors been set in it.
-    """
-    parts: list[Buffer] = [message.SerializeToString()]
-    for number, header, data in tensors:
-        head = header.SerializeToString()
-        size = memoryview(data).nbytes
-        tail = _tag(_TENSOR_DATA) + _varint(size)
-        parts.append(_tag(number) + _varint(len(head) + len(tail) + size) + head + tail)
-        parts.append(data)
-    return b"".join(parts)
-
-
 def split(
     buffer: bytes, message_type: type[MessageT], tensor_fields: Mapping[int, str]
 ) -> tuple[MessageT, dict[str, memoryview]]:
     """Parse a message, leaving the elements of its tensors where they are.
+
+    As `locate`, but gives views of `buffer` instead of places in it.
+    """
+    message, rooms = locate(buffer, message_type, tensor_fields)
+    view = memoryview(buffer)
+    return message, {name: view[start:end] for name, (start, end) in rooms.items()}
+
+
+def locate(
+    buffer: bytes, message_type: type[MessageT], tensor_fields: Mapping[int, str]
+) -> tuple[MessageT, dict[str, tuple[int, int]]]:
+    """Parse a message but for the elements of its tensors, and say where those are.
 
     Args:
         buffer: a serialised `message_type`.
@@ -81,28 +72,28 @@ def split(
         tensor_fields: number and name of its `Tensor` fields.
 
     Returns:
-        The message, its tensors' `data` left out, and that data by field name, as views of
-        `buffer`. A tensor whose `data` was never set has no entry.
+        The message, its tensors' `data` left out, and by field name where in `buffer` that data
+        starts and ends. A tensor whose `data` was never set has no entry.
 
     Raises:
         DecodeError: `buffer` is not a serialised `message_type`.
     """
     view = memoryview(buffer)
     kept: list[Buffer] = []
-    views: dict[str, memoryview] = {}
-    for number, start, body, end in _fields(view):
+    rooms: dict[str, tuple[int, int]] = {}
+    for number, start, body, end in fields(view):
         name = tensor_fields.get(number)
         if name is None or body == start:
             kept.append(view[start:end])
             continue
         head = bytearray()
-        for inner, inner_start, inner_body, inner_end in _fields(view[body:end]):
+        for inner, inner_start, inner_body, inner_end in fields(view[body:end]):
             if inner == _TENSOR_DATA and inner_body != inner_start:
-                views[name] = view[body + inner_body : body + inner_end]
+                rooms[name] = (body + inner_body, body + inner_end)
             else:
                 head += view[body + inner_start : body + inner_end]
-        kept += [_tag(number), _varint(len(head)), head]
-    return message_type.FromString(b"".join(kept)), views
+        kept += [tag(number), varint(len(head)), head]
+    return message_type.FromString(b"".join(kept)), rooms
 
 
 def encode_chunk(chunk: Chunk) -> bytes:
@@ -110,13 +101,13 @@ def encode_chunk(chunk: Chunk) -> bytes:
     size = chunk.data.nbytes
     head = b"".join(
         (
-            _tag(_CHUNK_TENSOR, 0) + _varint(chunk.tensor),
-            _tag(_CHUNK_OFFSET, 0) + _varint(chunk.offset),
-            _tag(_CHUNK_DATA) + _varint(size),
+            tag(_CHUNK_TENSOR, 0) + varint(chunk.tensor),
+            tag(_CHUNK_OFFSET, 0) + varint(chunk.offset),
+            tag(_CHUNK_DATA) + varint(size),
         )
     )
-    prefix = _tag(_REQUEST_ID, 0) + _varint(chunk.request_id)
-    prefix += _tag(_CHUNK) + _varint(len(head) + size) + head
+    prefix = tag(_REQUEST_ID, 0) + varint(chunk.request_id)
+    prefix += tag(_CHUNK) + varint(len(head) + size) + head
     return b"".join((prefix, chunk.data))
 
 
@@ -130,19 +121,19 @@ def decode_chunk(buffer: bytes) -> Chunk | None:
     request_id = tensor = offset = 0
     data = view[:0]
     found = False
-    for number, start, body, end in _fields(view):
+    for number, start, body, end in fields(view):
         if number == _REQUEST_ID and body == start:
-            request_id = _read_varint(view, _skip_varint(view, start))[0]
+            request_id = read_varint(view, skip_varint(view, start))[0]
         elif number == _CHUNK and body != start:
             found = True
             inner = view[body:end]
-            for field, field_start, field_body, field_end in _fields(inner):
+            for field, field_start, field_body, field_end in fields(inner):
                 if field == _CHUNK_DATA and field_body != field_start:
                     data = inner[field_body:field_end]
                 elif field == _CHUNK_TENSOR and field_body == field_start:
-                    tensor = _read_varint(inner, _skip_varint(inner, field_start))[0]
+                    tensor = read_varint(inner, skip_varint(inner, field_start))[0]
                 elif field == _CHUNK_OFFSET and field_body == field_start:
-                    offset = _read_varint(inner, _skip_varint(inner, field_start))[0]
+                    offset = read_varint(inner, skip_varint(inner, field_start))[0]
         elif number in (_CHUNK - 1, _CHUNK + 1):
             return None
     return Chunk(request_id, tensor, offset, data) if found else None
@@ -152,62 +143,3 @@ def cut(request_id: int, tensor: int, data: memoryview, chunk_bytes: int) -> Ite
     """Cut one tensor's bytes into serialised chunks of at most `chunk_bytes` bytes each."""
     for offset in range(0, data.nbytes, chunk_bytes):
         yield encode_chunk(Chunk(request_id, tensor, offset, data[offset : offset + chunk_bytes]))
-
-
-def _tag(number: int, wire_type: int = _LENGTH_DELIMITED) -> bytes:
-    return _varint(number << 3 | wire_type)
-
-
-def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
-    """The varint at `position` and the position after it."""
-    value = shift = 0
-    while True:
-        if position >= len(view) or shift > 63:
-            raise DecodeError("a varint is cut off or too long")
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, position
-        shift += 7
-
-
-def _skip_varint(view: memoryview, position: int) -> int:
-    return _read_varint(view, position)[1]
-
-
-def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
-    """Each field as (number, start, body, end): body is where a length-delimited value begins.
-
-    For the other wire types body equals start, so that a caller can tell them apart.
-    """
-    position, size = 0, len(view)
-    while position < size:
-        start = position
-        tag, position = _read_varint(view, position)
-        number, wire_type = tag >> 3, tag & 7
-        body = start
-        if wire_type == 0:
-            _, position = _read_varint(view, position)
-        elif wire_type == _LENGTH_DELIMITED:
-            length, position = _read_varint(view, position)
-            body = position
-            position += length
-        elif wire_type in _FIXED_WIDTH:
-            position += _FIXED_WIDTH[wire_type]
-        else:
-            raise DecodeError(f"field {number} has wire type {wire_type}, which is not supported")
-        if position > size or number == 0:
-            raise DecodeError(f"field {number} is cut off or not valid")
-        yield number, start, body, position

@@ -9,13 +9,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from attnserve_server.engine import models, providers
+from attnserve_server.kept_tensors import KeptTensors
 from attnserve_server.metrics import Metrics
-from attnserve_server.scheduler import Places
 from attnserve_server.scheduler.memory import ByteBudget
+from attnserve_server.scheduler.scheduler import Rules, Scheduler
 from attnserve_server.services.attention import SERVICE, AttentionService
 from attnserve_server.services.runtime import Runtime
 from attnserve_server.services.stream import Streams
-from attnserve_server.settings import Settings, usable_cores
+from attnserve_server.settings import MIB, Settings, usable_cores
 
 _log = logging.getLogger(__name__)
 
@@ -41,15 +42,17 @@ class AttentionServer:
             spinning=settings.spinning,
         )
         limits = settings.limits
-        self._places = Places(settings.concurrency, limits.max_queue)
+        self._scheduler = Scheduler(_rules(settings, self.providers))
         self._streams = Streams()
         budget = ByteBudget(limits.max_bytes_in_flight)
         self.metrics = Metrics()
-        self.metrics.waiting.set_function(lambda: self._places.waiting)
+        self.metrics.waiting.set_function(lambda: self._scheduler.waiting)
         self.metrics.bytes_in_flight.set_function(lambda: budget.lent)
         # A stream has one reader, and as many computations as it has answers under way.
         pool = ThreadPoolExecutor(4 * settings.grpc_threads, thread_name_prefix="stream")
-        runtime = Runtime(self.store, self._places, budget, limits, self.metrics, pool)
+        kept = KeptTensors(limits.max_kept_bytes, limits.kept_lease, limits.max_kept_lease)
+        self.metrics.kept_bytes.set_function(lambda: kept.bytes)
+        runtime = Runtime(self.store, self._scheduler, budget, limits, self.metrics, pool, kept)
         self._health = health.HealthServicer()
         self._server = grpc.server(
             ThreadPoolExecutor(settings.grpc_threads, thread_name_prefix="grpc"),
@@ -98,7 +101,7 @@ class AttentionServer:
         """Take no new requests, answer those that came, and stop."""
         _log.info("draining", extra={"seconds_at_most": self._settings.drain_seconds})
         self._health.enter_graceful_shutdown()
-        self._places.drain()
+        self._scheduler.drain()
         stopped = self._server.stop(self._settings.drain_seconds)
         self._streams.drain()
         stopped.wait()
@@ -107,3 +110,19 @@ class AttentionServer:
     def wait(self) -> None:
         """Wait until the server has stopped."""
         self._server.wait_for_termination()
+
+
+def _rules(settings: Settings, provider: providers.Providers) -> Rules:
+    batch_bytes = settings.max_batch_bytes
+    if batch_bytes is None:
+        batch_bytes = (256 if provider.on_cuda else 2) * MIB
+    limits = settings.limits
+    return Rules(
+        places=settings.concurrency,
+        max_queue=limits.max_queue,
+        max_queue_seconds=limits.max_queue_seconds,
+        max_batch_size=settings.max_batch_size,
+        max_batch_bytes=batch_bytes,
+        max_working_bytes=limits.max_working_bytes,
+        batch_delay=settings.batch_delay,
+    )

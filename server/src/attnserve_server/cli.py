@@ -53,6 +53,9 @@ def _settings(options: argparse.Namespace) -> Settings:
         intra_op_threads=options.intra_op_threads,
         spinning=options.spinning,
         concurrency=options.concurrency,
+        max_batch_size=options.max_batch_size,
+        max_batch_bytes=options.max_batch_kib << 10 if options.max_batch_kib else None,
+        batch_delay=options.batch_delay_us / 1e6,
         grpc_threads=options.grpc_threads,
         drain_seconds=options.drain_seconds,
         limits=Limits(
@@ -66,6 +69,10 @@ def _settings(options: argparse.Namespace) -> Settings:
             max_queue=options.max_queue,
             max_stream_requests=options.max_stream_requests,
             chunk_bytes=options.chunk_kib << 10,
+            max_queue_seconds=options.max_queue_ms / 1e3,
+            max_kept_bytes=options.max_kept_mib * MIB,
+            kept_lease=options.kept_lease_seconds,
+            max_kept_lease=options.max_kept_lease_seconds,
         ),
     )
 
@@ -107,6 +114,24 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.concurrency,
         help="computations at once",
     )
+    add(
+        "--max-batch-size",
+        type=_at_least(1),
+        default=defaults.max_batch_size,
+        help="sequences, of all requests, that run together; 1 is no batching",
+    )
+    add(
+        "--max-batch-kib",
+        type=_at_least(0),
+        default=0,
+        help="tensors of requests that run together; 0: 2048 on a CPU, 262144 on CUDA",
+    )
+    add(
+        "--batch-delay-us",
+        type=_at_least(0),
+        default=round(defaults.batch_delay * 1e6),
+        help="how long a batch waits for others to join; 0: not at all",
+    )
     add("--grpc-threads", type=_at_least(1), default=defaults.grpc_threads, help="calls at once")
     add(
         "--drain-seconds",
@@ -125,11 +150,35 @@ def _parser() -> argparse.ArgumentParser:
         "--max-in-flight-mib",
         type=_at_least(1),
         default=limits.max_bytes_in_flight // MIB,
-        help="tensors of all streamed requests together",
+        help="tensors of all requests together",
     )
     add("--max-seq-len", type=_at_least(1), default=limits.max_seq_len, help="longest sequence")
     add("--max-batch", type=_at_least(1), default=limits.max_batch, help="sequences of a request")
     add("--max-queue", type=_at_least(0), default=limits.max_queue, help="requests that may wait")
+    add(
+        "--max-queue-ms",
+        type=_at_least(1),
+        default=round(limits.max_queue_seconds * 1e3),
+        help="a request that would wait longer, by estimate, is refused at once",
+    )
+    add(
+        "--max-kept-mib",
+        type=_at_least(0),
+        default=limits.max_kept_bytes // MIB,
+        help="tensors kept by PutTensor",
+    )
+    add(
+        "--kept-lease-seconds",
+        type=float,
+        default=limits.kept_lease,
+        help="how long a tensor is kept after its last use, unless its caller says otherwise",
+    )
+    add(
+        "--max-kept-lease-seconds",
+        type=float,
+        default=limits.max_kept_lease,
+        help="the longest that a caller may ask for",
+    )
     add(
         "--max-stream-requests",
         type=_at_least(1),

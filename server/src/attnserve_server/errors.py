@@ -37,9 +37,18 @@ class PreconditionError(RequestError):
 
 
 class ExhaustedError(RequestError):
-    """Over a limit of this server, or its queue is full."""
+    """Over a limit of this server, or its queue is full.
+
+    Attributes:
+        retry_after: seconds after which the same request may be taken; None: never, it is too
+            large.
+    """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DeadlineError(RequestError):
@@ -58,6 +67,12 @@ class DrainingError(RequestError):
     """The server is shutting down."""
 
     code = grpc.StatusCode.UNAVAILABLE
+
+
+class ForbiddenError(RequestError):
+    """This caller may not do it."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class UnimplementedError(RequestError):

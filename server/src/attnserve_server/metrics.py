@@ -31,16 +31,66 @@ class Metrics:
             ["model", "variant"],
             registry=self.registry,
         )
+        self.batches = Histogram(
+            "attnserve_batch_sequences",
+            "Sequences that ran together, one observation for each execution.",
+            ["model", "variant"],
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+            registry=self.registry,
+        )
+        self.kept_bytes = Gauge(
+            "attnserve_kept_tensor_bytes",
+            "Bytes of tensors kept by PutTensor.",
+            registry=self.registry,
+        )
+        self._of_models: dict[tuple[str, str], ModelMetrics] = {}
         self.waiting = Gauge(
             "attnserve_queue_length", "Requests waiting to run.", registry=self.registry
         )
         self.bytes_in_flight = Gauge(
-            "attnserve_stream_bytes_in_flight",
-            "Bytes of streamed requests being received or waiting.",
+            "attnserve_bytes_in_flight",
+            "Bytes of requests being received, waiting or running.",
             registry=self.registry,
         )
+
+    def of_model(self, model: str, variant: str) -> "ModelMetrics":
+        """The metrics of one variant of a model, looked up once."""
+        found = self._of_models.get((model, variant))
+        if found is None:
+            found = ModelMetrics(self, model, variant)
+            self._of_models[model, variant] = found
+        return found
 
     def serve(self, host: str, port: int) -> int:
         """Serve /metrics over HTTP from a thread of its own; the port that it got."""
         server, _ = start_http_server(port, host, self.registry)
         return int(server.server_port)
+
+
+class ModelMetrics:
+    """What is counted for each request of one variant of a model."""
+
+    def __init__(self, metrics: Metrics, model: str, variant: str) -> None:
+        self._deserialize, self._queue, self._compute = (
+            metrics.seconds.labels(model, variant, part)
+            for part in ("deserialize", "queue", "compute")
+        )
+        self._sequences = metrics.sequences.labels(model, variant)
+        self._batches = metrics.batches.labels(model, variant)
+
+    def observe(
+        self, deserialize: float, queue: float, compute: float, sequences: int, together: int
+    ) -> None:
+        """Count a request.
+
+        Args:
+            deserialize, queue, compute: seconds.
+            sequences: of the request.
+            together: that ran with it; 0 if another request has counted them.
+        """
+        self._deserialize.observe(deserialize)
+        self._queue.observe(queue)
+        self._compute.observe(compute)
+        self._sequences.inc(sequences)
+        if together:
+            self._batches.observe(together)

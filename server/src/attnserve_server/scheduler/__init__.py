@@ -1,5 +1,6 @@
-"""Which request runs when."""
+"""Which request runs when, and with which others."""
 
-from attnserve_server.scheduler.places import Places, Ticket
+from attnserve_server.scheduler.job import Job, Outcome, Ticket
+from attnserve_server.scheduler.scheduler import Scheduler
 
-__all__ = ["Places", "Ticket"]
+__all__ = ["Job", "Outcome", "Scheduler", "Ticket"]

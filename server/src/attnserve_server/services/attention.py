@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 import onnxruntime
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import wire
+from attnserve_proto.layouts import Layouts
 
 from attnserve_server import __version__, validation
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, UnimplementedError
+from attnserve_server.services import inputs
 from attnserve_server.services.runtime import Runtime, ticket_for
-from attnserve_server.services.statuses import status_of
+from attnserve_server.services.statuses import say_when_to_retry, status_of
 from attnserve_server.services.stream import StreamCall, Streams
 from attnserve_server.wire import answers, models
 
@@ -22,6 +25,14 @@ RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A checked request, and the generation of the model store that it was checked against."""
+
+    generation: int
+    planned: tuple[validation.AttendPlan, answers.AnswerFrame]
+
+
 class AttentionService:
     """The methods of the service, over messages (`bytes` where tensors are looked at in place)."""
 
@@ -29,6 +40,7 @@ class AttentionService:
         self._runtime = runtime
         self._streams = streams
         self._providers = providers
+        self._plans: Layouts[_Planned] = Layouts()
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """What to add to a `grpc.Server`."""
@@ -73,6 +85,7 @@ class AttentionService:
             except Exception as error:
                 code, details = status_of(error, method)
                 counts.labels(method, code.name).inc()
+                say_when_to_retry(context, error)
                 context.abort(code, details)
             fine.inc()
             return response
@@ -83,19 +96,46 @@ class AttentionService:
         """One attention computation."""
         arrived = time.perf_counter_ns()
         runtime = self._runtime
-        message, views = wire.split(request, pb.AttendRequest, wire.REQUEST_TENSORS)
-        sizes = {name: view.nbytes for name, view in views.items()}
-        plan = validation.plan(message, sizes, runtime.store, runtime.limits, chunks_allowed=False)
-        if plan.response_bytes > runtime.limits.max_message_bytes:
+        (plan, frame), views = self._planned(request)
+        ticket = ticket_for(context, plan.priority)
+        with runtime.budget.lending(plan.sent_bytes + plan.response_bytes):
+            arrays = inputs.arrays(plan, views, runtime)
+            answer = answers.Answer(frame)
+            work = validation.complete(plan, arrays, answer.into)
+            _, clock = runtime.attend(work, ticket, arrived)
+            return answer.finish(clock.timings(time.perf_counter_ns()))
+
+    def _planned(
+        self, request: bytes
+    ) -> tuple[tuple[validation.AttendPlan, answers.AnswerFrame], dict[str, memoryview]]:
+        """What a request asks for, and the elements of its tensors.
+
+        Callers send the same request again and again with other elements: it is checked once.
+        """
+        runtime = self._runtime
+        found = self._plans.find(request)
+        if found is not None and found[0].generation == runtime.store.generation:
+            return found[0].planned, found[1]
+        generation = runtime.store.generation
+        message, rooms = wire.locate(request, pb.AttendRequest, wire.REQUEST_TENSORS)
+        sizes = {name: end - start for name, (start, end) in rooms.items()}
+        plan = validation.plan(
+            message,
+            sizes,
+            runtime.store,
+            runtime.limits,
+            chunks_allowed=False,
+            kept=runtime.kept.get,
+        )
+        if plan.response_bytes > runtime.limits.max_message_bytes and plan.output_region is None:
             raise ExhaustedError(
                 f"response size: its tensors take {plan.response_bytes} bytes; allowed in one "
                 f"message: {runtime.limits.max_message_bytes}; use AttendStream"
             )
-        arrays = {name: spec.array(views[name]) for name, spec in plan.specs.items()}
-        work = validation.complete(plan, arrays)
-        results, clock = runtime.attend(work, ticket_for(context), arrived)
-        timings = clock.timings(time.perf_counter_ns(), work.batch)
-        return answers.attend_unary(answers.attend_response(work, timings), results)
+        planned = plan, answers.answer_frame(plan.model, plan.variant.name, plan.results)
+        self._plans.remember(request, rooms, _Planned(generation, planned))
+        view = memoryview(request)
+        return planned, {name: view[start:end] for name, (start, end) in rooms.items()}
 
     def attend_stream(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
@@ -112,8 +152,9 @@ class AttentionService:
         arrived = time.perf_counter_ns()
         runtime = self._runtime
         work = validation.tokens_work(message, runtime.store, runtime.limits)
-        outputs, clock = runtime.attend_tokens(work, ticket_for(context), arrived)
-        timings = clock.timings(time.perf_counter_ns(), len(work.sequences))
+        ticket = ticket_for(context, work.priority)
+        outputs, clock = runtime.attend_tokens(work, ticket, arrived)
+        timings = clock.timings(time.perf_counter_ns())
         return answers.tokens_response(work, outputs, timings)
 
     def decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -152,5 +193,5 @@ class AttentionService:
             onnxruntime_version=onnxruntime.__version__,
             providers=self._providers,
             limits=models.limits_message(self._runtime.limits),
-            state="draining" if self._runtime.places.draining else "serving",
+            state="draining" if self._runtime.scheduler.draining else "serving",
         )

@@ -1,5 +1,6 @@
 """Receiving the requests of one AttendStream: announcements, then chunks into arrays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnserve_proto import attention_pb2 as pb
@@ -31,12 +32,11 @@ class Reception:
     _received: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, plan: AttendPlan, views: dict[str, memoryview]) -> "Reception":
-        """Make room for the tensors that follow, and take those that came inline."""
-        reception = cls(plan, {}, 0)
+    def begin(cls, plan: AttendPlan, arrays: Mapping[str, Array]) -> "Reception":
+        """Make room for the tensors that follow; the others are there."""
+        reception = cls(plan, dict(arrays), 0)
         for name, spec in plan.specs.items():
             if not spec.chunked:
-                reception.arrays[name] = spec.array(views[name])
                 continue
             array = spec.empty()
             number = _NUMBER[name]
@@ -102,9 +102,14 @@ class Receiver:
         self._last_id = message.request_id
 
     def begin(
-        self, request_id: int, plan: AttendPlan, views: dict[str, memoryview]
+        self, request_id: int, plan: AttendPlan, arrays: Mapping[str, Array]
     ) -> Reception | None:
         """Start to receive a request; returns it if it is complete already.
+
+        Args:
+            request_id: it is.
+            plan: the request, checked but for its elements.
+            arrays: its tensors that are not chunked.
 
         Raises:
             ExhaustedError: too many are open, or too little memory is left.
@@ -114,12 +119,12 @@ class Receiver:
                 f"requests open on this stream: {len(self._open)} wait for chunks; "
                 f"allowed: {self._max_open}"
             )
-        self._budget.take(plan.request_bytes)
+        self._budget.take(plan.sent_bytes)
         try:
-            reception = Reception.begin(plan, views)
+            reception = Reception.begin(plan, arrays)
         except MemoryError:
-            self._budget.give_back(plan.request_bytes)
-            raise ExhaustedError(f"memory: no room for {plan.request_bytes} bytes") from None
+            self._budget.give_back(plan.sent_bytes)
+            raise ExhaustedError(f"memory: no room for {plan.sent_bytes} bytes") from None
         if reception.missing:
             self._open[request_id] = reception
             return None
@@ -150,7 +155,7 @@ class Receiver:
             reception.add(chunk)
         except InvalidRequestError as error:
             del self._open[chunk.request_id]
-            self._budget.give_back(reception.plan.request_bytes)
+            self._budget.give_back(reception.plan.sent_bytes)
             left = reception.missing - chunk.data.nbytes
             if left > 0:
                 self._discarded[chunk.request_id] = left
@@ -162,7 +167,7 @@ class Receiver:
     def close(self) -> list[int]:
         """Give up what is still arriving; the ids of those requests."""
         for reception in self._open.values():
-            self._budget.give_back(reception.plan.request_bytes)
+            self._budget.give_back(reception.plan.sent_bytes)
         unfinished = list(self._open)
         self._open.clear()
         return unfinished

@@ -14,9 +14,11 @@ from attnserve_proto import wire
 from attnserve_server import validation
 from attnserve_server.errors import CancelledError, DrainingError, InvalidRequestError
 from attnserve_server.scheduler import Ticket
+from attnserve_server.scheduler.job import NORMAL
+from attnserve_server.services import inputs
 from attnserve_server.services.reception import Receiver, Reception, RefusedChunkError
 from attnserve_server.services.runtime import Runtime, ticket_for
-from attnserve_server.services.statuses import status_of
+from attnserve_server.services.statuses import retry_after, say_when_to_retry, status_of
 from attnserve_server.wire import answers
 
 METHOD = "AttendStream"
@@ -89,6 +91,7 @@ class StreamCall:
                 if isinstance(answer, Exception):
                     code, details = status_of(answer, METHOD)
                     self._runtime.metrics.requests.labels(METHOD, code.name).inc()
+                    say_when_to_retry(self._context, answer)
                     self._context.abort(code, details)
                 else:
                     yield from answer
@@ -148,7 +151,7 @@ class StreamCall:
         request = pb.AttendStreamRequest.FromString(message)
         self._receiver.announce(request)
         request_id, attend = request.request_id, request.request
-        ticket = self._ticket(request.timeout)
+        ticket = self._ticket(request)
         try:
             if self._draining:
                 raise DrainingError("the server is shutting down; try another one")
@@ -160,8 +163,11 @@ class StreamCall:
                 self._runtime.store,
                 self._runtime.limits,
                 chunks_allowed=True,
+                kept=self._runtime.kept.get,
             )
-            complete = self._receiver.begin(request_id, plan, views)
+            self._runtime.scheduler.check_room(ticket)
+            arrays = inputs.arrays(plan, views, self._runtime)
+            complete = self._receiver.begin(request_id, plan, arrays)
         except Exception as error:
             self._receiver.discard(request_id, attend)
             self._begun()
@@ -197,7 +203,7 @@ class StreamCall:
         try:
             work = validation.complete(plan, reception.arrays)
             results, clock = self._runtime.attend(work, ticket, arrived)
-            timings = clock.timings(time.perf_counter_ns(), work.batch)
+            timings = clock.timings(time.perf_counter_ns())
             answer = answers.attend_stream(
                 request_id,
                 answers.attend_response(work, timings),
@@ -210,7 +216,7 @@ class StreamCall:
             self._runtime.metrics.requests.labels(METHOD, "OK").inc()
             self._outgoing.put(answer)
         finally:
-            self._runtime.budget.give_back(plan.request_bytes)
+            self._runtime.budget.give_back(plan.sent_bytes)
             with self._lock:
                 self._tickets.discard(ticket)
 
@@ -220,15 +226,16 @@ class StreamCall:
         code, details = status_of(error, METHOD)
         self._runtime.metrics.requests.labels(METHOD, code.name).inc()
         number: int = code.value[0]
-        self._outgoing.put(iter((answers.stream_error(request_id, number, details),)))
+        after = retry_after(error)
+        self._outgoing.put(iter((answers.stream_error(request_id, number, details, after),)))
 
-    def _ticket(self, timeout: int) -> Ticket:
+    def _ticket(self, request: pb.AttendStreamRequest) -> Ticket:
         """A request's ticket: the stream's deadline, or its own if that is sooner."""
         deadline = self._call_ticket.deadline
-        if timeout:
-            own = time.monotonic() + timeout / 1e6
+        if request.timeout:
+            own = time.monotonic() + request.timeout / 1e6
             deadline = own if deadline is None else min(own, deadline)
-        return Ticket(deadline)
+        return Ticket(deadline, self._call_ticket.caller, request.request.priority or NORMAL)
 
     def _begun(self) -> None:
         with self._lock:

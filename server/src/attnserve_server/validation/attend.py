@@ -5,7 +5,7 @@ request is refused before its chunks arrive; `complete` checks the elements.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,12 @@ from attnserve_server.dtypes import Array
 from attnserve_server.engine.memory import working_bytes
 from attnserve_server.engine.models import LoadedModel, ModelStore, Variant
 from attnserve_server.engine.providers import CUDA
-from attnserve_server.engine.work import AttendWork, Wanted
+from attnserve_server.engine.work import AttendWork, Dims, Wanted
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
+from attnserve_server.scheduler.job import HIGH, LOW, NORMAL
 from attnserve_server.settings import Limits
 from attnserve_server.wire import tensors
-from attnserve_server.wire.tensors import TensorSpec
+from attnserve_server.wire.tensors import Region, TensorSpec
 
 _CORE = ("query", "key", "value")
 
@@ -32,16 +33,6 @@ DIAGNOSTICS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Dims:
-    """The sizes of one attention."""
-
-    batch: int
-    num_heads: int
-    query_len: int
-    key_len: int
-
-
-@dataclass(frozen=True, slots=True)
 class AttendPlan:
     """A request that has been checked but for its elements.
 
@@ -49,7 +40,12 @@ class AttendPlan:
         specs: its tensors, by name.
         query_factor: what query is multiplied by to give the scale asked for.
         softcap: a softcap other than the model's own, or None.
+        results: the tensors of the answer, in the order of their field numbers.
         request_bytes, response_bytes: of all tensors.
+        sent_bytes: of those that come with the request.
+        working_bytes: estimated memory that it takes while it runs.
+        priority: as the scheduler has it.
+        output_region: where the answer's tensors go; None: into the answer.
     """
 
     model: LoadedModel
@@ -60,8 +56,13 @@ class AttendPlan:
     dims: Dims
     query_factor: float
     softcap: float | None
+    results: Sequence[TensorSpec]
     request_bytes: int
     response_bytes: int
+    sent_bytes: int
+    working_bytes: int
+    priority: int
+    output_region: Region | None
 
 
 def plan(
@@ -71,6 +72,7 @@ def plan(
     limits: Limits,
     *,
     chunks_allowed: bool,
+    kept: Callable[[str, str], Array] | None = None,
 ) -> AttendPlan:
     """Check a request but for the elements of its tensors.
 
@@ -80,6 +82,7 @@ def plan(
         store: the models.
         limits: what is accepted.
         chunks_allowed: whether tensors may follow in chunks.
+        kept: finds a kept tensor by its handle, given the field for messages; None: none are kept.
 
     Raises:
         RequestError: with the field, what was given and what is allowed.
@@ -87,7 +90,7 @@ def plan(
     if not message.model:
         raise InvalidRequestError.of("model", "nothing", "a name that ListModels gives")
     model = store.get(message.model, message.version)
-    specs = _specs(message, data_bytes, model, chunks_allowed)
+    specs = _specs(message, data_bytes, model, chunks_allowed, kept)
     dims = _dims(model, specs)
     _check_limits(dims, limits)
     request_bytes = sum(spec.byte_size for spec in specs.values())
@@ -97,13 +100,14 @@ def plan(
     wanted = _wanted(message.returns, dims)
     inputs = set(specs) | ({"softcap"} if softcap is not None else set())
     variant, diagnosis = _variants(model, message.variant, inputs, wanted, dims)
-    response_bytes = _response_bytes(model, specs, dims, wanted)
+    results = _results(model, specs, dims, wanted)
+    response_bytes = sum(spec.byte_size for spec in results)
     _check_size("response", response_bytes, limits.max_response_bytes, "--max-response-mib")
-    for runs in {
-        variant.name: variant,
-        **({diagnosis.name: diagnosis} if diagnosis else {}),
-    }.values():
-        _check_working(model, runs, dims, request_bytes + response_bytes, limits)
+    working = max(
+        _working(model, runs, dims, request_bytes + response_bytes, limits)
+        for runs in (variant, diagnosis)
+        if runs is not None
+    )
     return AttendPlan(
         model,
         variant,
@@ -113,13 +117,61 @@ def plan(
         dims,
         query_factor,
         softcap,
+        results,
         request_bytes,
         response_bytes,
+        sum(spec.byte_size for spec in specs.values() if spec.sent),
+        working,
+        priority(message.priority),
+        _output_region(message, results),
     )
 
 
-def complete(ready: AttendPlan, arrays: Mapping[str, Array]) -> AttendWork:
+def priority(given: int) -> int:
+    """A request's priority; 0 is NORMAL.
+
+    Raises:
+        InvalidRequestError: there is no such priority.
+    """
+    if given > LOW:
+        raise InvalidRequestError.of(
+            "priority", given, f"{HIGH} (high), {NORMAL} (normal), {LOW} (low), 0 (normal)"
+        )
+    return given or NORMAL
+
+
+def result_offsets(results: Sequence[TensorSpec], start: int = 0) -> list[int]:
+    """Where tensors lie that follow one another from `start` on, and where the last one ends."""
+    offsets = []
+    end = start
+    for spec in results:
+        at = -(-end // tensors.REGION_ALIGNMENT) * tensors.REGION_ALIGNMENT
+        offsets.append(at)
+        end = at + spec.byte_size
+    return [*offsets, end]
+
+
+def _output_region(message: pb.AttendRequest, results: Sequence[TensorSpec]) -> Region | None:
+    if not message.HasField("output_region"):
+        return None
+    region = tensors.region_of("output_region", message.output_region)
+    needed = result_offsets(results)[-1]
+    if region.byte_size < needed:
+        raise InvalidRequestError.of(
+            "output_region.byte_size", region.byte_size, f"{needed} or more, for this answer"
+        )
+    return region
+
+
+def complete(
+    ready: AttendPlan, arrays: Mapping[str, Array], into: Mapping[str, Array] | None = None
+) -> AttendWork:
     """Check the elements, and add what the request left out.
+
+    Args:
+        ready: the request, checked but for its elements.
+        arrays: its tensors.
+        into: arrays to put results into, by name.
 
     Raises:
         InvalidRequestError: an element is out of range.
@@ -147,7 +199,18 @@ def complete(ready: AttendPlan, arrays: Mapping[str, Array]) -> AttendWork:
         with np.errstate(over="ignore"):  # infinite scores: the caller's wish
             scaled = query * np.float32(ready.query_factor)
             feeds["query"] = scaled.astype(query.dtype, copy=False)
-    return AttendWork(ready.model, ready.variant, ready.diagnosis, feeds, ready.wanted, dims.batch)
+    return AttendWork(
+        ready.model,
+        ready.variant,
+        ready.diagnosis,
+        feeds,
+        ready.wanted,
+        dims,
+        biased="bias" in arrays,
+        softcap=ready.softcap,
+        into=into or {},
+        working_bytes=ready.working_bytes,
+    )
 
 
 def _softcap(ready: AttendPlan) -> float:
@@ -193,6 +256,7 @@ def _specs(
     data_bytes: Mapping[str, int],
     model: LoadedModel,
     chunks_allowed: bool,
+    kept: Callable[[str, str], Array] | None,
 ) -> dict[str, TensorSpec]:
     """Each tensor of the request, checked on its own."""
     manifest = model.manifest
@@ -234,6 +298,7 @@ def _specs(
             dtype="INT64" if name == "key_lengths" else manifest.dtype,
             dims=dims[name],
             chunks_allowed=chunks_allowed,
+            kept=kept,
         )
     return specs
 
@@ -344,23 +409,36 @@ def _wanted(returns: pb.ReturnOptions, dims: Dims) -> Wanted:
     return wanted
 
 
-def _response_bytes(
+def _results(
     model: LoadedModel, specs: Mapping[str, TensorSpec], dims: Dims, wanted: Wanted
-) -> int:
-    item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
-    rows = dims.batch * dims.num_heads * dims.query_len
+) -> list[TensorSpec]:
+    """The tensors of the answer, in the order of their field numbers."""
+    own = dtypes.number_of(model.manifest.dtype)
+    rows = (dims.batch, dims.num_heads, dims.query_len)
     if "query" in specs:
-        output = rows * model.manifest.attention.value_head_dim * item
+        output: tuple[int, ...] = (*rows, model.manifest.attention.value_head_dim)
     else:
-        output = specs["hidden_states"].byte_size
-    return (
-        output * wanted.output
-        + rows * dims.key_len * item * wanted.weights
-        + rows * 4 * wanted.entropy
-        + rows * 12 * wanted.top_k
-        + dims.batch * dims.num_heads * dims.key_len * 4 * wanted.mass_per_key
-        + dims.batch * dims.num_heads * 4 * wanted.mass_by_distance
-    )
+        output = specs["hidden_states"].shape
+    heaviest = (*rows, wanted.top_k)
+    every: list[tuple[bool | int, str, int, tuple[int, ...]]] = [
+        (wanted.output, "output", own, output),
+        (wanted.weights, "weights", own, (*rows, dims.key_len)),
+        (wanted.entropy, "entropy", pb.FP32, rows),
+        (wanted.top_k, "top_k_indices", pb.INT64, heaviest),
+        (wanted.top_k, "top_k_weights", pb.FP32, heaviest),
+        (wanted.mass_per_key, "mass_per_key", pb.FP32, (*rows[:2], dims.key_len)),
+        (
+            wanted.mass_by_distance,
+            "mass_by_distance",
+            pb.FP32,
+            (*rows[:2], wanted.mass_by_distance),
+        ),
+    ]
+    return [
+        TensorSpec(name, dtype, shape, math.prod(shape) * (dtypes.item_bytes(dtype) or 0))
+        for asked, name, dtype, shape in every
+        if asked
+    ]
 
 
 def _check_size(what: str, given: int, allowed: int, option: str) -> None:
@@ -370,9 +448,14 @@ def _check_size(what: str, given: int, allowed: int, option: str) -> None:
         )
 
 
-def _check_working(
+def _working(
     model: LoadedModel, variant: Variant, dims: Dims, tensor_bytes: int, limits: Limits
-) -> None:
+) -> int:
+    """Estimated memory that a variant takes while it runs.
+
+    Raises:
+        ExhaustedError: more than a request may take.
+    """
     attention = model.manifest.attention
     needed = working_bytes(
         variant.entry,
@@ -392,6 +475,7 @@ def _check_working(
             f"{variant.name!r}; "
             f"allowed: {limits.max_working_bytes} (--max-working-mib)"
         )
+    return needed
 
 
 def _check_key_lengths(lengths: Array, key_len: int) -> None:

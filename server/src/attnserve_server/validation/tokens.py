@@ -11,6 +11,7 @@ from attnserve_server.engine.work import TokensWanted, TokensWork
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
 from attnserve_server.repository.manifest import Transformer
 from attnserve_server.settings import Limits
+from attnserve_server.validation.attend import priority
 
 
 def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limits) -> TokensWork:
@@ -48,8 +49,10 @@ def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limi
     outputs = ["weights_0"] if wanted.weights or wanted.entropy else []
     longest = max(len(sequence) for sequence in sequences)
     variant = model.choose(message.variant, (), outputs, longest)
-    _check_sizes(sequences, wanted, model, variant, limits)
-    return TokensWork(model, variant, sequences, truncated, wanted)
+    working = _check_sizes(sequences, wanted, model, variant, limits)
+    return TokensWork(
+        model, variant, sequences, truncated, wanted, working, priority(message.priority)
+    )
 
 
 def _check_batch(field: str, count: int, limits: Limits) -> None:
@@ -112,7 +115,8 @@ def _check_sizes(
     model: LoadedModel,
     variant: Variant,
     limits: Limits,
-) -> None:
+) -> int:
+    """The estimated memory that the work takes while it runs."""
     transformer = model.manifest.transformer
     assert transformer is not None
     item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
@@ -141,3 +145,4 @@ def _check_sizes(
             f"response size: its tensors would take {response} bytes; allowed: {allowed} "
             "(--max-message-mib); ask for fewer layers, heads or sequences"
         )
+    return needed

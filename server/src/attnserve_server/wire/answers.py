@@ -1,56 +1,122 @@
 """Results to answers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import wire
+from attnserve_proto import buffers, wire
+from attnserve_proto.encoding import tag, varint
+from attnserve_proto.frames import RESPONSE_PADDING, Frame, lay_out, pad
 
 from attnserve_server.dtypes import Array
+from attnserve_server.engine.models import LoadedModel
 from attnserve_server.engine.work import AttendWork, SequenceOutput, TokensWork
 from attnserve_server.wire import tensors
+from attnserve_server.wire.tensors import TensorSpec
 
 _FIELD = {name: number for number, name in wire.RESPONSE_TENSORS.items()}
 
 # Tensors smaller than this travel within a stream's `response` message.
 _INLINE_BYTES = 64 << 10
 
+_TIMINGS = pb.AttendResponse.TIMINGS_FIELD_NUMBER
+# Room for timings: five fields of at most eleven bytes, and what tells how many follow.
+_TAIL_BYTES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Moments of one request, in nanoseconds of a monotonic clock, and its wait in seconds."""
+    """When what happened to one request.
+
+    Attributes:
+        arrived, validated: nanoseconds of `time.perf_counter_ns()`.
+        waited, computed: seconds.
+        sequences: that ran together.
+        leads: whether this request counts for the execution.
+    """
 
     arrived: int
     validated: int
-    computed: int
     waited: float
+    computed: float
+    sequences: int
+    leads: bool
 
-    def timings(self, now: int, batch_size: int) -> pb.Timings:
+    def timings(self, now: int) -> pb.Timings:
         """As the wire has them, with `now` as the end."""
-        queue = round(self.waited * 1e6)
+        queue, compute = round(self.waited * 1e6), round(self.computed * 1e6)
         return pb.Timings(
             deserialize=(self.validated - self.arrived) // 1000,
             queue=queue,
-            compute=max(0, (self.computed - self.validated) // 1000 - queue),
-            serialize=(now - self.computed) // 1000,
-            batch_size=batch_size,
+            compute=compute,
+            serialize=max(0, (now - self.validated) // 1000 - queue - compute),
+            batch_size=self.sequences,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFrame:
+    """A unary answer but for its elements and timings: alike for all requests of one plan."""
+
+    frame: Frame
+    results: tuple[TensorSpec, ...]
+
+
+def answer_frame(model: LoadedModel, variant: str, results: Sequence[TensorSpec]) -> AnswerFrame:
+    """Lay an answer out.
+
+    Args:
+        model, variant: that will run.
+        results: its tensors.
+    """
+    head = _head(model, variant).SerializeToString()
+    parts = [
+        (
+            _FIELD[spec.name],
+            pb.Tensor(dtype=spec.wire_dtype, shape=spec.shape).SerializeToString(),
+            spec.byte_size,
+        )
+        for spec in results
+    ]
+    return AnswerFrame(lay_out(head, parts, RESPONSE_PADDING, _TAIL_BYTES), tuple(results))
+
+
+class Answer:
+    """One unary answer, whose tensors are computed where they are sent from.
+
+    Attributes:
+        into: its tensors, to be filled.
+    """
+
+    def __init__(self, prepared: AnswerFrame) -> None:
+        self._frame = prepared.frame
+        self._message, self._view = buffers.blank(prepared.frame.size)
+        self.into: dict[str, Array] = {
+            spec.name: spec.view(self._view[start:end])
+            for spec, (start, end) in zip(prepared.results, prepared.frame.rooms, strict=True)
+        }
+
+    def finish(self, timings: pb.Timings) -> bytes:
+        """The message, once its tensors are filled."""
+        self._frame.write_pieces(self._view)
+        body = timings.SerializeToString()
+        tail = tag(_TIMINGS) + varint(len(body)) + body
+        tail += pad(RESPONSE_PADDING, _TAIL_BYTES - len(tail))
+        self._view[self._frame.end :] = tail
+        return self._message
 
 
 def attend_response(work: AttendWork, timings: pb.Timings) -> pb.AttendResponse:
     """An answer without its tensors."""
+    response = _head(work.model, work.variant.name)
+    response.timings.CopyFrom(timings)
+    return response
+
+
+def _head(model: LoadedModel, variant: str) -> pb.AttendResponse:
     return pb.AttendResponse(
-        model=work.model.manifest.name,
-        version=str(work.model.manifest.version),
-        variant=work.variant.name,
-        timings=timings,
+        model=model.manifest.name, version=str(model.manifest.version), variant=variant
     )
-
-
-def attend_unary(response: pb.AttendResponse, arrays: Mapping[str, Array]) -> bytes:
-    """An answer with its tensors, serialised."""
-    parts = [(_FIELD[n], tensors.header(a), tensors.data(a)) for n, a in arrays.items()]
-    return wire.join(response, parts)
 
 
 def attend_stream(
@@ -70,9 +136,9 @@ def attend_stream(
         yield from wire.cut(request_id, _FIELD[name], tensors.data(arrays[name]), chunk_bytes)
 
 
-def stream_error(request_id: int, code: int, message: str) -> bytes:
-    """A failed request within a stream."""
-    error = pb.Error(code=code, message=message)
+def stream_error(request_id: int, code: int, message: str, retry_after: float | None) -> bytes:
+    """A failed request within a stream; `retry_after` in seconds."""
+    error = pb.Error(code=code, message=message, retry_after=round((retry_after or 0) * 1e6))
     return pb.AttendStreamResponse(request_id=request_id, error=error).SerializeToString()
 
 

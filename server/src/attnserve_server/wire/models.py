@@ -62,4 +62,5 @@ def limits_message(limits: Limits) -> pb.Limits:
         max_batch=limits.max_batch,
         chunk_bytes=limits.chunk_bytes,
         max_queue=limits.max_queue,
+        max_stored_bytes=limits.max_kept_bytes,
     )
