@@ -1,6 +1,6 @@
 """The asyncio client: the same calls as `AttentionClient`, awaited."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -8,10 +8,10 @@ import grpc
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
-from attnserve_client import _channel, _errors, _messages
+from attnserve_client import _channel, _errors, _messages, _tensors
 from attnserve_client._assembly import Assembler
 from attnserve_client._messages import AttendCall, Tokens
-from attnserve_client._results import AttendResult, Model, ServerInfo, TokensResult
+from attnserve_client._results import AttendResult, Model, ServerInfo, StoredTensor, TokensResult
 
 
 class AsyncAttentionClient:
@@ -43,6 +43,7 @@ class AsyncAttentionClient:
         self._attend_stream = self._channel.stream_stream(
             _channel.method_path("AttendStream"), None, None
         )
+        self._put_tensor = self._channel.stream_unary(_channel.method_path("PutTensor"), None, None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -116,14 +117,11 @@ class AsyncAttentionClient:
         return _messages.attend_result_from_bytes(answer)
 
     async def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
-        async def messages() -> AsyncIterator[bytes]:
-            for message in call.to_stream(1, None, _channel.CHUNK_BYTES):
-                yield message
-
+        messages = _each(call.to_stream(1, None, _channel.CHUNK_BYTES))
         assembler = Assembler()
         finished: AttendResult | _errors.AttnserveError | None = None
         try:
-            async for message in self._attend_stream(messages(), timeout=timeout):
+            async for message in self._attend_stream(messages, timeout=timeout):
                 done = assembler.add(message)
                 if done is not None:
                     finished = done[1]
@@ -134,6 +132,37 @@ class AsyncAttentionClient:
         if isinstance(finished, _errors.AttnserveError):
             raise finished
         return finished
+
+    async def put_tensor(
+        self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
+    ) -> StoredTensor:
+        """Keep a tensor in the server; as `AttentionClient.put_tensor`."""
+        elements = _tensors.as_array(array, "array")
+        messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
+        try:
+            answer = await self._put_tensor(_each(messages), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "PutTensor") from None
+        stored = pb.StoredTensor.FromString(answer)
+        return _messages.stored_from(stored, elements.shape, elements.dtype)
+
+    async def renew_tensor(
+        self, tensor: StoredTensor, *, lease: float | None = None, timeout: float | None = 10.0
+    ) -> StoredTensor:
+        """Start a kept tensor's lease anew; as `AttentionClient.renew_tensor`."""
+        request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
+        try:
+            answer = await self._stub.RenewTensor(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "RenewTensor") from None
+        return _messages.stored_from(answer, tensor.shape, tensor.dtype)
+
+    async def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
+        """Give a kept tensor up; as `AttentionClient.drop_tensor`."""
+        try:
+            await self._stub.DropTensor(pb.DropTensorRequest(handle=tensor.handle), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "DropTensor") from None
 
     async def attend_tokens(
         self,
@@ -200,3 +229,8 @@ class AsyncAttentionClient:
         except grpc.RpcError as error:
             raise _errors.from_rpc_error(error, "ServerInfo") from None
         return _messages.server_info_from(answer)
+
+
+async def _each(messages: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message

@@ -8,10 +8,10 @@ import grpc
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
-from attnserve_client import _channel, _errors, _messages
+from attnserve_client import _channel, _errors, _messages, _tensors
 from attnserve_client._assembly import Assembler
 from attnserve_client._messages import AttendCall, Tokens
-from attnserve_client._results import AttendResult, Model, ServerInfo, TokensResult
+from attnserve_client._results import AttendResult, Model, ServerInfo, StoredTensor, TokensResult
 from attnserve_client._stream import AttendStream
 
 
@@ -45,6 +45,7 @@ class AttentionClient:
         self._attend_stream = self._channel.stream_stream(
             _channel.method_path("AttendStream"), None, None
         )
+        self._put_tensor = self._channel.stream_unary(_channel.method_path("PutTensor"), None, None)
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +90,7 @@ class AttentionClient:
 
         Args:
             query: [B, H, Sq, D], for a core model. FP32, FP16 or BF16 as the model is, like all
-                tensors.
+                tensors. Each tensor may also be a `StoredTensor` that `put_tensor` gave.
             key: [B, Hkv, Sk, D].
             value: [B, Hkv, Sk, Dv].
             model: its name; `client.list_models()` lists them.
@@ -170,6 +171,57 @@ class AttentionClient:
             timeout: seconds that the whole stream may last; None is unlimited.
         """
         return AttendStream(self._attend_stream, timeout=timeout)
+
+    def put_tensor(
+        self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
+    ) -> StoredTensor:
+        """Keep a tensor in the server, for many requests: keys and values of one context, say.
+
+        Args:
+            array: a tensor of any shape, dtypes as in `attend`.
+            lease: seconds that it is kept after its last use; None is the server's default.
+            timeout: seconds; None waits for ever.
+
+        Returns:
+            What `attend` takes instead of the array. Whoever knows its handle may use it.
+
+        Raises:
+            ResourceExhaustedError: the server keeps as many bytes as it may.
+        """
+        elements = _tensors.as_array(array, "array")
+        messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
+        try:
+            answer = self._put_tensor(messages, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "PutTensor") from None
+        stored = pb.StoredTensor.FromString(answer)
+        return _messages.stored_from(stored, elements.shape, elements.dtype)
+
+    def renew_tensor(
+        self, tensor: StoredTensor, *, lease: float | None = None, timeout: float | None = 10.0
+    ) -> StoredTensor:
+        """Start a kept tensor's lease anew, with another length if one is given.
+
+        Raises:
+            NotFoundError: the lease has run out.
+        """
+        request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
+        try:
+            answer = self._stub.RenewTensor(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "RenewTensor") from None
+        return _messages.stored_from(answer, tensor.shape, tensor.dtype)
+
+    def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
+        """Give a kept tensor up.
+
+        Raises:
+            NotFoundError: the lease has run out.
+        """
+        try:
+            self._stub.DropTensor(pb.DropTensorRequest(handle=tensor.handle), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "DropTensor") from None
 
     def attend_tokens(
         self,

@@ -189,6 +189,24 @@ def _head(
     return message.SerializeToString()
 
 
+def put_messages(array: Array, lease: float | None, chunk_bytes: int) -> Iterator[bytes]:
+    """The messages of PutTensor: the header, then the elements in chunks."""
+    tensor = _tensors.header(array.dtype, array.shape)
+    tensor.chunked.byte_size = array.nbytes
+    header = pb.PutTensorHeader(tensor=tensor, lease=round((lease or 0) * 1e6))
+    yield pb.PutTensorRequest(header=header).SerializeToString()
+    view = _tensors.data(array)
+    for offset in range(0, view.nbytes, chunk_bytes):
+        yield wire.encode_put_chunk(wire.Chunk(0, 0, offset, view[offset : offset + chunk_bytes]))
+
+
+def stored_from(
+    answer: pb.StoredTensor, shape: tuple[int, ...], dtype: "np.dtype[Any]"
+) -> StoredTensor:
+    """What the server keeps."""
+    return StoredTensor(answer.handle, answer.lease / 1e6, shape, dtype)
+
+
 def attend_result(response: pb.AttendResponse, arrays: dict[str, Array]) -> AttendResult:
     """The result of an answer whose tensors lie in `arrays`, by field name."""
     return AttendResult(

@@ -20,6 +20,7 @@ Buffer = bytes | bytearray | memoryview
 _TENSOR_DATA = pb.Tensor.DATA_FIELD_NUMBER
 _REQUEST_ID = pb.AttendStreamRequest.REQUEST_ID_FIELD_NUMBER
 _CHUNK = pb.AttendStreamRequest.CHUNK_FIELD_NUMBER
+_PUT_CHUNK = pb.PutTensorRequest.CHUNK_FIELD_NUMBER
 _CHUNK_TENSOR = pb.TensorChunk.TENSOR_FIELD_NUMBER
 _CHUNK_OFFSET = pb.TensorChunk.OFFSET_FIELD_NUMBER
 _CHUNK_DATA = pb.TensorChunk.DATA_FIELD_NUMBER
@@ -98,17 +99,7 @@ def locate(
 
 def encode_chunk(chunk: Chunk) -> bytes:
     """Serialise a chunk as an `AttendStreamRequest` or an `AttendStreamResponse`: both alike."""
-    size = chunk.data.nbytes
-    head = b"".join(
-        (
-            tag(_CHUNK_TENSOR, 0) + varint(chunk.tensor),
-            tag(_CHUNK_OFFSET, 0) + varint(chunk.offset),
-            tag(_CHUNK_DATA) + varint(size),
-        )
-    )
-    prefix = tag(_REQUEST_ID, 0) + varint(chunk.request_id)
-    prefix += tag(_CHUNK) + varint(len(head) + size) + head
-    return b"".join((prefix, chunk.data))
+    return _embed_chunk(tag(_REQUEST_ID, 0) + varint(chunk.request_id), _CHUNK, chunk)
 
 
 def decode_chunk(buffer: bytes) -> Chunk | None:
@@ -126,17 +117,57 @@ def decode_chunk(buffer: bytes) -> Chunk | None:
             request_id = read_varint(view, skip_varint(view, start))[0]
         elif number == _CHUNK and body != start:
             found = True
-            inner = view[body:end]
-            for field, field_start, field_body, field_end in fields(inner):
-                if field == _CHUNK_DATA and field_body != field_start:
-                    data = inner[field_body:field_end]
-                elif field == _CHUNK_TENSOR and field_body == field_start:
-                    tensor = read_varint(inner, skip_varint(inner, field_start))[0]
-                elif field == _CHUNK_OFFSET and field_body == field_start:
-                    offset = read_varint(inner, skip_varint(inner, field_start))[0]
+            tensor, offset, data = _chunk(view[body:end])
         elif number in (_CHUNK - 1, _CHUNK + 1):
             return None
     return Chunk(request_id, tensor, offset, data) if found else None
+
+
+def encode_put_chunk(chunk: Chunk) -> bytes:
+    """Serialise a chunk as a `PutTensorRequest`."""
+    return _embed_chunk(b"", _PUT_CHUNK, chunk)
+
+
+def decode_put_chunk(buffer: bytes) -> Chunk | None:
+    """Read a `PutTensorRequest` that holds a chunk; None if it holds something else.
+
+    Raises:
+        DecodeError: `buffer` is not a serialised `PutTensorRequest`.
+    """
+    view = memoryview(buffer)
+    found = None
+    for number, start, body, end in fields(view):
+        if number == _PUT_CHUNK and body != start:
+            found = Chunk(0, *_chunk(view[body:end]))
+    return found
+
+
+def _chunk(view: memoryview) -> tuple[int, int, memoryview]:
+    """Tensor, offset and data of a serialised `TensorChunk`."""
+    tensor = offset = 0
+    data = view[:0]
+    for number, start, body, end in fields(view):
+        if number == _CHUNK_DATA and body != start:
+            data = view[body:end]
+        elif number == _CHUNK_TENSOR and body == start:
+            tensor = read_varint(view, skip_varint(view, start))[0]
+        elif number == _CHUNK_OFFSET and body == start:
+            offset = read_varint(view, skip_varint(view, start))[0]
+    return tensor, offset, data
+
+
+def _embed_chunk(prefix: bytes, number: int, chunk: Chunk) -> bytes:
+    """`prefix`, then a chunk as the field `number`."""
+    size = chunk.data.nbytes
+    head = b"".join(
+        (
+            tag(_CHUNK_TENSOR, 0) + varint(chunk.tensor),
+            tag(_CHUNK_OFFSET, 0) + varint(chunk.offset),
+            tag(_CHUNK_DATA) + varint(size),
+        )
+    )
+    prefix += tag(number) + varint(len(head) + size) + head
+    return b"".join((prefix, chunk.data))
 
 
 def cut(request_id: int, tensor: int, data: memoryview, chunk_bytes: int) -> Iterator[bytes]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from attnserve_server.dtypes import Array
 from attnserve_server.engine import run
-from attnserve_server.engine.work import AttendWork, Dims
+from attnserve_server.engine.models import LoadedModel, Variant
+from attnserve_server.engine.work import AttendWork, Dims, Wanted
 
 # The axes of each tensor along which requests may differ: the letters of attention.proto.
 _AXES: Mapping[str, tuple[str, ...]] = {
@@ -43,26 +44,34 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def joinable(work: AttendWork) -> bool:
-    """Whether a work can be joined with others of its kind: one with a bias of its own cannot."""
-    return not work.biased
+def kind(
+    model: LoadedModel,
+    variant: Variant,
+    diagnosis: Variant | None,
+    wanted: Wanted,
+    dims: Dims,
+    softcap: float | None,
+    *,
+    biased: bool,
+) -> Hashable:
+    """Equal for works that can be joined, and that take alike long for each sequence.
 
-
-def kind(work: AttendWork) -> Hashable:
-    """Equal for works that can be joined, and that take alike long for each sequence."""
-    dims = work.dims
-    masked = "key_lengths" in work.variant.session.inputs
+    Args:
+        model, variant, diagnosis, wanted, dims: as in `AttendWork`.
+        softcap: a softcap other than the model's own, or None.
+        biased: whether the request has a bias of its own: such ones are never joined.
+    """
+    masked = "key_lengths" in variant.session.inputs
     # What is summed over queries, or counts positions from the last one, bears no padded queries.
-    diagnosed = work.wanted.diagnosed
-    exact_keys = diagnosed or not masked
-    exact_queries = exact_keys or work.model.manifest.attention.alignment == "bottom-right"
+    exact_keys = wanted.diagnosed or not masked
+    exact_queries = exact_keys or model.manifest.attention.alignment == "bottom-right"
     return (
-        id(work.model),
-        work.variant.name,
-        work.diagnosis.name if work.diagnosis else "",
-        work.wanted,
-        work.softcap,
-        work.biased,
+        id(model),
+        variant.name,
+        diagnosis.name if diagnosis else "",
+        wanted,
+        softcap,
+        biased,
         dims.query_len if exact_queries else bucket(dims.query_len),
         dims.key_len if exact_keys else bucket(dims.key_len),
     )
@@ -104,7 +113,6 @@ def _join(works: Sequence[AttendWork]) -> AttendWork:
         feeds,
         first.wanted,
         dims,
-        softcap=first.softcap,
     )
 
 

@@ -1,6 +1,6 @@
 """Validated work, as it is handed to the engine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attnserve_server.dtypes import Array
@@ -42,10 +42,10 @@ class AttendWork:
         variant: that gives output and weights, or, if neither is wanted, the diagnosis.
         diagnosis: that gives what the weights say; None: nothing, or from the weights themselves.
         feeds: inputs of both.
-        biased: whether the request has a bias of its own.
-        softcap: a softcap other than the model's own, or None.
+        kind: equal for works that can run as one, if `joinable`, and take alike long.
         into: arrays to put results into, by their field name in `AttendResponse`; the others are
             made.
+        tensor_bytes: of what comes in.
         working_bytes: estimated memory that it takes while it runs.
     """
 
@@ -55,9 +55,10 @@ class AttendWork:
     feeds: Mapping[str, Array]
     wanted: Wanted
     dims: Dims
-    biased: bool = False
-    softcap: float | None = None
+    kind: Hashable = None
+    joinable: bool = False
     into: Mapping[str, Array] = field(default_factory=dict)
+    tensor_bytes: int = 0
     working_bytes: int = 0
 
 

@@ -17,6 +17,7 @@ from attnserve_server.services import inputs
 from attnserve_server.services.runtime import Runtime, ticket_for
 from attnserve_server.services.statuses import say_when_to_retry, status_of
 from attnserve_server.services.stream import StreamCall, Streams
+from attnserve_server.services.tensors import TensorService
 from attnserve_server.wire import answers, models
 
 SERVICE = pb.DESCRIPTOR.services_by_name["AttentionService"].full_name
@@ -45,6 +46,7 @@ class AttentionService:
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """What to add to a `grpc.Server`."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        kept = TensorService(self._runtime)
 
         def plain(
             method: str,
@@ -66,6 +68,12 @@ class AttentionService:
                 "AttendStream": stream(self.attend_stream),
                 "AttendTokens": plain("AttendTokens", self.attend_tokens, pb.AttendTokensRequest),
                 "Decode": stream(self.decode),
+                "PutTensor": grpc.stream_unary_rpc_method_handler(
+                    self._answering("PutTensor", kept.put),
+                    response_serializer=lambda response: response.SerializeToString(),
+                ),
+                "RenewTensor": plain("RenewTensor", kept.renew, pb.RenewTensorRequest),
+                "DropTensor": plain("DropTensor", kept.drop, pb.DropTensorRequest),
                 "ListModels": plain("ListModels", self.list_models, pb.ListModelsRequest),
                 "GetModel": plain("GetModel", self.get_model, pb.GetModelRequest),
                 "ServerInfo": plain("ServerInfo", self.server_info, pb.ServerInfoRequest),

@@ -20,11 +20,12 @@ def arrays(plan: AttendPlan, views: Mapping[str, memoryview], runtime: Runtime) 
         NotFoundError: a kept tensor is there no more.
     """
     return {
-        name: _array(spec, views, runtime) for name, spec in plan.specs.items() if not spec.chunked
+        name: array(spec, views, runtime) for name, spec in plan.specs.items() if not spec.chunked
     }
 
 
-def _array(spec: TensorSpec, views: Mapping[str, memoryview], runtime: Runtime) -> Array:
+def array(spec: TensorSpec, views: Mapping[str, memoryview], runtime: Runtime) -> Array:
+    """One tensor; see `arrays`."""
     if spec.stored:
         return runtime.kept.get(spec.stored, f"{spec.name}.stored")
     return spec.array(views[spec.name])

@@ -49,14 +49,13 @@ class Runtime:
             ticket: who waits for it.
             arrived: when its request came, `time.perf_counter_ns()`.
         """
-        tensor_bytes = sum(array.nbytes for array in work.feeds.values())
         job = Job(
             work,
             joining.attend_together,
-            joining.kind(work),
-            joining.joinable(work),
+            work.kind,
+            work.joinable,
             work.dims.batch,
-            tensor_bytes,
+            work.tensor_bytes,
             work.working_bytes,
         )
         return self._run(job, ticket, arrived)

@@ -5,7 +5,7 @@ request is refused before its chunks arrive; `complete` checks the elements.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,12 @@ from attnserve_proto import wire
 
 from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
-from attnserve_server.engine.memory import working_bytes
+from attnserve_server.engine import joining
 from attnserve_server.engine.models import LoadedModel, ModelStore, Variant
-from attnserve_server.engine.providers import CUDA
 from attnserve_server.engine.work import AttendWork, Dims, Wanted
-from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
-from attnserve_server.scheduler.job import HIGH, LOW, NORMAL
+from attnserve_server.errors import InvalidRequestError, PreconditionError
 from attnserve_server.settings import Limits
+from attnserve_server.validation import sizes
 from attnserve_server.wire import tensors
 from attnserve_server.wire.tensors import Region, TensorSpec
 
@@ -38,6 +37,8 @@ class AttendPlan:
 
     Attributes:
         specs: its tensors, by name.
+        defaults: inputs of the graphs that do not come from the caller.
+        kind: of the work, as the scheduler has it.
         query_factor: what query is multiplied by to give the scale asked for.
         softcap: a softcap other than the model's own, or None.
         results: the tensors of the answer, in the order of their field numbers.
@@ -54,6 +55,8 @@ class AttendPlan:
     wanted: Wanted
     specs: Mapping[str, TensorSpec]
     dims: Dims
+    defaults: Mapping[str, Array]
+    kind: Hashable
     query_factor: float
     softcap: float | None
     results: Sequence[TensorSpec]
@@ -94,17 +97,17 @@ def plan(
     dims = _dims(model, specs)
     _check_limits(dims, limits)
     request_bytes = sum(spec.byte_size for spec in specs.values())
-    _check_size("request", request_bytes, limits.max_request_bytes, "--max-request-mib")
+    sizes.check("request", request_bytes, limits.max_request_bytes, "--max-request-mib")
     _check_against(model, specs, dims)
     query_factor, softcap = _options(message, model)
     wanted = _wanted(message.returns, dims)
     inputs = set(specs) | ({"softcap"} if softcap is not None else set())
     variant, diagnosis = _variants(model, message.variant, inputs, wanted, dims)
-    results = _results(model, specs, dims, wanted)
+    results = sizes.results(model, specs, dims, wanted)
     response_bytes = sum(spec.byte_size for spec in results)
-    _check_size("response", response_bytes, limits.max_response_bytes, "--max-response-mib")
+    sizes.check("response", response_bytes, limits.max_response_bytes, "--max-response-mib")
     working = max(
-        _working(model, runs, dims, request_bytes + response_bytes, limits)
+        sizes.working(model, runs, dims, request_bytes + response_bytes, limits)
         for runs in (variant, diagnosis)
         if runs is not None
     )
@@ -115,6 +118,8 @@ def plan(
         wanted,
         specs,
         dims,
+        _defaults(model, variant, diagnosis, specs, dims, wanted, softcap),
+        joining.kind(model, variant, diagnosis, wanted, dims, softcap, biased="bias" in specs),
         query_factor,
         softcap,
         results,
@@ -122,45 +127,9 @@ def plan(
         response_bytes,
         sum(spec.byte_size for spec in specs.values() if spec.sent),
         working,
-        priority(message.priority),
-        _output_region(message, results),
+        sizes.priority(message.priority),
+        sizes.output_region(message, results),
     )
-
-
-def priority(given: int) -> int:
-    """A request's priority; 0 is NORMAL.
-
-    Raises:
-        InvalidRequestError: there is no such priority.
-    """
-    if given > LOW:
-        raise InvalidRequestError.of(
-            "priority", given, f"{HIGH} (high), {NORMAL} (normal), {LOW} (low), 0 (normal)"
-        )
-    return given or NORMAL
-
-
-def result_offsets(results: Sequence[TensorSpec], start: int = 0) -> list[int]:
-    """Where tensors lie that follow one another from `start` on, and where the last one ends."""
-    offsets = []
-    end = start
-    for spec in results:
-        at = -(-end // tensors.REGION_ALIGNMENT) * tensors.REGION_ALIGNMENT
-        offsets.append(at)
-        end = at + spec.byte_size
-    return [*offsets, end]
-
-
-def _output_region(message: pb.AttendRequest, results: Sequence[TensorSpec]) -> Region | None:
-    if not message.HasField("output_region"):
-        return None
-    region = tensors.region_of("output_region", message.output_region)
-    needed = result_offsets(results)[-1]
-    if region.byte_size < needed:
-        raise InvalidRequestError.of(
-            "output_region.byte_size", region.byte_size, f"{needed} or more, for this answer"
-        )
-    return region
 
 
 def complete(
@@ -176,24 +145,11 @@ def complete(
     Raises:
         InvalidRequestError: an element is out of range.
     """
-    dims, manifest = ready.dims, ready.model.manifest
-    feeds = dict(arrays)
-    if "key_lengths" in feeds:
-        _check_key_lengths(feeds["key_lengths"], dims.key_len)
-    if "bias" in feeds:
-        _check_bias(feeds["bias"])
-    takes = ready.variant.session.inputs
-    if ready.diagnosis is not None:
-        takes |= ready.diagnosis.session.inputs
-        feeds["top_k"] = np.array([ready.wanted.top_k], np.int64)
-        feeds["distances"] = np.array([ready.wanted.mass_by_distance], np.int64)
-    if "key_lengths" in takes and "key_lengths" not in feeds:
-        feeds["key_lengths"] = np.full(dims.batch, dims.key_len, np.int64)
-    if "bias" in takes and "bias" not in feeds:
-        dtype = dtypes.to_numpy(dtypes.number_of(manifest.dtype))
-        feeds["bias"] = np.zeros((1, 1, 1, 1), dtype)
-    if "softcap" in takes:
-        feeds["softcap"] = np.array([_softcap(ready)], np.float32)
+    feeds = {**ready.defaults, **arrays}
+    if "key_lengths" in arrays:
+        _check_key_lengths(arrays["key_lengths"], ready.dims.key_len)
+    if "bias" in arrays:
+        _check_bias(arrays["bias"])
     if ready.query_factor != 1.0:
         query = feeds["query"]
         with np.errstate(over="ignore"):  # infinite scores: the caller's wish
@@ -205,26 +161,52 @@ def complete(
         ready.diagnosis,
         feeds,
         ready.wanted,
-        dims,
-        biased="bias" in arrays,
-        softcap=ready.softcap,
+        ready.dims,
+        ready.kind,
+        joinable="bias" not in arrays,
         into=into or {},
+        tensor_bytes=ready.request_bytes,
         working_bytes=ready.working_bytes,
     )
 
 
-def _softcap(ready: AttendPlan) -> float:
+def _defaults(
+    model: LoadedModel,
+    variant: Variant,
+    diagnosis: Variant | None,
+    specs: Mapping[str, TensorSpec],
+    dims: Dims,
+    wanted: Wanted,
+    softcap: float | None,
+) -> dict[str, Array]:
+    """What the graphs take besides the request's tensors."""
+    takes = variant.session.inputs
+    defaults: dict[str, Array] = {}
+    if diagnosis is not None:
+        takes |= diagnosis.session.inputs
+        defaults["top_k"] = np.array([wanted.top_k], np.int64)
+        defaults["distances"] = np.array([wanted.mass_by_distance], np.int64)
+    if "key_lengths" in takes and "key_lengths" not in specs:
+        defaults["key_lengths"] = np.full(dims.batch, dims.key_len, np.int64)
+    if "bias" in takes and "bias" not in specs:
+        dtype = dtypes.to_numpy(dtypes.number_of(model.manifest.dtype))
+        defaults["bias"] = np.zeros((1, 1, 1, 1), dtype)
+    if "softcap" in takes:
+        defaults["softcap"] = np.array([_softcap(model, variant, softcap)], np.float32)
+    return defaults
+
+
+def _softcap(model: LoadedModel, variant: Variant, softcap: float | None) -> float:
     """What a graph with this input is fed."""
-    if ready.softcap is not None:
-        return ready.softcap
-    variant = ready.variant
+    if softcap is not None:
+        return softcap
     if variant.entry.native or "softcap" not in variant.session.inputs:
         return -1.0  # the model's own
     # `softcap` asked for by name; it divides by what it is given.
-    own = ready.model.manifest.attention.softcap
+    own = model.manifest.attention.softcap
     if not own:
         raise InvalidRequestError.of(
-            "softcap", "none", f"a number above 0 with variant {ready.variant.name!r}"
+            "softcap", "none", f"a number above 0 with variant {variant.name!r}"
         )
     return own
 
@@ -407,75 +389,6 @@ def _wanted(returns: pb.ReturnOptions, dims: Dims) -> Wanted:
     if not (wanted.output or wanted.weights or wanted.diagnosed):
         raise InvalidRequestError.of("returns", "nothing to return", "at least one thing")
     return wanted
-
-
-def _results(
-    model: LoadedModel, specs: Mapping[str, TensorSpec], dims: Dims, wanted: Wanted
-) -> list[TensorSpec]:
-    """The tensors of the answer, in the order of their field numbers."""
-    own = dtypes.number_of(model.manifest.dtype)
-    rows = (dims.batch, dims.num_heads, dims.query_len)
-    if "query" in specs:
-        output: tuple[int, ...] = (*rows, model.manifest.attention.value_head_dim)
-    else:
-        output = specs["hidden_states"].shape
-    heaviest = (*rows, wanted.top_k)
-    every: list[tuple[bool | int, str, int, tuple[int, ...]]] = [
-        (wanted.output, "output", own, output),
-        (wanted.weights, "weights", own, (*rows, dims.key_len)),
-        (wanted.entropy, "entropy", pb.FP32, rows),
-        (wanted.top_k, "top_k_indices", pb.INT64, heaviest),
-        (wanted.top_k, "top_k_weights", pb.FP32, heaviest),
-        (wanted.mass_per_key, "mass_per_key", pb.FP32, (*rows[:2], dims.key_len)),
-        (
-            wanted.mass_by_distance,
-            "mass_by_distance",
-            pb.FP32,
-            (*rows[:2], wanted.mass_by_distance),
-        ),
-    ]
-    return [
-        TensorSpec(name, dtype, shape, math.prod(shape) * (dtypes.item_bytes(dtype) or 0))
-        for asked, name, dtype, shape in every
-        if asked
-    ]
-
-
-def _check_size(what: str, given: int, allowed: int, option: str) -> None:
-    if given > allowed:
-        raise ExhaustedError(
-            f"{what} size: its tensors take {given} bytes; allowed: {allowed} ({option})"
-        )
-
-
-def _working(
-    model: LoadedModel, variant: Variant, dims: Dims, tensor_bytes: int, limits: Limits
-) -> int:
-    """Estimated memory that a variant takes while it runs.
-
-    Raises:
-        ExhaustedError: more than a request may take.
-    """
-    attention = model.manifest.attention
-    needed = working_bytes(
-        variant.entry,
-        dims.batch,
-        dims.num_heads,
-        dims.query_len,
-        dims.key_len,
-        tensor_bytes,
-        growing_blocks=model.provider == CUDA
-        and attention.mask == "causal"
-        and attention.window is None,
-    )
-    if needed > limits.max_working_bytes:
-        raise ExhaustedError(
-            f"lengths: B={dims.batch}, H={dims.num_heads}, Sq={dims.query_len}, "
-            f"Sk={dims.key_len} would take about {needed} bytes of working memory with variant "
-            f"{variant.name!r}; "
-            f"allowed: {limits.max_working_bytes} (--max-working-mib)"
-        )
-    return needed
 
 
 def _check_key_lengths(lengths: Array, key_len: int) -> None:

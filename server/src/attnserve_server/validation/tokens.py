@@ -11,7 +11,7 @@ from attnserve_server.engine.work import TokensWanted, TokensWork
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
 from attnserve_server.repository.manifest import Transformer
 from attnserve_server.settings import Limits
-from attnserve_server.validation.attend import priority
+from attnserve_server.validation.sizes import priority
 
 
 def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limits) -> TokensWork:

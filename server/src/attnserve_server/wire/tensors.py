@@ -130,7 +130,7 @@ def shape_of(
     Raises:
         InvalidRequestError: dtype, rank or a dimension is wrong.
     """
-    if tensor.dtype != dtypes.number_of(dtype):
+    if dtypes.name_of(tensor.dtype) != dtype:
         raise InvalidRequestError.of(f"{name}.dtype", dtypes.name_of(tensor.dtype), dtype)
     return _checked_shape(name, tuple(tensor.shape), tensor.dtype, dims)
 
@@ -138,7 +138,7 @@ def shape_of(
 def _checked_shape(
     name: str, shape: tuple[int, ...], dtype: int, dims: Sequence[str]
 ) -> tuple[tuple[int, ...], int]:
-    wanted = f"[{', '.join(dims)}]"
+    wanted = f"[{', '.join(dims)}]" if dims else "one dimension or more"
     if dims and len(shape) != len(dims):
         raise InvalidRequestError.of(
             f"{name}.shape", f"{list(shape)} of rank {len(shape)}", f"rank {len(dims)}, {wanted}"
