@@ -10,14 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from attnserve_proto.attnserve.v1 import attention_pb2 as pb
+from attnserve_proto.encoding import fields as _fields
+from attnserve_proto.encoding import read_varint as _read_varint
+from attnserve_proto.encoding import skip_varint as _skip_varint
+from attnserve_proto.encoding import tag as _tag
+from attnserve_proto.encoding import varint as _varint
 
 Buffer = bytes | bytearray | memoryview
 
-_LENGTH_DELIMITED = 2
-_FIXED_WIDTH = {1: 8, 5: 4}
 _TENSOR_DATA = pb.Tensor.DATA_FIELD_NUMBER
 _REQUEST_ID = pb.AttendStreamRequest.REQUEST_ID_FIELD_NUMBER
 _CHUNK = pb.AttendStreamRequest.CHUNK_FIELD_NUMBER
@@ -152,62 +155,3 @@ def cut(request_id: int, tensor: int, data: memoryview, chunk_bytes: int) -> Ite
     """Cut one tensor's bytes into serialised chunks of at most `chunk_bytes` bytes each."""
     for offset in range(0, data.nbytes, chunk_bytes):
         yield encode_chunk(Chunk(request_id, tensor, offset, data[offset : offset + chunk_bytes]))
-
-
-def _tag(number: int, wire_type: int = _LENGTH_DELIMITED) -> bytes:
-    return _varint(number << 3 | wire_type)
-
-
-def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
-    """The varint at `position` and the position after it."""
-    value = shift = 0
-    while True:
-        if position >= len(view) or shift > 63:
-            raise DecodeError("a varint is cut off or too long")
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, position
-        shift += 7
-
-
-def _skip_varint(view: memoryview, position: int) -> int:
-    return _read_varint(view, position)[1]
-
-
-def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
-    """Each field as (number, start, body, end): body is where a length-delimited value begins.
-
-    For the other wire types body equals start, so that a caller can tell them apart.
-    """
-    position, size = 0, len(view)
-    while position < size:
-        start = position
-        tag, position = _read_varint(view, position)
-        number, wire_type = tag >> 3, tag & 7
-        body = start
-        if wire_type == 0:
-            _, position = _read_varint(view, position)
-        elif wire_type == _LENGTH_DELIMITED:
-            length, position = _read_varint(view, position)
-            body = position
-            position += length
-        elif wire_type in _FIXED_WIDTH:
-            position += _FIXED_WIDTH[wire_type]
-        else:
-            raise DecodeError(f"field {number} has wire type {wire_type}, which is not supported")
-        if position > size or number == 0:
-            raise DecodeError(f"field {number} is cut off or not valid")
-        yield number, start, body, position

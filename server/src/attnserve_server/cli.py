@@ -55,6 +55,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         concurrency=options.concurrency,
         grpc_threads=options.grpc_threads,
         drain_seconds=options.drain_seconds,
+        model_control=options.model_control,
         limits=Limits(
             max_message_bytes=options.max_message_mib * MIB,
             max_request_bytes=options.max_request_mib * MIB,
@@ -66,6 +67,8 @@ def _settings(options: argparse.Namespace) -> Settings:
             max_queue=options.max_queue,
             max_stream_requests=options.max_stream_requests,
             chunk_bytes=options.chunk_kib << 10,
+            max_shared_regions=options.max_shared_regions,
+            max_shared_bytes=options.max_shared_mib * MIB,
         ),
     )
 
@@ -114,11 +117,24 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.drain_seconds,
         help="how long SIGTERM waits for calls under way",
     )
+    add(
+        "--model-control",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.model_control,
+        help="let callers load and unload models",
+    )
+    add(
+        "--max-shared-regions",
+        type=_at_least(0),
+        default=limits.max_shared_regions,
+        help="shared-memory regions registered at once; 0 turns shared memory off",
+    )
     for name, default, text in (
         ("message", limits.max_message_bytes, "one gRPC message"),
         ("request", limits.max_request_bytes, "all tensors of a request"),
         ("response", limits.max_response_bytes, "all tensors of an answer"),
         ("working", limits.max_working_bytes, "estimated memory for the scores of a request"),
+        ("shared", limits.max_shared_bytes, "shared memory of callers, mapped at once"),
     ):
         add(f"--max-{name}-mib", type=_at_least(1), default=default // MIB, help=text)
     add(

@@ -22,6 +22,8 @@ class Limits:
         max_queue: requests waiting to run.
         max_stream_requests: requests in flight on one stream; more are not read until some end.
         chunk_bytes: size of the chunks that the server sends.
+        max_shared_regions: shared-memory regions registered at once; 0 turns shared memory off.
+        max_shared_bytes: of shared memory mapped at once.
     """
 
     max_message_bytes: int = 128 * MIB
@@ -34,6 +36,8 @@ class Limits:
     max_queue: int = 256
     max_stream_requests: int = 32
     chunk_bytes: int = MIB
+    max_shared_regions: int = 256
+    max_shared_bytes: int = 16_384 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Settings:
         concurrency: computations that run at once.
         grpc_threads: calls handled at once, waiting ones included.
         drain_seconds: how long SIGTERM waits for calls under way.
+        model_control: whether callers may load and unload models.
         limits: what is accepted.
     """
 
@@ -64,6 +69,7 @@ class Settings:
     concurrency: int = 1
     grpc_threads: int = 320
     drain_seconds: float = 30.0
+    model_control: bool = True
     limits: Limits = Limits()
 
 
