@@ -18,8 +18,8 @@ def status_of(error: Exception, method: str) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, DecodeError):
         return (
             grpc.StatusCode.INVALID_ARGUMENT,
-            f"message: given bytes that are not the {method} request of attnserve.v1 ({error}); "
-            "allowed: the message that attention.proto describes",
+            f"message: given bytes that are not the request of {method} ({error}); "
+            "allowed: the message that its .proto file describes",
         )
     reference = uuid.uuid4().hex[:12]
     _log.error("request failed", extra={"method": method, "reference": reference}, exc_info=error)
