@@ -12,7 +12,7 @@ help: ## show the targets
 
 setup: $(STAMP) ## make .venv with the six distributions and the tools
 
-$(STAMP): constraints.txt requirements-dev.txt proto/setup.py kernels/setup.py $(wildcard kernels/native/*) proto/attnserve/v1/attention.proto $(wildcard */pyproject.toml)
+$(STAMP): constraints.txt requirements-dev.txt proto/setup.py kernels/setup.py $(wildcard kernels/native/*) $(wildcard proto/*/*.proto proto/*/*/*.proto) $(wildcard */pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt \

@@ -11,7 +11,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 PACKAGE = "attnserve_proto"
 OUTPUT = HERE / "src" / PACKAGE
-SOURCES = ["attnserve/v1/attention.proto"]
+SOURCES = ["attnserve/v1/attention.proto", "inference/open_inference.proto"]
 
 
 def generate() -> None:
@@ -21,12 +21,24 @@ def generate() -> None:
     subprocess.run([*command, *SOURCES], check=True, cwd=HERE)
     for source in SOURCES:
         folder = OUTPUT / Path(source).parent
-        for package in (folder, folder.parent):
+        for package in {folder, OUTPUT / Path(source).parts[0]}:
             (package / "__init__.py").touch()
         for generated in folder.glob("*_pb2*.py*"):
             text = generated.read_text()
-            imports = r"^from attnserve\."
-            generated.write_text(re.sub(imports, f"from {PACKAGE}.attnserve.", text, flags=re.M))
+            imports = r"^from (attnserve\.v1|inference) import"
+            text = re.sub(imports, rf"from {PACKAGE}.\1 import", text, flags=re.M)
+            if source.startswith("inference/"):
+                text = with_pool_of_its_own(text)
+            generated.write_text(text)
+
+
+def with_pool_of_its_own(text: str) -> str:
+    """Generated code whose names do not clash with those of other clients of the protocol.
+
+    protobuf's default pool takes each full name once per process, and whoever else speaks the Open
+    Inference Protocol (tritonclient, KServe's SDK) registers `inference.ModelInferRequest` too.
+    """
+    return text.replace("_descriptor_pool.Default()", "_descriptor_pool.DescriptorPool()")
 
 
 class BuildWithStubs(build_py):
@@ -35,5 +47,6 @@ class BuildWithStubs(build_py):
         super().run()
 
 
-(OUTPUT / "attnserve" / "v1").mkdir(parents=True, exist_ok=True)
+for made in ("attnserve/v1", "inference"):
+    (OUTPUT / made).mkdir(parents=True, exist_ok=True)
 setup(cmdclass={"build_py": BuildWithStubs})

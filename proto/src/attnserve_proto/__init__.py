@@ -1,4 +1,9 @@
-"""Messages and stubs of the attnserve API, generated from `proto/attnserve/v1/attention.proto`."""
+"""Messages and stubs, generated from the .proto files, and their encoding without copies.
+
+`attention_pb2` and `wire` are of the attnserve API, `proto/attnserve/v1/attention.proto`;
+`attnserve_proto.inference` and `attnserve_proto.inference_wire` of the Open Inference Protocol,
+`proto/inference/open_inference.proto`.
+"""
 
 from attnserve_proto import wire
 from attnserve_proto.attnserve.v1 import attention_pb2, attention_pb2_grpc

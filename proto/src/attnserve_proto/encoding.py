@@ -1,7 +1,4 @@
-"""Fields of protobuf messages, as bytes.
-
-See https://protobuf.dev/programming-guides/encoding/.
-"""
+"""Pieces of protobuf's wire format: https://protobuf.dev/programming-guides/encoding/."""
 
 from collections.abc import Iterator
 
@@ -12,7 +9,7 @@ _FIXED_WIDTH = {1: 8, 5: 4}
 
 
 def tag(number: int, wire_type: int = LENGTH_DELIMITED) -> bytes:
-    """What precedes a field."""
+    """What precedes the value of a field."""
     return varint(number << 3 | wire_type)
 
 
@@ -22,7 +19,7 @@ def embedded(number: int, body: bytes) -> bytes:
 
 
 def varint(value: int) -> bytes:
-    """A number, 0 or more, seven bits a byte."""
+    """An unsigned integer, seven bits a byte."""
     if value < 0x80:
         return bytes((value,))
     out = bytearray()
@@ -37,7 +34,7 @@ def read_varint(view: memoryview, position: int) -> tuple[int, int]:
     """The varint at `position` and the position after it.
 
     Raises:
-        DecodeError: there is none.
+        DecodeError: it is cut off, or longer than 64 bits take.
     """
     value = shift = 0
     while True:
@@ -52,7 +49,7 @@ def read_varint(view: memoryview, position: int) -> tuple[int, int]:
 
 
 def skip_varint(view: memoryview, position: int) -> int:
-    """The position after a varint."""
+    """The position after the varint at `position`."""
     return read_varint(view, position)[1]
 
 
@@ -62,13 +59,13 @@ def fields(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
     For the other wire types body equals start, so that a caller can tell them apart.
 
     Raises:
-        DecodeError: these are not fields.
+        DecodeError: a field is cut off, or of a wire type that proto3 does not have.
     """
     position, size = 0, len(view)
     while position < size:
         start = position
-        tag, position = read_varint(view, position)
-        number, wire_type = tag >> 3, tag & 7
+        key, position = read_varint(view, position)
+        number, wire_type = key >> 3, key & 7
         body = start
         if wire_type == 0:
             _, position = read_varint(view, position)

@@ -3,20 +3,30 @@
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
+from attnserve_proto import attention_pb2
+from attnserve_proto.inference import open_inference_pb2
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from attnserve_server.engine import models, providers
+from attnserve_server.engine.catalog import Catalog
 from attnserve_server.kept_tensors import KeptTensors
 from attnserve_server.metrics import Metrics
 from attnserve_server.scheduler.memory import ByteBudget
 from attnserve_server.scheduler.scheduler import Rules, Scheduler
-from attnserve_server.services.attention import SERVICE, AttentionService
+from attnserve_server.services import attention, inference
+from attnserve_server.services.attention import AttentionService
+from attnserve_server.services.inference import InferenceService
 from attnserve_server.services.runtime import Runtime
 from attnserve_server.services.stream import Streams
 from attnserve_server.settings import MIB, Settings, usable_cores
+from attnserve_server.shared_memory import SharedRegions
+
+SERVICES = (attention.SERVICE, inference.SERVICE)
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +45,17 @@ class AttentionServer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.providers = providers.choose(settings.provider)
+        threads = settings.intra_op_threads or usable_cores()
+        load = partial(
+            models.load,
+            providers=self.providers,
+            intra_op_threads=threads,
+            spinning=settings.spinning,
+        )
         self.store = models.load_all(
             settings.repository,
             self.providers,
-            intra_op_threads=settings.intra_op_threads or usable_cores(),
+            intra_op_threads=threads,
             spinning=settings.spinning,
         )
         limits = settings.limits
@@ -52,7 +69,10 @@ class AttentionServer:
         pool = ThreadPoolExecutor(4 * settings.grpc_threads, thread_name_prefix="stream")
         kept = KeptTensors(limits.max_kept_bytes, limits.kept_lease, limits.max_kept_lease)
         self.metrics.kept_bytes.set_function(lambda: kept.bytes)
-        runtime = Runtime(self.store, self._scheduler, budget, limits, self.metrics, pool, kept)
+        self.regions = SharedRegions(limits.max_shared_regions, limits.max_shared_bytes)
+        runtime = Runtime(
+            self.store, self._scheduler, budget, limits, self.metrics, pool, kept, self.regions
+        )
         self._health = health.HealthServicer()
         self._server = grpc.server(
             ThreadPoolExecutor(settings.grpc_threads, thread_name_prefix="grpc"),
@@ -64,9 +84,12 @@ class AttentionServer:
         )
         service = AttentionService(runtime, self._streams, self.providers.names)
         self._server.add_generic_rpc_handlers((service.handler(),))
+        catalog = Catalog(settings.repository, self.store, load, changeable=settings.model_control)
+        open_inference = InferenceService(runtime, self._streams, catalog, settings.concurrency)
+        self._server.add_generic_rpc_handlers((open_inference.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server, _reflected())
         self.port = 0
         self.metrics_port: int | None = None
 
@@ -85,7 +108,7 @@ class AttentionServer:
         if settings.metrics_port is not None:
             self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
         self._server.start()
-        for service in ("", SERVICE):
+        for service in ("", *SERVICES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         _log.info(
             "serving",
@@ -126,3 +149,11 @@ def _rules(settings: Settings, provider: providers.Providers) -> Rules:
         max_working_bytes=limits.max_working_bytes,
         batch_delay=settings.batch_delay,
     )
+
+
+def _reflected() -> DescriptorPool:
+    """What reflection describes, the messages that are in a pool of their own included."""
+    pool = DescriptorPool()
+    for module in (attention_pb2, open_inference_pb2, health_pb2, reflection_pb2):
+        pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+    return pool

@@ -58,6 +58,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         batch_delay=options.batch_delay_us / 1e6,
         grpc_threads=options.grpc_threads,
         drain_seconds=options.drain_seconds,
+        model_control=options.model_control,
         limits=Limits(
             max_message_bytes=options.max_message_mib * MIB,
             max_request_bytes=options.max_request_mib * MIB,
@@ -73,6 +74,8 @@ def _settings(options: argparse.Namespace) -> Settings:
             max_kept_bytes=options.max_kept_mib * MIB,
             kept_lease=options.kept_lease_seconds,
             max_kept_lease=options.max_kept_lease_seconds,
+            max_shared_regions=options.max_shared_regions,
+            max_shared_bytes=options.max_shared_mib * MIB,
         ),
     )
 
@@ -139,11 +142,24 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.drain_seconds,
         help="how long SIGTERM waits for calls under way",
     )
+    add(
+        "--model-control",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.model_control,
+        help="let callers load and unload models",
+    )
+    add(
+        "--max-shared-regions",
+        type=_at_least(0),
+        default=limits.max_shared_regions,
+        help="shared-memory regions registered at once; 0 turns shared memory off",
+    )
     for name, default, text in (
         ("message", limits.max_message_bytes, "one gRPC message"),
         ("request", limits.max_request_bytes, "all tensors of a request"),
         ("response", limits.max_response_bytes, "all tensors of an answer"),
         ("working", limits.max_working_bytes, "estimated memory for the scores of a request"),
+        ("shared", limits.max_shared_bytes, "shared memory of callers, mapped at once"),
     ):
         add(f"--max-{name}-mib", type=_at_least(1), default=default // MIB, help=text)
     add(

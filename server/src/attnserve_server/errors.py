@@ -69,13 +69,25 @@ class DrainingError(RequestError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
-class ForbiddenError(RequestError):
-    """This caller may not do it."""
-
-    code = grpc.StatusCode.PERMISSION_DENIED
-
-
 class UnimplementedError(RequestError):
     """This server version does not have it."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class ForbiddenError(RequestError):
+    """The caller may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class TakenError(RequestError):
+    """A name is in use already."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class UnloadedError(RequestError):
+    """The model is in the repository, but not loaded now."""
+
+    code = grpc.StatusCode.UNAVAILABLE

@@ -26,6 +26,8 @@ class Limits:
         max_kept_bytes: tensors kept by PutTensor, all callers' together.
         kept_lease, max_kept_lease: seconds that a tensor is kept after its last use: unless its
             caller says otherwise, and at most.
+        max_shared_regions: shared-memory regions registered at once; 0 turns shared memory off.
+        max_shared_bytes: of shared memory mapped at once.
     """
 
     max_message_bytes: int = 128 * MIB
@@ -42,6 +44,8 @@ class Limits:
     max_kept_bytes: int = 1024 * MIB
     kept_lease: float = 300.0
     max_kept_lease: float = 3600.0
+    max_shared_regions: int = 256
+    max_shared_bytes: int = 16_384 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Settings:
             that come meanwhile are the next one.
         grpc_threads: calls handled at once, waiting ones included.
         drain_seconds: how long SIGTERM waits for calls under way.
+        model_control: whether callers may load and unload models.
         limits: what is accepted.
     """
 
@@ -81,6 +86,7 @@ class Settings:
     batch_delay: float = 0.0
     grpc_threads: int = 320
     drain_seconds: float = 30.0
+    model_control: bool = True
     limits: Limits = Limits()
 
 

@@ -1,8 +1,9 @@
 """Loaded models: a manifest, its graphs, and the choice between them."""
 
 import logging
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import attnserve_kernels
 from attnserve_server.engine.providers import Providers
 from attnserve_server.engine.session import GraphSession
 from attnserve_server.engine.tokenizer import TextTokenizer
-from attnserve_server.errors import NotFoundError, PreconditionError
+from attnserve_server.errors import NotFoundError, PreconditionError, UnloadedError
 from attnserve_server.repository import check_files, find, read
 from attnserve_server.repository.manifest import Manifest, ManifestError, VariantEntry
 
@@ -97,41 +98,77 @@ def _lacking(candidates: list[Variant], inputs: Collection[str], outputs: Collec
     return "; ".join(parts) or "no single variant takes and gives all of it"
 
 
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """What a store holds at one moment."""
+
+    loaded: Mapping[tuple[str, int], LoadedModel]
+    latest: Mapping[str, int]
+    unloaded: frozenset[str]
+
+
 class ModelStore:
-    """All loaded models, by name and version."""
+    """All loaded models, by name and version.
+
+    Reading takes no lock: a change puts a whole new mapping in the place of the old one, and who
+    holds a model goes on with it.
+    """
 
     def __init__(self, models: Mapping[tuple[str, int], LoadedModel]) -> None:
-        self._models = dict(sorted(models.items()))
-        self._latest = dict(self._models.keys())
+        self._now = _models(models, frozenset())
+        self._generation = 0
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[LoadedModel]:
+        return iter(self._now.loaded.values())
 
     @property
     def generation(self) -> int:
-        """Changes whenever a model is loaded or unloaded."""
-        return 0
+        """How often what is loaded has changed."""
+        return self._generation
 
-    def __iter__(self) -> Iterator[LoadedModel]:
-        return iter(self._models.values())
+    def versions(self, name: str) -> list[int]:
+        """The loaded versions of a model, lowest first."""
+        return [version for other, version in self._now.loaded if other == name]
 
     def get(self, name: str, version: str) -> LoadedModel:
         """A model by name and version; an empty version is the highest.
 
         Raises:
             NotFoundError: there is none.
+            UnloadedError: it was unloaded.
         """
-        latest = self._latest.get(name)
+        now = self._now
+        latest = now.latest.get(name)
         if latest is None:
-            known = ", ".join(self._latest) or "none"
+            if name in now.unloaded:
+                raise UnloadedError(f"model: {name} is unloaded; load it, or call another")
+            known = ", ".join(now.latest) or "none"
             raise NotFoundError(f"model: given {name!r}; models here: {known}")
         if not version:
-            return self._models[name, latest]
+            return now.loaded[name, latest]
         # At most as many digits as a version may have: int() takes no end of them.
         plain = version.isascii() and version.isdigit() and len(version) <= 19
         number = int(version) if plain else 0
-        model = self._models.get((name, number))
+        model = now.loaded.get((name, number))
         if model is None:
-            known = ", ".join(str(v) for n, v in self._models if n == name)
+            known = ", ".join(str(v) for n, v in now.loaded if n == name)
             raise NotFoundError(f"version: given {version[:80]!r}; versions of {name}: {known}")
         return model
+
+    def put(self, name: str, models: Iterable[LoadedModel]) -> None:
+        """Have these versions of a model and no others; with none, it is unloaded."""
+        versions = {(name, model.manifest.version): model for model in models}
+        with self._lock:
+            others = {at: model for at, model in self._now.loaded.items() if at[0] != name}
+            unloaded = self._now.unloaded - {name} if versions else self._now.unloaded | {name}
+            self._now = _models(others | versions, unloaded)
+            self._generation += 1
+
+
+def _models(loaded: Mapping[tuple[str, int], LoadedModel], unloaded: frozenset[str]) -> _Models:
+    in_order = dict(sorted(loaded.items(), key=lambda item: item[0]))
+    return _Models(in_order, dict(in_order.keys()), unloaded)
 
 
 def load_all(
@@ -144,48 +181,60 @@ def load_all(
     """
     models: dict[tuple[str, int], LoadedModel] = {}
     for folder in find(repository):
-        started = time.monotonic()
-        manifest = read(folder)
-        check_files(folder, manifest)
-        variants = []
-        for entry in manifest.variants:
-            if entry.native and attnserve_kernels.library_path() is None:
-                reason = "attnserve-kernels was installed without its operators"
-            elif not set(entry.providers) & set(providers.names):
-                reason = f"it suits {', '.join(entry.providers)}"
-            else:
-                reason = ""
-            if reason:
-                _log.info(
-                    "variant left out",
-                    extra={"model": manifest.name, "variant": entry.name, "reason": reason},
-                )
-                continue
-            try:
-                session = GraphSession(
-                    folder / entry.file,
-                    providers,
-                    intra_op_threads=intra_op_threads,
-                    spinning=spinning,
-                )
-            except Exception as error:  # ONNX Runtime raises many kinds
-                raise ManifestError(f"{folder / entry.file}: does not load: {error}") from None
-            variants.append(Variant(entry, session))
-        tokenizer = _tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
-        if variants:
-            models[manifest.name, manifest.version] = LoadedModel(
-                manifest, tuple(variants), tokenizer, providers.names[0]
-            )
-        _log.info(
-            "model loaded",
-            extra={
-                "model": manifest.name,
-                "version": manifest.version,
-                "variants": [variant.name for variant in variants],
-                "seconds": round(time.monotonic() - started, 3),
-            },
-        )
+        model = load(folder, providers, intra_op_threads=intra_op_threads, spinning=spinning)
+        if model is not None:
+            models[model.manifest.name, model.manifest.version] = model
     return ModelStore(models)
+
+
+def load(
+    folder: Path, providers: Providers, *, intra_op_threads: int, spinning: bool
+) -> LoadedModel | None:
+    """Load one version of a model; None if none of its variants can run here.
+
+    Raises:
+        ManifestError: its files are not what its manifest says, or do not load.
+    """
+    started = time.monotonic()
+    manifest = read(folder)
+    check_files(folder, manifest)
+    variants = []
+    for entry in manifest.variants:
+        if entry.native and attnserve_kernels.library_path() is None:
+            reason = "attnserve-kernels was installed without its operators"
+        elif not set(entry.providers) & set(providers.names):
+            reason = f"it suits {', '.join(entry.providers)}"
+        else:
+            reason = ""
+        if reason:
+            _log.info(
+                "variant left out",
+                extra={"model": manifest.name, "variant": entry.name, "reason": reason},
+            )
+            continue
+        try:
+            session = GraphSession(
+                folder / entry.file,
+                providers,
+                intra_op_threads=intra_op_threads,
+                spinning=spinning,
+            )
+        except Exception as error:  # ONNX Runtime raises many kinds
+            raise ManifestError(f"{folder / entry.file}: does not load: {error}") from None
+        variants.append(Variant(entry, session))
+    tokenizer = _tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
+    _log.info(
+        "model loaded",
+        extra={
+            "model": manifest.name,
+            "version": manifest.version,
+            "variants": [variant.name for variant in variants],
+            "seconds": round(time.monotonic() - started, 3),
+        },
+    )
+    if not variants:
+        return None
+    return LoadedModel(manifest, tuple(variants), tokenizer, providers.names[0])
 
 
 def _tokenizer(path: Path) -> TextTokenizer:

@@ -14,8 +14,8 @@ from attnserve_proto.layouts import Layouts
 from attnserve_server import __version__, validation
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, UnimplementedError
 from attnserve_server.services import inputs
+from attnserve_server.services.answering import answering
 from attnserve_server.services.runtime import Runtime, ticket_for
-from attnserve_server.services.statuses import say_when_to_retry, status_of
 from attnserve_server.services.stream import StreamCall, Streams
 from attnserve_server.services.tensors import TensorService
 from attnserve_server.wire import answers, models
@@ -47,6 +47,7 @@ class AttentionService:
         """What to add to a `grpc.Server`."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
         kept = TensorService(self._runtime)
+        metrics = self._runtime.metrics
 
         def plain(
             method: str,
@@ -57,19 +58,19 @@ class AttentionService:
                 return behaviour(request.FromString(message), context)  # type: ignore[attr-defined]
 
             return unary(
-                self._answering(method, decoded),
+                answering(metrics, method, decoded),
                 response_serializer=lambda response: response.SerializeToString(),
             )
 
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Attend": unary(self._answering("Attend", self.attend)),
+                "Attend": unary(answering(metrics, "Attend", self.attend)),
                 "AttendStream": stream(self.attend_stream),
                 "AttendTokens": plain("AttendTokens", self.attend_tokens, pb.AttendTokensRequest),
                 "Decode": stream(self.decode),
                 "PutTensor": grpc.stream_unary_rpc_method_handler(
-                    self._answering("PutTensor", kept.put),
+                    answering(metrics, "PutTensor", kept.put),
                     response_serializer=lambda response: response.SerializeToString(),
                 ),
                 "RenewTensor": plain("RenewTensor", kept.renew, pb.RenewTensorRequest),
@@ -79,26 +80,6 @@ class AttentionService:
                 "ServerInfo": plain("ServerInfo", self.server_info, pb.ServerInfoRequest),
             },
         )
-
-    def _answering(
-        self, method: str, behaviour: Callable[[RequestT, grpc.ServicerContext], ResponseT]
-    ) -> Callable[[RequestT, grpc.ServicerContext], ResponseT]:
-        """A behaviour whose errors end the call with their status, and which is counted."""
-        counts = self._runtime.metrics.requests
-        fine = counts.labels(method, "OK")
-
-        def answer(request: RequestT, context: grpc.ServicerContext) -> ResponseT:
-            try:
-                response = behaviour(request, context)
-            except Exception as error:
-                code, details = status_of(error, method)
-                counts.labels(method, code.name).inc()
-                say_when_to_retry(context, error)
-                context.abort(code, details)
-            fine.inc()
-            return response
-
-        return answer
 
     def attend(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """One attention computation."""

@@ -18,6 +18,7 @@ from attnserve_server.scheduler import Job, Scheduler, Ticket
 from attnserve_server.scheduler.job import NORMAL
 from attnserve_server.scheduler.memory import ByteBudget
 from attnserve_server.settings import Limits
+from attnserve_server.shared_memory import SharedRegions
 from attnserve_server.wire.answers import Clock
 
 W = TypeVar("W", AttendWork, TokensWork)
@@ -38,6 +39,7 @@ class Runtime:
     metrics: Metrics
     pool: ThreadPoolExecutor
     kept: KeptTensors
+    regions: SharedRegions
 
     def attend(
         self, work: AttendWork, ticket: Ticket, arrived: int

@@ -21,8 +21,8 @@ def status_of(error: Exception, method: str) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, DecodeError):
         return (
             grpc.StatusCode.INVALID_ARGUMENT,
-            f"message: given bytes that are not the {method} request of attnserve.v1 ({error}); "
-            "allowed: the message that attention.proto describes",
+            f"message: given bytes that are not the request of {method} ({error}); "
+            "allowed: the message that its .proto file describes",
         )
     if isinstance(error, MemoryError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, "memory: none is left for this request"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Protocol
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
@@ -26,16 +27,23 @@ METHOD = "AttendStream"
 _log = logging.getLogger(__name__)
 
 
+class OpenCall(Protocol):
+    """A streaming call."""
+
+    def drain(self) -> None:
+        """Take no more requests; end the call once all that came have been answered."""
+
+
 class Streams:
     """The streams that are open now, so that a drain can end them."""
 
     def __init__(self) -> None:
-        self._open: set[StreamCall] = set()
+        self._open: set[OpenCall] = set()
         self._lock = threading.Lock()
         self._draining = False
 
     @contextmanager
-    def having(self, call: "StreamCall") -> Iterator[None]:
+    def having(self, call: OpenCall) -> Iterator[None]:
         """Count a call as open for the length of a `with` block."""
         with self._lock:
             self._open.add(call)

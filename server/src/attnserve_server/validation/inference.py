@@ -1,0 +1,305 @@
+"""Checks of `ModelInferRequest`, as far as they are not those of the requests it is turned into."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import wire
+from attnserve_proto.inference import open_inference_pb2 as oip
+
+from attnserve_server import dtypes
+from attnserve_server.dtypes import Array
+from attnserve_server.engine import ports
+from attnserve_server.engine.models import LoadedModel
+from attnserve_server.engine.work import SequenceOutput
+from attnserve_server.errors import InvalidRequestError
+from attnserve_server.settings import Limits
+from attnserve_server.wire.inference import InputTensor, Output, check_answer_size, value
+
+_MOST = 2**32 - 1
+_LONGEST_TIMEOUT = 2**63 - 1
+_TENSORS = frozenset(wire.REQUEST_TENSORS.values())
+# What the parameter counts, and the outputs that need it.
+_COUNTS = {
+    "top_k": ("top_k_indices", "top_k_weights"),
+    "mass_by_distance": ("mass_by_distance",),
+}
+_LAYER = "weights_"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The parameters of a request.
+
+    Attributes:
+        scale, softcap: None: the model's own.
+        top_k, mass_by_distance: 0: not given.
+        variant: empty: the server picks.
+        priority: 1 high, 2 normal, 3 low; 0: normal.
+        timeout: microseconds that it may wait and run; 0: for ever.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    top_k: int = 0
+    mass_by_distance: int = 0
+    variant: str = ""
+    priority: int = 0
+    timeout: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokensCall:
+    """A token request, and what its answer is padded to."""
+
+    message: pb.AttendTokensRequest
+    layers: Sequence[int]
+    padded_len: int
+
+
+def options(message: oip.ModelInferRequest) -> Options:
+    """The parameters of a request.
+
+    Raises:
+        InvalidRequestError: one is unknown, or its value out of range.
+    """
+    known: dict[str, float | int | str] = {}
+    for name, parameter in message.parameters.items():
+        given = value(parameter)
+        if name in ("scale", "softcap"):
+            if isinstance(given, bool) or not isinstance(given, int | float):
+                raise _wrong(name, given, "a number, as double_param or int64_param")
+            known[name] = float(given)
+        elif name == "variant":
+            if not isinstance(given, str):
+                raise _wrong(name, given, "a name, as string_param")
+            known[name] = given
+        elif name in _INTEGERS:
+            if type(given) is not int or not 0 <= given <= _INTEGERS[name]:
+                raise _wrong(name, given, f"0..{_INTEGERS[name]}, as int64_param")
+            known[name] = given
+        elif name != "triton_enable_empty_final_response":
+            # There is one answer for each request, and it is the final one, empty or not.
+            raise InvalidRequestError.of(
+                "parameters", repr(name[:80]), f"scale, softcap, variant, {', '.join(_INTEGERS)}"
+            )
+    return Options(**known)  # type: ignore[arg-type]
+
+
+def attend_request(
+    model: LoadedModel,
+    tensors: Mapping[str, InputTensor],
+    asked: Sequence[Output],
+    given: Options,
+) -> pb.AttendRequest:
+    """The request of a core or layer model as `Attend` would have it, its elements left out.
+
+    Raises:
+        InvalidRequestError: a tensor is asked for or given that there is not, or a parameter is
+            missing or has no use.
+    """
+    message = pb.AttendRequest(
+        model=model.manifest.name,
+        version=str(model.manifest.version),
+        variant=given.variant,
+        priority=given.priority,
+    )
+    for name, tensor in tensors.items():
+        if name not in _TENSORS:
+            raise _no_input(model, name)
+        header: pb.Tensor = getattr(message, name)
+        header.dtype = tensor.dtype
+        header.shape.extend(tensor.shape)
+    if given.scale is not None:
+        message.scale = given.scale
+    if given.softcap is not None:
+        message.softcap = given.softcap
+    names = {output.name for output in asked}
+    unknown = names.difference(ports.ATTEND_OUTPUTS)
+    if unknown:
+        raise _no_output(model, min(unknown))
+    for parameter, of in _COUNTS.items():
+        count, used = getattr(given, parameter), not names.isdisjoint(of)
+        if used and not count:
+            raise _wrong(parameter, "nothing", f"1 or more with output {' or '.join(of)}")
+        if count and not used:
+            raise _wrong(parameter, count, f"nothing without output {' or '.join(of)}")
+    message.returns.CopyFrom(
+        pb.ReturnOptions(
+            no_output="output" not in names,
+            weights="weights" in names,
+            entropy="entropy" in names,
+            top_k=given.top_k,
+            mass_per_key="mass_per_key" in names,
+            mass_by_distance=given.mass_by_distance,
+        )
+    )
+    return message
+
+
+def tokens_call(
+    model: LoadedModel,
+    tensors: Mapping[str, InputTensor],
+    asked: Sequence[Output],
+    given: Options,
+    limits: Limits,
+) -> TokensCall:
+    """The request of a transformer as `AttendTokens` would have it.
+
+    Raises:
+        InvalidRequestError: a tensor is not as the model takes it, or there is none such.
+        ExhaustedError: the padded answer would be too large.
+    """
+    for name in ("scale", "softcap", "top_k", "mass_by_distance"):
+        if getattr(given, name):
+            raise _wrong(name, getattr(given, name), "nothing for transformer models")
+    ids, lengths = _sequences(model, tensors, limits)
+    names = {output.name for output in asked}
+    there = {port.name for port in ports.outputs(model)}
+    if not names <= there:
+        raise _no_output(model, min(names - there))
+    layers = sorted(int(name.removeprefix(_LAYER)) for name in names if name.startswith(_LAYER))
+    message = pb.AttendTokensRequest(
+        model=model.manifest.name,
+        version=str(model.manifest.version),
+        variant=given.variant,
+        priority=given.priority,
+        returns=pb.TokenReturnOptions(
+            no_hidden="last_hidden_state" not in names,
+            pooled="pooled" in names,
+            weights=bool(layers),
+            layers=layers,
+        ),
+    )
+    for row, length in zip(ids, lengths, strict=True):
+        message.tokens.sequences.add(ids=row[:length].tolist())
+    padded_len = ids.shape[1]
+    item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
+    rows = ids.size * item
+    size = rows * model.manifest.transformer.hidden_size if "last_hidden_state" in names else 0  # type: ignore[union-attr]
+    size += rows * padded_len * model.manifest.attention.num_heads * len(layers)
+    check_answer_size(size, min(limits.max_message_bytes, limits.max_response_bytes))
+    return TokensCall(message, layers, padded_len)
+
+
+def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, Array]:
+    """The answer to a token request as the protocol has it, 0 where there is padding.
+
+    Returns:
+        last_hidden_state [B, S, E], pooled [B, E], weights_<layer> [B, H, S, S]; what was wanted.
+    """
+    arrays: dict[str, Array] = {}
+    batch, most = len(sequences), call.padded_len
+    for row, sequence in enumerate(sequences):
+        if sequence.hidden is not None:
+            length, width = sequence.hidden.shape
+            hidden = arrays.setdefault(
+                "last_hidden_state", np.zeros((batch, most, width), sequence.hidden.dtype)
+            )
+            hidden[row, :length] = sequence.hidden
+        if sequence.weights is not None:
+            _, heads, length, _ = sequence.weights.shape
+            for layer, weights in zip(call.layers, sequence.weights, strict=True):
+                all_weights = arrays.setdefault(
+                    f"{_LAYER}{layer}", np.zeros((batch, heads, most, most), weights.dtype)
+                )
+                all_weights[row, :, :length, :length] = weights
+    pooled = [sequence.pooled for sequence in sequences if sequence.pooled is not None]
+    if pooled:
+        arrays["pooled"] = np.stack(pooled)
+    return arrays
+
+
+def _sequences(
+    model: LoadedModel, tensors: Mapping[str, InputTensor], limits: Limits
+) -> tuple[Array, Array]:
+    """Ids [B, S] and their lengths [B]."""
+    transformer = model.manifest.transformer
+    assert transformer is not None
+    for name in tensors:
+        if name not in ("input_ids", "attention_mask"):
+            raise _no_input(model, name)
+    if "input_ids" not in tensors:
+        raise InvalidRequestError.of("input_ids", "nothing", "[B, S] INT64")
+    ids = _integers(tensors["input_ids"])
+    batch, padded_len = ids.shape
+    most = min(transformer.max_seq_len or limits.max_seq_len, limits.max_seq_len)
+    if batch > limits.max_batch or padded_len > most:
+        raise InvalidRequestError.of(
+            "input_ids.shape", list(ids.shape), f"up to [{limits.max_batch}, {most}]"
+        )
+    lengths = np.full(batch, padded_len, np.int64)
+    if "attention_mask" in tensors:
+        mask = _integers(tensors["attention_mask"])
+        if mask.shape != ids.shape:
+            raise InvalidRequestError.of(
+                "attention_mask.shape", list(mask.shape), f"{list(ids.shape)}, as input_ids has"
+            )
+        lengths = (mask != 0).sum(axis=1)
+        _check_mask(mask, lengths)
+    real = np.arange(padded_len) < lengths[:, None]
+    wrong = real & ((ids < 0) | (ids >= transformer.vocab_size))
+    if wrong.any():
+        row, position = (int(index) for index in np.argwhere(wrong)[0])
+        raise InvalidRequestError.of(
+            f"input_ids[{row}, {position}]",
+            int(ids[row, position]),
+            f"0..{transformer.vocab_size - 1}, the vocabulary",
+        )
+    return ids, lengths
+
+
+def _check_mask(mask: Array, lengths: Array) -> None:
+    """Padding comes after the tokens: each row is ones, then zeros."""
+    wrong = mask != (np.arange(mask.shape[1]) < lengths[:, None])
+    if wrong.any():
+        row, position = (int(index) for index in np.argwhere(wrong)[0])
+        raise InvalidRequestError.of(
+            f"attention_mask[{row}, {position}]",
+            int(mask[row, position]),
+            "ones for tokens, then zeros for padding on the right",
+        )
+    if not lengths.all():
+        row = int(lengths.argmin())
+        raise InvalidRequestError.of(f"attention_mask[{row}]", "no ones", "at least one token")
+
+
+def _integers(tensor: InputTensor) -> Array:
+    """A copy of [B, S] INT64."""
+    name, shape = tensor.name, tensor.shape
+    if tensor.dtype != pb.INT64:
+        raise InvalidRequestError.of(f"{name}.datatype", dtypes.name_of(tensor.dtype), "INT64")
+    if len(shape) != 2 or min(shape) < 1:
+        raise InvalidRequestError.of(f"{name}.shape", list(shape), "[B, S], each at least 1")
+    wanted = math.prod(shape) * 8
+    if tensor.elements.nbytes != wanted:
+        raise InvalidRequestError.of(
+            name, f"{tensor.elements.nbytes} bytes", f"{wanted} bytes, as shape {list(shape)} takes"
+        )
+    return np.frombuffer(bytes(tensor.elements), "<i8").reshape(shape)
+
+
+def _wrong(name: str, given: object, allowed: str) -> InvalidRequestError:
+    return InvalidRequestError.of(f"parameters[{name!r}]", repr(given), allowed)
+
+
+def _no_input(model: LoadedModel, name: str) -> InvalidRequestError:
+    allowed = ", ".join(port.name for port in ports.inputs(model))
+    return InvalidRequestError.of("inputs", repr(name[:80]), f"{allowed} for {model.manifest.name}")
+
+
+def _no_output(model: LoadedModel, name: str) -> InvalidRequestError:
+    allowed = ", ".join(port.name for port in ports.outputs(model))
+    return InvalidRequestError.of(
+        "outputs", repr(name[:80]), f"{allowed} for {model.manifest.name}"
+    )
+
+
+_INTEGERS = {
+    "top_k": _MOST,
+    "mass_by_distance": _MOST,
+    "priority": 3,
+    "timeout": _LONGEST_TIMEOUT,
+}

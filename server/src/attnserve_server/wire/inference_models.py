@@ -1,0 +1,143 @@
+"""Open Inference Protocol: models, their counts and the repository, to messages."""
+
+from collections.abc import Sequence
+
+from attnserve_proto.inference import open_inference_pb2 as oip
+
+from attnserve_server.engine import ports
+from attnserve_server.engine.catalog import CatalogEntry
+from attnserve_server.engine.models import LoadedModel
+from attnserve_server.engine.ports import Port
+from attnserve_server.engine.providers import CUDA
+from attnserve_server.shared_memory import RegionStatus
+from attnserve_server.statistics import Duration, ModelCounts
+
+# As Triton calls ONNX models that ONNX Runtime runs.
+_PLATFORM, _BACKEND = "onnxruntime_onnx", "onnxruntime"
+
+
+def metadata(model: LoadedModel, versions: Sequence[int]) -> oip.ModelMetadataResponse:
+    """What a model takes and gives."""
+    return oip.ModelMetadataResponse(
+        name=model.manifest.name,
+        versions=[str(version) for version in versions],
+        platform=_PLATFORM,
+        inputs=map(_tensor, ports.inputs(model)),
+        outputs=map(_tensor, ports.outputs(model)),
+    )
+
+
+def config(model: LoadedModel, max_batch: int, concurrency: int) -> oip.ModelConfig:
+    """The same as Triton's configuration would say it, with the manifest's facts as parameters."""
+    manifest, attention = model.manifest, model.manifest.attention
+    group = oip.ModelInstanceGroup
+    message = oip.ModelConfig(
+        name=manifest.name,
+        platform=_PLATFORM,
+        backend=_BACKEND,
+        max_batch_size=max_batch,
+        input=[
+            oip.ModelInput(
+                name=port.name,
+                data_type=_data_type(port),
+                dims=port.shape[1:],
+                optional=port.optional,
+            )
+            for port in ports.inputs(model)
+        ],
+        output=[
+            oip.ModelOutput(name=port.name, data_type=_data_type(port), dims=port.shape[1:])
+            for port in ports.outputs(model)
+        ],
+        instance_group=[
+            group(
+                name=manifest.name,
+                count=concurrency,
+                kind=group.KIND_GPU if model.provider == CUDA else group.KIND_CPU,
+            )
+        ],
+        model_transaction_policy=oip.ModelTransactionPolicy(decoupled=False),
+    )
+    facts = {
+        "kind": manifest.kind,
+        "mask": attention.mask,
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "value_head_dim": attention.value_head_dim,
+        "scale": attention.scale,
+        "softcap": attention.softcap,
+        "variants": ",".join(variant.name for variant in model.variants),
+    }
+    for name, fact in facts.items():
+        message.parameters[name].string_value = str(fact)
+    return message
+
+
+def statistics(model: LoadedModel, counts: ModelCounts) -> oip.ModelStatistics:
+    """What was counted of one version of a model."""
+    return oip.ModelStatistics(
+        name=model.manifest.name,
+        version=str(model.manifest.version),
+        last_inference=counts.last_inference,
+        inference_count=counts.inferences,
+        execution_count=counts.executions,
+        inference_stats=oip.InferStatistics(
+            success=_duration(counts.success),
+            fail=_duration(counts.fail),
+            queue=_duration(counts.queue),
+            compute_input=_duration(counts.compute_input),
+            compute_infer=_duration(counts.compute_infer),
+            compute_output=_duration(counts.compute_output),
+            cache_hit=_duration(Duration()),
+            cache_miss=_duration(Duration()),
+        ),
+        batch_stats=[
+            oip.InferBatchStatistics(
+                batch_size=size,
+                compute_input=_duration(batch.compute_input),
+                compute_infer=_duration(batch.compute_infer),
+                compute_output=_duration(batch.compute_output),
+            )
+            for size, batch in sorted(counts.batches.items())
+        ],
+    )
+
+
+def index(entries: Sequence[CatalogEntry]) -> oip.RepositoryIndexResponse:
+    """What the repository holds."""
+    return oip.RepositoryIndexResponse(
+        models=[
+            oip.RepositoryIndexResponse.ModelIndex(
+                name=entry.name,
+                version=str(entry.version),
+                state=entry.state,
+                reason=entry.reason,
+            )
+            for entry in entries
+        ]
+    )
+
+
+def regions(statuses: Sequence[RegionStatus]) -> oip.SystemSharedMemoryStatusResponse:
+    """Registered shared memory."""
+    response = oip.SystemSharedMemoryStatusResponse()
+    for status in statuses:
+        region = response.regions[status.name]
+        region.name, region.key = status.name, status.key
+        region.offset, region.byte_size = status.offset, status.byte_size
+    return response
+
+
+def _tensor(port: Port) -> oip.ModelMetadataResponse.TensorMetadata:
+    return oip.ModelMetadataResponse.TensorMetadata(
+        name=port.name, datatype=port.datatype, shape=port.shape
+    )
+
+
+def _data_type(port: Port) -> "oip.DataType.ValueType":
+    return oip.DataType.Value(f"TYPE_{port.datatype}")
+
+
+def _duration(duration: Duration) -> oip.StatisticDuration:
+    return oip.StatisticDuration(count=duration.count, ns=duration.ns)
