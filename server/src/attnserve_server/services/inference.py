@@ -131,7 +131,7 @@ class InferenceService:
         self, message: oip.ServerReadyRequest, context: grpc.ServicerContext
     ) -> oip.ServerReadyResponse:
         """Whether requests are taken."""
-        return oip.ServerReadyResponse(ready=not self._runtime.places.draining)
+        return oip.ServerReadyResponse(ready=not self._runtime.scheduler.draining)
 
     def model_ready(
         self, message: oip.ModelReadyRequest, context: grpc.ServicerContext
@@ -141,7 +141,7 @@ class InferenceService:
             self._runtime.store.get(message.name, message.version)
         except RequestError:
             return oip.ModelReadyResponse(ready=False)
-        return oip.ModelReadyResponse(ready=not self._runtime.places.draining)
+        return oip.ModelReadyResponse(ready=not self._runtime.scheduler.draining)
 
     def server_metadata(
         self, message: oip.ServerMetadataRequest, context: grpc.ServicerContext
