@@ -9,6 +9,9 @@ _UNLIMITED = -1
 STREAM_THRESHOLD_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 20
 
+# Memory to share with a server on the same host, unless told otherwise.
+SHARED_MEMORY_BYTES = 1 << 30
+
 SERVICE = "attnserve.v1.AttentionService"
 
 # UNAVAILABLE is retried by grpc itself (https://grpc.io/docs/guides/retry/). Every method but

@@ -1,17 +1,27 @@
 """The blocking client."""
 
+import contextlib
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
 from attnserve_client import _channel, _errors, _messages, _tensors
 from attnserve_client._assembly import Assembler
 from attnserve_client._messages import AttendCall, Tokens
-from attnserve_client._results import AttendResult, Model, ServerInfo, StoredTensor, TokensResult
+from attnserve_client._results import (
+    Array,
+    AttendResult,
+    Model,
+    ServerInfo,
+    StoredTensor,
+    TokensResult,
+)
+from attnserve_client._sharing import SharedCall, Sharing
 from attnserve_client._stream import AttendStream
 
 
@@ -23,6 +33,10 @@ class AttentionClient:
         credentials: for TLS; None is a plaintext channel.
         stream_threshold_bytes: requests whose tensors, both ways, exceed this go over
             AttendStream in chunks.
+        shared_memory: put the tensors of `attend`, both ways, into memory shared with the server,
+            which must be on this host and run as this user. Arrays that `shared_empty` or `shared`
+            made are not copied. A result's arrays take up shared memory as long as they live.
+        shared_memory_bytes: how much to share, at most; pages are taken as they are used.
     """
 
     def __init__(
@@ -31,6 +45,8 @@ class AttentionClient:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         stream_threshold_bytes: int = _channel.STREAM_THRESHOLD_BYTES,
+        shared_memory: bool = False,
+        shared_memory_bytes: int = _channel.SHARED_MEMORY_BYTES,
     ) -> None:
         options = _channel.CHANNEL_OPTIONS
         self._channel = (
@@ -47,6 +63,10 @@ class AttentionClient:
         )
         self._put_tensor = self._channel.stream_unary(_channel.method_path("PutTensor"), None, None)
 
+        self._sharing = (
+            Sharing(shared_memory_bytes, self._register_shared_memory) if shared_memory else None
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -59,8 +79,35 @@ class AttentionClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """Close the connection; calls under way are cancelled. Arrays live on."""
+        if self._sharing is not None:
+            self._sharing.close(self._unregister_shared_memory)
         self._channel.close()
+
+    def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        """An array in the memory shared with the server, its elements undefined.
+
+        Args:
+            shape: of it.
+            dtype: float32, float16 or bfloat16, as the model has it.
+
+        Raises:
+            RuntimeError: this client shares no memory.
+            MemoryError: not so much of it is free.
+        """
+        return self._shared().arena.empty(tuple(shape), np.dtype(dtype))
+
+    def shared(self, array: Any) -> Array:
+        """A copy of an array in the memory shared with the server; errors as `shared_empty`."""
+        elements = _tensors.as_array(array, "array")
+        copy = self.shared_empty(elements.shape, elements.dtype)
+        copy[...] = elements
+        return copy
+
+    def _shared(self) -> Sharing:
+        if self._sharing is None:
+            raise RuntimeError("this client shares no memory; give it shared_memory=True")
+        return self._sharing
 
     def attend(
         self,
@@ -139,6 +186,8 @@ class AttentionClient:
             mass_by_distance=mass_by_distance,
             priority=priority,
         )
+        if self._sharing is not None and (shared := self._sharing.call(call)) is not None:
+            return self._attend_shared(self._sharing, call, shared, timeout)
         if call.request_bytes + call.response_bytes > self._threshold:
             return self._attend_in_chunks(call, timeout)
         try:
@@ -146,6 +195,37 @@ class AttentionClient:
         except grpc.RpcError as error:
             raise _errors.from_rpc_error(error, "Attend") from None
         return _messages.attend_result_from_bytes(answer)
+
+    def _attend_shared(
+        self, sharing: Sharing, call: AttendCall, shared: SharedCall, timeout: float | None
+    ) -> AttendResult:
+        try:
+            answer = self._attend(shared.message, timeout=timeout)
+        except grpc.RpcError as error:
+            if not _errors.is_unknown_region(error):
+                raise _errors.from_rpc_error(error, "Attend") from None
+            # The server was started anew: it has not mapped the memory yet.
+            sharing.forget()
+            again = sharing.call(call)
+            assert again is not None
+            shared = again
+            try:
+                answer = self._attend(shared.message, timeout=timeout)
+            except grpc.RpcError as second:
+                raise _errors.from_rpc_error(second, "Attend") from None
+        return sharing.result(shared, answer)
+
+    def _register_shared_memory(self, key: str, byte_size: int) -> str:
+        request = pb.RegisterSharedMemoryRequest(key=key, byte_size=byte_size)
+        try:
+            return self._stub.RegisterSharedMemory(request, timeout=10.0).name
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "RegisterSharedMemory") from None
+
+    def _unregister_shared_memory(self, name: str) -> None:
+        with contextlib.suppress(grpc.RpcError):  # the server may be gone
+            request = pb.UnregisterSharedMemoryRequest(name=name)
+            self._stub.UnregisterSharedMemory(request, timeout=1.0)
 
     def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
         assembler = Assembler()

@@ -136,6 +136,13 @@ def from_rpc_error(error: grpc.RpcError, method: str) -> AttnserveError:
     return from_status(code, details, method, _retry_after(error))
 
 
+def is_unknown_region(error: grpc.RpcError) -> bool:
+    """Whether a call failed because the server does not know the memory shared with it."""
+    code = getattr(error, "code", lambda: None)()
+    details = getattr(error, "details", lambda: None)() or ""
+    return code == grpc.StatusCode.NOT_FOUND and details.startswith("shared_memory region")
+
+
 def _retry_after(error: grpc.RpcError) -> float | None:
     for name, value in getattr(error, "trailing_metadata", lambda: None)() or ():
         if name == "retry-after":

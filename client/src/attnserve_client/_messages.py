@@ -1,7 +1,7 @@
 """Requests from arguments and results from answers: what the two clients share."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -36,12 +36,20 @@ class AttendCall:
         head: everything but the tensors, serialised.
         tensors: those that are sent, by field name.
         no_output, return_weights: as in `ReturnOptions`.
+        stored: those that the server keeps.
     """
 
     head: bytes
     tensors: dict[str, Array]
     no_output: bool
     return_weights: bool
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Shape and bytes of an element of each tensor, sent or kept."""
+        every: dict[str, Array | StoredTensor] = {**self.tensors, **self.stored}
+        return {name: (tensor.shape, tensor.dtype.itemsize) for name, tensor in every.items()}
 
     @property
     def request_bytes(self) -> int:
@@ -140,10 +148,12 @@ def attend_call(
         priority,
     )
     arrays: dict[str, Array] = {}
+    stored: dict[str, StoredTensor] = {}
     for name, value in tensors.items():
         if value is None:
             continue
         if isinstance(value, StoredTensor):
+            stored[name] = value
             head += encoding.embedded(
                 _REQUEST_FIELD[name], pb.Tensor(stored=value.handle).SerializeToString()
             )
@@ -152,7 +162,7 @@ def attend_call(
         if name == "key_lengths":
             array = array.astype(np.int64, casting="same_kind")
         arrays[name] = array
-    return AttendCall(head, arrays, no_output, return_weights)
+    return AttendCall(head, arrays, no_output, return_weights, stored)
 
 
 @lru_cache(maxsize=256)

@@ -66,6 +66,11 @@ def empty(tensor: pb.Tensor) -> Array:
     return np.empty(shape, _NUMPY[tensor.dtype])
 
 
+def placed(tensor: pb.Tensor, elements: Array) -> Array:
+    """A tensor whose elements are these bytes, where they lie."""
+    return elements.view(_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
+
+
 def copy_of(tensor: pb.Tensor, elements: bytes | memoryview) -> Array:
     """A writable array of a tensor whose elements lie in `elements`."""
     flat = np.frombuffer(elements, dtype=_NUMPY[tensor.dtype])

@@ -13,8 +13,10 @@ from attnserve_proto.layouts import Layouts
 
 from attnserve_server import __version__, validation
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, UnimplementedError
-from attnserve_server.services import inputs
+from attnserve_server.services import inputs, outputs
 from attnserve_server.services.answering import answering
+from attnserve_server.services.outputs import Frame
+from attnserve_server.services.regions import SharedMemoryService
 from attnserve_server.services.runtime import Runtime, ticket_for
 from attnserve_server.services.stream import StreamCall, Streams
 from attnserve_server.services.tensors import TensorService
@@ -31,7 +33,7 @@ class _Planned:
     """A checked request, and the generation of the model store that it was checked against."""
 
     generation: int
-    planned: tuple[validation.AttendPlan, answers.AnswerFrame]
+    planned: tuple[validation.AttendPlan, Frame]
 
 
 class AttentionService:
@@ -45,8 +47,9 @@ class AttentionService:
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """What to add to a `grpc.Server`."""
-        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        once, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
         kept = TensorService(self._runtime)
+        shared = SharedMemoryService(self._runtime.regions)
         metrics = self._runtime.metrics
 
         def plain(
@@ -57,7 +60,7 @@ class AttentionService:
             def decoded(message: bytes, context: grpc.ServicerContext) -> ResponseT:
                 return behaviour(request.FromString(message), context)  # type: ignore[attr-defined]
 
-            return unary(
+            return once(
                 answering(metrics, method, decoded),
                 response_serializer=lambda response: response.SerializeToString(),
             )
@@ -65,13 +68,19 @@ class AttentionService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Attend": unary(answering(metrics, "Attend", self.attend)),
+                "Attend": once(answering(metrics, "Attend", self.attend)),
                 "AttendStream": stream(self.attend_stream),
                 "AttendTokens": plain("AttendTokens", self.attend_tokens, pb.AttendTokensRequest),
                 "Decode": stream(self.decode),
                 "PutTensor": grpc.stream_unary_rpc_method_handler(
                     answering(metrics, "PutTensor", kept.put),
                     response_serializer=lambda response: response.SerializeToString(),
+                ),
+                "RegisterSharedMemory": plain(
+                    "RegisterSharedMemory", shared.register, pb.RegisterSharedMemoryRequest
+                ),
+                "UnregisterSharedMemory": plain(
+                    "UnregisterSharedMemory", shared.unregister, pb.UnregisterSharedMemoryRequest
                 ),
                 "RenewTensor": plain("RenewTensor", kept.renew, pb.RenewTensorRequest),
                 "DropTensor": plain("DropTensor", kept.drop, pb.DropTensorRequest),
@@ -88,15 +97,15 @@ class AttentionService:
         (plan, frame), views = self._planned(request)
         ticket = ticket_for(context, plan.priority)
         with runtime.budget.lending(plan.sent_bytes + plan.response_bytes):
-            arrays = inputs.arrays(plan, views, runtime)
-            answer = answers.Answer(frame)
+            arrays = inputs.arrays(plan, views, runtime, ticket.caller)
+            answer = outputs.begin(frame, runtime, ticket.caller)
             work = validation.complete(plan, arrays, answer.into)
             _, clock = runtime.attend(work, ticket, arrived)
             return answer.finish(clock.timings(time.perf_counter_ns()))
 
     def _planned(
         self, request: bytes
-    ) -> tuple[tuple[validation.AttendPlan, answers.AnswerFrame], dict[str, memoryview]]:
+    ) -> tuple[tuple[validation.AttendPlan, Frame], dict[str, memoryview]]:
         """What a request asks for, and the elements of its tensors.
 
         Callers send the same request again and again with other elements: it is checked once.
@@ -121,7 +130,7 @@ class AttentionService:
                 f"response size: its tensors take {plan.response_bytes} bytes; allowed in one "
                 f"message: {runtime.limits.max_message_bytes}; use AttendStream"
             )
-        planned = plan, answers.answer_frame(plan.model, plan.variant.name, plan.results)
+        planned = plan, outputs.frame(plan)
         self._plans.remember(request, rooms, _Planned(generation, planned))
         view = memoryview(request)
         return planned, {name: view[start:end] for name, (start, end) in rooms.items()}
@@ -142,9 +151,9 @@ class AttentionService:
         runtime = self._runtime
         work = validation.tokens_work(message, runtime.store, runtime.limits)
         ticket = ticket_for(context, work.priority)
-        outputs, clock = runtime.attend_tokens(work, ticket, arrived)
+        results, clock = runtime.attend_tokens(work, ticket, arrived)
         timings = clock.timings(time.perf_counter_ns())
-        return answers.tokens_response(work, outputs, timings)
+        return answers.tokens_response(work, results, timings)
 
     def decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attention over a KV cache in the server; not there yet."""

@@ -16,7 +16,7 @@ from attnserve_server import validation
 from attnserve_server.errors import CancelledError, DrainingError, InvalidRequestError
 from attnserve_server.scheduler import Ticket
 from attnserve_server.scheduler.job import NORMAL
-from attnserve_server.services import inputs
+from attnserve_server.services import inputs, outputs
 from attnserve_server.services.reception import Receiver, Reception, RefusedChunkError
 from attnserve_server.services.runtime import Runtime, ticket_for
 from attnserve_server.services.statuses import retry_after, say_when_to_retry, status_of
@@ -174,7 +174,7 @@ class StreamCall:
                 kept=self._runtime.kept.get,
             )
             self._runtime.scheduler.check_room(ticket)
-            arrays = inputs.arrays(plan, views, self._runtime)
+            arrays = inputs.arrays(plan, views, self._runtime, ticket.caller)
             complete = self._receiver.begin(request_id, plan, arrays)
         except Exception as error:
             self._receiver.discard(request_id, attend)
@@ -209,15 +209,7 @@ class StreamCall:
     def _compute(self, request_id: int, reception: Reception, ticket: Ticket, arrived: int) -> None:
         plan = reception.plan
         try:
-            work = validation.complete(plan, reception.arrays)
-            results, clock = self._runtime.attend(work, ticket, arrived)
-            timings = clock.timings(time.perf_counter_ns())
-            answer = answers.attend_stream(
-                request_id,
-                answers.attend_response(work, timings),
-                results,
-                self._runtime.limits.chunk_bytes,
-            )
+            answer = self._answer(request_id, reception, ticket, arrived)
         except Exception as error:
             self._fail(request_id, error, room_taken=True)
         else:
@@ -227,6 +219,24 @@ class StreamCall:
             self._runtime.budget.give_back(plan.sent_bytes)
             with self._lock:
                 self._tickets.discard(ticket)
+
+    def _answer(
+        self, request_id: int, reception: Reception, ticket: Ticket, arrived: int
+    ) -> Iterator[bytes]:
+        """Compute the messages of an answer."""
+        plan, runtime = reception.plan, self._runtime
+        if plan.output_region is not None:
+            shared = outputs.begin(outputs.frame(plan), runtime, ticket.caller)
+            work = validation.complete(plan, reception.arrays, shared.into)
+            _, clock = runtime.attend(work, ticket, arrived)
+            response = shared.finish(clock.timings(time.perf_counter_ns()))
+            return iter((answers.stream_response(request_id, response),))
+        work = validation.complete(plan, reception.arrays)
+        results, clock = runtime.attend(work, ticket, arrived)
+        timings = clock.timings(time.perf_counter_ns())
+        response_message = answers.attend_response(work, timings)
+        chunk_bytes = runtime.limits.chunk_bytes
+        return answers.attend_stream(request_id, response_message, results, chunk_bytes)
 
     def _fail(self, request_id: int, error: Exception, *, room_taken: bool = False) -> None:
         if not room_taken:

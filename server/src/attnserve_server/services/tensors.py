@@ -43,7 +43,7 @@ class TensorService:
                 _receive(messages, target)
             else:
                 views = {} if data is None else {"tensor": memoryview(data)}
-                array[...] = inputs.array(spec, views, self._runtime)
+                array[...] = inputs.array(spec, views, self._runtime, context.peer())
             _end(messages)
             return _stored(kept.put(array, header.lease / 1e6))
         except BaseException:

@@ -1,27 +1,21 @@
 """Results to answers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import buffers, wire
-from attnserve_proto.encoding import tag, varint
-from attnserve_proto.frames import RESPONSE_PADDING, Frame, lay_out, pad
+from attnserve_proto import wire
+from attnserve_proto.encoding import embedded
 
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.models import LoadedModel
 from attnserve_server.engine.work import AttendWork, SequenceOutput, TokensWork
 from attnserve_server.wire import tensors
-from attnserve_server.wire.tensors import TensorSpec
 
 _FIELD = {name: number for number, name in wire.RESPONSE_TENSORS.items()}
 
 # Tensors smaller than this travel within a stream's `response` message.
 _INLINE_BYTES = 64 << 10
-
-_TIMINGS = pb.AttendResponse.TIMINGS_FIELD_NUMBER
-# Room for timings: five fields of at most eleven bytes, and what tells how many follow.
-_TAIL_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,66 +48,15 @@ class Clock:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerFrame:
-    """A unary answer but for its elements and timings: alike for all requests of one plan."""
-
-    frame: Frame
-    results: tuple[TensorSpec, ...]
-
-
-def answer_frame(model: LoadedModel, variant: str, results: Sequence[TensorSpec]) -> AnswerFrame:
-    """Lay an answer out.
-
-    Args:
-        model, variant: that will run.
-        results: its tensors.
-    """
-    head = _head(model, variant).SerializeToString()
-    parts = [
-        (
-            _FIELD[spec.name],
-            pb.Tensor(dtype=spec.wire_dtype, shape=spec.shape).SerializeToString(),
-            spec.byte_size,
-        )
-        for spec in results
-    ]
-    return AnswerFrame(lay_out(head, parts, RESPONSE_PADDING, _TAIL_BYTES), tuple(results))
-
-
-class Answer:
-    """One unary answer, whose tensors are computed where they are sent from.
-
-    Attributes:
-        into: its tensors, to be filled.
-    """
-
-    def __init__(self, prepared: AnswerFrame) -> None:
-        self._frame = prepared.frame
-        self._message, self._view = buffers.blank(prepared.frame.size)
-        self.into: dict[str, Array] = {
-            spec.name: spec.view(self._view[start:end])
-            for spec, (start, end) in zip(prepared.results, prepared.frame.rooms, strict=True)
-        }
-
-    def finish(self, timings: pb.Timings) -> bytes:
-        """The message, once its tensors are filled."""
-        self._frame.write_pieces(self._view)
-        body = timings.SerializeToString()
-        tail = tag(_TIMINGS) + varint(len(body)) + body
-        tail += pad(RESPONSE_PADDING, _TAIL_BYTES - len(tail))
-        self._view[self._frame.end :] = tail
-        return self._message
-
-
 def attend_response(work: AttendWork, timings: pb.Timings) -> pb.AttendResponse:
     """An answer without its tensors."""
-    response = _head(work.model, work.variant.name)
+    response = head(work.model, work.variant.name)
     response.timings.CopyFrom(timings)
     return response
 
 
-def _head(model: LoadedModel, variant: str) -> pb.AttendResponse:
+def head(model: LoadedModel, variant: str) -> pb.AttendResponse:
+    """An answer without its tensors and timings."""
     return pb.AttendResponse(
         model=model.manifest.name, version=str(model.manifest.version), variant=variant
     )
@@ -134,6 +77,12 @@ def attend_stream(
     yield pb.AttendStreamResponse(request_id=request_id, response=response).SerializeToString()
     for name in large:
         yield from wire.cut(request_id, _FIELD[name], tensors.data(arrays[name]), chunk_bytes)
+
+
+def stream_response(request_id: int, response: bytes) -> bytes:
+    """A whole answer, serialised as `AttendResponse`, as one stream message."""
+    head = pb.AttendStreamResponse(request_id=request_id).SerializeToString()
+    return head + embedded(pb.AttendStreamResponse.RESPONSE_FIELD_NUMBER, response)
 
 
 def stream_error(request_id: int, code: int, message: str, retry_after: float | None) -> bytes:

@@ -1,0 +1,107 @@
+"""Arrays in memory shared with a server on the same host.
+
+One POSIX object, of which the server maps the same pages; arrays are pieces of it, and a piece is
+free again once its last array is gone. So nothing is copied that was made here.
+"""
+
+import bisect
+import math
+import threading
+import weakref
+from collections import deque
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+
+from attnserve_client._results import Array
+
+# The server takes tensors at multiples of this.
+ALIGNMENT = 64
+
+
+class Arena:
+    """Shared memory to make arrays in. Safe to share between threads.
+
+    Args:
+        byte_size: of the whole; pages are taken from the system as they are first written to.
+    """
+
+    def __init__(self, byte_size: int) -> None:
+        self._memory = SharedMemory(create=True, size=byte_size)
+        self._address = np.asarray(self._memory.buf).ctypes.data
+        self._size = byte_size
+        # Free pieces as (start, end), in order and apart from each other.
+        self._free = [(0, byte_size)]
+        # Pieces whose arrays are gone: appended by finalizers, which must not take the lock.
+        self._returned: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def key(self) -> str:
+        """The object's name, as shm_open(3) takes it."""
+        return self._memory.name
+
+    @property
+    def byte_size(self) -> int:
+        """Of the whole."""
+        return self._size
+
+    def empty(self, shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Array:
+        """An array in shared memory, its elements undefined.
+
+        Raises:
+            MemoryError: no piece of that size is free.
+        """
+        return np.asarray(self._piece(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
+
+    def offset_of(self, array: Array) -> int | None:
+        """Where in the object a contiguous array lies; None if it is not in it, or not aligned."""
+        offset = array.ctypes.data - self._address
+        inside = offset >= 0 and offset + array.nbytes <= self._size
+        return offset if inside and offset % ALIGNMENT == 0 else None
+
+    def close(self) -> None:
+        """Remove the object's name; its memory lasts as long as arrays in it do."""
+        self._memory.unlink()
+
+    def _piece(self, byte_size: int) -> "_Piece":
+        taken = -(-max(1, byte_size) // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            while self._returned:
+                self._give_back(*self._returned.popleft())
+            for index, (start, end) in enumerate(self._free):
+                if end - start >= taken:
+                    self._free[index : index + 1] = [(start + taken, end)] * (end - start > taken)
+                    break
+            else:
+                raise MemoryError(
+                    f"shared memory: no {byte_size} bytes are free of {self._size}; keep fewer "
+                    "results, or give AttentionClient more shared_memory_bytes"
+                )
+        piece = _Piece(self, self._address + start, byte_size)
+        finalizer = weakref.finalize(piece, self._returned.append, (start, start + taken))
+        finalizer.atexit = False
+        return piece
+
+    def _give_back(self, start: int, end: int) -> None:
+        at = bisect.bisect(self._free, (start, end))
+        if at < len(self._free) and self._free[at][0] == end:
+            end = self._free.pop(at)[1]
+        if at and self._free[at - 1][1] == start:
+            at -= 1
+            start = self._free.pop(at)[0]
+        self._free.insert(at, (start, end))
+
+
+class _Piece:
+    """What an array is made over; it lives as long as any array or view over it."""
+
+    def __init__(self, arena: Arena, address: int, byte_size: int) -> None:
+        self._arena = arena
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": (byte_size,),
+            "typestr": "|u1",
+        }
