@@ -44,9 +44,9 @@ class AttentionServer:
         self._places = Places(settings.concurrency, limits.max_queue)
         self._streams = Streams()
         budget = ByteBudget(limits.max_bytes_in_flight)
-        self.metrics = Metrics()
-        self.metrics.waiting.set_function(lambda: self._places.waiting)
-        self.metrics.bytes_in_flight.set_function(lambda: budget.lent)
+        self.metrics = Metrics(merged=settings.workers > 1)
+        self.metrics.watch(self.metrics.waiting, lambda: self._places.waiting)
+        self.metrics.watch(self.metrics.bytes_in_flight, lambda: budget.lent)
         # A stream has one reader, and as many computations as it has answers under way.
         pool = ThreadPoolExecutor(4 * settings.grpc_threads, thread_name_prefix="stream")
         runtime = Runtime(self.store, self._places, budget, limits, self.metrics, pool)
@@ -56,7 +56,7 @@ class AttentionServer:
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(settings.workers > 1)),
             ],
         )
         service = AttentionService(runtime, self._streams, self.providers.names)

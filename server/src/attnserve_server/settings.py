@@ -51,6 +51,7 @@ class Settings:
         concurrency: computations that run at once.
         grpc_threads: calls handled at once, waiting ones included.
         drain_seconds: how long SIGTERM waits for calls under way.
+        workers: processes that share the port, each a whole server with all that is set here.
         limits: what is accepted.
     """
 
@@ -64,6 +65,7 @@ class Settings:
     concurrency: int = 1
     grpc_threads: int = 320
     drain_seconds: float = 30.0
+    workers: int = 1
     limits: Limits = Limits()
 
 
