@@ -88,13 +88,13 @@ class MergedMetrics:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.port: int | None = None
-        self._registry = CollectorRegistry()
-        MultiProcessCollector(self._registry, folder)  # type: ignore[no-untyped-call]
-        self.workers = Gauge("attnserve_workers", "Workers that serve.", registry=self._registry)
+        self.registry = CollectorRegistry()
+        MultiProcessCollector(self.registry, folder)  # type: ignore[no-untyped-call]
+        self.workers = Gauge("attnserve_workers", "Workers that serve.", registry=self.registry)
         self.restarts = Counter(
             "attnserve_worker_restarts",
             "Workers that died and were replaced.",
-            registry=self._registry,
+            registry=self.registry,
         )
 
     def forget(self, pid: int) -> None:
@@ -103,7 +103,7 @@ class MergedMetrics:
 
     def serve(self, host: str, port: int) -> None:
         """Serve /metrics over HTTP from a thread of its own, on `self.port`."""
-        self.port = _serve(self._registry, host, port)
+        self.port = _serve(self.registry, host, port)
 
 
 def _serve(registry: CollectorRegistry, host: str, port: int) -> int:
