@@ -62,13 +62,13 @@ class AttentionServer:
         self._scheduler = Scheduler(_rules(settings, self.providers))
         self._streams = Streams()
         budget = ByteBudget(limits.max_bytes_in_flight)
-        self.metrics = Metrics()
-        self.metrics.waiting.set_function(lambda: self._scheduler.waiting)
-        self.metrics.bytes_in_flight.set_function(lambda: budget.lent)
+        self.metrics = Metrics(merged=settings.workers > 1)
+        self.metrics.watch(self.metrics.waiting, lambda: self._scheduler.waiting)
+        self.metrics.watch(self.metrics.bytes_in_flight, lambda: budget.lent)
         # A stream has one reader, and as many computations as it has answers under way.
         pool = ThreadPoolExecutor(4 * settings.grpc_threads, thread_name_prefix="stream")
         kept = KeptTensors(limits.max_kept_bytes, limits.kept_lease, limits.max_kept_lease)
-        self.metrics.kept_bytes.set_function(lambda: kept.bytes)
+        self.metrics.watch(self.metrics.kept_bytes, lambda: kept.bytes)
         self.regions = SharedRegions(limits.max_shared_regions, limits.max_shared_bytes)
         runtime = Runtime(
             self.store, self._scheduler, budget, limits, self.metrics, pool, kept, self.regions
@@ -79,12 +79,14 @@ class AttentionServer:
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(settings.workers > 1)),
             ],
         )
         service = AttentionService(runtime, self._streams, self.providers.names)
         self._server.add_generic_rpc_handlers((service.handler(),))
-        catalog = Catalog(settings.repository, self.store, load, changeable=settings.model_control)
+        # A call reaches one worker: the others would go on without the change.
+        changeable = settings.model_control and settings.workers == 1
+        catalog = Catalog(settings.repository, self.store, load, changeable=changeable)
         open_inference = InferenceService(runtime, self._streams, catalog, settings.concurrency)
         self._server.add_generic_rpc_handlers((open_inference.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -1,45 +1,33 @@
 """The `attnserve-server` command."""
 
 import argparse
-import logging
-import signal
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve_server import __version__, logs
-from attnserve_server.allocator import keep_freed_memory
-from attnserve_server.app import AttentionServer
-from attnserve_server.engine.providers import ProviderError
-from attnserve_server.repository import ManifestError
+from attnserve_server.processes import Assignment, StartError
 from attnserve_server.settings import MIB, Limits, Settings
-
-_log = logging.getLogger(__name__)
+from attnserve_server.supervisor import supervise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if it cannot start."""
     options = _parser().parse_args(arguments)
-    keep_freed_memory()
     logs.configure(options.log_format, options.log_level)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    settings = _settings(options)
     try:
-        server = AttentionServer(_settings(options))
-        server.start()
-    except (ProviderError, ManifestError, OSError) as error:
+        if settings.workers > 1:
+            supervise(Assignment(settings, options.log_format, options.log_level))
+        else:
+            # Brings in grpc and ONNX Runtime, which a supervisor does without.
+            from attnserve_server.worker import serve
+
+            serve(settings, threading.Event(), lambda line: print(line, flush=True))
+    except StartError as error:
         print(f"attnserve-server: {error}", file=sys.stderr)
         return 1
-    names = ", ".join(sorted({model.manifest.name for model in server.store})) or "none"
-    print(
-        f"attnserve-server {__version__} listening on {options.host}:{server.port} "
-        f"({server.providers.names[0]}; models: {names})",
-        flush=True,
-    )
-    stop.wait()
-    server.drain()
     return 0
 
 
@@ -59,6 +47,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         grpc_threads=options.grpc_threads,
         drain_seconds=options.drain_seconds,
         model_control=options.model_control,
+        workers=options.workers,
         limits=Limits(
             max_message_bytes=options.max_message_mib * MIB,
             max_request_bytes=options.max_request_mib * MIB,
@@ -103,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--intra-op-threads",
         type=_at_least(0),
         default=defaults.intra_op_threads,
-        help="CPU threads of one computation; 0: one per core",
+        help="CPU threads of one computation; 0: the cores, shared out to the workers",
     )
     add(
         "--spinning",
@@ -153,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(0),
         default=limits.max_shared_regions,
         help="shared-memory regions registered at once; 0 turns shared memory off",
+    )
+    add(
+        "--workers",
+        type=_at_least(1),
+        default=defaults.workers,
+        help="processes that share the port, each with models, limits and threads of its own",
     )
     for name, default, text in (
         ("message", limits.max_message_bytes, "one gRPC message"),

@@ -1,6 +1,20 @@
-"""What the server counts, for Prometheus."""
+"""What the server counts, for Prometheus.
+
+Of several workers, each keeps its values in files of a folder that they share
+(https://prometheus.github.io/client_python/multiprocess/), and the supervisor serves their sums.
+"""
+
+import threading
+import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+# The variable of the environment that makes prometheus_client keep its values in a folder. It is
+# to be set before that is imported.
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+_SAMPLING_SECONDS = 0.1
 
 _SECONDS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
@@ -8,9 +22,14 @@ _SECONDS = (
 
 
 class Metrics:
-    """The server's metrics, in a registry of their own."""
+    """The server's metrics, in a registry of their own.
 
-    def __init__(self) -> None:
+    Args:
+        merged: whether this process is one of several workers, whose metrics are summed elsewhere.
+    """
+
+    def __init__(self, merged: bool = False) -> None:
+        self._merged = merged
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "attnserve_requests",
@@ -42,15 +61,20 @@ class Metrics:
             "attnserve_kept_tensor_bytes",
             "Bytes of tensors kept by PutTensor.",
             registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self._of_models: dict[tuple[str, str], ModelMetrics] = {}
         self.waiting = Gauge(
-            "attnserve_queue_length", "Requests waiting to run.", registry=self.registry
+            "attnserve_queue_length",
+            "Requests waiting to run.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.bytes_in_flight = Gauge(
             "attnserve_bytes_in_flight",
             "Bytes of requests being received, waiting or running.",
             registry=self.registry,
+            multiprocess_mode="livesum",
         )
 
     def of_model(self, model: str, variant: str) -> "ModelMetrics":
@@ -61,10 +85,47 @@ class Metrics:
             self._of_models[model, variant] = found
         return found
 
+    def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Let a gauge show what `read` returns: when asked or, where merged, ten times a second.
+
+        A worker's values are read from its files, so it has to write them there unasked.
+        """
+        if self._merged:
+            threading.Thread(target=_sample, args=(gauge, read), daemon=True).start()
+        else:
+            gauge.set_function(read)
+
     def serve(self, host: str, port: int) -> int:
         """Serve /metrics over HTTP from a thread of its own; the port that it got."""
-        server, _ = start_http_server(port, host, self.registry)
-        return int(server.server_port)
+        return _serve(self.registry, host, port)
+
+
+class MergedMetrics:
+    """The sums of the workers' metrics, with the supervisor's own.
+
+    Args:
+        folder: where the workers keep their values.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.port: int | None = None
+        self.registry = CollectorRegistry()
+        MultiProcessCollector(self.registry, folder)  # type: ignore[no-untyped-call]
+        self.workers = Gauge("attnserve_workers", "Workers that serve.", registry=self.registry)
+        self.restarts = Counter(
+            "attnserve_worker_restarts",
+            "Workers that died and were replaced.",
+            registry=self.registry,
+        )
+
+    def forget(self, pid: int) -> None:
+        """A worker has died: its gauges go, its counters and histograms stay."""
+        mark_process_dead(pid, self.folder)  # type: ignore[no-untyped-call]
+
+    def serve(self, host: str, port: int) -> None:
+        """Serve /metrics over HTTP from a thread of its own, on `self.port`."""
+        self.port = _serve(self.registry, host, port)
 
 
 class ModelMetrics:
@@ -94,3 +155,17 @@ class ModelMetrics:
         self._sequences.inc(sequences)
         if together:
             self._batches.observe(together)
+
+
+def _serve(registry: CollectorRegistry, host: str, port: int) -> int:
+    try:
+        server, _ = start_http_server(port, host, registry)
+    except OSError:
+        raise OSError(f"cannot serve metrics on {host}:{port}; is it in use?") from None
+    return int(server.server_port)
+
+
+def _sample(gauge: Gauge, read: Callable[[], float]) -> None:
+    while True:
+        gauge.set(read())
+        time.sleep(_SAMPLING_SECONDS)

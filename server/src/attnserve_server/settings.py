@@ -70,6 +70,7 @@ class Settings:
         grpc_threads: calls handled at once, waiting ones included.
         drain_seconds: how long SIGTERM waits for calls under way.
         model_control: whether callers may load and unload models.
+        workers: processes that share the port, each a whole server with all that is set here.
         limits: what is accepted.
     """
 
@@ -87,6 +88,7 @@ class Settings:
     grpc_threads: int = 320
     drain_seconds: float = 30.0
     model_control: bool = True
+    workers: int = 1
     limits: Limits = Limits()
 
 

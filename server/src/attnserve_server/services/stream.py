@@ -263,10 +263,10 @@ class StreamCall:
         with self._lock:
             self._unanswered -= 1
             idle = self._unanswered == 0
-        if idle and self._draining:
-            self._outgoing.put(DrainingError("the server is shutting down; try another one"))
         if idle and not self._reading:
             self._outgoing.put(None)
+        elif idle and self._draining:
+            self._outgoing.put(DrainingError("the server is shutting down; try another one"))
 
 
 def _inline(request: pb.AttendRequest) -> dict[str, memoryview]:
