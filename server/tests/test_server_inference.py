@@ -342,6 +342,9 @@ def test_statistics_count_what_happened(infer_client: triton.InferenceServerClie
     assert together + parts.compute_output.ns == pytest.approx(parts.success.ns, abs=2000)
     (batch,) = (batch for batch in after.batch_stats if batch.batch_size == 3)
     assert batch.compute_infer.count == 2
+    one = infer_client.get_inference_statistics("grouped", "1").model_stats
+    assert [(entry.name, entry.version) for entry in one] == [("grouped", "1")]
+    assert len(infer_client.get_inference_statistics("grouped").model_stats) == 2
     everything = infer_client.get_inference_statistics().model_stats
     assert ("grouped", "1") in [(entry.name, entry.version) for entry in everything]
     with pytest.raises(InferenceServerException, match="model: given 'nope'"):

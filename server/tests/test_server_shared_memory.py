@@ -58,7 +58,7 @@ def test_a_view_stays_within_its_region(
     regions: SharedRegions, key: str, offset: int, byte_size: int
 ) -> None:
     regions.register("a", key, 0, PAGE, HERE)
-    with pytest.raises(InvalidRequestError, match="region 'a'.*of its 4096 bytes"):
+    with pytest.raises(InvalidRequestError, match=r"region 'a'.*of its 4096 bytes"):
         regions.view("a", offset, byte_size, HERE)
 
 
@@ -271,7 +271,7 @@ def test_tensors_go_in_and_out_through_shared_memory(
     assert header.parameters["shared_memory_region"].string_param == "region"
     assert header.parameters["shared_memory_byte_size"].int64_param == 640
     assert result.as_numpy("entropy").shape == (1, 4, 5)
-    assert list(result.get_response().raw_output_contents)[0] == b""
+    assert result.get_response().raw_output_contents[0] == b""
     del output
     infer_client.unregister_system_shared_memory("region")
     infer_client.unregister_system_shared_memory("region")
