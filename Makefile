@@ -12,11 +12,12 @@ help: ## show the targets
 
 setup: $(STAMP) ## make .venv with the six distributions and the tools
 
-$(STAMP): constraints.txt requirements-dev.txt proto/setup.py kernels/setup.py $(wildcard kernels/native/*) $(wildcard proto/*/*.proto proto/*/*/*.proto) $(wildcard */pyproject.toml)
+$(STAMP): constraints.txt requirements-dev.txt requirements-nodeps.txt proto/setup.py kernels/setup.py $(wildcard kernels/native/*) $(wildcard proto/*/*.proto proto/*/*/*.proto) $(wildcard */pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt \
 		-e ./proto -e ./kernels -e ./client -e './export[transformers]' -e ./server -e ./loadtest
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt -r requirements-nodeps.txt
 	@$(BIN)/python -c "import attnserve_kernels as k; print('kernels:', k.instruction_set() or 'without operators: a C++ compiler is needed to build them')"
 	@touch $@
 

@@ -8,6 +8,7 @@ import attnserve_kernels
 import ml_dtypes
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 from attnserve_client import AttentionClient, FailedPreconditionError, ResourceExhaustedError
 from attnserve_export.reference import CAUSAL, Scheme, attention_reference, diagnostics_reference
 from attnserve_server.app import AttentionServer
@@ -54,11 +55,16 @@ def start(folder: Path) -> AttentionServer:
 
 
 @pytest.fixture(scope="module")
-def client(folder: Path) -> Iterator[AttentionClient]:
+def address(folder: Path) -> Iterator[str]:
     server = start(folder)
-    with AttentionClient(f"127.0.0.1:{server.port}") as opened:
-        yield opened
+    yield f"127.0.0.1:{server.port}"
     server.drain()
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[AttentionClient]:
+    with AttentionClient(address) as opened:
+        yield opened
 
 
 def tensors(length: int, seed: int, batch: int = 1) -> tuple[np.ndarray, ...]:
@@ -112,6 +118,20 @@ def test_bfloat16_goes_in_and_out(client: AttentionClient) -> None:
         output, weights = attention_reference(q, k, v, scheme=CAUSAL)
         np.testing.assert_allclose(result.output.astype(np.float64), output, atol=1.6e-2)
         np.testing.assert_allclose(result.top_k_weights[..., 0], weights.max(-1), atol=1e-2)
+
+
+def test_bfloat16_goes_in_and_out_by_the_open_inference_protocol(address: str) -> None:
+    arrays = [array.astype(ml_dtypes.bfloat16) for array in tensors(33, 3)]
+    inputs = []
+    for name, array in zip(("query", "key", "value"), arrays, strict=True):
+        inputs.append(triton.InferInput(name, array.shape, "BF16"))
+        inputs[-1].set_data_from_numpy(array)
+    with triton.InferenceServerClient(address) as opened:
+        assert opened.get_model_metadata("brain").inputs[0].datatype == "BF16"
+        output = opened.infer("brain", inputs).as_numpy("output")
+    expected, _ = attention_reference(*(a.astype(np.float32) for a in arrays), scheme=CAUSAL)
+    assert output.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(output.astype(np.float32), expected, atol=2e-2)
 
 
 def test_a_long_request_is_diagnosed_without_its_weights(client: AttentionClient) -> None:

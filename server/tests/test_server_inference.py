@@ -5,7 +5,8 @@ import queue
 import re
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -96,6 +97,8 @@ def test_everything_that_can_be_asked_for(infer_client: triton.InferenceServerCl
         inputs({**arrays, "bias": bias}),
         outputs=outputs(*names, "mass_by_distance"),
         parameters={"scale": 0.5, "top_k": 2, "mass_by_distance": 3},
+        priority=1,
+        timeout=60_000_000,
     )
     output, weights = attention_reference(*arrays.values(), bias=bias, scheme=CAUSAL, scale=0.5)
     np.testing.assert_allclose(result.as_numpy("output"), output, atol=1e-5)
@@ -203,6 +206,30 @@ def test_the_async_client_has_many_requests_under_way(address: str) -> None:
                 np.testing.assert_allclose(result.as_numpy("output"), expected, atol=1e-5)
 
     asyncio.run(run())
+
+
+def test_the_async_client_streams(address: str) -> None:
+    cases = [tensors(1, length, length, length) for length in (80, 2, 40)]
+
+    async def requests() -> AsyncIterator[dict]:
+        for number, arrays in enumerate(cases):
+            yield {
+                "model_name": "causal",
+                "inputs": inputs(arrays),
+                "request_id": str(number),
+            }
+
+    async def run() -> list[triton.InferResult]:
+        async with triton_aio.InferenceServerClient(address) as opened:
+            answers = [answer async for answer in opened.stream_infer(requests())]
+            assert not any(error for _, error in answers)
+            return [result for result, _ in answers]
+
+    results = asyncio.run(run())
+    assert [result.get_response().id for result in results] == ["0", "1", "2"]
+    for arrays, result in zip(cases, results, strict=True):
+        expected, _ = attention_reference(*arrays.values(), scheme=CAUSAL)
+        np.testing.assert_allclose(result.as_numpy("output"), expected, atol=1e-5)
 
 
 def test_a_stream_answers_in_order_and_outlives_errors(
@@ -342,6 +369,9 @@ def test_statistics_count_what_happened(infer_client: triton.InferenceServerClie
     assert together + parts.compute_output.ns == pytest.approx(parts.success.ns, abs=2000)
     (batch,) = (batch for batch in after.batch_stats if batch.batch_size == 3)
     assert batch.compute_infer.count == 2
+    one = infer_client.get_inference_statistics("grouped", "1").model_stats
+    assert [(entry.name, entry.version) for entry in one] == [("grouped", "1")]
+    assert len(infer_client.get_inference_statistics("grouped").model_stats) == 2
     everything = infer_client.get_inference_statistics().model_stats
     assert ("grouped", "1") in [(entry.name, entry.version) for entry in everything]
     with pytest.raises(InferenceServerException, match="model: given 'nope'"):
@@ -376,3 +406,12 @@ def test_reflection_describes_the_service_though_its_pool_is_its_own(channel: gr
     assert "inference.GRPCInferenceService" in database.get_services()
     assert database.FindFileContainingSymbol("inference.ModelInferRequest").package == "inference"
     assert database.FindFileContainingSymbol("attnserve.v1.AttendRequest").package == "attnserve.v1"
+
+
+def test_the_documentations_example_runs(address: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "open-inference-protocol.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+    assert "127.0.0.1:8001" in code
+    names: dict = {}
+    exec(code.replace("127.0.0.1:8001", address), names)
+    assert names["result"].as_numpy("top_k_indices").shape == (1, HEADS, 128, 5)

@@ -96,6 +96,16 @@ def test_a_model_that_does_not_load_leaves_the_old_one_serving(
     assert "not JSON" in reason
 
 
+def test_what_is_loaded_outlives_its_repository(
+    control: triton.InferenceServerClient, folder: Path
+) -> None:
+    shutil.rmtree(folder)
+    assert states(control) == {"causal/1": ("READY", "")}
+    np.testing.assert_allclose(infer(control, "causal"), 1, atol=1e-6)
+    with pytest.raises(InferenceServerException, match="the repository has none"):
+        control.load_model("causal")
+
+
 def test_what_cannot_be_loaded_or_unloaded(control: triton.InferenceServerClient) -> None:
     for call in (control.load_model, control.unload_model):
         for name in ("nope", "../causal", ""):

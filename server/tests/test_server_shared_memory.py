@@ -271,7 +271,7 @@ def test_tensors_go_in_and_out_through_shared_memory(
     assert header.parameters["shared_memory_region"].string_param == "region"
     assert header.parameters["shared_memory_byte_size"].int64_param == 640
     assert result.as_numpy("entropy").shape == (1, 4, 5)
-    assert next(iter(result.get_response().raw_output_contents)) == b""
+    assert result.get_response().raw_output_contents[0] == b""
     del output
     infer_client.unregister_system_shared_memory("region")
     infer_client.unregister_system_shared_memory("region")

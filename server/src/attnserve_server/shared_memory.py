@@ -9,7 +9,7 @@ server runs as. Without that, a server with more rights than its caller, above a
 would read and write objects for callers who may not. No exception is made for root's objects or
 for a server run by root, since either would be that very case. What remains: another local user
 who can connect to the port can have the server read and write objects of the server's own user.
-Serve on a Unix socket with narrow permissions where that matters.
+Where that matters, run the server as a user of its own or turn shared memory off.
 
 What cannot be ruled out. A caller may truncate an object after the check that each `view` makes;
 touching the pages then cut off ends the server with SIGBUS. (Seals such as F_SEAL_SHRINK exist for

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from attnserve_server.wire.answers import Clock
 
@@ -15,18 +15,14 @@ class Duration:
     count: int = 0
     ns: int = 0
 
-    def plus(self, ns: int, count: int = 1) -> "Duration":
-        """With one more occurrence, or `count` more."""
-        return Duration(self.count + count, self.ns + max(0, ns))
-
 
 @dataclass(frozen=True, slots=True)
 class Batches:
     """The runs with one number of sequences."""
 
-    compute_input: Duration = Duration()
-    compute_infer: Duration = Duration()
-    compute_output: Duration = Duration()
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +36,32 @@ class ModelCounts:
         batches: by the number of sequences of a run.
     """
 
-    last_inference: int = 0
-    inferences: int = 0
-    executions: int = 0
-    success: Duration = Duration()
-    fail: Duration = Duration()
-    queue: Duration = Duration()
-    compute_input: Duration = Duration()
-    compute_infer: Duration = Duration()
-    compute_output: Duration = Duration()
-    batches: Mapping[int, Batches] = field(default_factory=dict)
+    last_inference: int
+    inferences: int
+    executions: int
+    success: Duration
+    fail: Duration
+    queue: Duration
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+    batches: Mapping[int, Batches]
 
 
 class Statistics:
     """The counts of every model that was ever called. Safe to call from several threads."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, int], ModelCounts] = {}
+        self._sums: dict[tuple[str, int], _Sums] = {}
         self._lock = threading.Lock()
 
     def of(self, name: str, version: int) -> ModelCounts:
         """What was counted of one version of a model."""
-        return self._counts.get((name, version), ModelCounts())
+        with self._lock:
+            return self._sums.get((name, version), _Sums()).counts()
 
     def answered(self, name: str, version: int, sequences: int, clock: Clock, now: int) -> None:
-        """Count a request that was answered, and, if it leads, the run of the model that it had.
+        """Count a request that was answered and, if it leads, the run that it was part of.
 
         Args:
             name, version: the model.
@@ -75,33 +72,81 @@ class Statistics:
         taken = clock.validated - clock.arrived
         waited = round(clock.waited * 1e9)
         ran = round(clock.computed * 1e9)
-        given = now - clock.validated - waited - ran
+        given = max(0, now - clock.validated - waited - ran)
         with self._lock:
-            old = self._counts.get((name, version), ModelCounts())
-            batches = old.batches
+            sums = self._sums.setdefault((name, version), _Sums())
+            sums.last_ns = time.time_ns()
+            sums.requests += 1
+            sums.inferences += sequences
+            sums.success += now - clock.arrived
+            sums.queue += waited
+            sums.compute.add(taken, ran, given)
             if clock.leads:
-                batch = batches.get(clock.sequences, Batches())
-                batch = Batches(
-                    batch.compute_input.plus(taken),
-                    batch.compute_infer.plus(ran),
-                    batch.compute_output.plus(given),
-                )
-                batches = {**batches, clock.sequences: batch}
-            self._counts[name, version] = ModelCounts(
-                last_inference=time.time_ns() // 1_000_000,
-                inferences=old.inferences + sequences,
-                executions=old.executions + clock.leads,
-                success=old.success.plus(now - clock.arrived),
-                fail=old.fail,
-                queue=old.queue.plus(waited),
-                compute_input=old.compute_input.plus(taken),
-                compute_infer=old.compute_infer.plus(ran),
-                compute_output=old.compute_output.plus(given),
-                batches=batches,
-            )
+                sums.runs.setdefault(clock.sequences, _Compute()).add(taken, ran, given)
 
     def failed(self, name: str, version: int, ns: int) -> None:
         """Count a request that was not answered, `ns` after its arrival."""
         with self._lock:
-            old = self._counts.get((name, version), ModelCounts())
-            self._counts[name, version] = replace(old, fail=old.fail.plus(ns))
+            sums = self._sums.setdefault((name, version), _Sums())
+            sums.fails += 1
+            sums.fail += ns
+
+
+class _Compute:
+    """How often, and for how many nanoseconds in sum."""
+
+    __slots__ = ("count", "given", "ran", "taken")
+
+    def __init__(self) -> None:
+        self.count = self.taken = self.ran = self.given = 0
+
+    def add(self, taken: int, ran: int, given: int) -> None:
+        """Count once: nanoseconds for taking the request in, running, and giving the answer out."""
+        self.count += 1
+        self.taken += taken
+        self.ran += ran
+        self.given += given
+
+    def durations(self) -> tuple[Duration, Duration, Duration]:
+        """Input, infer and output."""
+        count = self.count
+        return Duration(count, self.taken), Duration(count, self.ran), Duration(count, self.given)
+
+
+class _Sums:
+    """What is counted of one model, in nanoseconds: as little work per request as can be."""
+
+    __slots__ = (
+        "compute",
+        "fail",
+        "fails",
+        "inferences",
+        "last_ns",
+        "queue",
+        "requests",
+        "runs",
+        "success",
+    )
+
+    def __init__(self) -> None:
+        self.last_ns = self.requests = self.inferences = self.success = self.queue = 0
+        self.fails = self.fail = 0
+        # Over requests, and over runs by the number of sequences that each had.
+        self.compute = _Compute()
+        self.runs: dict[int, _Compute] = {}
+
+    def counts(self) -> ModelCounts:
+        """The same as values."""
+        compute_input, compute_infer, compute_output = self.compute.durations()
+        return ModelCounts(
+            last_inference=self.last_ns // 1_000_000,
+            inferences=self.inferences,
+            executions=sum(run.count for run in self.runs.values()),
+            success=Duration(self.requests, self.success),
+            fail=Duration(self.fails, self.fail),
+            queue=Duration(self.requests, self.queue),
+            compute_input=compute_input,
+            compute_infer=compute_infer,
+            compute_output=compute_output,
+            batches={size: Batches(*run.durations()) for size, run in self.runs.items()},
+        )

@@ -51,7 +51,7 @@ class Catalog:
     def entries(self) -> list[CatalogEntry]:
         """Every version in the repository or loaded, by name and version."""
         loaded = {(model.manifest.name, model.manifest.version) for model in self._store}
-        there = {(folder.parent.name, int(folder.name)) for folder in find(self._repository)}
+        there = {(folder.parent.name, int(folder.name)) for folder in self._all_folders()}
         return [self._entry(name, version, loaded) for name, version in sorted(loaded | there)]
 
     def load(self, name: str) -> None:
@@ -104,11 +104,17 @@ class Catalog:
         if not self._changeable:
             raise UnimplementedError(
                 "model control: this server loads and unloads nothing while it runs "
-                "(--no-model-control)"
+                "(--no-model-control, or --workers above 1)"
             )
 
     def _folders(self, name: str) -> list[Path]:
-        return [folder for folder in find(self._repository) if folder.parent.name == name]
+        return [folder for folder in self._all_folders() if folder.parent.name == name]
+
+    def _all_folders(self) -> list[Path]:
+        try:
+            return list(find(self._repository))
+        except ManifestError:  # the repository is gone; what is loaded serves on
+            return []
 
     def _entry(self, name: str, version: int, loaded: set[tuple[str, int]]) -> CatalogEntry:
         if (name, version) in loaded:

@@ -187,15 +187,17 @@ class InferenceService:
         self, message: oip.ModelStatisticsRequest, context: grpc.ServicerContext
     ) -> oip.ModelStatisticsResponse:
         """What was counted of one model, or of all."""
-        store = self._runtime.store
+        store, counts = self._runtime.store, self._statistics
+        models = list(store)
         if message.name:
-            store.get(message.name, message.version)
+            one = store.get(message.name, message.version)
+            models = [m for m in models if m.manifest.name == message.name]
+            if message.version:
+                models = [one]
         return oip.ModelStatisticsResponse(
             model_stats=[
-                encode.statistics(model, self._statistics.of(name, version))
-                for model in store
-                if (name := model.manifest.name) == (message.name or name)
-                and str(version := model.manifest.version) == (message.version or str(version))
+                encode.statistics(model, counts.of(model.manifest.name, model.manifest.version))
+                for model in models
             ]
         )
 

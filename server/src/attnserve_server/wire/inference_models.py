@@ -89,8 +89,6 @@ def statistics(model: LoadedModel, counts: ModelCounts) -> oip.ModelStatistics:
             compute_input=_duration(counts.compute_input),
             compute_infer=_duration(counts.compute_infer),
             compute_output=_duration(counts.compute_output),
-            cache_hit=_duration(Duration()),
-            cache_miss=_duration(Duration()),
         ),
         batch_stats=[
             oip.InferBatchStatistics(
