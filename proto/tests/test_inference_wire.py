@@ -40,6 +40,12 @@ def test_raw_contents_between_other_fields_are_found() -> None:
     assert [bytes(view) for view in views] == [b"ab", b"ab"]
 
 
+def test_raw_contents_of_another_wire_type_are_unknown_fields() -> None:
+    request, views = inference_wire.split(b"\x38\x05" + b"\x0a\x01m")
+    assert request.model_name == "m"
+    assert views == []
+
+
 @given(words, tensors, blobs)
 def test_join_gives_what_a_client_parses(model: str, outputs: list, raw: list[bytes]) -> None:
     response = pb.ModelInferResponse(model_name=model)

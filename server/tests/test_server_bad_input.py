@@ -85,9 +85,16 @@ ATTEND = {
         INVALID, "key.chunked",
     ),
     "shared memory": (
-        changed(key=pb.Tensor(dtype=1, shape=[1, 4, 3, 8], shared_memory={"name": "a"})),
-        UNIMPLEMENTED, "key.shared_memory",
+        changed(
+            key=pb.Tensor(
+                dtype=1, shape=[1, 4, 3, 8], shared_memory={"name": "a", "byte_size": 384}
+            )
+        ),
+        NOT_FOUND, "shared_memory region: given 'a'",
     ),
+    "no kept tensor": (changed(key=pb.Tensor(stored="x")), NOT_FOUND, "key.stored: given 'x'"),
+    "empty handle": (changed(key=pb.Tensor(stored="")), INVALID, "key.stored: given nothing"),
+    "priority": (changed(priority=4), INVALID, "priority: given 4; allowed: 1 .high., 2"),
     "NaN bias": (changed(bias=number(np.nan, 1, 1, 3, 3)), INVALID, "bias.*given nan"),
     "infinite bias": (changed(bias=number(np.inf, 1, 1, 3, 3)), INVALID, "bias.*given inf"),
     "bias shape": (changed(bias=number(0, 1, 2, 3, 3)), INVALID, "bias.shape"),

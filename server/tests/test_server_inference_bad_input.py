@@ -5,6 +5,7 @@ from collections.abc import Callable
 import grpc
 import numpy as np
 import pytest
+from attnserve_server.app import AttentionServer
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc
 
@@ -206,8 +207,13 @@ def test_bad_input_is_refused(channel: grpc.Channel, case: str) -> None:
 
 
 def test_an_answer_too_large_for_a_message_is_refused_before_it_is_computed(
-    channel: grpc.Channel,
+    channel: grpc.Channel, server: AttentionServer
 ) -> None:
+    def computed() -> float:
+        (family,) = server.metrics.sequences.collect()
+        return sum(s.value for s in family.samples if s.name.endswith("_total"))
+
+    before = computed()
     request = oip.ModelInferRequest(model_name="causal")
     for name in ("query", "key", "value"):
         add(request, name, np.zeros((1, 4, 600, 8), np.float32))
@@ -215,6 +221,7 @@ def test_an_answer_too_large_for_a_message_is_refused_before_it_is_computed(
     with pytest.raises(grpc.RpcError, match="response size: its tensors take 5760000") as raised:
         service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
     assert raised.value.code() == EXHAUSTED
+    assert computed() == before
 
 
 def test_bytes_that_are_no_request(channel: grpc.Channel) -> None:

@@ -37,10 +37,15 @@ _LAYER_OUTPUT: tuple[str, ...] = ("B", "Sq", "E")
 
 
 def bucket(length: int) -> int:
-    """The length that a bucket ends with: four steps between powers of two, so that the shortest
-    of a bucket is padded by less than a quarter of what it is padded to; 8 at the least.
+    """The length that a bucket ends with.
+
+    Up to 8 each length is a bucket of its own: decoding steps run by another path of the kernels.
+    From there on there are four steps between powers of two, so that the shortest of a bucket is
+    padded by less than a quarter of what it is padded to.
     """
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    if length <= 8:
+        return length
+    step = max(2, 1 << ((length - 1).bit_length() - 3))
     return -(-length // step) * step
 
 
