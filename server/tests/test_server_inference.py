@@ -88,6 +88,35 @@ def test_any_shape_gives_what_the_reference_gives(
     assert response.parameters["variant"].string_param
 
 
+def test_a_request_like_an_earlier_one_is_answered_anew(
+    infer_client: triton.InferenceServerClient,
+) -> None:
+    # Alike in every byte but the elements: the server does not check it again.
+    for seed in range(4):
+        arrays = tensors(2, 6, 9, seed)
+        lengths = np.random.default_rng(seed).integers(0, 10, 2)
+        result = infer_client.infer(
+            "causal",
+            inputs({**arrays, "key_lengths": lengths}),
+            outputs=outputs("entropy", "output"),
+            request_id=str(seed % 2),
+        )
+        output, weights = attention_reference(*arrays.values(), key_lengths=lengths, scheme=CAUSAL)
+        np.testing.assert_allclose(result.as_numpy("output"), output, atol=1e-5)
+        logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+        np.testing.assert_allclose(result.as_numpy("entropy"), -(weights * logs).sum(-1), atol=1e-4)
+        assert [found.name for found in result.get_response().outputs] == ["entropy", "output"]
+        assert result.get_response().id == str(seed % 2)
+    # Its elements are checked each time.
+    with pytest.raises(InferenceServerException, match=r"key_lengths\[1\]: given 10"):
+        infer_client.infer(
+            "causal",
+            inputs({**arrays, "key_lengths": np.array([1, 10])}),
+            outputs=outputs("entropy", "output"),
+            request_id="1",
+        )
+
+
 def test_everything_that_can_be_asked_for(infer_client: triton.InferenceServerClient) -> None:
     arrays = tensors(2, 6, 9, 1)
     bias = np.random.default_rng(2).standard_normal((1, HEADS, 1, 9), np.float32)

@@ -14,39 +14,54 @@ _INFER_RESPONSE = tag(pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER)
 def split(buffer: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
     """Parse a request, leaving its `raw_input_contents` where they are.
 
+    As `locate`, but gives views of `buffer` instead of places in it.
+    """
+    message, rooms = locate(buffer)
+    view = memoryview(buffer)
+    return message, [view[start:end] for start, end in rooms]
+
+
+def locate(buffer: bytes) -> tuple[pb.ModelInferRequest, list[tuple[int, int]]]:
+    """Parse a request but for its `raw_input_contents`, and say where those are.
+
     Returns:
-        The request without them, and each of them as a view of `buffer`.
+        The request without them, and where in `buffer` each of them starts and ends.
 
     Raises:
         DecodeError: `buffer` is not a serialised `ModelInferRequest`.
     """
     view = memoryview(buffer)
     kept: list[memoryview] = []
-    raw: list[memoryview] = []
+    rooms: list[tuple[int, int]] = []
     kept_from = 0
     for number, start, body, end in fields(view):
         if number == _RAW_INPUT and body != start:
             kept.append(view[kept_from:start])
-            raw.append(view[body:end])
+            rooms.append((body, end))
             kept_from = end
     kept.append(view[kept_from:])
-    return pb.ModelInferRequest.FromString(b"".join(kept)), raw
+    return pb.ModelInferRequest.FromString(b"".join(kept)), rooms
 
 
 def join(response: pb.ModelInferResponse, raw: Sequence[Buffer]) -> bytes:
     """Serialise a response with `raw` as its `raw_output_contents`."""
+    return join_serialised(response.SerializeToString(), raw)
+
+
+def join_serialised(response: bytes, raw: Sequence[Buffer]) -> bytes:
+    """As `join`, of a response that is serialised already."""
     return b"".join(_parts(response, raw))
 
 
 def join_stream(response: pb.ModelInferResponse, raw: Sequence[Buffer]) -> bytes:
     """As `join`, wrapped into a `ModelStreamInferResponse`."""
-    parts = _parts(response, raw)
+    parts = _parts(response.SerializeToString(), raw)
     size = sum(memoryview(part).nbytes for part in parts)
     return b"".join((_INFER_RESPONSE, varint(size), *parts))
 
 
-def _parts(response: pb.ModelInferResponse, raw: Sequence[Buffer]) -> list[Buffer]:
-    parts: list[Buffer] = [response.SerializeToString()]
+def _parts(response: bytes, raw: Sequence[Buffer]) -> list[Buffer]:
+    parts: list[Buffer] = [response]
     for content in raw:
         parts += (_RAW_OUTPUT + varint(memoryview(content).nbytes), content)
     return parts

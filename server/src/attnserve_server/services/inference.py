@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
-from attnserve_proto import inference_wire
 from attnserve_proto.inference import open_inference_pb2 as oip
 from google.protobuf.message import Message
 
@@ -162,10 +161,9 @@ class InferenceService:
     def model_infer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """One inference."""
         arrived = time.perf_counter_ns()
-        message, raw = inference_wire.split(request)
         ticket = ticket_for(context)
-        response, contents = self._inference.answer(message, raw, context.peer(), ticket, arrived)
-        return inference_wire.join(response, contents)
+        with self._runtime.budget.lending(len(request)):
+            return self._inference.answer_once(request, ticket.caller, ticket, arrived)
 
     def model_stream_infer(
         self, requests: Iterator[bytes], context: grpc.ServicerContext

@@ -84,7 +84,7 @@ class InferStreamCall:
                 arrived = time.perf_counter_ns()
                 # Reading stops here while too many are under way.
                 self._room.acquire()
-                ticket = Ticket(self._call_ticket.deadline)
+                ticket = Ticket(self._call_ticket.deadline, self._call_ticket.caller)
                 with self._lock:
                     if self._ended or self._draining:
                         return

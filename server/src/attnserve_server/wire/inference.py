@@ -156,7 +156,8 @@ def answer(
                 f"{output.place.nbytes} bytes",
                 f"at least {array.nbytes} bytes, as shape {list(array.shape)} takes",
             )
-        output.place[: array.nbytes] = tensors.data(array)
+        if not np.shares_memory(array, np.frombuffer(output.place, np.uint8)):
+            output.place[: array.nbytes] = tensors.data(array)
         for name in _SHARED:
             if name in output.parameters:
                 header.parameters[name].CopyFrom(output.parameters[name])
