@@ -94,4 +94,5 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 
 def text(value: Any) -> str:
+    """A figure as tables show it."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """Serving against its floors, without batching, beside other servers, and overloaded.
 
-Causal attention of 8 heads of 64 in FP32, aligned bottom-right (the same as top-left where there are
-as many queries as keys), on the CPU. All bars and what they are held to are measured in one run:
+Causal attention of 8 heads of 64 in FP32, aligned bottom-right (the same as top-left where there
+are as many queries as keys), on the CPU. Figures and what they are held to come from one run:
 
     floor          end to end / (bare grpcio echo of the same bytes + in process)
     shared-memory  through shared memory / in process

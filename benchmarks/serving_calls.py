@@ -1,8 +1,8 @@
 """How the load generator's callers call: one request, prepared once, sent again and again."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 import numpy as np
@@ -65,6 +65,17 @@ def tensors(seq_len: int, query_len: int | None = None) -> tuple[Array, Array, A
     return q, k, v
 
 
+def triton_request(arrays: Mapping[str, Array]) -> tuple[list[Any], list[Any]]:
+    """tritonclient's inputs, and the output that is asked for."""
+    from tritonclient.grpc import InferInput, InferRequestedOutput
+
+    inputs = []
+    for name, array in arrays.items():
+        inputs.append(InferInput(name, array.shape, "FP32"))
+        inputs[-1].set_data_from_numpy(array)
+    return inputs, [InferRequestedOutput("output")]
+
+
 def _sdk(target: Target) -> tuple[Call, Close]:
     client = AsyncAttentionClient(target.address)
     q, k, v = tensors(target.seq_len)
@@ -84,16 +95,11 @@ def _message(target: Target) -> tuple[Call, Close]:
 
 def _triton(target: Target) -> tuple[Call, Close]:
     # Here, since it is needed by nobody else and may not be installed.
-    from tritonclient.grpc import InferInput, InferRequestedOutput
     from tritonclient.grpc.aio import InferenceServerClient
 
     client = InferenceServerClient(target.address)
-    inputs = []
-    for name, array in zip(("query", "key", "value"), tensors(target.seq_len), strict=True):
-        tensor = InferInput(name, array.shape, "FP32")
-        tensor.set_data_from_numpy(array)
-        inputs.append(tensor)
-    outputs = [InferRequestedOutput("output")]
+    names = ("query", "key", "value")
+    inputs, outputs = triton_request(dict(zip(names, tensors(target.seq_len), strict=True)))
 
     async def call() -> object:
         answer = await client.infer(target.model, inputs, outputs=outputs, client_timeout=TIMEOUT)

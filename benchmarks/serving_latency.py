@@ -5,7 +5,6 @@ within rounds, and their medians count. Computation threads do not spin, neither
 default) nor in process: spinning threads of one contender would slow whichever runs next to it.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from attnserve_server.engine.models import load_all
 from attnserve_server.engine.providers import choose
 from attnserve_server.settings import usable_cores
 from echo_server import EchoClient, request
+from numpy.typing import NDArray
 from serving_calls import Array, tensors
 from serving_report import Bar, Row, Section
 from serving_servers import attnserve, echo
@@ -25,6 +25,8 @@ FLOOR_BAR = 1.1
 SHARED_SHORT_BAR_MS, SHARED_LONG_BAR = 0.6, 1.02
 KEPT_BAR = 10.0
 KEPT_QUERIES, KEPT_KEYS = 64, 4096
+
+Seconds = NDArray[np.float64]
 
 _ALWAYS, _NEVER = 0, 1 << 62
 _WARM_UP = 5
@@ -67,8 +69,6 @@ class InProcess:
 
 def floor(repository: Path, lengths: Lengths) -> Section:
     """End to end, unary and streamed, against the echo of the same bytes plus in process."""
-    rows: list[Row] = []
-    bars = []
     with (
         attnserve(repository) as server,
         echo() as echo_server,
@@ -76,7 +76,8 @@ def floor(repository: Path, lengths: Lengths) -> Section:
         AttentionClient(server.address, stream_threshold_bytes=_ALWAYS) as streamed,
     ):
         session, bare = InProcess(repository), EchoClient(echo_server.address)
-        for seq_len, rounds in lengths.each():
+
+        def measure(seq_len: int, rounds: int) -> Row:
             q, k, v = tensors(seq_len)
             message = request(3 * q.nbytes, q.nbytes)
             times = in_turns(
@@ -93,39 +94,42 @@ def floor(repository: Path, lengths: Lengths) -> Section:
                 },
                 rounds,
             )
-            best = min("echo_unary", "echo_stream", key=lambda name: statistics.median(times[name]))
-            least = times[best] + times["in_process"]
-            ratios = {n: float(np.median(times[n] / least)) for n in ("unary", "streamed")}
-            rows.append(
-                {
-                    "seq_len": seq_len,
-                    "rounds": rounds,
-                    "request_bytes": 3 * q.nbytes,
-                    **_medians(times),
-                    "floor_ms": float(np.median(least)) * 1e3,
-                    "unary_ratio": ratios["unary"],
-                    "streamed_ratio": ratios["streamed"],
-                    "unary_p99_ms": float(np.quantile(times["unary"], 0.99)) * 1e3,
-                    "streamed_p99_ms": float(np.quantile(times["streamed"], 0.99)) * 1e3,
-                }
-            )
-            bars += [
-                Bar(f"{name}, S={seq_len}: end to end / (best echo + in process)", ratio, FLOOR_BAR)
-                for name, ratio in ratios.items()
-            ]
+            echoes = [times["echo_unary"], times["echo_stream"]]
+            least = min(echoes, key=lambda seconds: float(np.median(seconds))) + times["in_process"]
+            return {
+                "seq_len": seq_len,
+                "rounds": rounds,
+                "request_bytes": 3 * q.nbytes,
+                **_medians(times),
+                "floor_ms": float(np.median(least)) * 1e3,
+                "unary_ratio": float(np.median(times["unary"] / least)),
+                "streamed_ratio": float(np.median(times["streamed"] / least)),
+                "unary_p99_ms": float(np.quantile(times["unary"], 0.99)) * 1e3,
+                "streamed_p99_ms": float(np.quantile(times["streamed"], 0.99)) * 1e3,
+            }
+
+        rows = [measure(seq_len, rounds) for seq_len, rounds in lengths.each()]
+    bars = [
+        Bar(
+            f"{name}, S={row['seq_len']}: end to end / (best echo + in process)",
+            row[f"{name}_ratio"],
+            FLOOR_BAR,
+        )
+        for row in rows
+        for name in ("unary", "streamed")
+    ]
     return Section("floor", rows, bars)
 
 
 def shared_memory(repository: Path, lengths: Lengths) -> Section:
     """Through shared memory against in process; the shortest and the longest have bars."""
-    rows: list[Row] = []
-    bars = []
     with (
         attnserve(repository) as server,
         AttentionClient(server.address, shared_memory=True) as client,
     ):
         session = InProcess(repository)
-        for seq_len, rounds in lengths.each():
+
+        def measure(seq_len: int, rounds: int) -> Row:
             q, k, v = tensors(seq_len)
             times = in_turns(
                 {
@@ -134,17 +138,29 @@ def shared_memory(repository: Path, lengths: Lengths) -> Section:
                 },
                 rounds,
             )
-            over = float(np.median(times["shared_memory"] - times["in_process"])) * 1e3
-            ratio = float(np.median(times["shared_memory"] / times["in_process"]))
-            row = {"seq_len": seq_len, "rounds": rounds, **_medians(times)}
-            rows.append(row | {"over_ms": over, "ratio": ratio})
-            if seq_len == min(lengths.seq_lens):
-                text = f"shared memory, S={seq_len}: ms over in process"
-                bars.append(Bar(text, over, SHARED_SHORT_BAR_MS))
-            if seq_len == max(lengths.seq_lens):
-                bars.append(
-                    Bar(f"shared memory, S={seq_len}: / in process", ratio, SHARED_LONG_BAR)
-                )
+            through, within = times["shared_memory"], times["in_process"]
+            return {
+                "seq_len": seq_len,
+                "rounds": rounds,
+                **_medians(times),
+                "over_ms": float(np.median(through - within)) * 1e3,
+                "ratio": float(np.median(through / within)),
+            }
+
+        rows = [measure(seq_len, rounds) for seq_len, rounds in lengths.each()]
+    short, long = rows[0], rows[-1]
+    bars = [
+        Bar(
+            f"shared memory, S={short['seq_len']}: ms over in process",
+            short["over_ms"],
+            SHARED_SHORT_BAR_MS,
+        ),
+        Bar(
+            f"shared memory, S={long['seq_len']}: / in process",
+            long["ratio"],
+            SHARED_LONG_BAR,
+        ),
+    ]
     return Section("shared-memory", rows, bars)
 
 
@@ -167,7 +183,7 @@ def kept(repository: Path, query_len: int, key_len: int, rounds: int) -> Section
     return Section("kept", [row | {"ratio": ratio}], [Bar(text, ratio, KEPT_BAR, at_least=True)])
 
 
-def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, Array]:
+def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
     """Seconds of each contender in each round."""
     names = list(contenders)
     times = {name: np.empty(rounds) for name in names}
@@ -181,5 +197,5 @@ def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return times
 
 
-def _medians(times: dict[str, Array]) -> Row:
+def _medians(times: dict[str, Seconds]) -> Row:
     return {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}

@@ -3,13 +3,13 @@
 Closed loop: N callers, each of which sends its next request when it has its answer. A slow server
 slows its own load down, so what callers would have waited is never measured.
 
-Open loop: requests are due at times drawn beforehand, at a fixed rate (Poisson arrivals: independent
-callers; or constant). Latency counts from the time a request was DUE, not from when it was sent, and
-a request that could not be sent in time is still sent and counted. So a pause of the server shows
-in all requests due while it lasted: the omission that a closed loop and the server hide together
-("coordinated omission": Gil Tene, "How NOT to Measure Latency", 2013; wrk2 and HdrHistogram correct
-it in this way and by adding the missing samples; here none is missing). Refusals are timed from
-when they were sent, since they say how soon the server refuses.
+Open loop: requests are due at times drawn beforehand, at a fixed rate (Poisson arrivals, as of
+independent callers; or constant). Latency counts from the time a request was DUE, not from when it
+was sent, and a request that could not be sent in time is still sent and counted. So a pause of the
+server shows in all requests due while it lasted, which a closed loop leaves out: "coordinated
+omission" (Gil Tene, "How NOT to Measure Latency", 2013). wrk2 measures in this way; HdrHistogram
+adds the missing samples to a closed loop's. Refusals are timed from when they were sent, since they
+say how soon the server refuses.
 
 Callers are asyncio tasks, in several processes with one connection each: per request this takes
 less CPU than a thread per caller from 16 callers on. Processes agree on a start on the monotonic
@@ -106,15 +106,16 @@ class Measured:
         return _quantile(self._of(REFUSED, self.done - self.sent), share)
 
     def late_ms(self, share: float) -> float:
-        """Percentile of how late the clients sent: beyond a few ms it is they who cannot keep up."""
+        """Percentile of how late the clients sent; beyond a few ms, they cannot keep up."""
         return _quantile((self.sent - self.due)[self._counted], share)
 
     @property
     def _counted(self) -> NDArray[np.bool_]:
-        return (self.due >= 0) & (self.due < self.load.seconds)
+        return np.logical_and(self.due >= 0, self.due < self.load.seconds)
 
     def _of(self, outcome: int, times: NDArray[np.float64]) -> NDArray[np.float64]:
-        return times[self._counted & (self.outcome == outcome)]
+        chosen: NDArray[np.float64] = times[self._counted & (self.outcome == outcome)]
+        return chosen
 
 
 def _quantile(seconds: NDArray[np.float64], share: float) -> float:

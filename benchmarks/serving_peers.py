@@ -16,7 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
+from serving_calls import tensors, triton_request
 from serving_servers import Server, start
 
 SCRIPTS = Path(__file__).with_name("peers")
@@ -62,7 +64,7 @@ def install(peer: Peer, venvs: Path) -> str:
             continue
         subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
         for runtime in (f"onnxruntime=={onnxruntime.__version__}", "onnxruntime"):
-            command = [folder / "bin/python", "-m", "pip", "install", "--quiet"]
+            command = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet"]
             command += ["--disable-pip-version-check", peer.distribution, runtime]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
@@ -93,26 +95,32 @@ def serve(peer: Peer, venvs: Path, model: Path, threads: int) -> Iterator[Server
     script = SCRIPTS / f"{peer.name}_server.py"
     command = [python, script, "--model", model, "--threads", threads]
     with start([str(word) for word in command]) as server:
-        _wait_for_model(server)
+        _wait_for_answer(server, model)
         yield server
 
 
-def _wait_for_model(server: Server) -> None:
+def _wait_for_answer(server: Server, model: Path) -> None:
+    """Call it until it answers, and compare with the file run here."""
+    # Here, since installing peers does not need it.
     from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
 
-    reason = "no answer"
+    feeds = dict(zip(("query", "key", "value"), tensors(16), strict=True))
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    expected = session.run(["output"], feeds | {"key_lengths": np.array([16])})[0]
+    inputs, outputs = triton_request(feeds)
     deadline = time.monotonic() + 60
     with InferenceServerClient(server.address) as client:
-        while time.monotonic() < deadline and server.process.is_running():
+        while True:
             try:
-                if client.is_model_ready("causal"):
-                    return
-                reason = "its model is not ready"
+                answer = client.infer("causal", inputs, outputs=outputs).as_numpy("output")
+                break
             except InferenceServerException as error:
-                reason = str(error)
+                if time.monotonic() > deadline or not server.process.is_running():
+                    raise RuntimeError(f"it does not answer: {error}") from None
             time.sleep(0.1)
-    raise RuntimeError(f"did not start: {reason}")
+    if not np.allclose(answer, expected, atol=1e-5):
+        raise RuntimeError("its answer is not that of the file")
 
 
 def _python(version: str) -> str | None:
