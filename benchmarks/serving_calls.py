@@ -19,6 +19,9 @@ Call = Callable[[], Awaitable[object]]
 Close = Callable[[], Awaitable[None]]
 
 
+Protocol = Literal["sdk", "message", "triton"]
+
+
 @dataclass(frozen=True)
 class Target:
     """A server and the request that callers send it.
@@ -32,7 +35,7 @@ class Target:
         model: its name.
     """
 
-    protocol: Literal["sdk", "message", "triton"]
+    protocol: Protocol
     address: str
     seq_len: int
     model: str = "causal"
@@ -43,7 +46,7 @@ def connect(target: Target) -> tuple[Call, Close]:
     return {"sdk": _sdk, "message": _message, "triton": _triton}[target.protocol](target)
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: BaseException) -> bool:
     """Whether the server refused the request because it has too much to do."""
     if isinstance(error, ResourceExhaustedError):
         return True

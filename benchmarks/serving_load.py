@@ -218,7 +218,7 @@ class _Record:
         outcome = ANSWERED
         try:
             await call()
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             outcome = REFUSED if is_refusal(error) else FAILED
             if outcome == FAILED:
                 self.failure = self.failure or f"{type(error).__name__}: {error}"
@@ -269,11 +269,10 @@ async def _open_loop(load: Load, call: Call, record: _Record, number: int, count
         task = asyncio.create_task(record.timed(call, due))
         under_way.add(task)
         task.add_done_callback(under_way.discard)
-    if under_way:
-        await asyncio.wait(under_way, timeout=DRAIN_SECONDS)
-    for task in under_way:
-        record.failure = record.failure or f"no answer {DRAIN_SECONDS} s after the last request"
+    late = (await asyncio.wait(under_way, timeout=DRAIN_SECONDS))[1] if under_way else set()
+    for task in late:
         task.cancel()
+    await asyncio.gather(*late)
 
 
 def _arrivals(load: Load, number: int, count: int) -> NDArray[np.float64]:

@@ -15,7 +15,8 @@ PERCENTILES = {"p50_ms": "o", "p90_ms": "s", "p99_ms": "^", "p99.9_ms": "D"}
 
 
 def latency_against_rate(rows: Sequence[Row], folder: Path) -> None:
-    """Percentiles of latency at each offered rate; one plot per length."""
+    """Percentiles of latency at each offered rate; one plot per length, through the SDK."""
+    rows = [row for row in rows if row["protocol"] == "sdk"]
     for seq_len in dict.fromkeys(row["seq_len"] for row in rows):
         points = [r for r in rows if r["seq_len"] == seq_len and r["load"] != "closed"]
         points = [row for row in points if row["answered"]]

@@ -1,6 +1,7 @@
 """Many callers: batching, other servers, and more load than the server can take."""
 
 import contextlib
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from attnserve_server.settings import usable_cores
-from serving_calls import Target
+from serving_calls import Protocol, Target
 from serving_load import ANSWERED, FAILED, REFUSED, Clients, Load, Measured
 from serving_peers import PEERS, missing, serve
 from serving_report import Bar, Row, Section
@@ -49,7 +50,7 @@ def callers(
     bars = []
     with attnserve(repository) as batched, attnserve(repository, *UNBATCHED) as unbatched:
         servers = {"batched": batched, "unbatched": unbatched}
-        for protocol in ("sdk", "message"):
+        for protocol in PROTOCOLS:
             targets = {n: Target(protocol, s.address, seq_len) for n, s in servers.items()}
             runs = _turns(clients, servers, targets, count, effort)
             rows += [{"protocol": protocol, **_row(name, r)} for name, r in runs.items()]
@@ -108,36 +109,31 @@ def overload(
     """The peak of a closed loop, then open loops at multiples of it, the last of which has bars."""
     rows: list[Row] = []
     bars = []
-    for seq_len in seq_lens:
+    for protocol, seq_len in itertools.product(PROTOCOLS, seq_lens):
         with attnserve(repository) as server:
-            target = Target("sdk", server.address, seq_len)
+            target = Target(protocol, server.address, seq_len)
             closed = [
                 clients.run(Load(target, effort.seconds, effort.warm_up, callers=n), server)
                 for n in counts
             ]
             peak = max(closed, key=lambda run: run.goodput(good_within))
             capacity = peak.goodput(good_within)
-            rows.append(_open_row(seq_len, "closed", peak, capacity, good_within))
+            rows.append(_open_row("closed", peak, capacity, good_within))
             for factor in factors:
                 load = Load(target, effort.seconds * 2, effort.warm_up, rate=factor * capacity)
                 run = clients.run(load, server)
-                rows.append(_open_row(seq_len, f"{factor:g}x", run, capacity, good_within))
-        what = f"S={seq_len} at {factors[-1]:g}x"
-        share, growth = rows[-1]["goodput/peak"], rows[-1]["memory_growth"]
-        refused = rows[-1]["refused_max_ms"] if rows[-1]["refused"] else 0.0
-        bars += [
-            Bar(f"{what}: goodput / peak", share, GOODPUT_BAR, at_least=True),
-            Bar(f"{what}: slowest refusal, ms", refused, REFUSAL_BAR_MS),
-            Bar(f"{what}: memory, last quarter / second", growth, MEMORY_BAR),
-            Bar(f"{what}: requests that failed", float(rows[-1]["failed"]), 0),
-        ]
+                rows.append(_open_row(f"{factor:g}x", run, capacity, good_within))
+        bars += _overload_bars(rows[-1])
     note = (
         f"Goodput: answers within {good_within:g} s of the time that the request was due, per "
         "second. Latency counts from then as well; refusals are timed from when they were sent. "
-        "late_p99_ms: how late the clients were in sending."
+        "late_p99_ms: how late the clients were in sending. memory_growth: the last quarter of "
+        "the time / the second."
     )
-    return Section("overload", rows, bars, [note])
+    return Section("overload", rows, bars, [_PROTOCOLS, note])
 
+
+PROTOCOLS: tuple[Protocol, ...] = ("sdk", "message")
 
 OWN_CHOICE, SAME_FILE = "attnserve", "attnserve, same file"
 
@@ -232,7 +228,18 @@ def _peer_bars(runs: dict[str, list[Measured]], seq_len: int, count: int) -> lis
     return bars
 
 
-def _open_row(seq_len: int, name: str, run: Measured, capacity: float, within: float) -> Row:
+def _overload_bars(row: Row) -> list[Bar]:
+    what = f"S={row['seq_len']} at {row['load']}, {row['protocol']}"
+    slowest = row["refused_max_ms"] if row["refused"] else 0.0
+    return [
+        Bar(f"{what}: goodput / peak", row["goodput/peak"], GOODPUT_BAR, at_least=True),
+        Bar(f"{what}: slowest refusal, ms", slowest, REFUSAL_BAR_MS),
+        Bar(f"{what}: memory growth", row["memory_growth"], MEMORY_BAR),
+        Bar(f"{what}: requests that failed", float(row["failed"]), 0),
+    ]
+
+
+def _open_row(name: str, run: Measured, capacity: float, within: float) -> Row:
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
     seconds = np.array([second for second, _ in run.memory])
     resident = np.array([size for _, size in run.memory], np.float64)
@@ -241,7 +248,8 @@ def _open_row(seq_len: int, name: str, run: Measured, capacity: float, within: f
     last = resident[seconds >= 3 * quarter]
     goodput = run.goodput(within)
     return {
-        "seq_len": seq_len,
+        "protocol": run.load.target.protocol,
+        "seq_len": run.load.target.seq_len,
         "load": name,
         "offered/s": run.load.rate or float("nan"),
         "callers": run.load.callers if not run.load.rate else "",
