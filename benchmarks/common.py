@@ -73,7 +73,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of equal keys, aligned."""
-    cells = [list(rows[0]), *[[_text(value) for value in row.values()] for row in rows]]
+    cells = [list(rows[0]), *[[text(value) for value in row.values()] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
     return "\n".join(lines)
@@ -93,5 +93,6 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps({"machine": machine, **figures}, indent=2) + "\n")
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A figure as tables show it."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -70,7 +70,7 @@ def main() -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("echo", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    print(f"127.0.0.1:{port}", flush=True)
+    print(f"listening on 127.0.0.1:{port} (echo)", flush=True)
     server.wait_for_termination()
 
 

@@ -1,0 +1,205 @@
+"""Serving against its floors, without batching, beside other servers, and overloaded.
+
+Causal attention of 8 heads of 64 in FP32, aligned bottom-right (the same as top-left where there
+are as many queries as keys), on the CPU. Figures and what they are held to come from one run:
+
+    floor          end to end / (bare grpcio echo of the same bytes + in process)
+    shared-memory  through shared memory / in process
+    kept           keys and values kept by the server / sent with each request
+    callers        many callers of short requests / the same server without batching
+    peers          / KServe, MLServer and PyTriton with the same ONNX file by the same calls
+    overload       open loop, up to twice the capacity: goodput, refusals, memory
+
+    python benchmarks/serving_peers.py install --venvs .venvs
+    python benchmarks/serving.py --venvs .venvs --json reports/serving.json --plots reports/serving
+
+How load is made, and how coordinated omission is kept out, is said in serving_load.py.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import serving_latency as latency
+import serving_throughput as throughput
+from serving_calls import HEAD_DIM, NUM_HEADS
+from serving_load import Clients, clients
+from serving_plots import latency_against_rate, requests_by_peer
+from serving_report import Section
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    rounds: int
+    floor: latency.Lengths
+    shared: latency.Lengths
+    kept: tuple[int, int, int]
+    callers: int
+    callers_effort: throughput.Effort
+    peer_lengths: tuple[int, ...]
+    peer_callers: tuple[int, ...]
+    peer_effort: throughput.Effort
+    overload_lengths: tuple[int, ...]
+    overload_callers: tuple[int, ...]
+    overload_factors: tuple[float, ...]
+    overload_effort: throughput.Effort
+
+
+FULL = Sizes(
+    rounds=400,
+    floor=latency.Lengths((64, 256, 1024, 4096), 400),
+    shared=latency.Lengths((64, 4096), 400),
+    kept=(latency.KEPT_QUERIES, latency.KEPT_KEYS, 60),
+    callers=64,
+    callers_effort=throughput.Effort(3.0, 0.5, 7),
+    peer_lengths=(32, 64, 256),
+    peer_callers=(1, 16),
+    peer_effort=throughput.Effort(2.0, 0.5, 3),
+    overload_lengths=(256, 1024),
+    overload_callers=(4, 16, 64),
+    overload_factors=(0.25, 0.5, 0.75, 1.0, 2.0),
+    overload_effort=throughput.Effort(5.0, 1.0, 1),
+)
+# For the test: every section, no figure worth reading.
+QUICK = Sizes(
+    rounds=3,
+    floor=latency.Lengths((16, 32), 3),
+    shared=latency.Lengths((16, 32), 3),
+    kept=(4, 64, 3),
+    callers=4,
+    callers_effort=throughput.Effort(0.3, 0.1, 1),
+    peer_lengths=(16,),
+    peer_callers=(1, 2),
+    peer_effort=throughput.Effort(0.3, 0.1, 1),
+    overload_lengths=(32,),
+    overload_callers=(2,),
+    overload_factors=(0.5, 2.0),
+    overload_effort=throughput.Effort(0.5, 0.1, 1),
+)
+
+
+def sections(
+    repository: Path, sizes: Sizes, load: Clients, venvs: Path, good_within: float
+) -> dict[str, Callable[[], Section]]:
+    """Every section by name, as a call that measures it."""
+    return {
+        "floor": lambda: latency.floor(repository, sizes.floor),
+        "shared-memory": lambda: latency.shared_memory(repository, sizes.shared),
+        "kept": lambda: latency.kept(repository, *sizes.kept),
+        "callers": lambda: throughput.callers(
+            repository, load, count=sizes.callers, seq_len=32, effort=sizes.callers_effort
+        ),
+        "peers": lambda: throughput.peers(
+            repository,
+            load,
+            venvs,
+            counts=sizes.peer_callers,
+            seq_lens=sizes.peer_lengths,
+            effort=sizes.peer_effort,
+        ),
+        "overload": lambda: throughput.overload(
+            repository,
+            load,
+            seq_lens=sizes.overload_lengths,
+            counts=sizes.overload_callers,
+            factors=sizes.overload_factors,
+            good_within=good_within,
+            effort=sizes.overload_effort,
+        ),
+    }
+
+
+@contextmanager
+def models() -> Iterator[Path]:
+    """A repository with `causal`, and `same-file`, which has of it the file that the peers run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "attnserve_export.cli", "core", "--out", folder]
+        command += ["--name", "causal", "--mask", "causal", "--alignment", "bottom-right"]
+        command += ["--num-heads", str(NUM_HEADS), "--head-dim", str(HEAD_DIM)]
+        subprocess.run(command, check=True, capture_output=True)
+        repository = Path(folder)
+        shutil.copytree(repository / "causal", repository / "same-file")
+        path = repository / "same-file" / "1" / "model.json"
+        manifest = json.loads(path.read_text())
+        manifest["name"] = "same-file"
+        manifest["variants"] = [v for v in manifest["variants"] if v["file"] == "model.onnx"]
+        manifest["picks"] = {}
+        path.write_text(json.dumps(manifest))
+        yield repository
+
+
+def main() -> int:
+    """Run the benchmark; 1 if a section could not be measured."""
+    options = _options()
+    done: list[Section] = []
+    failed: dict[str, str] = {}
+    with models() as repository, clients(options.clients) as load:
+        made = sections(
+            repository, QUICK if options.quick else FULL, load, options.venvs, options.good_within
+        )
+        for name in options.sections:
+            print(f"measuring {name}", file=sys.stderr, flush=True)
+            try:
+                section = made[name]()
+            except Exception as error:  # the other sections can still be measured
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
+                continue
+            done.append(section)
+            print(section.text(), flush=True)
+    _write(options, done, failed)
+    bars = [bar for section in done for bar in section.bars]
+    print(f"bars met: {sum(bar.met for bar in bars)} of {len(bars)}")
+    for name, reason in failed.items():
+        print(f"{name}: could not be measured: {reason}")
+    return 1 if failed else 0
+
+
+def _options() -> argparse.Namespace:
+    names = ["floor", "shared-memory", "kept", "callers", "peers", "overload"]
+    parser = common.arguments(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--sections", default=",".join(names), help="which, separated by commas (default: all)")
+    add("--quick", action="store_true", help="every section in seconds: figures say nothing")
+    add("--clients", type=int, default=2, help="client processes (default 2)")
+    add("--venvs", type=Path, default=Path(".venvs"), help="the peers' environments")
+    add("--good-within", type=float, default=1.0, help="seconds, for goodput (default 1)")
+    add("--plots", type=Path, help="also draw plots into this folder")
+    add("--markdown", type=Path, help="also write the tables to this file")
+    options = parser.parse_args()
+    options.sections = options.sections.split(",")
+    unknown = sorted(set(options.sections) - set(names))
+    if unknown:
+        parser.error(f"--sections: given {', '.join(unknown)}; known: {', '.join(names)}")
+    return options
+
+
+def _write(options: argparse.Namespace, done: list[Section], failed: dict[str, str]) -> None:
+    figures = {section.name: section.figures() for section in done}
+    common.write_json(options.json, {"benchmark": "serving", "sections": figures, "failed": failed})
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text("\n".join(section.markdown() for section in done))
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        for section in done:
+            if section.name == "overload":
+                latency_against_rate(section.rows, options.plots)
+            if section.name == "peers":
+                requests_by_peer(section.rows, options.plots)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""One caller at a time: what the service adds to the kernel and to the transport.
+
+Contenders take turns within each round, in an order that rotates; ratios and differences are taken
+within rounds, and their medians count. Computation threads do not spin, neither in the server (its
+default) nor in process: spinning threads of one contender would slow whichever runs next to it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from attnserve_client import AttentionClient
+from attnserve_server.engine.models import load_all
+from attnserve_server.engine.providers import choose
+from attnserve_server.settings import usable_cores
+from echo_server import EchoClient, request
+from numpy.typing import NDArray
+from serving_calls import Array, tensors
+from serving_report import Bar, Row, Section
+from serving_servers import attnserve, echo
+
+FLOOR_BAR = 1.1
+SHARED_SHORT_BAR_MS, SHARED_LONG_BAR = 0.6, 1.02
+KEPT_BAR = 10.0
+KEPT_QUERIES, KEPT_KEYS = 64, 4096
+
+Seconds = NDArray[np.float64]
+
+_ALWAYS, _NEVER = 0, 1 << 62
+_WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequence lengths, and how many rounds at each."""
+
+    seq_lens: Sequence[int]
+    rounds: int
+
+    def each(self) -> Sequence[tuple[int, int]]:
+        """(length, rounds): fewer where one takes longer."""
+        least = min(30, self.rounds)
+        return [(s, max(least, self.rounds // max(1, s // 128))) for s in self.seq_lens]
+
+
+class InProcess:
+    """The session that the server would pick, called without a server."""
+
+    def __init__(self, repository: Path, model: str = "causal") -> None:
+        store = load_all(repository, choose("cpu"), intra_op_threads=usable_cores(), spinning=False)
+        self._model = store.get(model, "")
+
+    def call(self, q: Array, k: Array, v: Array) -> Callable[[], object]:
+        """A call of it; what is not given is given neutrally, as the server does."""
+        length = max(q.shape[2], k.shape[2])
+        variant = self._model.choose("", {"query", "key", "value"}, {"output"}, length)
+        feeds = {
+            "query": q,
+            "key": k,
+            "value": v,
+            "key_lengths": np.array([k.shape[2]]),
+            "bias": np.zeros((1, 1, 1, 1), np.float32),
+            "softcap": np.array([-1], np.float32),
+        }
+        return lambda: variant.session.run(feeds, ["output"])
+
+
+def floor(repository: Path, lengths: Lengths) -> Section:
+    """End to end, unary and streamed, against the echo of the same bytes plus in process."""
+    with (
+        attnserve(repository) as server,
+        echo() as echo_server,
+        AttentionClient(server.address, stream_threshold_bytes=_NEVER) as unary,
+        AttentionClient(server.address, stream_threshold_bytes=_ALWAYS) as streamed,
+    ):
+        session, bare = InProcess(repository), EchoClient(echo_server.address)
+
+        def measure(seq_len: int, rounds: int) -> Row:
+            q, k, v = tensors(seq_len)
+            message = request(3 * q.nbytes, q.nbytes)
+            times = in_turns(
+                {
+                    "unary": lambda: unary.attend(q, k, v, model="causal"),
+                    "streamed": lambda: streamed.attend(q, k, v, model="causal"),
+                    "in_process": session.call(q, k, v),
+                    "echo_unary": lambda: bare.unary(message),
+                    "echo_stream": lambda: bare.stream(message),
+                    # For comparison only: bytes that are new each time, as real tensors' are.
+                    "echo_new_bytes": lambda: bare.unary(
+                        b"".join((message[:16], q.data, k.data, v.data))
+                    ),
+                },
+                rounds,
+            )
+            echoes = [times["echo_unary"], times["echo_stream"]]
+            least = min(echoes, key=lambda seconds: float(np.median(seconds))) + times["in_process"]
+            return {
+                "seq_len": seq_len,
+                "rounds": rounds,
+                "request_bytes": 3 * q.nbytes,
+                **_medians(times),
+                "floor_ms": float(np.median(least)) * 1e3,
+                "unary_ratio": float(np.median(times["unary"] / least)),
+                "streamed_ratio": float(np.median(times["streamed"] / least)),
+                "unary_p99_ms": float(np.quantile(times["unary"], 0.99)) * 1e3,
+                "streamed_p99_ms": float(np.quantile(times["streamed"], 0.99)) * 1e3,
+            }
+
+        rows = [measure(seq_len, rounds) for seq_len, rounds in lengths.each()]
+    bars = [
+        Bar(
+            f"{name}, S={row['seq_len']}: end to end / (best echo + in process)",
+            row[f"{name}_ratio"],
+            FLOOR_BAR,
+        )
+        for row in rows
+        for name in ("unary", "streamed")
+    ]
+    return Section("floor", rows, bars)
+
+
+def shared_memory(repository: Path, lengths: Lengths) -> Section:
+    """Through shared memory against in process; the shortest and the longest have bars."""
+    with (
+        attnserve(repository) as server,
+        AttentionClient(server.address, shared_memory=True) as client,
+    ):
+        session = InProcess(repository)
+
+        def measure(seq_len: int, rounds: int) -> Row:
+            q, k, v = tensors(seq_len)
+            times = in_turns(
+                {
+                    "shared_memory": lambda: client.attend(q, k, v, model="causal"),
+                    "in_process": session.call(q, k, v),
+                },
+                rounds,
+            )
+            through, within = times["shared_memory"], times["in_process"]
+            return {
+                "seq_len": seq_len,
+                "rounds": rounds,
+                **_medians(times),
+                "over_ms": float(np.median(through - within)) * 1e3,
+                "ratio": float(np.median(through / within)),
+            }
+
+        rows = [measure(seq_len, rounds) for seq_len, rounds in lengths.each()]
+    short, long = rows[0], rows[-1]
+    bars = [
+        Bar(
+            f"shared memory, S={short['seq_len']}: ms over in process",
+            short["over_ms"],
+            SHARED_SHORT_BAR_MS,
+        ),
+        Bar(
+            f"shared memory, S={long['seq_len']}: / in process",
+            long["ratio"],
+            SHARED_LONG_BAR,
+        ),
+    ]
+    return Section("shared-memory", rows, bars)
+
+
+def kept(repository: Path, query_len: int, key_len: int, rounds: int) -> Section:
+    """New queries against keys and values that the server keeps, against sending it all."""
+    q, k, v = tensors(key_len, query_len)
+    with attnserve(repository) as server, AttentionClient(server.address) as client:
+        kept_key, kept_value = client.put_tensor(k), client.put_tensor(v)
+        times = in_turns(
+            {
+                "kept": lambda: client.attend(q, kept_key, kept_value, model="causal"),
+                "sent": lambda: client.attend(q, k, v, model="causal"),
+                "in_process": InProcess(repository).call(q, k, v),
+            },
+            rounds,
+        )
+    ratio = float(np.median(times["sent"] / times["kept"]))
+    row = {"query_len": query_len, "key_len": key_len, "rounds": rounds, **_medians(times)}
+    text = f"{query_len} queries, {key_len} keys: sending it all / kept"
+    return Section("kept", [row | {"ratio": ratio}], [Bar(text, ratio, KEPT_BAR, at_least=True)])
+
+
+def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
+    """Seconds of each contender in each round."""
+    names = list(contenders)
+    times = {name: np.empty(rounds) for name in names}
+    for number in range(-_WARM_UP, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            started = time.perf_counter()
+            contenders[name]()
+            if number >= 0:
+                times[name][number] = time.perf_counter() - started
+    return times
+
+
+def _medians(times: dict[str, Seconds]) -> Row:
+    return {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
