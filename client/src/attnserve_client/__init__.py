@@ -29,6 +29,7 @@ from attnserve_client._results import (
     ServerInfo,
     Timings,
     TokensResult,
+    TransformerAttention,
     Variant,
 )
 from attnserve_client._stream import AttendStream
@@ -54,6 +55,7 @@ __all__ = [
     "ServerInfo",
     "Timings",
     "TokensResult",
+    "TransformerAttention",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

@@ -1,10 +1,21 @@
 """Runs validated token requests through a transformer's graph."""
 
+from collections.abc import Collection, Iterable
+
 import numpy as np
 
 from attnserve_server.dtypes import Array
-from attnserve_server.engine import diagnostics
-from attnserve_server.engine.work import SequenceOutput, TokensWork
+from attnserve_server.engine import heads
+from attnserve_server.engine.work import (
+    HeadsWanted,
+    SequenceOutput,
+    TokenBatch,
+    TokensWanted,
+    TokensWork,
+)
+from attnserve_server.repository.transformer import Transformer
+
+_HIDDEN, _ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
 
 
 def attend_tokens(work: TokensWork) -> list[SequenceOutput]:
@@ -15,54 +26,132 @@ def attend_tokens(work: TokensWork) -> list[SequenceOutput]:
     """
     transformer = work.model.manifest.transformer
     assert transformer is not None  # validation lets only transformers come here
-    lengths = [len(sequence) for sequence in work.sequences]
-    shape = (len(lengths), max(lengths))
-    input_ids = np.full(shape, transformer.pad_token_id, np.int64)
-    attention_mask = np.zeros(shape, np.int64)
-    for row, sequence in enumerate(work.sequences):
-        input_ids[row, : lengths[row]] = sequence
-        attention_mask[row, : lengths[row]] = 1
-    results = work.variant.session.run(
-        {"input_ids": input_ids, "attention_mask": attention_mask}, needed_outputs(work)
-    )
-    return [_share(work, results, row, length) for row, length in enumerate(lengths)]
+    feeds = _feeds("", work.source, transformer.pad_token_id)
+    if work.target is not None:
+        feeds |= _feeds("decoder_", work.target, transformer.pad_token_id)
+    outputs = needed_outputs(work.wanted, transformer, work.variant.session.outputs)
+    results = work.variant.session.run(feeds, outputs)
+    return [_share(work, transformer, results, row) for row in range(len(work.sequences))]
 
 
-def needed_outputs(work: TokensWork) -> list[str]:
-    """The graph outputs that the work needs."""
-    wanted = work.wanted
-    outputs = ["last_hidden_state"] if wanted.hidden or wanted.pooled else []
-    if wanted.weights or wanted.entropy:
-        outputs += [f"weights_{layer}" for layer in wanted.layers]
+def needed_outputs(
+    wanted: TokensWanted, transformer: Transformer, given: Collection[str]
+) -> list[str]:
+    """The graph outputs that a request needs.
+
+    Args:
+        wanted: by it.
+        transformer: to run.
+        given: all outputs of the graph, or graphs: weights come from query and key where these
+            are among them, and otherwise, from graphs that give them, as they are.
+    """
+    outputs = []
+    if wanted.hidden:
+        outputs.append(_HIDDEN)
+    if transformer.has_target and (wanted.hidden or wanted.pooled):
+        outputs.append(_ENCODER_HIDDEN)
+    if wanted.pooled and not outputs:
+        outputs.append(_HIDDEN)
+    if wanted.heads is not None:
+        name = wanted.heads.attention.name
+        for layer in wanted.heads.layers:
+            if f"{name}_query_{layer}" in given:
+                outputs += [f"{name}_query_{layer}", f"{name}_key_{layer}"]
+            else:
+                outputs.append(f"weights_{layer}")
+        if wanted.heads.attention.position_bias:
+            outputs.append(f"{name}_position_bias")
     # A graph cannot be run for nothing; this one's cheapest answer says at least that it ran.
-    return outputs or ["last_hidden_state"]
+    return outputs or [_HIDDEN]
 
 
-def _share(work: TokensWork, results: dict[str, Array], row: int, length: int) -> SequenceOutput:
+def _feeds(prefix: str, batch: TokenBatch, pad_token_id: int) -> dict[str, Array]:
+    shape = (len(batch.sequences), batch.longest)
+    input_ids = np.full(shape, pad_token_id, np.int64)
+    attention_mask = np.zeros(shape, np.int64)
+    for row, sequence in enumerate(batch.sequences):
+        input_ids[row, : len(sequence)] = sequence
+        attention_mask[row, : len(sequence)] = 1
+    return {f"{prefix}input_ids": input_ids, f"{prefix}attention_mask": attention_mask}
+
+
+def _share(
+    work: TokensWork, transformer: Transformer, results: dict[str, Array], row: int
+) -> SequenceOutput:
+    """One sequence's part of the results."""
     wanted = work.wanted
-    weights = None
-    if wanted.weights or wanted.entropy:
-        weights = np.stack(
-            [
-                results[f"weights_{layer}"][row, list(wanted.heads), :length, :length]
-                for layer in wanted.layers
-            ]
-        )  # (L, H, S, S)
-    hidden = results["last_hidden_state"][row, :length] if wanted.hidden or wanted.pooled else None
-    return SequenceOutput(
-        hidden=hidden if wanted.hidden else None,
-        pooled=_pool(work, hidden) if wanted.pooled and hidden is not None else None,
-        weights=weights if wanted.weights else None,
-        entropy=diagnostics.entropy(weights) if wanted.entropy and weights is not None else None,
+    source_len = len(work.source.sequences[row])
+    target_len = source_len if work.target is None else len(work.target.sequences[row])
+    arrays = {}
+    if wanted.hidden:
+        arrays["hidden"] = results[_HIDDEN][row, :target_len]
+        if transformer.has_target:
+            arrays["encoder_hidden"] = results[_ENCODER_HIDDEN][row, :source_len]
+    if wanted.pooled:
+        states = results[_ENCODER_HIDDEN if transformer.has_target else _HIDDEN]
+        arrays["pooled"] = _pool(transformer, states[row, :source_len])
+    if wanted.heads is not None:
+        name = wanted.heads.attention.name
+        query_len = source_len if name == "encoder" else target_len
+        key_len = target_len if name == "decoder" else source_len
+        arrays |= _observe(wanted.heads, results, row, query_len, key_len)
+    return SequenceOutput(arrays)
+
+
+def _observe(
+    wanted: HeadsWanted, results: dict[str, Array], row: int, query_len: int, key_len: int
+) -> dict[str, Array]:
+    """What is wanted of the attention of one sequence, with an axis for the layers first."""
+    by_layer = [
+        heads.say(
+            _blocks(wanted, layer, results, row, query_len, key_len),
+            len(wanted.heads),
+            query_len,
+            key_len,
+            wanted,
+        )
+        for layer in wanted.layers
+    ]
+    return {name: np.stack([said[name] for said in by_layer]) for name in wanted.names}
+
+
+def _blocks(
+    wanted: HeadsWanted,
+    layer: int,
+    results: dict[str, Array],
+    row: int,
+    query_len: int,
+    key_len: int,
+) -> Iterable[heads.Block]:
+    attention, chosen = wanted.attention, np.asarray(wanted.heads)
+    queries = results.get(f"{attention.name}_query_{layer}")
+    if queries is None:
+        weights = results[f"weights_{layer}"][row, chosen, :query_len, :key_len]
+        return [heads.Block(0, 0, weights)]
+    sharing = attention.num_heads // attention.num_kv_heads
+    bias = None
+    if attention.position_bias:
+        # Of the padded batch: distance 0 is at the last query.
+        longest = results[f"{attention.name}_position_bias"]
+        zero = queries.shape[2] - 1
+        bias = longest[chosen, zero - query_len + 1 : zero + key_len]
+    entry = attention.layers[layer]
+    return heads.blocks(
+        queries[row, chosen, :query_len],
+        results[f"{attention.name}_key_{layer}"][row, chosen // sharing, :key_len],
+        entry.scale,
+        heads.Reach(attention.mask == "causal", entry.window),
+        bias,
     )
 
 
-def _pool(work: TokensWork, hidden: Array) -> Array:
+def _pool(transformer: Transformer, hidden: Array) -> Array:
     """One vector for a sequence, as its checkpoint does it: [S, E] to [E] FP32."""
-    transformer = work.model.manifest.transformer
-    assert transformer is not None
     exact = hidden.astype(np.float32)
-    pooled = exact[0] if transformer.pooling == "cls" else exact.mean(axis=0, dtype=np.float64)
+    if transformer.pooling == "mean":
+        pooled = exact.mean(axis=0, dtype=np.float64)
+    else:
+        pooled = exact[0 if transformer.pooling == "cls" else -1]
     if transformer.normalize_pooled:
         pooled = pooled / max(float(np.linalg.norm(pooled)), 1e-12)
     return np.asarray(pooled, np.float32)
