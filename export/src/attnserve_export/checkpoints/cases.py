@@ -25,8 +25,9 @@ Array = NDArray[Any]
 TOLERANCE = 1e-4
 _LARGE = 10.0
 
-# No case is longer, nor has more weights than this in all layers and heads together.
-_LONGEST = 1024
+# No case is longer than the model's table of positions; where there is none, nothing changes from
+# some length on. Nor has any more weights than this in all layers and heads together.
+_LONGEST, _LONGEST_WITHOUT_TABLE = 1024, 320
 _MOST_WEIGHTS = 1 << 26
 
 
@@ -82,7 +83,8 @@ def transformer_cases(
 
 def _longest(checkpoint: Checkpoint, info: TransformerInfo) -> int:
     maps = sum(len(attention.layers) * attention.num_heads for attention in info.attentions)
-    most = min(_LONGEST, math.isqrt(_MOST_WEIGHTS // maps))
+    bound = _LONGEST if checkpoint.family.positions_in_table else _LONGEST_WITHOUT_TABLE
+    most = min(bound, math.isqrt(_MOST_WEIGHTS // maps))
     return min(most, checkpoint.max_seq_len or most)
 
 
