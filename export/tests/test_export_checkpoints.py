@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from attnserve_export.checkpoints.checkpoint import read_checkpoint
+from attnserve_export.checkpoints.families import FAMILIES
 from attnserve_export.cli import main
 
 
@@ -153,6 +154,13 @@ def test_pooling_is_read_from_sentence_transformers_folders(
     (tmp_path / "Pooling/config.json").write_text(json.dumps(pooling))
     checkpoint = read_checkpoint(tmp_path)
     assert (checkpoint.pooling, checkpoint.normalize_pooled) == expected
+
+
+def test_every_family_of_the_table_in_the_docs_is_there_and_no_other() -> None:
+    text = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    table = text.split("## What is supported")[1].split("\n\n")[1]
+    rows = [line.split("`")[1] for line in table.splitlines()[2:]]
+    assert set(rows) == set(FAMILIES)
 
 
 def export(folder: Path) -> int:

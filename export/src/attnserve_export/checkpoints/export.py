@@ -33,6 +33,9 @@ from attnserve_export.verification import Case
 
 SEQ_LEN, TARGET_LEN = "seq_len", "target_len"
 
+# On CPUs, with the additions before them.
+_SLOW_WHEN_FUSED = ("LayerNormalization", "Gelu")
+
 _MASKS = {ENCODER: "bidirectional", DECODER: "causal", CROSS: "cross"}
 
 
@@ -70,8 +73,10 @@ def export_transformer(
         progress("exporting native")
         # A bias is a matrix over all queries and keys.
         linear = not any(attention.position_bias for attention in info.attentions)
+        graph = _graph(Tracer(model, kind, native=True), names, opset)
+        graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
         variants["native"] = Exported(
-            _graph(Tracer(model, kind, native=True), names, opset),
+            graph,
             memory="linear" if linear else "quadratic",
             providers=(CPU,),
             native=True,
