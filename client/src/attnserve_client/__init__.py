@@ -30,6 +30,7 @@ from attnserve_client._results import (
     StoredTensor,
     Timings,
     TokensResult,
+    TransformerAttention,
     Variant,
 )
 from attnserve_client._stream import AttendStream
@@ -56,6 +57,7 @@ __all__ = [
     "StoredTensor",
     "Timings",
     "TokensResult",
+    "TransformerAttention",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

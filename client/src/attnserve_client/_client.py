@@ -310,12 +310,17 @@ class AttentionClient:
         model: str,
         version: str | int = "",
         variant: str = "",
+        targets: Tokens | None = None,
+        attention: str = "",
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         return_hidden: bool = True,
         return_pooled: bool = False,
         return_weights: bool | None = None,
         return_entropy: bool = False,
+        return_effective_context: bool = False,
+        mass_by_distance: int = 0,
+        mass_on_first: int = 0,
         truncate: bool = False,
         timeout: float | None = 60.0,
     ) -> TokensResult:
@@ -327,13 +332,23 @@ class AttentionClient:
             model: its name.
             version: empty is the highest.
             variant: force one; empty lets the server pick.
-            layers: 0-based, for weights and entropy; None is all.
-            heads: 0-based, for weights and entropy; None is all.
+            targets: for an encoder-decoder, what its decoder reads: a list of texts, or of id
+                sequences (start token included), one for each of `inputs`; None is the start
+                token alone.
+            attention: "encoder", "decoder" or "cross"; empty is the first that the model has.
+            layers: 0-based, for weights and all that is said of them; None is all.
+            heads: 0-based, likewise; None is all.
             return_hidden: send the hidden states back.
             return_pooled: also one vector per sequence.
             return_weights: also the attention weights of `layers` and `heads`; None asks for
-                them exactly if `layers` or `heads` is given and the entropy is not asked for.
+                them exactly if `layers` or `heads` is given and nothing is asked of the weights
+                (the four below).
             return_entropy: also the entropy of each query's weights, nats.
+            return_effective_context: also its exponential: over how many keys the weights of each
+                query are spread.
+            mass_by_distance: also the weight given at each distance between query and key, for
+                this many distances; the last one gathers all beyond.
+            mass_on_first: also the weight that each query gives to this many first keys.
             truncate: cut texts that are too long instead of refusing them.
             timeout: seconds; None waits for ever.
 
@@ -345,12 +360,17 @@ class AttentionClient:
             model=model,
             version=str(version),
             variant=variant,
+            targets=targets,
+            attention=attention,
             layers=layers,
             heads=heads,
             return_hidden=return_hidden,
             return_pooled=return_pooled,
             return_weights=return_weights,
             return_entropy=return_entropy,
+            return_effective_context=return_effective_context,
+            mass_by_distance=mass_by_distance,
+            mass_on_first=mass_on_first,
             truncate=truncate,
         )
         try:

@@ -20,6 +20,7 @@ from attnserve_client._results import (
     StoredTensor,
     Timings,
     TokensResult,
+    TransformerAttention,
     Variant,
 )
 
@@ -241,41 +242,66 @@ def tokens_request(
     model: str,
     version: str,
     variant: str,
+    targets: Tokens | None,
+    attention: str,
     layers: Sequence[int] | None,
     heads: Sequence[int] | None,
     return_hidden: bool,
     return_pooled: bool,
     return_weights: bool | None,
     return_entropy: bool,
+    return_effective_context: bool,
+    mass_by_distance: int,
+    mass_on_first: int,
     truncate: bool,
 ) -> pb.AttendTokensRequest:
     """Build a request from the arguments of `attend_tokens`."""
-    if isinstance(inputs, (str, bytes)):
-        raise TypeError("inputs: give a list of texts or of id sequences, not one text")
+    for name, count in (("mass_by_distance", mass_by_distance), ("mass_on_first", mass_on_first)):
+        if count < 0:
+            raise ValueError(f"{name}: {count}; allowed: 0 (off) or more")
     request = pb.AttendTokensRequest(model=model, version=str(version), variant=variant)
-    items = list(inputs)
-    if items and all(isinstance(item, str) for item in items):
-        request.text.texts.extend(items)
-        request.text.truncate = truncate
-    elif any(isinstance(item, str) for item in items):
-        raise TypeError("inputs: texts and id sequences cannot be mixed")
+    given = _batch("inputs", inputs, truncate)
+    if isinstance(given, pb.TextBatch):
+        request.text.CopyFrom(given)
     else:
-        request.tokens.SetInParent()
-        for item in items:
-            request.tokens.sequences.add(ids=[int(token) for token in item])
+        request.tokens.CopyFrom(given)
+    if targets is not None:
+        target = _batch("targets", targets, truncate)
+        if isinstance(target, pb.TextBatch):
+            request.target_text.CopyFrom(target)
+        else:
+            request.target_tokens.CopyFrom(target)
+    said = return_entropy or return_effective_context or mass_by_distance or mass_on_first
     if return_weights is None:
-        return_weights = not return_entropy and (layers is not None or heads is not None)
+        return_weights = not said and (layers is not None or heads is not None)
     request.returns.CopyFrom(
         pb.TokenReturnOptions(
             no_hidden=not return_hidden,
             pooled=return_pooled,
             weights=return_weights,
             entropy=return_entropy,
+            attention=attention,
             layers=layers or [],
             heads=heads or [],
+            effective_context=return_effective_context,
+            mass_by_distance=mass_by_distance,
+            mass_on_first=mass_on_first,
         )
     )
     return request
+
+
+def _batch(name: str, sequences: Tokens, truncate: bool) -> pb.TextBatch | pb.TokenBatch:
+    if isinstance(sequences, (str, bytes)):
+        raise TypeError(f"{name}: give a list of texts or of id sequences, not one text")
+    items = list(sequences)
+    if items and all(isinstance(item, str) for item in items):
+        return pb.TextBatch(texts=items, truncate=truncate)
+    if any(isinstance(item, str) for item in items):
+        raise TypeError(f"{name}: texts and id sequences cannot be mixed")
+    return pb.TokenBatch(
+        sequences=[pb.TokenSequence(ids=[int(token) for token in item]) for item in items]
+    )
 
 
 def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:
@@ -301,6 +327,14 @@ def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:
         entropy=arrays("entropy"),
         layers=list(response.layers),
         heads=list(response.heads),
+        attention=response.attention,
+        effective_context=arrays("effective_context"),
+        mass_by_distance=arrays("mass_by_distance"),
+        mass_on_first=arrays("mass_on_first"),
+        encoder_hidden=arrays("encoder_hidden"),
+        target_ids=[list(sequence.target_ids) for sequence in response.sequences],
+        target_tokens=[list(sequence.target_tokens) for sequence in response.sequences],
+        target_truncated=[sequence.target_truncated for sequence in response.sequences],
     )
 
 
@@ -341,6 +375,18 @@ def model_from(message: pb.Model, manifest: str = "") -> Model:
         bottom_right=message.bottom_right,
         alibi=message.alibi,
         rotary=message.rotary,
+        attentions=tuple(
+            TransformerAttention(
+                name=attention.name,
+                num_layers=attention.num_layers,
+                num_heads=attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                head_dim=attention.head_dim,
+                mask=pb.MaskKind.Name(attention.mask).lower(),
+                windows=tuple(attention.windows),
+            )
+            for attention in message.attentions
+        ),
         manifest=manifest,
     )
 

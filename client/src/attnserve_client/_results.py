@@ -88,11 +88,20 @@ class TokensResult:
         ids: token ids of each sequence.
         tokens: their texts; empty lists without a tokenizer.
         truncated: whether a text was cut.
-        hidden: [S, E] each.
+        hidden: [S, E] each; of an encoder-decoder, its decoder's: [T, E].
         pooled: [E] FP32 each.
-        weights: [L, H, S, S] each: the layers and heads named below.
-        entropy: [L, H, S] FP32 each, nats.
+        weights: [L, H, Sq, Sk] each: the layers and heads named below. Queries and keys are the S
+            tokens of the input, but queries of `decoder` and `cross` attention in an
+            encoder-decoder, and keys of `decoder`, the T tokens of the target.
+        entropy: [L, H, Sq] FP32 each, nats.
         layers, heads: what the L and H axes hold, 0-based.
+        attention: which one that is; empty if nothing was asked of it.
+        effective_context: [L, H, Sq] FP32 each: exp(entropy), 1..Sk.
+        mass_by_distance: [L, H, N] FP32 each; sums to Sq.
+        mass_on_first: [L, H, Sq] FP32 each, 0..1.
+        encoder_hidden: [S, E] each, of an encoder-decoder.
+        target_ids, target_tokens, target_truncated: of the targets, as above of the inputs;
+            empty lists where the model has none.
         timings: the server's own.
     """
 
@@ -109,6 +118,14 @@ class TokensResult:
     entropy: list[Array] | None = None
     layers: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
+    attention: str = ""
+    effective_context: list[Array] | None = None
+    mass_by_distance: list[Array] | None = None
+    mass_on_first: list[Array] | None = None
+    encoder_hidden: list[Array] | None = None
+    target_ids: list[list[int]] = field(default_factory=list)
+    target_tokens: list[list[str]] = field(default_factory=list)
+    target_truncated: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +146,25 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class TransformerAttention:
+    """One of a transformer's attentions.
+
+    Attributes:
+        name: "encoder", "decoder" or, from the decoder to the encoder, "cross".
+        mask: "bidirectional", "causal" or "cross".
+        windows: of each layer: keys up to its own that a query sees; 0 is all.
+    """
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mask: str
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """One version of a model.
 
@@ -142,6 +178,7 @@ class Model:
         bottom_right: query i is at position key_length - Sq + i among the keys, instead of i.
         alibi: scores fall with distance.
         rotary: how query and key are turned by their positions: "half", "interleaved" or "".
+        attentions: of a transformer.
         manifest: model.json as text; only from `get_model`.
     """
 
@@ -168,6 +205,7 @@ class Model:
     bottom_right: bool = False
     alibi: bool = False
     rotary: str = ""
+    attentions: tuple[TransformerAttention, ...] = ()
     manifest: str = ""
 
 

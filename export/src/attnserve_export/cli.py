@@ -14,10 +14,11 @@ from attnserve_export.attention.layer import AttentionLayer, LayerConfig
 from attnserve_export.attention.masks import ALIGNMENTS, MASKS
 from attnserve_export.attention.positions import Rotary
 from attnserve_export.attention.variants import CPU, CUDA
+from attnserve_export.checkpoints.checkpoint import read_checkpoint
+from attnserve_export.checkpoints.export import export_transformer
 from attnserve_export.errors import ExportError, VerificationError
 from attnserve_export.graphs import MAX_OPSET, MIN_OPSET
 from attnserve_export.repository import Manifest
-from attnserve_export.transformers import export_transformer, read_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -259,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     transformer = commands.add_parser("transformer", help="a Hugging Face checkpoint")
     _add_common(transformer, _transformer)
     transformer.add_argument(
-        "--checkpoint", type=Path, required=True, help="folder with config.json, model.safetensors"
+        "--checkpoint", type=Path, required=True, help="folder with config.json, model*.safetensors"
     )
 
     tune = commands.add_parser("tune", help="measure a core model's variants on this machine")

@@ -31,7 +31,7 @@ Progress = Callable[[str], None]
 CaseMaker = Callable[[str, np.random.Generator], Iterable[Case]]
 
 # Each dimension's size while tracing: all different, so that none is mistaken for another.
-TRACED = {"batch": 2, "query_len": 5, "key_len": 7, "seq_len": 6}
+TRACED = {"batch": 2, "query_len": 5, "key_len": 7, "seq_len": 6, "target_len": 9}
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,27 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class TransformerLayerInfo:
+    """What may differ from layer to layer: the scale, and keys that a query sees (None: all)."""
+
+    scale: float
+    window: int | None
+
+
+@dataclass(frozen=True)
+class TransformerAttentionInfo:
+    """One attention of a transformer: an encoder's, a decoder's, or the one between them."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mask: str
+    position_bias: bool
+    layers: tuple[TransformerLayerInfo, ...]
+
+
+@dataclass(frozen=True)
 class TransformerInfo:
     """What a transformer has besides."""
 
@@ -91,6 +112,8 @@ class TransformerInfo:
     pad_token_id: int
     pooling: str | None
     normalize_pooled: bool
+    decoder_start_token_id: int | None
+    attentions: tuple[TransformerAttentionInfo, ...]
 
 
 @dataclass(frozen=True)

@@ -215,4 +215,4 @@ def _times(
 
 
 def _gives_output(outputs: Sequence[repository.TensorInfo]) -> bool:
-    return any(output.name == "output" for output in outputs)
+    return any(output.name in ("output", "last_hidden_state") for output in outputs)

@@ -86,6 +86,12 @@ def _of_transformer(manifest: Manifest, given: set[str]) -> list[Port]:
     ports = [Port("last_hidden_state", manifest.dtype, (-1, -1, transformer.hidden_size))]
     if transformer.pooling is not None:
         ports.append(Port("pooled", "FP32", (-1, transformer.hidden_size)))
-    shape = (-1, manifest.attention.num_heads, -1, -1)
-    weights = [f"weights_{layer}" for layer in range(transformer.num_layers)]
-    return ports + [Port(name, manifest.dtype, shape) for name in weights if name in given]
+    if transformer.has_target:
+        return ports  # three attentions: AttendTokens tells them apart
+    attention = transformer.attentions[0]
+    shape = (-1, attention.num_heads, -1, -1)
+    return ports + [
+        Port(f"weights_{layer}", manifest.dtype, shape)
+        for layer in range(transformer.num_layers)
+        if given & {f"weights_{layer}", f"{attention.name}_query_{layer}"}
+    ]

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnserve_server.repository.fields import (
+    MASKS,
+    integer,
+    number,
+    one_of,
+    optional_integer,
+    yes_or_no,
+)
+from attnserve_server.repository.transformer import Transformer, read_transformer
+
 KINDS = ("core", "layer", "transformer")
-MASKS = ("bidirectional", "causal", "cross")
 DTYPES = ("FP32", "FP16", "BF16")
 ALIGNMENTS = ("top-left", "bottom-right")
 MEMORY = ("linear", "quadratic")
@@ -46,20 +55,6 @@ class Layer:
 
     embed_dim: int
     context_dim: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Transformer:
-    """What a transformer model has besides."""
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    max_seq_len: int
-    pad_token_id: int
-    pooling: str | None
-    normalize_pooled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,29 +142,29 @@ def _manifest(content: Any, text: str) -> Manifest:
     attention = content["attention"]
     manifest = Manifest(
         name=str(content["name"]),
-        version=_integer("version", content["version"], highest=2**63 - 1),
-        kind=_one_of("kind", content["kind"], KINDS),
-        dtype=_one_of("dtype", content["dtype"], DTYPES),
+        version=integer("version", content["version"], highest=2**63 - 1),
+        kind=one_of("kind", content["kind"], KINDS),
+        dtype=one_of("dtype", content["dtype"], DTYPES),
         attention=Attention(
-            num_heads=_integer("attention.num_heads", attention["num_heads"]),
-            num_kv_heads=_integer("attention.num_kv_heads", attention["num_kv_heads"]),
-            head_dim=_integer("attention.head_dim", attention["head_dim"]),
-            value_head_dim=_integer("attention.value_head_dim", attention["value_head_dim"]),
-            mask=_one_of("attention.mask", attention["mask"], MASKS),
-            window=_optional_integer("attention.window", attention.get("window")),
-            window_right=_optional_integer(
+            num_heads=integer("attention.num_heads", attention["num_heads"]),
+            num_kv_heads=integer("attention.num_kv_heads", attention["num_kv_heads"]),
+            head_dim=integer("attention.head_dim", attention["head_dim"]),
+            value_head_dim=integer("attention.value_head_dim", attention["value_head_dim"]),
+            mask=one_of("attention.mask", attention["mask"], MASKS),
+            window=optional_integer("attention.window", attention.get("window")),
+            window_right=optional_integer(
                 "attention.window_right", attention.get("window_right"), lowest=0
             ),
-            alignment=_one_of(
+            alignment=one_of(
                 "attention.alignment", attention.get("alignment", "top-left"), ALIGNMENTS
             ),
-            alibi=_yes_or_no("attention.alibi", attention.get("alibi", False)),
+            alibi=yes_or_no("attention.alibi", attention.get("alibi", False)),
             rotary=_rotary(attention.get("rotary")),
-            scale=_number("attention.scale", attention["scale"], above_zero=True),
-            softcap=_number("attention.softcap", attention.get("softcap", 0), above_zero=False),
+            scale=number("attention.scale", attention["scale"], above_zero=True),
+            softcap=number("attention.softcap", attention.get("softcap", 0), above_zero=False),
         ),
         layer=_layer(content.get("layer")),
-        transformer=_transformer(content.get("transformer")),
+        transformer=read_transformer(content.get("transformer"), attention),
         tokenizer=content.get("tokenizer"),
         variants=tuple(_variant(entry) for entry in content["variants"]),
         picks={
@@ -197,44 +192,14 @@ def _manifest(content: Any, text: str) -> Manifest:
     return manifest
 
 
-def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{field}: {value!r}; allowed: {', '.join(allowed)}")
-    return str(value)
-
-
-def _integer(field: str, value: Any, lowest: int = 1, highest: int = 2**31 - 1) -> int:
-    if type(value) is not int or not lowest <= value <= highest:
-        raise ValueError(f"{field}: {value!r}; allowed: an integer, {lowest}..{highest}")
-    return value
-
-
-def _optional_integer(field: str, value: Any, lowest: int = 1) -> int | None:
-    return None if value is None else _integer(field, value, lowest)
-
-
-def _number(field: str, value: Any, *, above_zero: bool) -> float:
-    number = float(value)
-    if not (number > 0 if above_zero else number >= 0) or number == float("inf"):
-        least = "above 0" if above_zero else "0 or more"
-        raise ValueError(f"{field}: {value!r}; allowed: a finite number, {least}")
-    return number
-
-
-def _yes_or_no(field: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{field}: {value!r}; allowed: true, false")
-    return value
-
-
 def _rotary(content: Any) -> str | None:
-    return None if content is None else _one_of("attention.rotary.style", content["style"], STYLES)
+    return None if content is None else one_of("attention.rotary.style", content["style"], STYLES)
 
 
 def _picks(rows: Any) -> tuple[Pick, ...]:
     picks: list[Pick] = []
     for row in rows:
-        up_to = _optional_integer("picks: up_to", row["up_to"])
+        up_to = optional_integer("picks: up_to", row["up_to"])
         last = picks[-1].up_to if picks else 0
         if last is None or (up_to is not None and up_to <= last):
             raise ValueError(f"picks: up_to: {up_to} after {last}; allowed: rising, null last")
@@ -248,23 +213,8 @@ def _layer(content: Any) -> Layer | None:
     if content is None:
         return None
     context = content["context_dim"]
-    embed_dim = _integer("layer.embed_dim", content["embed_dim"])
-    return Layer(embed_dim, _optional_integer("layer.context_dim", context))
-
-
-def _transformer(content: Any) -> Transformer | None:
-    if content is None:
-        return None
-    return Transformer(
-        family=str(content["family"]),
-        num_layers=_integer("transformer.num_layers", content["num_layers"]),
-        hidden_size=_integer("transformer.hidden_size", content["hidden_size"]),
-        vocab_size=_integer("transformer.vocab_size", content["vocab_size"]),
-        max_seq_len=_integer("transformer.max_seq_len", content["max_seq_len"]),
-        pad_token_id=_integer("transformer.pad_token_id", content["pad_token_id"] or 0, 0),
-        pooling=content.get("pooling"),
-        normalize_pooled=bool(content.get("normalize_pooled")),
-    )
+    embed_dim = integer("layer.embed_dim", content["embed_dim"])
+    return Layer(embed_dim, optional_integer("layer.context_dim", context))
 
 
 def _variant_name(name: Any) -> str:
@@ -281,8 +231,8 @@ def _variant(content: Any) -> VariantEntry:
         inputs=tuple(str(entry["name"]) for entry in content["inputs"]),
         outputs=tuple(str(entry["name"]) for entry in content["outputs"]),
         providers=tuple(str(provider) for provider in content["providers"]),
-        quadratic=_one_of("memory", content.get("memory", "quadratic"), MEMORY) == "quadratic",
-        native=_yes_or_no("native", content.get("native", False)),
+        quadratic=one_of("memory", content.get("memory", "quadratic"), MEMORY) == "quadratic",
+        native=yes_or_no("native", content.get("native", False)),
         max_abs_error=max((float(e) for e in verification["max_abs_error"].values()), default=0.0),
         tolerance=float(verification["tolerance"]),
     )

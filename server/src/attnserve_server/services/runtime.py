@@ -1,7 +1,6 @@
 """What the services share: models, scheduler, limits, and how a checked request is run."""
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,7 +8,7 @@ from typing import TypeVar
 import grpc
 
 from attnserve_server.dtypes import Array
-from attnserve_server.engine import joining, run
+from attnserve_server.engine import joining, tokens
 from attnserve_server.engine.models import ModelStore
 from attnserve_server.engine.work import AttendWork, SequenceOutput, TokensWork
 from attnserve_server.kept_tensors import KeptTensors
@@ -68,11 +67,11 @@ class Runtime:
         """Schedule and run a transformer; its outputs and when what happened."""
         job = Job(
             work,
-            _tokens_together,
-            ("tokens", id(work.model), work.variant.name),
-            False,
+            tokens.attend_tokens_together,
+            tokens.kind(work),
+            True,
             len(work.sequences),
-            0,
+            tokens.hidden_bytes(work),
             work.working_bytes,
         )
         return self._run(job, ticket, arrived)
@@ -91,10 +90,6 @@ class Runtime:
         return outcome.result, Clock(
             arrived, validated, outcome.waited, outcome.computed, outcome.sequences, outcome.leads
         )
-
-
-def _tokens_together(works: Sequence[TokensWork]) -> list[list[SequenceOutput]]:
-    return [run.attend_tokens(work) for work in works]
 
 
 def ticket_for(context: grpc.ServicerContext, priority: int = NORMAL) -> Ticket:

@@ -14,7 +14,7 @@ from attnserve_server.dtypes import Array
 from attnserve_server.engine import ports
 from attnserve_server.engine.models import LoadedModel
 from attnserve_server.engine.work import SequenceOutput
-from attnserve_server.errors import InvalidRequestError
+from attnserve_server.errors import InvalidRequestError, PreconditionError
 from attnserve_server.settings import Limits
 from attnserve_server.wire.inference import InputTensor, Output, check_answer_size, value
 
@@ -150,8 +150,16 @@ def tokens_call(
 
     Raises:
         InvalidRequestError: a tensor is not as the model takes it, or there is none such.
+        PreconditionError: the model is an encoder-decoder.
         ExhaustedError: the padded answer would be too large.
     """
+    transformer = model.manifest.transformer
+    assert transformer is not None
+    if transformer.has_target:
+        raise PreconditionError(
+            f"model_name: {model.manifest.name} is an encoder-decoder, which this protocol does "
+            "not serve; use AttendTokens"
+        )
     for name in ("scale", "softcap", "top_k", "mass_by_distance"):
         if getattr(given, name):
             raise _wrong(name, getattr(given, name), "nothing for transformer models")
@@ -178,8 +186,8 @@ def tokens_call(
     padded_len = ids.shape[1]
     item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
     rows = ids.size * item
-    size = rows * model.manifest.transformer.hidden_size if "last_hidden_state" in names else 0  # type: ignore[union-attr]
-    size += rows * padded_len * model.manifest.attention.num_heads * len(layers)
+    size = rows * transformer.hidden_size if "last_hidden_state" in names else 0
+    size += rows * padded_len * transformer.attentions[0].num_heads * len(layers)
     check_answer_size(size, min(limits.max_message_bytes, limits.max_response_bytes))
     return TokensCall(message, layers, padded_len)
 
@@ -193,22 +201,22 @@ def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, A
     arrays: dict[str, Array] = {}
     batch, most = len(sequences), call.padded_len
     for row, sequence in enumerate(sequences):
-        if sequence.hidden is not None:
-            length, width = sequence.hidden.shape
+        own = sequence.arrays
+        if "hidden" in own:
+            length, width = own["hidden"].shape
             hidden = arrays.setdefault(
-                "last_hidden_state", np.zeros((batch, most, width), sequence.hidden.dtype)
+                "last_hidden_state", np.zeros((batch, most, width), own["hidden"].dtype)
             )
-            hidden[row, :length] = sequence.hidden
-        if sequence.weights is not None:
-            _, heads, length, _ = sequence.weights.shape
-            for layer, weights in zip(call.layers, sequence.weights, strict=True):
+            hidden[row, :length] = own["hidden"]
+        if "weights" in own:
+            _, heads, length, _ = own["weights"].shape
+            for layer, weights in zip(call.layers, own["weights"], strict=True):
                 all_weights = arrays.setdefault(
                     f"{_LAYER}{layer}", np.zeros((batch, heads, most, most), weights.dtype)
                 )
                 all_weights[row, :, :length, :length] = weights
-    pooled = [sequence.pooled for sequence in sequences if sequence.pooled is not None]
-    if pooled:
-        arrays["pooled"] = np.stack(pooled)
+    if sequences and "pooled" in sequences[0].arrays:
+        arrays["pooled"] = np.stack([sequence.arrays["pooled"] for sequence in sequences])
     return arrays
 
 

@@ -101,16 +101,21 @@ def tokens_response(
         variant=work.variant.name,
         timings=timings,
     )
-    if work.wanted.weights or work.wanted.entropy:
-        response.layers.extend(work.wanted.layers)
-        response.heads.extend(work.wanted.heads)
-    tokenizer = work.model.tokenizer
-    for ids, truncated, output in zip(work.sequences, work.truncated, outputs, strict=True):
-        sequence = response.sequences.add(ids=ids, truncated=truncated)
+    heads, tokenizer = work.wanted.heads, work.model.tokenizer
+    if heads is not None:
+        response.attention = heads.attention.name
+        response.layers.extend(heads.layers)
+        response.heads.extend(heads.heads)
+    for row, output in enumerate(outputs):
+        sequence = response.sequences.add(
+            ids=work.source.sequences[row], truncated=work.source.truncated[row]
+        )
+        if work.target is not None:
+            sequence.target_ids.extend(work.target.sequences[row])
+            sequence.target_truncated = work.target.truncated[row]
         if tokenizer is not None:
-            sequence.tokens.extend(tokenizer.token(token_id) for token_id in ids)
-        for name in ("hidden", "pooled", "weights", "entropy"):
-            array = getattr(output, name)
-            if array is not None:
-                getattr(sequence, name).CopyFrom(tensors.message(array))
+            sequence.tokens.extend(map(tokenizer.token, sequence.ids))
+            sequence.target_tokens.extend(map(tokenizer.token, sequence.target_ids))
+        for name, array in output.arrays.items():
+            getattr(sequence, name).CopyFrom(tensors.message(array))
     return response

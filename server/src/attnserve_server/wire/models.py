@@ -38,6 +38,16 @@ def model_message(model: LoadedModel) -> pb.Model:
         message.num_layers = manifest.transformer.num_layers
         message.vocab_size = manifest.transformer.vocab_size
         message.max_seq_len = manifest.transformer.max_seq_len
+        for described in manifest.transformer.attentions:
+            message.attentions.add(
+                name=described.name,
+                num_layers=len(described.layers),
+                num_heads=described.num_heads,
+                num_kv_heads=described.num_kv_heads,
+                head_dim=described.head_dim,
+                mask=pb.MaskKind.Value(described.mask.upper()),
+                windows=[layer.window or 0 for layer in described.layers],
+            )
     for variant in model.variants:
         entry = variant.entry
         message.variants.add(

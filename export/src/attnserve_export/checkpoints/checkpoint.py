@@ -1,0 +1,201 @@
+"""A checkpoint's folder, read: configuration, parameters, tokenizer, pooling."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnserve_export.checkpoints.families import ENCODER_DECODER, Family, family_of
+from attnserve_export.checkpoints.tracing import IMPLEMENTATION, attention
+from attnserve_export.errors import ExportError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# What sentence-transformers calls the ways to pool, and what manifests call them.
+_POOLINGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that can be exported.
+
+    Attributes:
+        folder: where it is.
+        name: as its config.json has it, or its family's.
+        family: of the checkpoint.
+        config: as transformers reads it.
+        pooling: "mean", "cls", "last", or None: the checkpoint says nothing.
+        normalize_pooled: whether the pooled vector is scaled to length 1.
+    """
+
+    folder: Path
+    name: str
+    family: Family
+    config: Any
+    pooling: str | None
+    normalize_pooled: bool
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence; 0: no end."""
+        return self.family.max_seq_len(self.config)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What to fill up sequences with; any id will do, as nothing sees it."""
+        given = getattr(self.config, "pad_token_id", None)
+        return given if isinstance(given, int) and 0 <= given < self.config.vocab_size else 0
+
+    @property
+    def decoder_start_token_id(self) -> int | None:
+        """What a target starts with; None: there are no targets."""
+        if self.family.kind != ENCODER_DECODER:
+            return None
+        start = getattr(self.config, "decoder_start_token_id", None)
+        return self.pad_token_id if start is None else int(start)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's configuration.
+
+    Raises:
+        ExportError: it cannot be read, or is of a kind that is not supported; says which field of
+            config.json, what it is and what is allowed.
+    """
+    content = _json(folder / "config.json")
+    if not isinstance(content, dict):
+        raise ExportError(f"--checkpoint: {folder}: config.json: allowed: a JSON object")
+    family = family_of(content, str(folder))
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise ExportError(
+            f"--checkpoint: {folder}: {WEIGHTS} and {INDEX} are missing; allowed: parameters as "
+            "safetensors (pickled ones are never loaded)"
+        )
+    config_class = getattr(_transformers(), "AutoConfig")  # noqa: B009 (typed as missing)
+    try:
+        config = config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        raise ExportError(
+            f"--checkpoint: {folder}: config.json: transformers cannot read it: {error}"
+        ) from None
+    name = str(content.get("_name_or_path") or family.name)
+    # Trained from a folder, it would say where that was.
+    name = Path(name).name if Path(name).is_absolute() else name
+    return Checkpoint(folder, name, family, config, *_pooling(folder))
+
+
+def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
+    """The model with its parameters in FP32, in evaluation mode.
+
+    Args:
+        checkpoint: to load.
+        implementation: of its attention: "eager", or `tracing.IMPLEMENTATION`.
+
+    Raises:
+        ExportError: the parameters do not fit the configuration.
+    """
+    transformers = _transformers()
+    transformers.AttentionInterface.register(IMPLEMENTATION, attention)
+    model_class = getattr(transformers, checkpoint.family.model_class)
+    try:
+        model, info = model_class.from_pretrained(
+            checkpoint.folder,
+            config=checkpoint.config,
+            attn_implementation=implementation,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **checkpoint.family.arguments,
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds
+        text = str(error).strip().splitlines()
+        raise ExportError(
+            f"--checkpoint: {checkpoint.folder}: its parameters cannot be loaded: "
+            f"{text[0] if text else type(error).__name__}"
+        ) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers in their place.
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ExportError(
+            f"--checkpoint: {checkpoint.folder}: parameters are missing: "
+            f"{', '.join(missing[:3])}{more}"
+        )
+    module: nn.Module = model.eval()
+    return module
+
+
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 of the safetensors files, in hex: of all of them in order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def tokenizer_json(folder: Path) -> bytes | None:
+    """tokenizer.json without truncation and padding, which are the server's to decide."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    content = _json(path)
+    content["truncation"] = content["padding"] = None
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _pooling(folder: Path) -> tuple[str | None, bool]:
+    """How a sentence-transformers folder makes one vector of a sequence, and if it normalises."""
+    if not (folder / "modules.json").is_file():
+        return None, False
+    modules = [(str(module.get("type", "")).rsplit(".", 1)[-1], module)
+               for module in _json(folder / "modules.json")]  # fmt: skip
+    kinds = [kind for kind, _ in modules]
+    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"} or kinds.count("Pooling") != 1:
+        return None, False  # something of its own is made of the vector
+    path = folder / str(dict(modules)["Pooling"].get("path", "")) / "config.json"
+    return _pooling_mode(_json(path) if path.is_file() else {}), "Normalize" in kinds
+
+
+def _pooling_mode(config: Mapping[str, Any]) -> str | None:
+    """The one way to pool that is on; None if there is none, or another, or several."""
+    if isinstance(config.get("pooling_mode"), str):
+        mode = config["pooling_mode"]
+        return {"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(mode)
+    on = [name for name, value in config.items() if name.startswith("pooling_mode_") and value]
+    return _POOLINGS.get(on[0]) if len(on) == 1 else None
+
+
+def _transformers() -> Any:
+    # Imported here: core and layer exports do without transformers.
+    try:
+        import transformers
+    except ImportError:
+        raise ExportError(
+            "transformers is not installed; `pip install 'attnserve-export[transformers]'`"
+        ) from None
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return transformers
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(f"--checkpoint: {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"--checkpoint: {path}: not JSON: {error}") from None

@@ -1,0 +1,80 @@
+"""Modules to export: token ids in, hidden states and what the attentions were given out."""
+
+import torch
+from torch import Tensor, nn
+
+from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECODER
+from attnserve_export.checkpoints.tracing import CROSS, Tracer
+
+HIDDEN, ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
+SOURCE, TARGET = ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")
+
+
+class OneStack(nn.Module):
+    """An encoder or a decoder."""
+
+    inputs = SOURCE
+    hidden = (HIDDEN,)
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.model = tracer.model
+        self.tracer = tracer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states, then `Tracer.outputs`.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, S], 1 valid, 0 padding, which comes last.
+        """
+        more: dict[str, object] = {}
+        if self.tracer.kind == DECODER:
+            # Without a cache of keys and values, which nobody would read. Positions are written out
+            # over the batch since ONNX's RotaryEmbedding does not broadcast it.
+            positions = torch.arange(input_ids.shape[1])[None, :].expand(input_ids.shape[0], -1)
+            more = {"use_cache": False, "position_ids": positions}
+        with self.tracer.tracing({self.tracer.kind: attention_mask.sum(dim=-1)}):
+            states: Tensor = self.model(input_ids=input_ids, **more).last_hidden_state
+        return states, *self.tracer.outputs().values()
+
+
+class TwoStacks(nn.Module):
+    """An encoder and a decoder that attends to it."""
+
+    inputs = (*SOURCE, *TARGET)
+    hidden = (HIDDEN, ENCODER_HIDDEN)
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.model = tracer.model
+        self.tracer = tracer
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        decoder_attention_mask: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Hidden states of the decoder and of the encoder, then `Tracer.outputs`.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, S], 1 valid, 0 padding, which comes last.
+            decoder_input_ids: [B, T].
+            decoder_attention_mask: [B, T], likewise.
+        """
+        source = attention_mask.sum(dim=-1)
+        lengths = {ENCODER: source, DECODER: decoder_attention_mask.sum(dim=-1), CROSS: source}
+        with self.tracer.tracing(lengths):
+            result = self.model(
+                input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False
+            )
+        states = (result.last_hidden_state, result.encoder_last_hidden_state)
+        return (*states, *self.tracer.outputs().values())
+
+
+def module_for(tracer: Tracer) -> OneStack | TwoStacks:
+    """The module that a tracer's model is exported as."""
+    return TwoStacks(tracer) if tracer.kind == ENCODER_DECODER else OneStack(tracer)

