@@ -3,17 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import encoding, wire
+from attnserve_proto import wire
 
 from attnserve_client import _messages, _tensors
 from attnserve_client._arena import ALIGNMENT, Arena
 from attnserve_client._messages import AttendCall
 from attnserve_client._results import Array, AttendResult
-
-_REQUEST_FIELD = {name: number for number, name in wire.REQUEST_TENSORS.items()}
 
 # Tensors smaller than this travel within the message: they cost less than a look-up.
 _INLINE_BYTES = 4096
@@ -27,11 +27,13 @@ class SharedCall:
         message: it, serialised.
         held: its tensors in shared memory.
         output: where the answer's tensors go.
+        offset: of that in the shared memory.
     """
 
     message: bytes
     held: list[Array]
     output: Array
+    offset: int
 
 
 class Sharing:
@@ -68,37 +70,33 @@ class Sharing:
 
         Tensors that lie in shared memory already are not copied.
         """
-        needed = _answer_bytes(call)
+        needed = _answer_bytes(call.head, tuple(call.shapes.items()))
         if needed is None:
             return None
         name = self.name()
-        head, held, inline = call.head, [], {}
+        held, inline, places = [], {}, []
         for field, array in call.tensors.items():
             if array.nbytes < _INLINE_BYTES:
                 inline[field] = array
-                continue
-            shared, offset = self._shared(array)
-            held.append(shared)
-            tensor = _tensors.header(array.dtype, array.shape)
-            tensor.shared_memory.CopyFrom(_region(name, offset, array.nbytes))
-            head += encoding.embedded(_REQUEST_FIELD[field], tensor.SerializeToString())
+            else:
+                shared, offset = self._shared(array)
+                held.append(shared)
+                places.append((field, array.dtype, array.shape, offset))
         output = self.arena.empty((needed,), np.dtype(np.uint8))
-        place = pb.AttendRequest(output_region=_region(name, self._offset(output), needed))
-        placed = AttendCall(
-            head + place.SerializeToString(), inline, call.no_output, call.return_weights
-        )
-        return SharedCall(placed.to_bytes(), held, output)
+        at = self._offset(output)
+        head = call.head + _placed(name, tuple(places), at, needed)
+        placed = AttendCall(head, inline, call.no_output, call.return_weights)
+        return SharedCall(placed.to_bytes(), held, output, at)
 
     def result(self, call: SharedCall, answer: bytes) -> AttendResult:
         """The result of an answer: its arrays lie in shared memory, and keep it taken."""
         response = pb.AttendResponse.FromString(answer)
-        start = self._offset(call.output)
         arrays = {}
         for field in wire.RESPONSE_TENSORS.values():
             if not response.HasField(field):  # type: ignore[arg-type]
                 continue
             tensor: pb.Tensor = getattr(response, field)
-            at = tensor.shared_memory.offset - start
+            at = tensor.shared_memory.offset - call.offset
             part = call.output[at : at + tensor.shared_memory.byte_size]
             arrays[field] = _tensors.placed(tensor, part)
         return _messages.attend_result(response, arrays)
@@ -117,17 +115,37 @@ class Sharing:
         return offset
 
 
+@lru_cache(maxsize=256)
+def _placed(
+    name: str,
+    places: "tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]",
+    output: int,
+    output_bytes: int,
+) -> bytes:
+    """Where tensors lie, and where the answer's go, as fields of an `AttendRequest`."""
+    message = pb.AttendRequest(output_region=_region(name, output, output_bytes))
+    for field, dtype, shape, offset in places:
+        tensor = _tensors.header(dtype, shape)
+        byte_size = math.prod(shape) * dtype.itemsize
+        tensor.shared_memory.CopyFrom(_region(name, offset, byte_size))
+        getattr(message, field).CopyFrom(tensor)
+    return message.SerializeToString()
+
+
 def _region(name: str, offset: int, byte_size: int) -> pb.SharedMemoryRegion:
     return pb.SharedMemoryRegion(name=name, offset=offset, byte_size=byte_size)
 
 
-def _answer_bytes(call: AttendCall) -> int | None:
+@lru_cache(maxsize=256)
+def _answer_bytes(
+    head: bytes, named_shapes: tuple[tuple[str, tuple[tuple[int, ...], int]], ...]
+) -> int | None:
     """Bytes for the tensors of the answer, one after another, each aligned.
 
     None for layer models with more than an output: their heads are not known here. None also for
     shapes that the server will refuse: it says best what is wrong with them.
     """
-    returns = pb.AttendRequest.FromString(call.head).returns
+    returns = pb.AttendRequest.FromString(head).returns
     more = (
         returns.weights
         or returns.entropy
@@ -135,7 +153,7 @@ def _answer_bytes(call: AttendCall) -> int | None:
         or returns.mass_per_key
         or returns.mass_by_distance
     )
-    shapes = call.shapes
+    shapes = dict(named_shapes)
     if "hidden_states" in shapes:
         shape, item = shapes["hidden_states"]
         return None if more or returns.no_output else math.prod(shape) * item

@@ -28,6 +28,7 @@ import threading
 import urllib.parse
 import weakref
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from attnserve_server.errors import (
@@ -220,6 +221,7 @@ class SharedRegions:
             self._mapped_bytes -= byte_size
 
 
+@lru_cache(maxsize=1024)
 def owner_of(peer: str) -> str:
     """What tells local callers apart: the host part of `ServicerContext.peer()`.
 
