@@ -24,6 +24,10 @@ from attnserve_client._results import (
     Variant,
 )
 
+# Requests from this size on go some heads at a time, in about so many parts.
+_INTERLEAVED_BYTES = 4 << 20
+_PARTS = 4
+
 _REQUEST_FIELD = {name: number for number, name in wire.REQUEST_TENSORS.items()}
 
 Tokens = Sequence[str] | Sequence[Sequence[int]] | Array
@@ -94,9 +98,40 @@ class AttendCall:
             timeout=0 if timeout is None else max(1, round(timeout * 1e6)),
         )
         yield first.SerializeToString()
-        for name in sorted(self.tensors, key=_REQUEST_FIELD.__getitem__):
-            view = _tensors.data(self.tensors[name])
-            yield from wire.cut(request_id, _REQUEST_FIELD[name], view, chunk_bytes)
+        for name, start, end in self._order(chunk_bytes):
+            view = _tensors.data(self.tensors[name])[start:end]
+            yield from wire.cut(request_id, _REQUEST_FIELD[name], view, chunk_bytes, start)
+
+    def _order(self, chunk_bytes: int) -> Iterator[tuple[str, int, int]]:
+        """What to send one after another: bytes [start, end) of a tensor.
+
+        Large query, key and value of one sequence go some heads of each at a time: the server
+        computes those while the others are on their way.
+        """
+        names = sorted(self.tensors, key=_REQUEST_FIELD.__getitem__)
+        core = {"query", "key", "value"}
+        heads = {self.tensors[n].shape[1] for n in ("key", "value") if self._interleaves(n)}
+        if (
+            not core <= self.tensors.keys()
+            or not self._interleaves("query")
+            or len(heads) != 1
+            or self.request_bytes < _INTERLEAVED_BYTES
+        ):
+            yield from ((name, 0, self.tensors[name].nbytes) for name in names)
+            return
+        yield from ((name, 0, self.tensors[name].nbytes) for name in names if name not in core)
+        (num_heads,) = heads
+        head_bytes = self.tensors["key"].nbytes // num_heads
+        together = max(1, min(chunk_bytes // head_bytes, num_heads // _PARTS))
+        for first in range(0, num_heads, together):
+            last = min(first + together, num_heads)
+            for name in ("query", "key", "value"):
+                size = self.tensors[name].nbytes
+                yield name, size * first // num_heads, size * last // num_heads
+
+    def _interleaves(self, name: str) -> bool:
+        array = self.tensors.get(name)
+        return array is not None and array.ndim == 4 and array.shape[0] == 1
 
 
 @lru_cache(maxsize=256)

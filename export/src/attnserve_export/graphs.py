@@ -119,6 +119,26 @@ def free_dims(model: onnx.ModelProto, name: str, dims: Sequence[str]) -> None:
     del model.graph.value_info[:]
 
 
+def free_heads(model: onnx.ModelProto, domain: str) -> None:
+    """Let a graph that is one attention operator take any number of heads.
+
+    Heads do not see each other: a caller who has some of them already may have those computed
+    before the others. Graphs of more nodes, or with a slope for each head, are left as they are.
+
+    Args:
+        model: changed in place.
+        domain: of the operator `Attention`.
+    """
+    node = model.graph.node[0]
+    slopes = len(node.input) > 5 and node.input[5]
+    if len(model.graph.node) != 1 or (node.domain, node.op_type) != (domain, "Attention") or slopes:
+        return
+    names = {"query": "heads", "key": "kv_heads", "value": "kv_heads", "output": "heads"}
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in names:
+            value.type.tensor_type.shape.dim[1].dim_param = names[value.name]
+
+
 def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) -> None:
     """Make dimensions of outputs dynamic: output name to axis to the dimension's name."""
     for value in model.graph.output:

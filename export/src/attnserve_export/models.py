@@ -16,7 +16,14 @@ from torch import nn
 
 from attnserve_export import cases, graphs
 from attnserve_export.attention.blocked import blocked_attention
-from attnserve_export.attention.core import AttentionConfig, BlockedCore, CudnnCore, FlashCore
+from attnserve_export.attention.core import (
+    DOMAIN,
+    AttentionConfig,
+    BlockedCore,
+    CudnnCore,
+    FlashCore,
+    NativeCore,
+)
 from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_module
@@ -295,6 +302,8 @@ def _graph(
     if spec.outputs == DIAGNOSTICS:
         # Their last dimension is the value of an input; traced as 1.
         graphs.rename_dims(model, _DIAGNOSTICS_DIMS)
+    if spec.core is NativeCore:
+        graphs.free_heads(model, DOMAIN)
     if spec.core is CudnnCore:
         graphs.add_function(model, cudnn_attention(config))
     if flash:

@@ -170,7 +170,18 @@ def _embed_chunk(prefix: bytes, number: int, chunk: Chunk) -> bytes:
     return b"".join((prefix, chunk.data))
 
 
-def cut(request_id: int, tensor: int, data: memoryview, chunk_bytes: int) -> Iterator[bytes]:
-    """Cut one tensor's bytes into serialised chunks of at most `chunk_bytes` bytes each."""
+def cut(
+    request_id: int, tensor: int, data: memoryview, chunk_bytes: int, start: int = 0
+) -> Iterator[bytes]:
+    """Cut bytes of one tensor, from `start` on, into serialised chunks.
+
+    Args:
+        request_id: of the stream.
+        tensor: field number.
+        data: the bytes.
+        chunk_bytes: the most that a chunk holds.
+        start: where in the tensor `data` begins.
+    """
     for offset in range(0, data.nbytes, chunk_bytes):
-        yield encode_chunk(Chunk(request_id, tensor, offset, data[offset : offset + chunk_bytes]))
+        piece = data[offset : offset + chunk_bytes]
+        yield encode_chunk(Chunk(request_id, tensor, start + offset, piece))

@@ -20,9 +20,9 @@ from attnserve_server.scheduler.memory import ByteBudget
 from attnserve_server.scheduler.scheduler import Rules, Scheduler
 from attnserve_server.services import attention, inference
 from attnserve_server.services.attention import AttentionService
+from attnserve_server.services.calls import Streams
 from attnserve_server.services.inference import InferenceService
 from attnserve_server.services.runtime import Runtime
-from attnserve_server.services.stream import Streams
 from attnserve_server.settings import MIB, Settings, usable_cores
 from attnserve_server.shared_memory import SharedRegions
 

@@ -48,6 +48,9 @@ class GraphSession:
         self.inputs: frozenset[str] = frozenset(i.name for i in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
         types = [*self._session.get_inputs(), *self._session.get_outputs()]
+        heads = [entry.shape[1] for entry in types if entry.name in ("query", "key", "value")]
+        # Whether it takes any number of heads; a fixed number is an integer.
+        self.any_heads = len(heads) == 3 and not any(isinstance(size, int) for size in heads)
         self._has_bfloat16 = any(entry.type == "tensor(bfloat16)" for entry in types)
 
     def run(

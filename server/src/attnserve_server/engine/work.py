@@ -48,6 +48,7 @@ class AttendWork:
             made.
         tensor_bytes: of what comes in.
         working_bytes: estimated memory that it takes while it runs.
+        counted: sequences that it counts for; 0 for a part of a work whose other part counts.
     """
 
     model: LoadedModel
@@ -61,6 +62,7 @@ class AttendWork:
     into: Mapping[str, Array] = field(default_factory=dict)
     tensor_bytes: int = 0
     working_bytes: int = 0
+    counted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from attnserve_server.errors import CancelledError, DeadlineError
@@ -27,18 +27,17 @@ class Ticket:
     caller: str = ""
     priority: int = NORMAL
     _cancelled: bool = False
-    _wake: Callable[[], None] | None = None
+    _wakes: list[Callable[[], None]] = field(default_factory=list)
 
     def cancel(self) -> None:
         """The caller has gone: leave the queue. A computation under way runs to its end."""
         self._cancelled = True
-        wake = self._wake
-        if wake is not None:
+        for wake in list(self._wakes):
             wake()
 
     def when_cancelled(self, wake: Callable[[], None]) -> None:
         """Call `wake` upon cancellation, or now if that has been."""
-        self._wake = wake
+        self._wakes.append(wake)
         if self._cancelled:
             wake()
 

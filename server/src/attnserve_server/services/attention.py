@@ -15,10 +15,11 @@ from attnserve_server import __version__, validation
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, UnimplementedError
 from attnserve_server.services import inputs, outputs
 from attnserve_server.services.answering import answering
+from attnserve_server.services.calls import Streams
 from attnserve_server.services.outputs import Frame
 from attnserve_server.services.regions import SharedMemoryService
 from attnserve_server.services.runtime import Runtime, ticket_for
-from attnserve_server.services.stream import StreamCall, Streams
+from attnserve_server.services.stream import StreamCall
 from attnserve_server.services.tensors import TensorService
 from attnserve_server.wire import answers, models
 

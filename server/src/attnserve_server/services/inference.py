@@ -18,10 +18,10 @@ from attnserve_server.errors import (
     UnimplementedError,
 )
 from attnserve_server.services.answering import answering
+from attnserve_server.services.calls import Streams
 from attnserve_server.services.infer import Inference
 from attnserve_server.services.inference_stream import InferStreamCall
 from attnserve_server.services.runtime import Runtime, ticket_for
-from attnserve_server.services.stream import Streams
 from attnserve_server.shared_memory import owner_of
 from attnserve_server.statistics import Statistics
 from attnserve_server.wire import inference_models as encode

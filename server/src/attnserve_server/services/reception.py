@@ -9,6 +9,7 @@ from attnserve_proto import wire
 from attnserve_server.dtypes import Array
 from attnserve_server.errors import ExhaustedError, InvalidRequestError
 from attnserve_server.scheduler.memory import ByteBudget
+from attnserve_server.services.early import EarlyHeads
 from attnserve_server.validation import AttendPlan
 from attnserve_server.wire import tensors
 
@@ -23,13 +24,16 @@ class Reception:
         plan: the request, checked but for its elements.
         arrays: its tensors, filled so far.
         missing: bytes that have not come yet.
+        received: bytes that have come, by tensor in chunks.
+        early: computes heads while others are arriving; None: the whole, once it has arrived.
     """
 
     plan: AttendPlan
     arrays: dict[str, Array]
     missing: int
+    received: dict[str, int] = field(default_factory=dict)
+    early: EarlyHeads | None = None
     _targets: dict[int, memoryview] = field(default_factory=dict)
-    _received: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, plan: AttendPlan, arrays: Mapping[str, Array]) -> "Reception":
@@ -42,8 +46,10 @@ class Reception:
             number = _NUMBER[name]
             reception.arrays[name] = array
             reception._targets[number] = tensors.data(array)
-            reception._received[number] = 0
+            reception.received[name] = 0
             reception.missing += spec.byte_size
+        if reception.missing:
+            reception.early = EarlyHeads.of(plan, reception.arrays)
         return reception
 
     def add(self, chunk: wire.Chunk) -> None:
@@ -56,7 +62,8 @@ class Reception:
         if target is None:
             allowed = ", ".join(f"{n} ({wire.REQUEST_TENSORS[n]})" for n in self._targets)
             raise InvalidRequestError.of("chunk.tensor", chunk.tensor, allowed)
-        name, received = wire.REQUEST_TENSORS[chunk.tensor], self._received[chunk.tensor]
+        name = wire.REQUEST_TENSORS[chunk.tensor]
+        received = self.received[name]
         if chunk.offset != received:
             raise InvalidRequestError.of(
                 f"chunk.offset of {name}", chunk.offset, f"{received}, the bytes already sent"
@@ -67,7 +74,7 @@ class Reception:
                 f"chunk.data of {name}", f"{size} bytes", f"1..{left} bytes" if left else "no more"
             )
         target[received : received + size] = chunk.data
-        self._received[chunk.tensor] += size
+        self.received[name] += size
         self.missing -= size
 
 
@@ -101,10 +108,8 @@ class Receiver:
             )
         self._last_id = message.request_id
 
-    def begin(
-        self, request_id: int, plan: AttendPlan, arrays: Mapping[str, Array]
-    ) -> Reception | None:
-        """Start to receive a request; returns it if it is complete already.
+    def begin(self, request_id: int, plan: AttendPlan, arrays: Mapping[str, Array]) -> Reception:
+        """Start to receive a request, which may be complete already.
 
         Args:
             request_id: it is.
@@ -127,7 +132,6 @@ class Receiver:
             raise ExhaustedError(f"memory: no room for {plan.sent_bytes} bytes") from None
         if reception.missing:
             self._open[request_id] = reception
-            return None
         return reception
 
     def discard(self, request_id: int, message: pb.AttendRequest) -> None:
@@ -141,7 +145,7 @@ class Receiver:
             self._discarded[request_id] = size
 
     def add(self, chunk: wire.Chunk) -> Reception | None:
-        """Take a chunk; returns its request if that is complete now.
+        """Take a chunk; returns its request, unless that was refused.
 
         Raises:
             RefusedChunkError: the chunk's request fails; the stream goes on.
@@ -155,22 +159,27 @@ class Receiver:
             reception.add(chunk)
         except InvalidRequestError as error:
             del self._open[chunk.request_id]
-            self._budget.give_back(reception.plan.sent_bytes)
+            self._give_back(reception)
             left = reception.missing - chunk.data.nbytes
             if left > 0:
                 self._discarded[chunk.request_id] = left
             raise RefusedChunkError(str(error)) from None
-        if reception.missing:
-            return None
-        return self._open.pop(chunk.request_id)
+        if not reception.missing:
+            del self._open[chunk.request_id]
+        return reception
 
     def close(self) -> list[int]:
         """Give up what is still arriving; the ids of those requests."""
         for reception in self._open.values():
-            self._budget.give_back(reception.plan.sent_bytes)
+            self._give_back(reception)
         unfinished = list(self._open)
         self._open.clear()
         return unfinished
+
+    def _give_back(self, reception: Reception) -> None:
+        self._budget.give_back(reception.plan.sent_bytes)
+        if reception.early is not None:
+            reception.early.forfeit()
 
     def _throw_away(self, chunk: wire.Chunk) -> None:
         left = self._discarded.get(chunk.request_id)

@@ -59,7 +59,7 @@ class Runtime:
             work.tensor_bytes,
             work.working_bytes,
         )
-        return self._run(job, ticket, arrived)
+        return self._run(job, ticket, arrived, work.counted)
 
     def attend_tokens(
         self, work: TokensWork, ticket: Ticket, arrived: int
@@ -74,9 +74,9 @@ class Runtime:
             tokens.hidden_bytes(work),
             work.working_bytes,
         )
-        return self._run(job, ticket, arrived)
+        return self._run(job, ticket, arrived, len(work.sequences))
 
-    def _run(self, job: Job[W, R], ticket: Ticket, arrived: int) -> tuple[R, Clock]:
+    def _run(self, job: Job[W, R], ticket: Ticket, arrived: int, counted: int) -> tuple[R, Clock]:
         validated = time.perf_counter_ns()
         outcome = self.scheduler.run(ticket, job)
         work = job.work
@@ -84,8 +84,8 @@ class Runtime:
             (validated - arrived) / 1e9,
             outcome.waited,
             outcome.computed,
-            job.sequences,
-            outcome.sequences if outcome.leads else 0,
+            counted,
+            outcome.sequences if outcome.leads and counted else 0,
         )
         return outcome.result, Clock(
             arrived, validated, outcome.waited, outcome.computed, outcome.sequences, outcome.leads

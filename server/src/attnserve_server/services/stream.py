@@ -3,20 +3,21 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from queue import SimpleQueue
-from typing import Protocol
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import wire
 
 from attnserve_server import validation
+from attnserve_server.dtypes import Array
+from attnserve_server.engine.work import AttendWork
 from attnserve_server.errors import CancelledError, DrainingError, InvalidRequestError
 from attnserve_server.scheduler import Ticket
 from attnserve_server.scheduler.job import NORMAL
 from attnserve_server.services import inputs, outputs
+from attnserve_server.services.early import EarlyHeads
 from attnserve_server.services.reception import Receiver, Reception, RefusedChunkError
 from attnserve_server.services.runtime import Runtime, ticket_for
 from attnserve_server.services.statuses import retry_after, say_when_to_retry, status_of
@@ -25,44 +26,6 @@ from attnserve_server.wire import answers
 METHOD = "AttendStream"
 
 _log = logging.getLogger(__name__)
-
-
-class OpenCall(Protocol):
-    """A streaming call."""
-
-    def drain(self) -> None:
-        """Take no more requests; end the call once all that came have been answered."""
-
-
-class Streams:
-    """The streams that are open now, so that a drain can end them."""
-
-    def __init__(self) -> None:
-        self._open: set[OpenCall] = set()
-        self._lock = threading.Lock()
-        self._draining = False
-
-    @contextmanager
-    def having(self, call: OpenCall) -> Iterator[None]:
-        """Count a call as open for the length of a `with` block."""
-        with self._lock:
-            self._open.add(call)
-            draining = self._draining
-        if draining:
-            call.drain()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open.discard(call)
-
-    def drain(self) -> None:
-        """End every stream as soon as what it is computing is answered."""
-        with self._lock:
-            self._draining = True
-            calls = list(self._open)
-        for call in calls:
-            call.drain()
 
 
 class StreamCall:
@@ -89,6 +52,8 @@ class StreamCall:
         self._tickets: set[Ticket] = set()
         # Requests whose chunks are coming, with the moment they were announced.
         self._arriving: dict[int, tuple[Ticket, int]] = {}
+        # Those of them whose first heads may be computed already.
+        self._early: dict[int, EarlyHeads] = {}
         self._ended = not context.add_callback(self._end)
 
     def answers(self, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -175,7 +140,7 @@ class StreamCall:
             )
             self._runtime.scheduler.check_room(ticket)
             arrays = inputs.arrays(plan, views, self._runtime, ticket.caller)
-            complete = self._receiver.begin(request_id, plan, arrays)
+            reception = self._receiver.begin(request_id, plan, arrays)
         except Exception as error:
             self._receiver.discard(request_id, attend)
             self._begun()
@@ -183,28 +148,82 @@ class StreamCall:
             return
         self._begun()
         self._arriving[request_id] = (ticket, arrived)
-        if complete is not None:
-            self._submit(request_id, complete)
+        if not reception.missing:
+            self._submit(request_id, reception)
 
     def _take_chunk(self, chunk: wire.Chunk) -> None:
+        request_id = chunk.request_id
         try:
-            complete = self._receiver.add(chunk)
+            reception = self._receiver.add(chunk)
         except RefusedChunkError as error:
-            del self._arriving[chunk.request_id]
-            self._fail(chunk.request_id, error)
+            ticket, _ = self._arriving.pop(request_id)
+            ticket.cancel()
+            early = self._early.pop(request_id, None)
+            if early is None or early.failed():
+                self._fail(request_id, error, room_taken=early is not None and early.begun)
             return
-        if complete is not None:
-            self._submit(chunk.request_id, complete)
+        if reception is None:
+            return
+        if reception.early is not None:
+            self._take_heads(request_id, reception, reception.early)
+        elif not reception.missing:
+            self._submit(request_id, reception)
+
+    def _take_heads(self, request_id: int, reception: Reception, early: EarlyHeads) -> None:
+        """Compute heads of a request whose other heads are still arriving."""
+        self._early[request_id] = early
+        begun = early.begun
+        work = early.take(reception.received)
+        ticket, arrived = self._arriving[request_id]
+        if work is not None:
+            if not begun:
+                self._start(ticket)
+            self._runtime.pool.submit(
+                self._compute_heads, request_id, reception, early, work, ticket, arrived
+            )
+        if not reception.missing:
+            del self._arriving[request_id], self._early[request_id]
+            if early.settle():
+                self._runtime.budget.give_back(reception.plan.sent_bytes)
 
     def _submit(self, request_id: int, reception: Reception) -> None:
         ticket, arrived = self._arriving.pop(request_id)
+        self._start(ticket)
+        self._runtime.pool.submit(self._compute, request_id, reception, ticket, arrived)
+
+    def _start(self, ticket: Ticket) -> None:
+        """A computation is about to be handed to the pool."""
         # Reading stops here while too many are under way: they end without any more of it.
         self._room.acquire()
         with self._lock:
             self._tickets.add(ticket)
         if self._ended:
             ticket.cancel()
-        self._runtime.pool.submit(self._compute, request_id, reception, ticket, arrived)
+
+    def _compute_heads(
+        self,
+        request_id: int,
+        reception: Reception,
+        early: EarlyHeads,
+        work: AttendWork,
+        ticket: Ticket,
+        arrived: int,
+    ) -> None:
+        try:
+            _, clock = self._runtime.attend(work, ticket, arrived)
+        except Exception as error:
+            if not early.failed():
+                return
+            self._fail(request_id, error, room_taken=True)
+        else:
+            if not early.finished(clock):
+                return
+            timings = early.clock(clock).timings(time.perf_counter_ns())
+            self._succeed(self._messages(request_id, early.work, early.work.into, timings))
+        with self._lock:
+            self._tickets.discard(ticket)
+        if early.settle():
+            self._runtime.budget.give_back(reception.plan.sent_bytes)
 
     def _compute(self, request_id: int, reception: Reception, ticket: Ticket, arrived: int) -> None:
         plan = reception.plan
@@ -213,8 +232,7 @@ class StreamCall:
         except Exception as error:
             self._fail(request_id, error, room_taken=True)
         else:
-            self._runtime.metrics.requests.labels(METHOD, "OK").inc()
-            self._outgoing.put(answer)
+            self._succeed(answer)
         finally:
             self._runtime.budget.give_back(plan.sent_bytes)
             with self._lock:
@@ -233,10 +251,18 @@ class StreamCall:
             return iter((answers.stream_response(request_id, response),))
         work = validation.complete(plan, reception.arrays)
         results, clock = runtime.attend(work, ticket, arrived)
-        timings = clock.timings(time.perf_counter_ns())
-        response_message = answers.attend_response(work, timings)
-        chunk_bytes = runtime.limits.chunk_bytes
-        return answers.attend_stream(request_id, response_message, results, chunk_bytes)
+        return self._messages(request_id, work, results, clock.timings(time.perf_counter_ns()))
+
+    def _messages(
+        self, request_id: int, work: AttendWork, results: Mapping[str, Array], timings: pb.Timings
+    ) -> Iterator[bytes]:
+        response = answers.attend_response(work, timings)
+        chunk_bytes = self._runtime.limits.chunk_bytes
+        return answers.attend_stream(request_id, response, results, chunk_bytes)
+
+    def _succeed(self, answer: Iterator[bytes]) -> None:
+        self._runtime.metrics.requests.labels(METHOD, "OK").inc()
+        self._outgoing.put(answer)
 
     def _fail(self, request_id: int, error: Exception, *, room_taken: bool = False) -> None:
         if not room_taken:

@@ -167,6 +167,7 @@ def complete(
         into=into or {},
         tensor_bytes=ready.request_bytes,
         working_bytes=ready.working_bytes,
+        counted=ready.dims.batch,
     )
 
 
