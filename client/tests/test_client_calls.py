@@ -91,9 +91,10 @@ def test_no_server_is_unavailable() -> None:
 def test_every_grpc_status_has_an_exception_that_keeps_it() -> None:
     for code in grpc.StatusCode:
         if code is not grpc.StatusCode.OK:
-            error = _errors.from_code_number(code.value[0], "text", "Attend")
+            message = pb.Error(code=code.value[0], message="text", retry_after=250_000)
+            error = _errors.from_stream_error(message, "Attend")
             assert isinstance(error, AttnserveError)
-            assert (error.code, error.message) == (code, "text")
+            assert (error.code, error.message, error.retry_after) == (code, "text", 0.25)
 
 
 def test_wrong_arguments_never_leave_the_process() -> None:

@@ -8,7 +8,7 @@ import grpc
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
-from attnserve_client import _channel, _errors, _messages, _tensors
+from attnserve_client import _channel, _errors, _messages, _retries, _tensors
 from attnserve_client._assembly import Assembler
 from attnserve_client._messages import AttendCall, Tokens
 from attnserve_client._results import AttendResult, Model, ServerInfo, StoredTensor, TokensResult
@@ -110,39 +110,37 @@ class AsyncAttentionClient:
         )
         if call.request_bytes + call.response_bytes > self._threshold:
             return await self._attend_in_chunks(call, timeout)
-        try:
-            answer = await self._attend(call.to_bytes(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "Attend") from None
+        answer = await _retries.call_async(
+            "Attend", lambda left: self._attend(call.to_bytes(), timeout=left), timeout
+        )
         return _messages.attend_result_from_bytes(answer)
 
     async def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
-        messages = _each(call.to_stream(1, None, _channel.CHUNK_BYTES))
-        assembler = Assembler()
-        finished: AttendResult | _errors.AttnserveError | None = None
-        try:
-            async for message in self._attend_stream(messages, timeout=timeout):
+        async def send(left: float | None) -> AttendResult | _errors.AttnserveError | None:
+            assembler = Assembler()
+            finished = None
+            messages = _each(call.to_stream(1, None, _channel.CHUNK_BYTES))
+            async for message in self._attend_stream(messages, timeout=left):
                 done = assembler.add(message)
                 if done is not None:
                     finished = done[1]
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "AttendStream") from None
-        if finished is None:
-            raise _errors.InternalError("the stream ended without an answer", method="AttendStream")
-        if isinstance(finished, _errors.AttnserveError):
-            raise finished
-        return finished
+            return finished
+
+        finished = await _retries.call_async("AttendStream", send, timeout)
+        return _errors.result_of(finished, "AttendStream")
 
     async def put_tensor(
         self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
     ) -> StoredTensor:
         """Keep a tensor in the server; as `AttentionClient.put_tensor`."""
         elements = _tensors.as_array(array, "array")
-        messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
-        try:
-            answer = await self._put_tensor(_each(messages), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "PutTensor") from None
+
+        async def send(left: float | None) -> bytes:
+            messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
+            answer: bytes = await self._put_tensor(_each(messages), timeout=left)
+            return answer
+
+        answer = await _retries.call_async("PutTensor", send, timeout)
         stored = pb.StoredTensor.FromString(answer)
         return _messages.stored_from(stored, elements.shape, elements.dtype)
 
@@ -151,18 +149,20 @@ class AsyncAttentionClient:
     ) -> StoredTensor:
         """Start a kept tensor's lease anew; as `AttentionClient.renew_tensor`."""
         request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
-        try:
-            answer = await self._stub.RenewTensor(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "RenewTensor") from None
+        answer = await _retries.call_async(
+            "RenewTensor", lambda left: self._stub.RenewTensor(request, timeout=left), timeout
+        )
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
 
     async def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
         """Give a kept tensor up; as `AttentionClient.drop_tensor`."""
-        try:
-            await self._stub.DropTensor(pb.DropTensorRequest(handle=tensor.handle), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "DropTensor") from None
+        await _retries.call_async(
+            "DropTensor",
+            lambda left: self._stub.DropTensor(
+                pb.DropTensorRequest(handle=tensor.handle), timeout=left
+            ),
+            timeout,
+        )
 
     async def attend_tokens(
         self,
@@ -204,17 +204,19 @@ class AsyncAttentionClient:
             mass_on_first=mass_on_first,
             truncate=truncate,
         )
-        try:
-            return _messages.tokens_result(await self._stub.AttendTokens(request, timeout=timeout))
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "AttendTokens") from None
+        return _messages.tokens_result(
+            await _retries.call_async(
+                "AttendTokens", lambda left: self._stub.AttendTokens(request, timeout=left), timeout
+            )
+        )
 
     async def list_models(self, *, timeout: float | None = 10.0) -> list[Model]:
         """All models and versions, by name and version."""
-        try:
-            answer = await self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "ListModels") from None
+        answer = await _retries.call_async(
+            "ListModels",
+            lambda left: self._stub.ListModels(pb.ListModelsRequest(), timeout=left),
+            timeout,
+        )
         return [_messages.model_from(model) for model in answer.models]
 
     async def get_model(
@@ -226,18 +228,18 @@ class AsyncAttentionClient:
             NotFoundError: no such model or version.
         """
         request = pb.GetModelRequest(name=name, version=str(version))
-        try:
-            answer = await self._stub.GetModel(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "GetModel") from None
+        answer = await _retries.call_async(
+            "GetModel", lambda left: self._stub.GetModel(request, timeout=left), timeout
+        )
         return _messages.model_from(answer.model, answer.manifest_json)
 
     async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What the server is, what it runs on and what it accepts."""
-        try:
-            answer = await self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "ServerInfo") from None
+        answer = await _retries.call_async(
+            "ServerInfo",
+            lambda left: self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=left),
+            timeout,
+        )
         return _messages.server_info_from(answer)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
-from attnserve_client import _channel, _errors, _messages, _tensors
+from attnserve_client import _channel, _errors, _messages, _retries, _tensors
 from attnserve_client._assembly import Assembler
 from attnserve_client._messages import AttendCall, Tokens
 from attnserve_client._results import (
@@ -190,37 +190,40 @@ class AttentionClient:
             return self._attend_shared(self._sharing, call, shared, timeout)
         if call.request_bytes + call.response_bytes > self._threshold:
             return self._attend_in_chunks(call, timeout)
-        try:
-            answer = self._attend(call.to_bytes(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "Attend") from None
+        answer = _retries.call(
+            "Attend", lambda left: self._attend(call.to_bytes(), timeout=left), timeout
+        )
         return _messages.attend_result_from_bytes(answer)
 
     def _attend_shared(
         self, sharing: Sharing, call: AttendCall, shared: SharedCall, timeout: float | None
     ) -> AttendResult:
-        try:
-            answer = self._attend(shared.message, timeout=timeout)
-        except grpc.RpcError as error:
-            if not _errors.is_unknown_region(error):
-                raise _errors.from_rpc_error(error, "Attend") from None
-            # The server was started anew: it has not mapped the memory yet.
-            sharing.forget()
-            again = sharing.call(call)
-            assert again is not None
-            shared = again
+        def send(left: float | None) -> bytes:
+            nonlocal shared
             try:
-                answer = self._attend(shared.message, timeout=timeout)
-            except grpc.RpcError as second:
-                raise _errors.from_rpc_error(second, "Attend") from None
+                answer: bytes = self._attend(shared.message, timeout=left)
+            except grpc.RpcError as error:
+                if not _errors.is_unknown_region(error):
+                    raise
+                # The server was started anew: it has not mapped the memory yet.
+                sharing.forget()
+                again = sharing.call(call)
+                assert again is not None
+                shared = again
+                answer = self._attend(shared.message, timeout=left)
+            return answer
+
+        answer = _retries.call("Attend", send, timeout)
         return sharing.result(shared, answer)
 
     def _register_shared_memory(self, key: str, byte_size: int) -> str:
         request = pb.RegisterSharedMemoryRequest(key=key, byte_size=byte_size)
-        try:
-            return self._stub.RegisterSharedMemory(request, timeout=10.0).name
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "RegisterSharedMemory") from None
+        answer = _retries.call(
+            "RegisterSharedMemory",
+            lambda left: self._stub.RegisterSharedMemory(request, timeout=left),
+            10.0,
+        )
+        return answer.name
 
     def _unregister_shared_memory(self, name: str) -> None:
         with contextlib.suppress(grpc.RpcError):  # the server may be gone
@@ -228,21 +231,17 @@ class AttentionClient:
             self._stub.UnregisterSharedMemory(request, timeout=1.0)
 
     def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
-        assembler = Assembler()
-        finished: AttendResult | _errors.AttnserveError | None = None
-        try:
+        def send(left: float | None) -> AttendResult | _errors.AttnserveError | None:
+            assembler = Assembler()
+            finished = None
             messages = call.to_stream(1, None, _channel.CHUNK_BYTES)
-            for message in self._attend_stream(messages, timeout=timeout):
+            for message in self._attend_stream(messages, timeout=left):
                 done = assembler.add(message)
                 if done is not None:
                     finished = done[1]
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "AttendStream") from None
-        if finished is None:
-            raise _errors.InternalError("the stream ended without an answer", method="AttendStream")
-        if isinstance(finished, _errors.AttnserveError):
-            raise finished
-        return finished
+            return finished
+
+        return _errors.result_of(_retries.call("AttendStream", send, timeout), "AttendStream")
 
     def stream(self, *, timeout: float | None = None) -> AttendStream:
         """Open one stream for many requests in flight; use it in `with`.
@@ -269,11 +268,13 @@ class AttentionClient:
             ResourceExhaustedError: the server keeps as many bytes as it may.
         """
         elements = _tensors.as_array(array, "array")
-        messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
-        try:
-            answer = self._put_tensor(messages, timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "PutTensor") from None
+
+        def send(left: float | None) -> bytes:
+            messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
+            answer: bytes = self._put_tensor(messages, timeout=left)
+            return answer
+
+        answer = _retries.call("PutTensor", send, timeout)
         stored = pb.StoredTensor.FromString(answer)
         return _messages.stored_from(stored, elements.shape, elements.dtype)
 
@@ -286,10 +287,9 @@ class AttentionClient:
             NotFoundError: the lease has run out.
         """
         request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
-        try:
-            answer = self._stub.RenewTensor(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "RenewTensor") from None
+        answer = _retries.call(
+            "RenewTensor", lambda left: self._stub.RenewTensor(request, timeout=left), timeout
+        )
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
 
     def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
@@ -298,10 +298,13 @@ class AttentionClient:
         Raises:
             NotFoundError: the lease has run out.
         """
-        try:
-            self._stub.DropTensor(pb.DropTensorRequest(handle=tensor.handle), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "DropTensor") from None
+        _retries.call(
+            "DropTensor",
+            lambda left: self._stub.DropTensor(
+                pb.DropTensorRequest(handle=tensor.handle), timeout=left
+            ),
+            timeout,
+        )
 
     def attend_tokens(
         self,
@@ -373,17 +376,19 @@ class AttentionClient:
             mass_on_first=mass_on_first,
             truncate=truncate,
         )
-        try:
-            return _messages.tokens_result(self._stub.AttendTokens(request, timeout=timeout))
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "AttendTokens") from None
+        return _messages.tokens_result(
+            _retries.call(
+                "AttendTokens", lambda left: self._stub.AttendTokens(request, timeout=left), timeout
+            )
+        )
 
     def list_models(self, *, timeout: float | None = 10.0) -> list[Model]:
         """All models and versions, by name and version."""
-        try:
-            answer = self._stub.ListModels(pb.ListModelsRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "ListModels") from None
+        answer = _retries.call(
+            "ListModels",
+            lambda left: self._stub.ListModels(pb.ListModelsRequest(), timeout=left),
+            timeout,
+        )
         return [_messages.model_from(model) for model in answer.models]
 
     def get_model(
@@ -395,16 +400,16 @@ class AttentionClient:
             NotFoundError: no such model or version.
         """
         request = pb.GetModelRequest(name=name, version=str(version))
-        try:
-            answer = self._stub.GetModel(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "GetModel") from None
+        answer = _retries.call(
+            "GetModel", lambda left: self._stub.GetModel(request, timeout=left), timeout
+        )
         return _messages.model_from(answer.model, answer.manifest_json)
 
     def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What the server is, what it runs on and what it accepts."""
-        try:
-            answer = self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "ServerInfo") from None
+        answer = _retries.call(
+            "ServerInfo",
+            lambda left: self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=left),
+            timeout,
+        )
         return _messages.server_info_from(answer)

@@ -14,8 +14,12 @@ AttnserveError
 └── InternalError             a fault in the server
 """
 
+from typing import TypeVar
+
 import grpc
 from attnserve_proto import attention_pb2 as pb
+
+T = TypeVar("T")
 
 
 class AttnserveError(Exception):
@@ -134,6 +138,19 @@ def from_rpc_error(error: grpc.RpcError, method: str) -> AttnserveError:
     code = getattr(error, "code", lambda: None)() or grpc.StatusCode.UNKNOWN
     details = getattr(error, "details", lambda: None)() or str(error)
     return from_status(code, details, method, _retry_after(error))
+
+
+def result_of(finished: T | AttnserveError | None, method: str) -> T:
+    """What a stream ended with, if that is a result.
+
+    Raises:
+        AttnserveError: it is an error, or there was no answer.
+    """
+    if finished is None:
+        raise InternalError("the stream ended without an answer", method=method)
+    if isinstance(finished, AttnserveError):
+        raise finished
+    return finished
 
 
 def is_unknown_region(error: grpc.RpcError) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import encoding, wire
+from attnserve_proto import buffers, encoding, wire
 from attnserve_proto.frames import REQUEST_PADDING, Frame, lay_out
 
 from attnserve_client import _tensors
@@ -265,9 +265,13 @@ def attend_result(response: pb.AttendResponse, arrays: dict[str, Array]) -> Atte
 
 
 def attend_result_from_bytes(answer: bytes) -> AttendResult:
-    """The result of a unary answer."""
-    response, views = wire.split(answer, pb.AttendResponse, wire.RESPONSE_TENSORS)
-    arrays = {name: _tensors.copy_of(getattr(response, name), view) for name, view in views.items()}
+    """The result of a unary answer that nobody else holds: its arrays lie in it, writable."""
+    response, rooms = wire.locate(answer, pb.AttendResponse, wire.RESPONSE_TENSORS)
+    view = buffers.adopt(answer)
+    arrays = {
+        name: _tensors.lying_in(getattr(response, name), view[start:end])
+        for name, (start, end) in rooms.items()
+    }
     return attend_result(response, arrays)
 
 

@@ -66,6 +66,12 @@ def empty(tensor: pb.Tensor) -> Array:
     return np.empty(shape, _NUMPY[tensor.dtype])
 
 
+def lying_in(tensor: pb.Tensor, elements: memoryview) -> Array:
+    """A tensor whose elements these are: not copied where they are aligned."""
+    array = np.frombuffer(elements, dtype=_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
+    return array if array.flags.aligned else array.copy()
+
+
 def placed(tensor: pb.Tensor, elements: Array) -> Array:
     """A tensor whose elements are these bytes, where they lie."""
     return elements.view(_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))

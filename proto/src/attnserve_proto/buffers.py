@@ -29,6 +29,15 @@ def blank(size: int) -> tuple[bytes, memoryview]:
     if size < 2:
         raise ValueError(f"size: {size}; allowed: 2 or more")
     made: bytes = _new(None, size)
-    contents = (ctypes.c_char * size).from_address(id(made) + _HEAD)
-    contents.owner = made  # type: ignore[attr-defined]
-    return made, memoryview(contents).cast("B")
+    return made, adopt(made)
+
+
+def adopt(message: bytes) -> memoryview:
+    """A writable view of a message that nobody else holds, which keeps it alive.
+
+    For one that has just been received: what is in it can be handed on without a copy, and its new
+    owner may write to it. Never use it on `bytes` that other code could have a reference to.
+    """
+    contents = (ctypes.c_char * len(message)).from_address(id(message) + _HEAD)
+    contents.owner = message  # type: ignore[attr-defined]
+    return memoryview(contents).cast("B")

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from attnserve_proto.attnserve.v1 import attention_pb2 as pb
 from attnserve_proto.encoding import fields, read_varint, skip_varint, tag, varint
+from attnserve_proto.frames import ALIGNMENT, pad
 
 Buffer = bytes | bytearray | memoryview
 
@@ -24,6 +25,7 @@ _PUT_CHUNK = pb.PutTensorRequest.CHUNK_FIELD_NUMBER
 _CHUNK_TENSOR = pb.TensorChunk.TENSOR_FIELD_NUMBER
 _CHUNK_OFFSET = pb.TensorChunk.OFFSET_FIELD_NUMBER
 _CHUNK_DATA = pb.TensorChunk.DATA_FIELD_NUMBER
+_CHUNK_PADDING = pb.TensorChunk.PADDING_FIELD_NUMBER
 
 # The tensor fields of each message, by number: those whose elements travel as views.
 REQUEST_TENSORS: Mapping[int, str] = {
@@ -99,7 +101,14 @@ def locate(
 
 def encode_chunk(chunk: Chunk) -> bytes:
     """Serialise a chunk as an `AttendStreamRequest` or an `AttendStreamResponse`: both alike."""
-    return _embed_chunk(tag(_REQUEST_ID, 0) + varint(chunk.request_id), _CHUNK, chunk)
+    size = chunk.data.nbytes
+    return b"".join((chunk_head(chunk.request_id, chunk.tensor, chunk.offset, size), chunk.data))
+
+
+def chunk_head(request_id: int, tensor: int, offset: int, size: int) -> bytes:
+    """What precedes the `size` bytes of a chunk in its message; they lie at a multiple of 16."""
+    prefix = tag(_REQUEST_ID, 0) + varint(request_id)
+    return _chunk_head(prefix, _CHUNK, tensor, offset, size)
 
 
 def decode_chunk(buffer: bytes) -> Chunk | None:
@@ -125,7 +134,8 @@ def decode_chunk(buffer: bytes) -> Chunk | None:
 
 def encode_put_chunk(chunk: Chunk) -> bytes:
     """Serialise a chunk as a `PutTensorRequest`."""
-    return _embed_chunk(b"", _PUT_CHUNK, chunk)
+    head = _chunk_head(b"", _PUT_CHUNK, chunk.tensor, chunk.offset, chunk.data.nbytes)
+    return b"".join((head, chunk.data))
 
 
 def decode_put_chunk(buffer: bytes) -> Chunk | None:
@@ -156,18 +166,21 @@ def _chunk(view: memoryview) -> tuple[int, int, memoryview]:
     return tensor, offset, data
 
 
-def _embed_chunk(prefix: bytes, number: int, chunk: Chunk) -> bytes:
-    """`prefix`, then a chunk as the field `number`."""
-    size = chunk.data.nbytes
-    head = b"".join(
-        (
-            tag(_CHUNK_TENSOR, 0) + varint(chunk.tensor),
-            tag(_CHUNK_OFFSET, 0) + varint(chunk.offset),
-            tag(_CHUNK_DATA) + varint(size),
-        )
-    )
-    prefix += tag(number) + varint(len(head) + size) + head
-    return b"".join((prefix, chunk.data))
+def _chunk_head(prefix: bytes, number: int, tensor: int, offset: int, size: int) -> bytes:
+    """`prefix`, then a chunk without its data as the field `number`."""
+    start = tag(_CHUNK_TENSOR, 0) + varint(tensor) + tag(_CHUNK_OFFSET, 0) + varint(offset)
+    end = tag(_CHUNK_DATA) + varint(size)
+    prefix += tag(number)
+    padding = b""
+    # Padding may make the length before it longer: then it is chosen once more.
+    for _ in range(2):
+        inner = start + padding + end
+        head = prefix + varint(len(inner) + size) + inner
+        missing = (len(padding) - len(head)) % ALIGNMENT
+        if missing == len(padding):
+            break
+        padding = pad(_CHUNK_PADDING, missing if missing > 1 else missing + ALIGNMENT)
+    return prefix + varint(len(start + padding + end) + size) + start + padding + end
 
 
 def cut(

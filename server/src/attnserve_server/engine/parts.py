@@ -4,8 +4,10 @@ Heads do not see each other, so those whose query, key and value have come need 
 others.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from attnserve_server.dtypes import Array
 from attnserve_server.engine.work import AttendWork
 
 # Requests below this are not worth the additional runs.
@@ -31,28 +33,22 @@ def divisible(work: AttendWork) -> bool:
     )
 
 
-def part(work: AttendWork, first: int, last: int, *, counted: bool) -> AttendWork:
-    """The work of some heads, over the same memory.
+def part(
+    work: AttendWork, feeds: Mapping[str, Array], output: Array, *, counted: bool
+) -> AttendWork:
+    """The work of some heads.
 
     Args:
-        work: divisible.
-        first, last: heads of key and value, the last excluded; those of query follow from them.
+        work: of all heads, divisible.
+        feeds: query [1, h, Sq, D], key and value [1, hkv, Sk, D(v)] of these heads.
+        output: [1, h, Sq, Dv], to be filled.
         counted: whether this part counts for the whole.
     """
-    attention = work.model.manifest.attention
-    sharing = attention.num_heads // attention.num_kv_heads
-    heads = slice(first * sharing, last * sharing)
-    feeds = {
-        **work.feeds,
-        "query": work.feeds["query"][:, heads],
-        "key": work.feeds["key"][:, first:last],
-        "value": work.feeds["value"][:, first:last],
-    }
     return replace(
         work,
-        feeds=feeds,
-        into={"output": work.into["output"][:, heads]},
-        kind=(work.kind, last - first),
+        feeds={**work.feeds, **feeds},
+        into={"output": output},
+        kind=(work.kind, output.shape[1]),
         joinable=False,
         counted=work.counted if counted else 0,
     )

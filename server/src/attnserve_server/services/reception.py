@@ -36,7 +36,9 @@ class Reception:
     _targets: dict[int, memoryview] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, plan: AttendPlan, arrays: Mapping[str, Array]) -> "Reception":
+    def begin(
+        cls, request_id: int, plan: AttendPlan, arrays: Mapping[str, Array], chunk_bytes: int
+    ) -> "Reception":
         """Make room for the tensors that follow; the others are there."""
         reception = cls(plan, dict(arrays), 0)
         for name, spec in plan.specs.items():
@@ -49,7 +51,7 @@ class Reception:
             reception.received[name] = 0
             reception.missing += spec.byte_size
         if reception.missing:
-            reception.early = EarlyHeads.of(plan, reception.arrays)
+            reception.early = EarlyHeads.of(request_id, plan, reception.arrays, chunk_bytes)
         return reception
 
     def add(self, chunk: wire.Chunk) -> None:
@@ -73,7 +75,8 @@ class Reception:
             raise InvalidRequestError.of(
                 f"chunk.data of {name}", f"{size} bytes", f"1..{left} bytes" if left else "no more"
             )
-        target[received : received + size] = chunk.data
+        if self.early is None or not self.early.keep(name, received, chunk.data):
+            target[received : received + size] = chunk.data
         self.received[name] += size
         self.missing -= size
 
@@ -84,9 +87,11 @@ class Receiver:
     Args:
         max_open: requests that may be arriving at once.
         budget: where the memory for their tensors is taken from.
+        chunk_bytes: the most that one message of an answer holds of a tensor.
     """
 
-    def __init__(self, max_open: int, budget: ByteBudget) -> None:
+    def __init__(self, max_open: int, budget: ByteBudget, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
         self._max_open = max_open
         self._budget = budget
         self._open: dict[int, Reception] = {}
@@ -126,7 +131,7 @@ class Receiver:
             )
         self._budget.take(plan.sent_bytes)
         try:
-            reception = Reception.begin(plan, arrays)
+            reception = Reception.begin(request_id, plan, arrays, self._chunk_bytes)
         except MemoryError:
             self._budget.give_back(plan.sent_bytes)
             raise ExhaustedError(f"memory: no room for {plan.sent_bytes} bytes") from None

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from queue import SimpleQueue
 
 import grpc
@@ -41,7 +42,9 @@ class StreamCall:
         self._runtime = runtime
         self._context = context
         self._call_ticket = ticket_for(context)
-        self._receiver = Receiver(runtime.limits.max_stream_requests, runtime.budget)
+        self._receiver = Receiver(
+            runtime.limits.max_stream_requests, runtime.budget, runtime.limits.chunk_bytes
+        )
         # Requests that are computing, or whose answers have not been sent yet.
         self._room = threading.Semaphore(runtime.limits.max_stream_requests)
         self._outgoing: SimpleQueue[Iterator[bytes] | Exception | None] = SimpleQueue()
@@ -172,11 +175,11 @@ class StreamCall:
     def _take_heads(self, request_id: int, reception: Reception, early: EarlyHeads) -> None:
         """Compute heads of a request whose other heads are still arriving."""
         self._early[request_id] = early
-        begun = early.begun
-        work = early.take(reception.received)
         ticket, arrived = self._arriving[request_id]
-        if work is not None:
+        begun = early.begun
+        while (work := early.take(reception.received)) is not None:
             if not begun:
+                begun = True
                 self._start(ticket)
             self._runtime.pool.submit(
                 self._compute_heads, request_id, reception, early, work, ticket, arrived
@@ -219,7 +222,10 @@ class StreamCall:
             if not early.finished(clock):
                 return
             timings = early.clock(clock).timings(time.perf_counter_ns())
-            self._succeed(self._messages(request_id, early.work, early.work.into, timings))
+            response = answers.attend_response(early.work, timings)
+            output = reception.plan.results[0]
+            first = answers.stream_announcement(request_id, response, output)
+            self._succeed(chain((first,), early.messages()))
         with self._lock:
             self._tickets.discard(ticket)
         if early.settle():

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import wire
+from attnserve_proto import buffers, wire
 from attnserve_proto.encoding import embedded
 
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.models import LoadedModel
 from attnserve_server.engine.work import AttendWork, SequenceOutput, TokensWork
 from attnserve_server.wire import tensors
+from attnserve_server.wire.tensors import TensorSpec
 
 _FIELD = {name: number for number, name in wire.RESPONSE_TENSORS.items()}
 
@@ -77,6 +78,34 @@ def attend_stream(
     yield pb.AttendStreamResponse(request_id=request_id, response=response).SerializeToString()
     for name in large:
         yield from wire.cut(request_id, _FIELD[name], tensors.data(arrays[name]), chunk_bytes)
+
+
+def stream_announcement(request_id: int, response: pb.AttendResponse, tensor: TensorSpec) -> bytes:
+    """An answer whose one tensor follows in chunks, as a stream message."""
+    header = pb.Tensor(dtype=tensor.wire_dtype, shape=tensor.shape)
+    header.chunked.byte_size = tensor.byte_size
+    getattr(response, tensor.name).CopyFrom(header)
+    return pb.AttendStreamResponse(request_id=request_id, response=response).SerializeToString()
+
+
+class OutputChunk:
+    """One chunk of an answer, computed where it is sent from.
+
+    Args:
+        request_id: of the stream.
+        tensor: whose elements it holds.
+        offset, size: bytes from the start of the tensor.
+
+    Attributes:
+        message: the whole stream message.
+        room: its elements, to be filled.
+    """
+
+    def __init__(self, request_id: int, tensor: TensorSpec, offset: int, size: int) -> None:
+        head = wire.chunk_head(request_id, _FIELD[tensor.name], offset, size)
+        self.message, view = buffers.blank(len(head) + size)
+        view[: len(head)] = head
+        self.room = view[len(head) :]
 
 
 def stream_response(request_id: int, response: bytes) -> bytes:

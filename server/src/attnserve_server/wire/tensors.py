@@ -61,9 +61,10 @@ class TensorSpec:
         array = self.view(elements)
         return array if array.flags.aligned else array.copy()
 
-    def view(self, elements: memoryview) -> Array:
-        """The elements as an array, where they are; writable if they are."""
-        return np.frombuffer(elements, dtypes.to_numpy(self.dtype)).reshape(self.shape)
+    def view(self, elements: memoryview, shape: tuple[int, ...] | None = None) -> Array:
+        """The elements, or a part of another shape, where they are; writable if they are."""
+        flat = np.frombuffer(elements, dtypes.to_numpy(self.dtype))
+        return flat.reshape(self.shape if shape is None else shape)
 
     def empty(self) -> Array:
         """An array to receive the elements."""
