@@ -57,9 +57,19 @@ def test_a_chunk_travels_both_ways(request_id: int, tensor: int, offset: int, da
         request_id=request_id, chunk=pb.TensorChunk(tensor=tensor, offset=offset, data=data)
     )
     chunk = wire.Chunk(request_id, tensor, offset, memoryview(data))
-    assert pb.AttendStreamRequest.FromString(wire.encode_chunk(chunk)) == plain
-    assert pb.AttendStreamResponse.FromString(wire.encode_chunk(chunk)).chunk == plain.chunk
-    assert wire.decode_chunk(plain.SerializeToString()) == chunk
+    encoded = wire.encode_chunk(chunk)
+    assert (len(encoded) - len(data)) % ALIGNMENT == 0
+    request = pb.AttendStreamRequest.FromString(encoded)
+    answer = pb.AttendStreamResponse.FromString(encoded)
+    for message in (request, answer):
+        message.chunk.ClearField("padding")
+    assert request == plain
+    assert answer.chunk == plain.chunk
+    assert wire.decode_chunk(plain.SerializeToString()) == chunk == wire.decode_chunk(encoded)
+    put = pb.PutTensorRequest(chunk=plain.chunk)
+    assert wire.decode_put_chunk(put.SerializeToString()) == wire.decode_put_chunk(
+        wire.encode_put_chunk(chunk)
+    )
 
 
 def test_a_message_that_is_no_chunk_is_left_to_protobuf() -> None:
