@@ -1,6 +1,7 @@
 """Runs validated token requests through a transformer's graph."""
 
 from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from attnserve_server.engine.work import (
     TokensWork,
 )
 from attnserve_server.repository.transformer import Transformer
+from attnserve_server.settings import usable_cores
+
+# Weights of one sequence from which on threads are worth starting.
+_WORTH_THREADS = 1 << 20
 
 _HIDDEN, _ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
 
@@ -102,16 +107,15 @@ def _observe(
     wanted: HeadsWanted, results: dict[str, Array], row: int, query_len: int, key_len: int
 ) -> dict[str, Array]:
     """What is wanted of the attention of one sequence, with an axis for the layers first."""
-    by_layer = [
-        heads.say(
-            _blocks(wanted, layer, results, row, query_len, key_len),
-            len(wanted.heads),
-            query_len,
-            key_len,
-            wanted,
-        )
-        for layer in wanted.layers
-    ]
+
+    def observe(layer: int) -> dict[str, Array]:
+        found = _blocks(wanted, layer, results, row, query_len, key_len)
+        return heads.say(found, len(wanted.heads), query_len, key_len, wanted)
+
+    weights = len(wanted.layers) * len(wanted.heads) * query_len * key_len
+    threads = min(len(wanted.layers), usable_cores()) if weights >= _WORTH_THREADS else 1
+    with ThreadPoolExecutor(threads) as pool:  # NumPy lets others run while it computes
+        by_layer = list(pool.map(observe, wanted.layers))
     return {name: np.stack([said[name] for said in by_layer]) for name in wanted.names}
 
 
@@ -142,6 +146,7 @@ def _blocks(
         entry.scale,
         heads.Reach(attention.mask == "causal", entry.window),
         bias,
+        with_entropy=wanted.entropy or wanted.effective_context,
     )
 
 
