@@ -112,10 +112,12 @@ def _observe(
         found = _blocks(wanted, layer, results, row, query_len, key_len)
         return heads.say(found, len(wanted.heads), query_len, key_len, wanted)
 
-    weights = len(wanted.layers) * len(wanted.heads) * query_len * key_len
-    threads = min(len(wanted.layers), usable_cores()) if weights >= _WORTH_THREADS else 1
-    with ThreadPoolExecutor(threads) as pool:  # NumPy lets others run while it computes
-        by_layer = list(pool.map(observe, wanted.layers))
+    if len(wanted.layers) * len(wanted.heads) * query_len * key_len < _WORTH_THREADS:
+        by_layer = [observe(layer) for layer in wanted.layers]
+    else:
+        # NumPy lets other threads run while it computes.
+        with ThreadPoolExecutor(min(len(wanted.layers), usable_cores())) as pool:
+            by_layer = list(pool.map(observe, wanted.layers))
     return {name: np.stack([said[name] for said in by_layer]) for name in wanted.names}
 
 
