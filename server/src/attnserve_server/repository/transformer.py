@@ -110,7 +110,7 @@ def _pooling(value: Any) -> str | None:
 
 
 def _attentions(content: Any) -> tuple[TransformerAttention, ...]:
-    attentions = []
+    attentions: list[TransformerAttention] = []
     for entry in content:
         name = one_of("transformer.attentions: name", entry["name"], ATTENTIONS)
         field = f"transformer.attentions: {name}"
