@@ -33,6 +33,7 @@ check-all: lint test ## lint, all tests, the longest included
 bench: $(STAMP) ## the benchmarks; figures in reports/
 	$(BIN)/python benchmarks/overhead.py --json reports/overhead.json
 	$(BIN)/python benchmarks/kernels.py --json reports/kernels.json --plots reports/kernels
+	$(BIN)/python benchmarks/tokens.py --json reports/tokens.json
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from attnserve_export.checkpoints.checkpoint import read_checkpoint
+from attnserve_export.checkpoints.checkpoint import load_model, read_checkpoint
 from attnserve_export.checkpoints.families import FAMILIES
 from attnserve_export.cli import main
 
@@ -86,6 +86,9 @@ def test_minilm_is_what_transformers_makes_of_it(minilm: Path, tmp_path: Path) -
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "allowed: not there"),
         ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, "auto_map is {'AutoModel'"),
         ({"model_type": "gpt2", "n_embd": "wide"}, "config.json: transformers cannot read it"),
+        ({"model_type": "roberta", "pad_token_id": None}, "config.json: pad_token_id is None"),
+        ({"model_type": "llama", "max_position_embeddings": -1}, "max_position_embeddings is -1"),
+        ({"model_type": "qwen3", "vocab_size": 2**31}, "vocab_size is 2147483648"),
         ([], "config.json: allowed: a JSON object"),
     ],
 )
@@ -123,6 +126,36 @@ def test_parameters_that_are_missing_or_do_not_fit_are_refused(
     refused("its parameters cannot be loaded")
     file.unlink()
     refused("pickled ones are never loaded")
+
+
+@pytest.mark.parametrize(
+    ("model_class", "base", "sizes"),
+    [
+        ("BertForMaskedLM", "bert", {"hidden_size": 8, "num_hidden_layers": 1}),
+        ("RobertaForSequenceClassification", "roberta", {"hidden_size": 8, "num_hidden_layers": 1}),
+        ("GPT2LMHeadModel", "transformer", {"n_embd": 8, "n_layer": 1}),
+        ("LlamaForCausalLM", "model", {"hidden_size": 8, "num_hidden_layers": 1}),
+        ("T5ForConditionalGeneration", None, {"d_model": 8, "num_layers": 1}),
+        ("BartForConditionalGeneration", "model",
+         {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1}),
+    ],
+)  # fmt: skip
+def test_checkpoints_with_a_head_for_a_task_are_read_without_it(
+    model_class: str, base: str | None, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    import transformers
+
+    made = getattr(transformers, model_class)
+    widths = {"intermediate_size": 9, "num_attention_heads": 2, "n_head": 2, "num_heads": 2}
+    widths |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_kv": 4, "d_ff": 9}
+    whole = made(made.config_class(vocab_size=9, **widths, **sizes))
+    whole.save_pretrained(tmp_path, max_shard_size=1500)  # several files, and an index of them
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = load_model(read_checkpoint(tmp_path), "eager").state_dict()
+    inner = (whole if base is None else getattr(whole, base)).state_dict()
+    assert loaded
+    for name, parameter in loaded.items():
+        torch.testing.assert_close(parameter, inner[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

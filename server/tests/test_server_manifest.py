@@ -58,6 +58,55 @@ def test_what_is_wrong_is_named(
     assert message in str(refusal.value)
 
 
+def transformer(**values: object) -> Change:
+    return lambda content: content["transformer"].update(values)
+
+
+def encoder(**values: object) -> Change:
+    return lambda content: content["transformer"]["attentions"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (transformer(max_seq_len=-1), "transformer.max_seq_len: -1; allowed: an integer, 0.."),
+        (transformer(pad_token_id=40), "transformer.pad_token_id: 40; allowed: an integer, 0..39"),
+        (transformer(pooling="max"), "transformer.pooling: 'max'; allowed: mean, cls, last"),
+        (transformer(decoder_start_token_id=-1), "transformer.decoder_start_token_id: -1"),
+        (encoder(name="middle"), "transformer.attentions: name: 'middle'; allowed: encoder"),
+        (encoder(num_kv_heads=3), "encoder.num_kv_heads: 3; allowed: a divisor"),
+        (encoder(mask="none"), "encoder.mask: 'none'"),
+        (encoder(position_bias=1), "encoder.position_bias: 1; allowed: true, false"),
+        (encoder(layers=[]), "encoder.layers: none"),
+        (encoder(layers=[{"scale": 0}]), "encoder.layers: scale: 0; allowed: a finite number"),
+        (encoder(layers=[{"scale": 1, "window": 0}]), "encoder.layers: window: 0"),
+        (lambda c: c["transformer"]["attentions"].append(c["transformer"]["attentions"][0]),
+         "encoder: twice"),
+        (lambda c: c["transformer"]["attentions"][0].pop("layers"), "KeyError at 'layers'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_of_a_transformer_is_named(
+    repository: Path, tmp_path: Path, change: Change, message: str
+) -> None:
+    content = json.loads((repository / "bert/1/model.json").read_text())
+    change(content)
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError) as refusal:
+        read(tmp_path)
+    assert message in str(refusal.value)
+
+
+def test_a_transformer_of_before_attentions_were_listed(repository: Path, tmp_path: Path) -> None:
+    content = json.loads((repository / "bert/1/model.json").read_text())
+    listed = content["transformer"].pop("attentions")
+    del content["transformer"]["decoder_start_token_id"]
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    (attention,) = read(tmp_path).transformer.attentions
+    assert attention.name == "encoder"
+    assert (attention.num_heads, len(attention.layers)) == (2, 3)
+    assert attention.layers[0].scale == listed[0]["layers"][0]["scale"]
+
+
 def test_no_nesting_is_too_deep(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("[" * 200_000)
     with pytest.raises(ManifestError, match="not JSON"):

@@ -87,6 +87,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ExportError(
             f"--checkpoint: {folder}: config.json: transformers cannot read it: {error}"
         ) from None
+    _check_numbers(config, family, str(folder))
     name = str(content.get("_name_or_path") or family.name)
     # Trained from a folder, it would say where that was.
     name = Path(name).name if Path(name).is_absolute() else name
@@ -153,6 +154,22 @@ def tokenizer_json(folder: Path) -> bytes | None:
     content = _json(path)
     content["truncation"] = content["padding"] = None
     return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _check_numbers(config: Any, family: Family, where: str) -> None:
+    """Refuse what transformers reads without complaint, but what no model can be.
+
+    Raises:
+        ExportError: with the field.
+    """
+    fields = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
+    fields |= {name: getattr(config, name, None) for name in family.numbers}
+    for name, value in fields.items():
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise ExportError(
+                f"--checkpoint: {where}: config.json: {name} is {value!r}; "
+                f"allowed: an integer, 0..{2**31 - 1}"
+            )
 
 
 def _pooling(folder: Path) -> tuple[str | None, bool]:

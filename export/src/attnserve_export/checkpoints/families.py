@@ -34,6 +34,7 @@ class Family:
         model_class: in Hugging Face transformers, without a head for any task.
         rules: what its config.json must say.
         max_seq_len: from a configuration; 0 where positions have no end.
+        numbers: fields that `max_seq_len` reads.
         arguments: of the model class.
         positions_in_table: whether the longest sequence is bounded by a table of positions.
     """
@@ -43,6 +44,7 @@ class Family:
     model_class: str
     rules: tuple[Rule, ...] = ()
     max_seq_len: Callable[[Any], int] = lambda config: int(config.max_position_embeddings)
+    numbers: tuple[str, ...] = ("max_position_embeddings",)
     arguments: Mapping[str, object] = field(default_factory=dict)
     positions_in_table: bool = True
 
@@ -85,12 +87,16 @@ def _no_end(config: Any) -> int:
 
 _NO_POOLER = {"add_pooling_layer": False}
 
+
+def _like_roberta(name: str, model_class: str) -> Family:
+    numbers = ("max_position_embeddings", "pad_token_id")
+    return Family(name, ENCODER, model_class, _NO_DECODER, _after_padding, numbers, _NO_POOLER)
+
+
 FAMILIES: Mapping[str, Family] = {
     "bert": Family("bert", ENCODER, "BertModel", _NO_DECODER, arguments=_NO_POOLER),
-    "roberta": Family("roberta", ENCODER, "RobertaModel", _NO_DECODER, _after_padding, _NO_POOLER),
-    "xlm-roberta": Family(
-        "xlm-roberta", ENCODER, "XLMRobertaModel", _NO_DECODER, _after_padding, _NO_POOLER
-    ),
+    "roberta": _like_roberta("roberta", "RobertaModel"),
+    "xlm-roberta": _like_roberta("xlm-roberta", "XLMRobertaModel"),
     "distilbert": Family("distilbert", ENCODER, "DistilBertModel"),
     "gpt2": Family("gpt2", DECODER, "GPT2Model", _GPT2),
     "llama": Family("llama", DECODER, "LlamaModel", _ROTARY, positions_in_table=False),
@@ -98,7 +104,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("qwen2", DECODER, "Qwen2Model", _ROTARY, positions_in_table=False),
     "qwen3": Family("qwen3", DECODER, "Qwen3Model", _ROTARY, positions_in_table=False),
     "t5": Family(
-        "t5", ENCODER_DECODER, "T5Model", _ENCODER_DECODER, _no_end, positions_in_table=False
+        "t5", ENCODER_DECODER, "T5Model", _ENCODER_DECODER, _no_end, (), positions_in_table=False
     ),
     "bart": Family("bart", ENCODER_DECODER, "BartModel", _ENCODER_DECODER),
 }

@@ -27,11 +27,13 @@ class Block:
     Attributes:
         query, key: the first ones.
         weights: [H, queries, keys] FP32.
+        entropy: [H, queries] FP32, nats, where it is known already.
     """
 
     query: int
     key: int
     weights: Array
+    entropy: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,13 @@ class Reach:
 
 
 def blocks(
-    query: Array, key: Array, scale: float, reach: Reach, bias: Array | None
+    query: Array,
+    key: Array,
+    scale: float,
+    reach: Reach,
+    bias: Array | None,
+    *,
+    with_entropy: bool,
 ) -> Iterator[Block]:
     """The weights of one layer's heads on one sequence.
 
@@ -58,6 +66,7 @@ def blocks(
         scale: multiplies query x key.
         reach: who sees whom.
         bias: [H, Sq + Sk - 1], added to the scores by key - query + Sq - 1; None: nothing.
+        with_entropy: of the blocks.
     """
     num_heads, query_len, _ = query.shape
     key_len = key.shape[1]
@@ -76,9 +85,14 @@ def blocks(
                 unseen |= apart <= -reach.window
             np.copyto(scores, _UNSEEN, where=unseen)
         scores -= scores.max(axis=-1, keepdims=True)
-        np.exp(scores, out=scores)
-        scores /= scores.sum(axis=-1, keepdims=True)
-        yield Block(start, first, scores)
+        weights = np.exp(scores, out=None if with_entropy else scores)
+        total = weights.sum(axis=-1, keepdims=True)
+        entropy = None
+        if with_entropy:  # ln(total) less the mean score: no logarithm of each weight
+            mean = np.einsum("hqk,hqk->hq", weights, scores) / total[..., 0]
+            entropy = np.maximum(np.log(total[..., 0]) - mean, np.float32(0))
+        weights /= total
+        yield Block(start, first, weights, entropy)
 
 
 def say(
@@ -103,7 +117,7 @@ def say(
             keys = slice(block.key, block.key + block.weights.shape[2])
             said["weights"][:, rows, keys] = block.weights
         if wanted.entropy or wanted.effective_context:
-            entropy = _entropy(block.weights)
+            entropy = _entropy(block.weights) if block.entropy is None else block.entropy
             if wanted.entropy:
                 said["entropy"][:, rows] = entropy
             if wanted.effective_context:

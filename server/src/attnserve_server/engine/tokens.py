@@ -1,6 +1,7 @@
 """Runs validated token requests through a transformer's graph."""
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from attnserve_server.engine.work import (
     TokensWork,
 )
 from attnserve_server.repository.transformer import Transformer
+from attnserve_server.settings import usable_cores
+
+# Weights of one sequence from which on threads are worth starting.
+_WORTH_THREADS = 1 << 20
 
 _HIDDEN, _ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
 
@@ -140,16 +145,17 @@ def _observe(
     wanted: HeadsWanted, results: dict[str, Array], row: int, query_len: int, key_len: int
 ) -> dict[str, Array]:
     """What is wanted of the attention of one sequence, with an axis for the layers first."""
-    by_layer = [
-        heads.say(
-            _blocks(wanted, layer, results, row, query_len, key_len),
-            len(wanted.heads),
-            query_len,
-            key_len,
-            wanted,
-        )
-        for layer in wanted.layers
-    ]
+
+    def observe(layer: int) -> dict[str, Array]:
+        found = _blocks(wanted, layer, results, row, query_len, key_len)
+        return heads.say(found, len(wanted.heads), query_len, key_len, wanted)
+
+    if len(wanted.layers) * len(wanted.heads) * query_len * key_len < _WORTH_THREADS:
+        by_layer = [observe(layer) for layer in wanted.layers]
+    else:
+        # NumPy lets other threads run while it computes.
+        with ThreadPoolExecutor(min(len(wanted.layers), usable_cores())) as pool:
+            by_layer = list(pool.map(observe, wanted.layers))
     return {name: np.stack([said[name] for said in by_layer]) for name in wanted.names}
 
 
@@ -180,6 +186,7 @@ def _blocks(
         entry.scale,
         heads.Reach(attention.mask == "causal", entry.window),
         bias,
+        with_entropy=wanted.entropy or wanted.effective_context,
     )
 
 

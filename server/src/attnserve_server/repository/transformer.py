@@ -110,7 +110,7 @@ def _pooling(value: Any) -> str | None:
 
 
 def _attentions(content: Any) -> tuple[TransformerAttention, ...]:
-    attentions = []
+    attentions: list[TransformerAttention] = []
     for entry in content:
         name = one_of("transformer.attentions: name", entry["name"], ATTENTIONS)
         field = f"transformer.attentions: {name}"
@@ -131,5 +131,9 @@ def _attentions(content: Any) -> tuple[TransformerAttention, ...]:
         )
         if not attention.layers:
             raise ValueError(f"{field}.layers: none")
+        if attention.num_heads % attention.num_kv_heads:
+            raise ValueError(f"{field}.num_kv_heads: {attention.num_kv_heads}; allowed: a divisor")
+        if any(name == other.name for other in attentions):
+            raise ValueError(f"{field}: twice")
         attentions.append(attention)
     return tuple(attentions)
