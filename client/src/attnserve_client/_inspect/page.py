@@ -62,7 +62,8 @@ def _parts(result: TokensResult | AttendResult, title: str) -> Iterator[str]:
     count = len(result.weights) if result.weights is not None else 1
     for index in range(count):
         maps: list[dict[str, Any]] = []
-        for attention in maps_of(result, index):
+        found = maps_of(result, index)
+        for attention in found:
             name = f"s{index}m{len(maps)}"
             measures = measure(attention)
             bits = encoding.code_bits(attention.weights.size)
@@ -70,7 +71,7 @@ def _parts(result: TokensResult | AttendResult, title: str) -> Iterator[str]:
             blocks += _blocks(attention, measures, name, bits)
             if index == 0:
                 sentences += sentences_of(attention, measures)
-        sequences.append({"name": _name_of(maps[0]["keys"]), "maps": maps})
+        sequences.append({"name": _name_of(found[0].keys), "maps": maps})
     page = _asset("template.html")
     script = "(() => {\n" + "\n".join(_asset(f"{name}.js") for name in (*_SCRIPTS, "main")) + "})();"
     script, style = f'"use strict";\n{script}\n', _asset("style.css")
@@ -154,8 +155,9 @@ def _precision(sequences: list[dict[str, Any]]) -> str:
     )
 
 
-def _name_of(tokens: list[str]) -> str:
-    text = " ".join(tokens).replace(" ##", "")
+def _name_of(tokens: tuple[str, ...]) -> str:
+    said = [texts.displayable(token) for token in tokens if not texts.is_special(token)]
+    text = " ".join(said or tokens).replace(" ##", "")
     return text if len(text) <= _NAME_LENGTH else text[: _NAME_LENGTH - 1] + "…"
 
 

@@ -117,14 +117,13 @@ async function loadMap(map) {
 
 // Unpack the other layers while nothing happens, so that no click has to wait for it.
 function loadRest(map) {
-  const soon = window.requestIdleCallback || ((call) => setTimeout(call, 50));
   let layer = 0;
   const next = async () => {
     if (layer >= map.layers.length) return;
     await loadLayer(map, layer++);
-    soon(next);
+    idle(next);
   };
-  soon(next);
+  idle(next);
 }
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / (values.length || 1);

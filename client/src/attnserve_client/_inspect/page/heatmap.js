@@ -13,17 +13,18 @@ function resetView() {
 function buildPicture() {
   const { map, data, scale } = state;
   const [rows, columns] = [map.queries.length, map.keys.length];
-  const picture = view.picture ?? (view.picture = document.createElement("canvas"));
+  const picture = document.createElement("canvas");
+  view.picture = picture;
   [picture.width, picture.height] = [columns, rows];
   const context = picture.getContext("2d"), image = context.createImageData(columns, rows);
   const pixels = new Uint32Array(image.data.buffer), row = new Float32Array(columns);
-  const visible = visibleOf(map, state.layer);
+  const visible = visibleOf(map, state.layer), whole = map.split === null || state.filter === "all";
   for (let q = 0; q < rows; q++) {
     data.row(state.head, q, row);
     let heaviest = 0;
     for (let k = 0; k < columns; k++) heaviest = Math.max(heaviest, row[k]);
     for (let k = 0; k < columns; k++) {
-      const t = within(map, state.filter, q, k) ? intensity(scale, row[k], heaviest, visible[q]) : 0;
+      const t = whole || within(map, state.filter, q, k) ? intensity(scale, row[k], heaviest, visible[q]) : 0;
       pixels[q * columns + k] = palette.scale32[(255 * t + 0.5) | 0];
     }
   }
@@ -43,6 +44,7 @@ function layout(width) {
 function drawHeatmap() {
   const { map, data } = state;
   if (!data) return;
+  if (!view.picture) buildPicture();
   const canvas = $("heatmap"), box = layout(canvas.clientWidth);
   const { context } = prepare(canvas, Math.ceil(box.edge + box.height + 3));
   const [q0, k0] = view.first;
@@ -149,10 +151,12 @@ function headName() {
   return `layer ${map.layers[state.layer]}, ${state.head < 0 ? "mean of heads" : `head ${map.heads[state.head]}`}`;
 }
 
-const refreshCross = oncePerFrame(() => {
+function refreshMap() {
   drawHeatmap();
   describeHeatmap();
-});
+}
+
+const refreshCross = oncePerFrame(refreshMap);
 
 function moveCross(query, key) {
   const { map } = state, limit = (value, count) => Math.min(count - 1, Math.max(0, value));

@@ -6,6 +6,34 @@ const state = {
 };
 let headColours = [];
 
+// The views: what draws each, and which of them are stale. Those in sight are drawn in the next
+// frame, the others when the browser has nothing else to do, so that a reader finds none outdated.
+const views = {
+  overview: markOverview, tokens: refreshTokens, "map-view": refreshMap, "query-view": drawQuery,
+  spread: drawSpread, sinks: drawSinks,
+};
+const stale = new Set(), inSight = new Set();
+const idle = window.requestIdleCallback ?? ((call) => setTimeout(call, 50));
+
+function drawView(name) {
+  if (stale.delete(name)) views[name]();
+}
+
+const drawInSight = oncePerFrame(() => [...stale].filter((name) => inSight.has(name)).forEach(drawView));
+
+function drawOthers() {
+  const name = [...stale].find((each) => !inSight.has(each));
+  if (!name) return;
+  drawView(name);
+  idle(drawOthers);
+}
+
+function invalidate(...names) {
+  if (!stale.size) idle(drawOthers, { timeout: 500 });
+  names.forEach((name) => stale.add(name));
+  drawInSight();
+}
+
 // Change what is chosen, and draw what depends on it.
 async function setState(changes) {
   const before = { ...state };
@@ -14,27 +42,22 @@ async function setState(changes) {
     state.active = new Set(state.head < 0 ? state.map.heads.keys() : [state.head]);
   }
   if (changes.query !== undefined) state.cross = state.query;
-  const layerChanged = state.layer !== before.layer || !state.data;
-  if (layerChanged) {
+  const layer = state.layer !== before.layer || !state.data;
+  if (layer) {
     const wanted = state.layer, data = await loadLayer(state.map, wanted);
     if (wanted !== state.layer) return;
     state.data = data;
   }
-  const changed = (...names) => names.some((name) => state[name] !== before[name]);
-  if (layerChanged || changed("head", "scale", "filter")) {
-    buildPicture();
-    showBar();
-  }
+  const changed = (...names) => layer || names.some((name) => state[name] !== before[name]);
+  if (changed("head", "scale", "filter")) view.picture = null;
+  if (changed("head", "scale")) showBar();
   if (changed("filter")) drawOverview();
-  markOverview();
-  if (layerChanged || changed("head", "filter", "active")) refreshTokens();
-  if (layerChanged || changed("head", "scale", "filter", "query")) {
-    drawQuery();
-    refreshCross();
-    drawSpread();
-  }
-  if (layerChanged || changed("head")) drawSinks();
-  if (layerChanged || changed("head")) $("status").textContent = headName();
+  if (changed("head")) $("status").textContent = headName();
+  if (changed("head")) invalidate("overview", "sinks");
+  if (changed("head", "filter", "active")) invalidate("tokens");
+  if (changed("head", "scale", "filter", "query")) invalidate("map-view", "query-view");
+  if (changed("head")) curves.picture = null;
+  if (changed("head", "query")) invalidate("spread");
 }
 
 async function showMap(map) {
@@ -81,17 +104,14 @@ function showBar() {
 
 function redraw() {
   readPalette();
+  $("text").querySelectorAll("[data-code]").forEach((span) => delete span.dataset.code);
   if (!state.data) return;
   headColours = headColours.map((_, head) => headColour(head));
-  buildPicture();
+  view.picture = curves.picture = null;
   showBar();
   setUpChips();
   drawOverview();
-  refreshTokens();
-  drawQuery();
-  refreshCross();
-  drawSpread();
-  drawSinks();
+  invalidate(...Object.keys(views));
 }
 
 function listen() {
@@ -109,6 +129,11 @@ function listen() {
   listenSpread();
   dark.addEventListener("change", redraw);
   window.addEventListener("resize", oncePerFrame(redraw));
+  const observer = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) inSight[isIntersecting ? "add" : "delete"](target.id);
+    drawInSight();
+  }, { rootMargin: "100px" });
+  Object.keys(views).forEach((name) => observer.observe($(name)));
 }
 
 async function start() {
@@ -117,7 +142,7 @@ async function start() {
   $("sequence-field").hidden = meta.sequences.length < 2;
   listen();
   await showSequence(0);
-  await new Promise(requestAnimationFrame);
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 

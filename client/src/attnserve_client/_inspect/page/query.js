@@ -49,12 +49,17 @@ function shadeText(row, order) {
       span.tabIndex = chosen ? 0 : -1;
     }
     if (span.classList.contains("query")) continue;
-    const t = intensity(state.scale, row[index], heaviest, visible);
-    span.style.background = t > 0.004 ? cssColour(t) : "";
-    span.style.color = t > 0.004 ? textOn(t) : "";
-    span.querySelector("sup")?.remove();
-    if (ranks.has(index)) span.append(make("sup", {}, String(ranks.get(index))));
-    span.setAttribute("aria-label", `${index}: ${map.keys[index]}, weight ${weightText(row[index])}`);
+    const t = intensity(state.scale, row[index], heaviest, visible), code = Math.round(255 * t);
+    if (span.dataset.code !== String(code)) {
+      span.dataset.code = code;
+      span.style.background = code ? cssColour(t) : "";
+      span.style.color = code ? textOn(t) : "";
+    }
+    const rank = ranks.get(index);
+    if (span.childElementCount) span.lastElementChild.remove();
+    if (rank) span.append(make("sup", {}, String(rank)));
+    const said = rank ? `, rank ${rank}, weight ${weightText(row[index])}` : "";
+    span.setAttribute("aria-label", `${index}: ${map.keys[index]}${said}`);
   }
 }
 

@@ -23,11 +23,32 @@ function spreadLines() {
   return lines;
 }
 
+// The curves stay while only the position moves: they are kept as a picture.
+const curves = { picture: null, lines: null, plot: null };
+
 function drawSpread() {
-  const { map, query } = state;
-  const { context, width, height } = prepare($("spread-canvas"));
-  const lines = spreadLines(), count = map.queries.length;
-  const most = Math.max(2, ...map.visible), top = most;
+  const canvas = $("spread-canvas"), count = state.map.queries.length;
+  if (!curves.picture) drawCurves(canvas, count);
+  const { context } = prepare(canvas), { plot } = curves;
+  const x = plot.x + (count > 1 ? (state.query / (count - 1)) * plot.w : plot.w / 2);
+  context.save();
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  context.drawImage(curves.picture, 0, 0);
+  context.restore();
+  context.strokeStyle = palette.mark;
+  context.lineWidth = 1;
+  context.strokeRect(x, plot.y, 0, plot.h);
+  readSpread(curves.lines);
+}
+
+function refreshSpread() {
+  curves.picture = null;
+  drawSpread();
+}
+
+function drawCurves(canvas, count) {
+  const { context, width, height } = prepare(canvas);
+  const lines = spreadLines(), top = Math.max(2, ...state.map.visible);
   const plot = { x: MARGIN.left, y: MARGIN.top, w: width - MARGIN.left - MARGIN.right, h: height - MARGIN.top - MARGIN.bottom };
   const x = (i) => plot.x + (count > 1 ? (i / (count - 1)) * plot.w : plot.w / 2);
   const y = (value) => plot.y + plot.h * (1 - Math.log2(Math.max(1, value)) / Math.log2(top));
@@ -42,13 +63,11 @@ function drawSpread() {
   }
   context.setLineDash([]);
   labelLines(context, lines, plot, y, count);
-  context.strokeStyle = palette.mark;
-  context.lineWidth = 1;
-  context.beginPath();
-  context.moveTo(x(query), plot.y);
-  context.lineTo(x(query), plot.y + plot.h);
-  context.stroke();
-  describeSpread(lines);
+  const picture = document.createElement("canvas");
+  [picture.width, picture.height] = [canvas.width, canvas.height];
+  picture.getContext("2d").drawImage(canvas, 0, 0);
+  Object.assign(curves, { picture, lines, plot });
+  listSpread(lines, count);
 }
 
 function drawAxes(context, plot, top, count, x, y) {
@@ -98,14 +117,16 @@ function labelLines(context, lines, plot, y, count) {
   context.font = context.font.replace(/^bold /, "");
 }
 
-function describeSpread(lines) {
+function readSpread(lines) {
   const { map, query } = state;
   const visible = visibleOf(map, state.layer)[query];
   const named = lines.filter((line) => line.width >= 2 && line.name !== "uniform");
   $("spread-readout").textContent = `Position ${query} “${map.queries[query]}”, ${visible} keys to see: ` +
     named.map((line) => `${line.name} ${keysText(line.values[query])} (${percent(line.values[query] / visible)} of uniform)`).join(", ");
-  $("spread-canvas").setAttribute("aria-label", `Effective keys by position, layer ${map.layers[state.layer]}; the table below holds figures`);
-  const count = map.queries.length;
+}
+
+function listSpread(lines, count) {
+  $("spread-canvas").setAttribute("aria-label", `Effective keys by position, layer ${state.map.layers[state.layer]}; the table below holds figures`);
   const places = [...new Set([0, 1, 2, 3, 4].map((i) => Math.round((i * (count - 1)) / 4)))];
   fillTable($("spread-table"), ["line", ...places.map((place) => `at ${place}`), "mean"],
     lines.map((line) => [line.name, ...places.map((place) => keysText(line.values[place])), keysText(mean(Array.from(line.values)))]));
@@ -113,7 +134,7 @@ function describeSpread(lines) {
 
 function listenSpread() {
   const canvas = $("spread-canvas");
-  $("spread-lines").addEventListener("change", drawSpread);
+  $("spread-lines").addEventListener("change", refreshSpread);
   canvas.addEventListener("keydown", (event) => {
     const far = event.shiftKey ? 10 : 1, last = state.map.queries.length - 1;
     const to = { ArrowLeft: state.query - far, ArrowRight: state.query + far, Home: 0, End: last }[event.key];

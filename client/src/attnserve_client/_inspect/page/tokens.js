@@ -150,12 +150,12 @@ function headList() {
   return [...state.active].sort((a, b) => a - b).map((h) => map.heads[h]).join(", ");
 }
 
-const refreshTokens = oncePerFrame(() => {
+function refreshTokens() {
   state.edges = null;
   markTokens();
   drawTokens();
   describeTokens();
-});
+}
 
 function listenTokens() {
   $("lines-scroll").addEventListener("scroll", oncePerFrame(drawTokens), { passive: true });
@@ -165,7 +165,7 @@ function listenTokens() {
       const focus = item ? { side, index: +item.dataset.index } : null;
       if (focus?.side === state.focus?.side && focus?.index === state.focus?.index) return;
       state.focus = focus;
-      refreshTokens();
+      invalidate("tokens");
     };
     list.addEventListener("pointermove", (event) => look(event.target.closest("[data-item]")));
     list.addEventListener("pointerleave", () => look(null));
@@ -176,7 +176,7 @@ function listenTokens() {
       const index = +item.dataset.index, same = state.pinned?.side === side && state.pinned.index === index;
       state.pinned = same ? null : { side, index };
       if (side === "queries" && !same) setState({ query: index });
-      refreshTokens();
+      invalidate("tokens");
     };
     list.addEventListener("click", (event) => pin(event.target.closest("[data-item]")));
     list.addEventListener("keydown", (event) => {
