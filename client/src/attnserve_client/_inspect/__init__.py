@@ -1,6 +1,6 @@
 """Attention made visible: the page of `attnserve inspect`, and what notebooks show.
 
-    results -> attention.maps_of -> AttentionMap -> measures, page, summary; `_plot` draws from it too
+    result -> attention.maps_of -> AttentionMap -> measures, page, summary, and `_plot`
 
 The page is one HTML file that needs nothing else: markup, style and script of `page/`, and the
 weights as `encoding` packs them.

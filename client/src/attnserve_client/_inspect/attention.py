@@ -94,5 +94,7 @@ def _index(name: str, number: int | None, held: tuple[int, ...]) -> int:
     if number is None:
         return 0
     if number not in held:
-        raise ValueError(f"{name}: {number}; allowed: {', '.join(map(str, held))}, as was asked for")
+        raise ValueError(
+            f"{name}: {number}; allowed: {', '.join(map(str, held))}, as was asked for"
+        )
     return held.index(number)

@@ -125,9 +125,7 @@ def collect(
     )
 
 
-def _inputs(
-    client: AttentionClient, options: argparse.Namespace
-) -> list[str] | list[list[int]]:
+def _inputs(client: AttentionClient, options: argparse.Namespace) -> list[str] | list[list[int]]:
     texts = [sys.stdin.read() if text == "-" else text for text in options.texts]
     texts += [path.read_text("utf-8") for path in options.file]
     if options.ids is not None:

@@ -55,7 +55,8 @@ def unpack_layer(packed: str, shape: tuple[int, int, int], bits: int) -> NDArray
     heaviest = np.frombuffer(content, "<f4", rows).reshape(shape[:2])
     codes = np.frombuffer(content, f"<u{bits // 8}", offset=4 * rows).reshape(shape)
     share = codes.astype(np.float32) / np.float32(largest_code(bits))
-    return heaviest[..., None] * share * share
+    unpacked: NDArray[np.float32] = heaviest[..., None] * share * share
+    return unpacked
 
 
 def pack_floats(array: Array) -> str:

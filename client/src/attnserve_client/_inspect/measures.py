@@ -53,7 +53,7 @@ def measure(attention: AttentionMap) -> Measures:
         if not attention.square or num_queries <= abs(offset):
             return None
         found = np.diagonal(attention.weights, offset, axis1=-2, axis2=-1)
-        return found.mean(axis=-1, dtype=np.float32)
+        return np.asarray(found.mean(axis=-1, dtype=np.float32))
 
     return Measures(
         effective=effective,

@@ -73,7 +73,9 @@ def _parts(result: TokensResult | AttendResult, title: str) -> Iterator[str]:
                 sentences += sentences_of(attention, measures)
         sequences.append({"name": _name_of(found[0].keys), "maps": maps})
     page = _asset("template.html")
-    script = "(() => {\n" + "\n".join(_asset(f"{name}.js") for name in (*_SCRIPTS, "main")) + "})();"
+    script = (
+        "(() => {\n" + "\n".join(_asset(f"{name}.js") for name in (*_SCRIPTS, "main")) + "})();"
+    )
     script, style = f'"use strict";\n{script}\n', _asset("style.css")
     meta = _json({"sequences": sequences})
     values = {
@@ -92,9 +94,7 @@ def _parts(result: TokensResult | AttendResult, title: str) -> Iterator[str]:
         yield values[part] if index % 2 else part
 
 
-def _describe(
-    attention: AttentionMap, measures: Measures, name: str, bits: int
-) -> dict[str, Any]:
+def _describe(attention: AttentionMap, measures: Measures, name: str, bits: int) -> dict[str, Any]:
     """What the script must know before it unpacks anything."""
     height, width = map(encoding.thumbnail_size, attention.weights.shape[-2:])
     per_head = {
@@ -125,9 +125,7 @@ def _describe(
     }
 
 
-def _blocks(
-    attention: AttentionMap, measures: Measures, name: str, bits: int
-) -> Iterator[str]:
+def _blocks(attention: AttentionMap, measures: Measures, name: str, bits: int) -> Iterator[str]:
     parts = {
         "effective": encoding.pack_floats(measures.effective),
         "visible": encoding.pack_floats(measures.visible),
