@@ -6,8 +6,8 @@ from collections.abc import Sequence
 # Whole names of tokens that models add around a text. They tend to be sinks: places for weight
 # that a head has no better use for.
 _SPECIAL = frozenset(
-    ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "<s>", "</s>", "<pad>", "<mask>", "<unk>", "<bos>",
-     "<eos>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
+    ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "<s>", "</s>", "<pad>", "<mask>", "<unk>",
+     "<bos>", "<eos>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
 )  # fmt: skip
 _SEPARATORS = frozenset(("[SEP]", "</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"))
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")

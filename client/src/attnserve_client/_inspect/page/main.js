@@ -16,7 +16,9 @@ const stale = new Set(), inSight = new Set();
 const idle = window.requestIdleCallback ?? ((call) => setTimeout(call, 50));
 
 function drawView(name) {
-  if (stale.delete(name)) views[name]();
+  if (!stale.delete(name)) return;
+  views[name]();
+  document.documentElement.dataset.stale = stale.size;
 }
 
 const drawInSight = oncePerFrame(() => [...stale].filter((name) => inSight.has(name)).forEach(drawView));
@@ -31,6 +33,7 @@ function drawOthers() {
 function invalidate(...names) {
   if (!stale.size) idle(drawOthers, { timeout: 500 });
   names.forEach((name) => stale.add(name));
+  document.documentElement.dataset.stale = stale.size;
   drawInSight();
 }
 
