@@ -29,16 +29,28 @@ FACTS = (
      "What did Queen Isolde give the dragon?"),
 )  # fmt: skip
 
-_SUBJECTS = ("farmer", "neighbour", "teacher", "gardener", "baker", "student", "painter", "driver",
-             "librarian", "carpenter", "tailor", "nurse", "miller", "clerk", "postman", "fisherman")  # fmt: skip
-_VERBS = ("repaired", "carried", "painted", "cleaned", "borrowed", "sold", "noticed", "weighed",
-          "measured", "covered", "moved", "described", "washed", "counted", "wrapped", "sorted")  # fmt: skip
-_OBJECTS = ("ladder", "basket", "chair", "window", "blanket", "barrel", "kettle", "fence", "lamp",
-            "carpet", "bucket", "table", "wheel", "curtain", "shovel", "bottle")  # fmt: skip
-_PLACES = ("kitchen", "market", "valley", "station", "orchard", "harbour", "school", "barn",
-           "village", "bridge", "meadow", "workshop", "garden", "square", "mill", "forest")  # fmt: skip
-_TIMES = ("in the morning", "after lunch", "on Monday", "before the rain", "last week", "at noon",
-          "in spring", "during the fair", "every evening", "on a cold day", "once", "again")  # fmt: skip
+# fmt: off
+_SUBJECTS = (
+    "farmer", "neighbour", "teacher", "gardener", "baker", "student", "painter", "driver",
+    "librarian", "carpenter", "tailor", "nurse", "miller", "clerk", "postman", "fisherman",
+)
+_VERBS = (
+    "repaired", "carried", "painted", "cleaned", "borrowed", "sold", "noticed", "weighed",
+    "measured", "covered", "moved", "described", "washed", "counted", "wrapped", "sorted",
+)
+_OBJECTS = (
+    "ladder", "basket", "chair", "window", "blanket", "barrel", "kettle", "fence", "lamp",
+    "carpet", "bucket", "table", "wheel", "curtain", "shovel", "bottle",
+)
+_PLACES = (
+    "kitchen", "market", "valley", "station", "orchard", "harbour", "school", "barn", "village",
+    "bridge", "meadow", "workshop", "garden", "square", "mill", "forest",
+)
+_TIMES = (
+    "in the morning", "after lunch", "on Monday", "before the rain", "last week", "at noon",
+    "in spring", "during the fair", "every evening", "on a cold day", "once", "again",
+)
+# fmt: on
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
