@@ -36,7 +36,7 @@ def test_text_becomes_a_page_with_the_servers_weights(
 
 def test_layers_fetched_one_by_one_are_those_fetched_together(client: AttentionClient) -> None:
     texts = ["w1 w2 w3", "w4"]
-    one_by_one = command.collect(client, texts, model="bert")
+    [one_by_one] = command.collect(client, texts, model="bert")
     together = client.attend_tokens(texts, model="bert", return_weights=True)
     assert one_by_one.layers == together.layers
     for mine, theirs in zip(one_by_one.weights, together.weights, strict=True):

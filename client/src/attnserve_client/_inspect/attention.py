@@ -1,5 +1,6 @@
 """What there is to see in a result: one map for each kind of attention of one sequence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ class AttentionMap:
     """The weights of one sequence, of some layers and heads of one kind of attention.
 
     Attributes:
-        kind: "self", or for an encoder-decoder "encoder", "decoder" or "cross".
+        kind: "encoder", "decoder" or, from an encoder-decoder's decoder to its encoder, "cross";
+            "self" where the result does not say.
         weights: [L, H, Sq, Sk]; rows sum to 1, or to 0 where a query sees no key.
         queries, keys: the tokens, as the vocabulary writes them; the same for self-attention.
         layers, heads: what the L and H axes hold, 0-based.
@@ -80,10 +82,27 @@ def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[Att
         queries, keys = _numbers(num_queries), _numbers(num_keys)
         heads = tuple(range(num_heads))
         return (AttentionMap("self", array[None], queries, keys, (0,), heads),)
-    names = tuple(result.tokens[sequence]) or tuple(map(str, result.ids[sequence]))
-    split = texts.second_segment(names)
+    kind: str = getattr(result, "attention", "") or "self"
+    source = _names(result.tokens, result.ids, sequence)
+    # Only the results of encoder-decoders have a target.
+    target = _names(
+        getattr(result, "target_tokens", []), getattr(result, "target_ids", []), sequence
+    )
+    queries = target if target and kind in ("decoder", "cross") else source
+    keys = target if target and kind == "decoder" else source
+    split = texts.second_segment(queries) if queries == keys else None
     layers, heads = tuple(result.layers), tuple(result.heads)
-    return (AttentionMap("self", array, names, names, layers, heads, split),)
+    return (AttentionMap(kind, array, queries, keys, layers, heads, split),)
+
+
+def _names(
+    tokens: Sequence[Sequence[str]], ids: Sequence[Sequence[int]], sequence: int
+) -> tuple[str, ...]:
+    """The tokens of a sequence, or its ids where there is no tokenizer; empty if it has neither."""
+    for each in (tokens, ids):
+        if sequence < len(each) and each[sequence]:
+            return tuple(map(str, each[sequence]))
+    return ()
 
 
 def _numbers(count: int) -> tuple[str, ...]:

@@ -5,12 +5,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from attnserve_client._client import AttentionClient
 from attnserve_client._inspect.page import write_page
-from attnserve_client._results import Array, TokensResult
+from attnserve_client._results import TokensResult
 
 # Weights of one page, all texts together: 12 layers of 12 heads at 512 tokens are 38 million and
 # make a file of 36 MB, which opens in a second; browsers get slow far above.
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="PAGE.html")
     add("--file", type=Path, action="append", default=[], help="a text from a file; again for more")
     add("--pair", metavar="TEXT", help="a second text behind the (only) first: as a sentence pair")
+    add(
+        "--target-text",
+        action="append",
+        metavar="TEXT",
+        help="what the decoder of an encoder-decoder reads; again for each text",
+    )
     add("--ids", type=_ids, help="token ids instead of texts, e.g. 101,2009,102")
     add("--layers", type=_ids, help="e.g. 0,5; default all")
     add("--heads", type=_ids, help="e.g. 0,5; default all")
@@ -46,19 +53,20 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
         ValueError: the options do not go together, or there would be too much to show.
         AttnserveError: the server refused.
     """
-    result = collect(
+    results = collect(
         client,
         _inputs(client, options),
         model=options.model,
+        targets=options.target_text,
         layers=options.layers,
         heads=options.heads,
         truncate=options.truncate,
     )
-    for index, cut in enumerate(result.truncated):
+    for index, cut in enumerate(results[0].truncated):
         if cut:
-            kept = len(result.ids[index])
+            kept = len(results[0].ids[index])
             print(f"attnserve: text {index} was cut to {kept} tokens", file=sys.stderr)
-    path = write_page(result, options.out, title=options.title)
+    path = write_page(results, options.out, title=options.title)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
@@ -68,61 +76,86 @@ def collect(
     inputs: Sequence[str] | Sequence[Sequence[int]],
     *,
     model: str,
+    targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     truncate: bool = False,
-) -> TokensResult:
+) -> list[TokensResult]:
     """Weights of texts or ids, one layer of one sequence a request, so that no answer is large.
 
     Args:
         client: connected.
         inputs: as `attend_tokens` takes them.
         model: its name.
+        targets: for an encoder-decoder, what its decoder reads.
         layers, heads: 0-based; None is all.
         truncate: cut texts that are too long.
+
+    Returns:
+        A result for each of the model's attentions: one, or an encoder-decoder's three.
 
     Raises:
         ValueError: more weights than a page can show.
         AttnserveError: the server refused.
     """
     asked = client.get_model(model)
-    layers = list(range(asked.num_layers)) if layers is None else list(layers)
-    heads = list(range(asked.num_heads)) if heads is None else list(heads)
+    more: dict[str, Any] = {} if targets is None else {"targets": targets}
     # Ids first: the lengths are known before any weight is asked for.
     found = client.attend_tokens(
-        inputs, model=model, return_hidden=False, return_weights=False, truncate=truncate
+        inputs, model=model, return_hidden=False, return_weights=False, truncate=truncate, **more
     )
-    lengths = [len(ids) for ids in found.ids]
-    total = sum(length * length for length in lengths) * len(layers) * len(heads)
+    target_ids: list[list[int]] = getattr(found, "target_ids", [])
+    listed = getattr(asked, "attentions", ()) or (asked,)
+    _check_size(found.ids, target_ids, listed, layers, heads)
+    results = []
+    for attention in listed:
+        each = list(range(attention.num_layers)) if layers is None else list(layers)
+        wanted = {"heads": list(range(attention.num_heads)) if heads is None else list(heads)}
+        # A model with one attention is not asked which.
+        named = {"attention": attention.name} if len(listed) > 1 else {}
+        answers = [
+            [
+                client.attend_tokens(
+                    [ids],
+                    model=model,
+                    layers=[layer],
+                    return_hidden=False,
+                    return_weights=True,
+                    **({"targets": [target_ids[index]]} if index < len(target_ids) else {}),
+                    **wanted,
+                    **named,
+                )
+                for layer in each
+            ]
+            for index, ids in enumerate(found.ids)
+        ]
+        weights = [np.concatenate([(one.weights or [])[0] for one in row]) for row in answers]
+        changes = {**wanted, **named, "weights": weights, "layers": each}
+        last = answers[-1][-1]
+        results.append(
+            dataclasses.replace(found, variant=last.variant, timings=last.timings, **changes)
+        )
+    return results
+
+
+def _check_size(
+    ids: Sequence[Sequence[int]],
+    target_ids: Sequence[Sequence[int]],
+    attentions: Sequence[Any],
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+) -> None:
+    lengths = [max(map(len, [each, *target_ids[i : i + 1]])) for i, each in enumerate(ids)]
+    maps = sum(
+        len(layers or range(each.num_layers)) * len(heads or range(each.num_heads))
+        for each in attentions
+    )
+    total = sum(length * length for length in lengths) * maps
     if total > _MOST_WEIGHTS:
         raise ValueError(
-            f"{len(layers)} layers and {len(heads)} heads of {lengths} tokens are {total:,} "
-            f"weights; allowed: {_MOST_WEIGHTS:,}; use --layers, --heads or shorter texts"
+            f"{maps} heads in all layers together, at {lengths} tokens, are {total:,} weights; "
+            f"allowed: {_MOST_WEIGHTS:,}; use --layers, --heads or shorter texts"
         )
-    weights = [
-        np.empty((len(layers), len(heads), length, length), np.float32) for length in lengths
-    ]
-    answer = found
-    for index, ids in enumerate(found.ids):
-        for place, layer in enumerate(layers):
-            answer = client.attend_tokens(
-                [ids],
-                model=model,
-                layers=[layer],
-                heads=heads,
-                return_hidden=False,
-                return_weights=True,
-            )
-            layer_weights: list[Array] = answer.weights or []
-            weights[index][place] = layer_weights[0][0]
-    return dataclasses.replace(
-        found,
-        variant=answer.variant,
-        timings=answer.timings,
-        weights=weights,
-        layers=layers,
-        heads=heads,
-    )
 
 
 def _inputs(client: AttentionClient, options: argparse.Namespace) -> list[str] | list[list[int]]:

@@ -5,7 +5,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,46 +23,52 @@ from attnserve_client._results import AttendResult, TokensResult
 _SCRIPTS = ("colour", "data", "dom", "overview", "tokens", "heatmap", "query", "spread", "sinks")
 _TITLES = {
     "self": "self-attention",
-    "encoder": "encoder, self-attention",
-    "decoder": "decoder, self-attention",
-    "cross": "decoder to encoder, cross-attention",
+    "encoder": "encoder self-attention",
+    "decoder": "decoder self-attention",
+    "cross": "cross-attention, decoder to encoder",
 }
 _NAME_LENGTH = 60
 
 
-def write_page(result: TokensResult | AttendResult, path: str | Path, *, title: str = "") -> Path:
-    """Write the page of a result to a file; `page_of` says what is on it.
+Result = TokensResult | AttendResult
+
+
+def write_page(results: Result | Sequence[Result], path: str | Path, *, title: str = "") -> Path:
+    """Write the page of results to a file; `page_of` says what is on it.
 
     Raises:
-        ValueError: the result has no weights.
+        ValueError: a result has no weights.
         OSError: the file cannot be written.
     """
     path = Path(path)
-    path.write_text(page_of(result, title=title), "utf-8")
+    path.write_text(page_of(results, title=title), "utf-8")
     return path
 
 
-def page_of(result: TokensResult | AttendResult, *, title: str = "") -> str:
+def page_of(results: Result | Sequence[Result], *, title: str = "") -> str:
     """The page that shows the attention of a result: self-contained, without any network access.
 
     Args:
-        result: with weights.
+        results: with weights; several are the attentions of one model over the same input, like
+            an encoder-decoder's.
         title: of the page; empty: the model and the text.
 
     Raises:
-        ValueError: the result has no weights.
+        ValueError: a result has no weights.
     """
-    return "".join(_parts(result, title))
+    listed = [results] if isinstance(results, TokensResult | AttendResult) else list(results)
+    return "".join(_parts(listed, title))
 
 
-def _parts(result: TokensResult | AttendResult, title: str) -> Iterator[str]:
+def _parts(results: Sequence[Result], title: str) -> Iterator[str]:
+    result = results[0]
     sequences: list[dict[str, Any]] = []
     blocks: list[str] = []
     sentences: list[str] = []
     count = len(result.weights) if result.weights is not None else 1
     for index in range(count):
         maps: list[dict[str, Any]] = []
-        found = maps_of(result, index)
+        found = [each for result in results for each in maps_of(result, index)]
         for attention in found:
             name = f"s{index}m{len(maps)}"
             measures = measure(attention)

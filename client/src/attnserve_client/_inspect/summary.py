@@ -27,7 +27,7 @@ def sentences_of(attention: AttentionMap, measures: Measures) -> list[str]:
     """What stands out in a map."""
     effective = measures.effective.mean(axis=-1)  # (L, H)
     share = float((measures.effective / np.maximum(measures.visible, 1)[:, None]).mean())
-    kind = "" if attention.kind == "self" else f"{attention.kind}: "
+    kind = "" if attention.kind == "self" else f"{attention.kind.capitalize()}: "
     found = [
         f"{kind}{len(attention.layers)} layers, {len(attention.heads)} heads, "
         f"{len(attention.queries)} queries, {len(attention.keys)} keys. A query spreads its weight "
