@@ -110,9 +110,11 @@ def collect(
     results = []
     for attention in listed:
         each = list(range(attention.num_layers)) if layers is None else list(layers)
-        wanted = {"heads": list(range(attention.num_heads)) if heads is None else list(heads)}
+        wanted: dict[str, Any] = {
+            "heads": list(range(attention.num_heads)) if heads is None else list(heads)
+        }
         # A model with one attention is not asked which.
-        named = {"attention": attention.name} if len(listed) > 1 else {}
+        named: dict[str, Any] = {"attention": attention.name} if len(listed) > 1 else {}
         answers = [
             [
                 client.attend_tokens(
@@ -130,7 +132,7 @@ def collect(
             for index, ids in enumerate(found.ids)
         ]
         weights = [np.concatenate([(one.weights or [])[0] for one in row]) for row in answers]
-        changes = {**wanted, **named, "weights": weights, "layers": each}
+        changes: dict[str, Any] = {**wanted, **named, "weights": weights, "layers": each}
         last = answers[-1][-1]
         results.append(
             dataclasses.replace(found, variant=last.variant, timings=last.timings, **changes)
