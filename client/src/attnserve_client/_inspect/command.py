@@ -115,22 +115,25 @@ def collect(
         }
         # A model with one attention is not asked which.
         named: dict[str, Any] = {"attention": attention.name} if len(listed) > 1 else {}
-        answers = [
-            [
-                client.attend_tokens(
-                    [ids],
-                    model=model,
-                    layers=[layer],
-                    return_hidden=False,
-                    return_weights=True,
-                    **({"targets": [target_ids[index]]} if index < len(target_ids) else {}),
-                    **wanted,
-                    **named,
-                )
-                for layer in each
-            ]
-            for index, ids in enumerate(found.ids)
-        ]
+        answers: list[list[TokensResult]] = []
+        for index, ids in enumerate(found.ids):
+            target = target_ids[index] if index < len(target_ids) else []
+            more = {"targets": [target]} if target else {}
+            answers.append(
+                [
+                    client.attend_tokens(
+                        [ids],
+                        model=model,
+                        layers=[layer],
+                        return_hidden=False,
+                        return_weights=True,
+                        **more,
+                        **wanted,
+                        **named,
+                    )
+                    for layer in each
+                ]
+            )
         weights = [np.concatenate([(one.weights or [])[0] for one in row]) for row in answers]
         changes: dict[str, Any] = {**wanted, **named, "weights": weights, "layers": each}
         last = answers[-1][-1]
