@@ -194,6 +194,7 @@ class Limits:
     max_batch: int
     chunk_bytes: int
     max_queue: int
+    max_stored_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
