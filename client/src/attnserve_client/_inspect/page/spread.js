@@ -23,8 +23,12 @@ function spreadLines() {
   return lines;
 }
 
+// Of long inputs a point of a curve is the mean of some positions: neighbours differ so much that
+// the lines of all heads would cover each other.
+const positionsAPoint = (count) => Math.max(1, Math.round(count / 64));
+
 // The curves stay while only the position moves: they are kept as a picture.
-const curves = { picture: null, lines: null, plot: null };
+const curves = { picture: null, lines: null, plot: null, step: 1 };
 
 function drawSpread() {
   const canvas = $("spread-canvas"), count = state.map.queries.length;
@@ -58,7 +62,11 @@ function drawCurves(canvas, count) {
     context.lineWidth = line.width;
     context.setLineDash(line.dash ?? []);
     context.beginPath();
-    line.values.forEach((value, i) => context.lineTo(x(i), y(value)));
+    const step = positionsAPoint(count);
+    for (let i = 0; i < count; i += step) {
+      const part = line.values.subarray(i, i + step);
+      context.lineTo(x(i + (part.length - 1) / 2), y(mean(Array.from(part))));
+    }
     context.stroke();
   }
   context.setLineDash([]);
@@ -66,7 +74,7 @@ function drawCurves(canvas, count) {
   const picture = document.createElement("canvas");
   [picture.width, picture.height] = [canvas.width, canvas.height];
   picture.getContext("2d").drawImage(canvas, 0, 0);
-  Object.assign(curves, { picture, lines, plot });
+  Object.assign(curves, { picture, lines, plot, step: positionsAPoint(count) });
   listSpread(lines, count);
 }
 
@@ -90,7 +98,9 @@ function drawAxes(context, plot, top, count, x, y) {
 
 // Names at the lines' ends, moved apart where they would overlap; the chosen ones first.
 function labelLines(context, lines, plot, y, count) {
-  const room = 13, labels = lines.map((line) => ({ line, at: y(line.values[count - 1]) }));
+  const step = positionsAPoint(count), last = (Math.ceil(count / step) - 1) * step;
+  const endOf = (line) => mean(Array.from(line.values.subarray(last)));
+  const room = 13, labels = lines.map((line) => ({ line, at: y(endOf(line)) }));
   labels.sort((a, b) => a.at - b.at);
   for (let i = 1; i < labels.length; i++) labels[i].at = Math.max(labels[i].at, labels[i - 1].at + room);
   const over = labels.length ? labels[labels.length - 1].at - (plot.y + plot.h) : 0;
@@ -103,7 +113,7 @@ function labelLines(context, lines, plot, y, count) {
   }
   context.textAlign = "left";
   for (const { line, at } of labels) {
-    const end = y(line.values[count - 1]), from = plot.x + plot.w;
+    const end = y(endOf(line)), from = plot.x + plot.w;
     context.strokeStyle = line.colour;
     context.lineWidth = Math.max(1.5, line.width);
     context.beginPath();
@@ -122,7 +132,8 @@ function readSpread(lines) {
   const visible = visibleOf(map, state.layer)[query];
   const named = lines.filter((line) => line.width >= 2 && line.name !== "uniform");
   $("spread-readout").textContent = `Position ${query} “${map.queries[query]}”, ${visible} keys to see: ` +
-    named.map((line) => `${line.name} ${keysText(line.values[query])} (${percent(line.values[query] / visible)} of uniform)`).join(", ");
+    named.map((line) => `${line.name} ${keysText(line.values[query])} (${percent(line.values[query] / visible)} of uniform)`).join(", ") +
+    (curves.step > 1 ? `. Each point of a curve is the mean of ${curves.step} positions.` : "");
 }
 
 function listSpread(lines, count) {

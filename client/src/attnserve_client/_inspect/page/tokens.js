@@ -115,6 +115,7 @@ function drawStrips(context, width, height, edges, active, focus, y) {
   const column = new Map(active.map((head, i) => [head, i]));
   const toKeys = focus.side === "queries", start = toKeys ? width - active.length * STRIP - 2 : 2;
   context.strokeStyle = palette.line;
+  context.lineWidth = 1;
   context.strokeRect(start - 1.5, -1, active.length * STRIP + 2, height + 2);
   for (const [weight, head, q, k] of edges) {
     const at = y(toKeys ? k : q);
