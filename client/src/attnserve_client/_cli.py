@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from attnserve_client import AttentionClient, AttnserveError, Model, __version__
+from attnserve_client._inspect import command as inspect
 from attnserve_client._results import Array, TokensResult
 
 _NUMPY = {"FP32": np.float32, "FP16": np.float16}
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     tokens.add_argument("--top", type=int, default=5, help="how many tokens to show")
     tokens.add_argument("--output", type=Path, help=".npz to write hidden states and weights to")
     tokens.set_defaults(run=_tokens)
+
+    inspect.add_arguments(commands.add_parser("inspect", help="a page that shows attention"))
     return parser
 
 

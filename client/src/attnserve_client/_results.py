@@ -10,6 +10,19 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
+def _plot() -> Any:
+    # At the call: the views read the results, and matplotlib is an extra.
+    from attnserve_client import _plot
+
+    return _plot
+
+
+def _inspect() -> Any:
+    from attnserve_client import _inspect
+
+    return _inspect
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Where the server spent its time, in microseconds.
@@ -78,6 +91,17 @@ class AttendResult:
     mass_per_key: Array | None = None
     mass_by_distance: Array | None = None
 
+    def plot(self, kind: str = "", **options: Any) -> Any:
+        """Draw the weights with matplotlib; see `attnserve_client._plot.plot`."""
+        return _plot().plot(self, kind, **options)
+
+    def save_html(self, path: Any, *, title: str = "") -> Any:
+        """Write a page to explore the weights; see `attnserve_client._inspect.write_page`."""
+        return _inspect().write_page(self, path, title=title)
+
+    def _repr_html_(self) -> str:
+        return str(_inspect().summary_html(self))
+
 
 @dataclass(frozen=True, slots=True)
 class TokensResult:
@@ -126,6 +150,17 @@ class TokensResult:
     target_ids: list[list[int]] = field(default_factory=list)
     target_tokens: list[list[str]] = field(default_factory=list)
     target_truncated: list[bool] = field(default_factory=list)
+
+    def plot(self, kind: str = "", **options: Any) -> Any:
+        """Draw the weights with matplotlib; see `attnserve_client._plot.plot`."""
+        return _plot().plot(self, kind, **options)
+
+    def save_html(self, path: Any, *, title: str = "") -> Any:
+        """Write a page to explore the weights; see `attnserve_client._inspect.write_page`."""
+        return _inspect().write_page(self, path, title=title)
+
+    def _repr_html_(self) -> str:
+        return str(_inspect().summary_html(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve_loadtest import __version__, parsing
+from attnserve_loadtest import context_command as context
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.schema import Settings
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_scaling(commands.add_parser("scaling", help="how latency grows with seq_len"))
+    context.add_arguments(commands.add_parser("context", help="a fact in a growing context"))
     _add_report(commands.add_parser("report", help="draw a report.json again"))
     return parser
 

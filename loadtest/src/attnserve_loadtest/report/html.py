@@ -27,7 +27,7 @@ def html_page(report: Report) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         '<meta name="color-scheme" content="light dark"/>\n'
-        f"<title>{title}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>{page_style()}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{title}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
 
@@ -250,7 +250,9 @@ def _ms(distribution: Distribution | None, statistic: str) -> str:
     return "-" if distribution is None else format_ms(getattr(distribution, statistic))
 
 
-def _style() -> str:
+def page_style() -> str:
+    """The style sheet of the reports: light or dark as the reader's system is."""
+
     def variables(ink: str, muted: str, grid: str, paper: str, series: tuple[str, ...]) -> str:
         colours = {"ink": ink, "muted": muted, "grid": grid, "paper": paper}
         colours |= {f"series-{index}": colour for index, colour in enumerate(series)}

@@ -1,0 +1,119 @@
+"""What there is to see in a result: one map for each kind of attention of one sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnserve_client._inspect import tokens as texts
+from attnserve_client._results import Array, AttendResult, TokensResult
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMap:
+    """The weights of one sequence, of some layers and heads of one kind of attention.
+
+    Attributes:
+        kind: "encoder", "decoder" or, from an encoder-decoder's decoder to its encoder, "cross";
+            "self" where the result does not say.
+        weights: [L, H, Sq, Sk]; rows sum to 1, or to 0 where a query sees no key.
+        queries, keys: the tokens, as the vocabulary writes them; the same for self-attention.
+        layers, heads: what the L and H axes hold, 0-based.
+        split: where the second of two texts begins, in queries and in keys; None of one text.
+    """
+
+    kind: str
+    weights: Array
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    split: int | None = None
+
+    def __post_init__(self) -> None:
+        allowed = (len(self.layers), len(self.heads), len(self.queries), len(self.keys))
+        if self.weights.shape != allowed:
+            raise ValueError(
+                f"weights: shape {list(self.weights.shape)}; allowed: {list(allowed)}, by the "
+                "layers, heads, queries and keys"
+            )
+
+    @property
+    def square(self) -> bool:
+        """Whether queries and keys are the same tokens."""
+        return self.queries == self.keys
+
+    def layer_index(self, layer: int | None) -> int:
+        """Where a layer is on the L axis; None is the first there.
+
+        Raises:
+            ValueError: it is not among the layers of the result.
+        """
+        return _index("layer", layer, self.layers)
+
+    def head_index(self, head: int | None) -> int:
+        """Where a head is on the H axis; None is the first there.
+
+        Raises:
+            ValueError: it is not among the heads of the result.
+        """
+        return _index("head", head, self.heads)
+
+
+def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[AttentionMap, ...]:
+    """The maps of one sequence of a result.
+
+    Args:
+        result: with weights.
+        sequence: which one of the batch.
+
+    Raises:
+        ValueError: the result has no weights, or no such sequence.
+    """
+    weights = result.weights
+    if weights is None:
+        raise ValueError("the result has no weights; call with return_weights=True")
+    if not 0 <= sequence < len(weights):
+        raise ValueError(f"sequence: {sequence}; allowed: 0..{len(weights) - 1}")
+    array = np.asarray(weights[sequence])
+    if isinstance(result, AttendResult):
+        # One layer, positions for tokens; a window's rows keep their own numbers.
+        num_heads, num_queries, num_keys = array.shape
+        queries, keys = _numbers(num_queries), _numbers(num_keys)
+        heads = tuple(range(num_heads))
+        return (AttentionMap("self", array[None], queries, keys, (0,), heads),)
+    kind: str = getattr(result, "attention", "") or "self"
+    source = _names(result.tokens, result.ids, sequence)
+    # Only the results of encoder-decoders have a target.
+    target = _names(
+        getattr(result, "target_tokens", []), getattr(result, "target_ids", []), sequence
+    )
+    queries = target if target and kind in ("decoder", "cross") else source
+    keys = target if target and kind == "decoder" else source
+    split = texts.second_segment(queries) if queries == keys else None
+    layers, heads = tuple(result.layers), tuple(result.heads)
+    return (AttentionMap(kind, array, queries, keys, layers, heads, split),)
+
+
+def _names(
+    tokens: Sequence[Sequence[str]], ids: Sequence[Sequence[int]], sequence: int
+) -> tuple[str, ...]:
+    """The tokens of a sequence, or its ids where there is no tokenizer; empty if it has neither."""
+    for each in (tokens, ids):
+        if sequence < len(each) and each[sequence]:
+            return tuple(map(str, each[sequence]))
+    return ()
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
+def _index(name: str, number: int | None, held: tuple[int, ...]) -> int:
+    if number is None:
+        return 0
+    if number not in held:
+        raise ValueError(
+            f"{name}: {number}; allowed: {', '.join(map(str, held))}, as was asked for"
+        )
+    return held.index(number)

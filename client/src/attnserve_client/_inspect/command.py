@@ -1,0 +1,195 @@
+"""`attnserve inspect`: texts in, one page out."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnserve_client._client import AttentionClient
+from attnserve_client._inspect.page import write_page
+from attnserve_client._results import TokensResult
+
+# Weights of one page, all texts together: 12 layers of 12 heads at 512 tokens are 38 million and
+# make a file of 36 MB, which opens in a second; browsers get slow far above.
+_MOST_WEIGHTS = 200_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = (
+        "Writes one HTML page that shows the attention of texts: every layer and head, token to "
+        "token, as a map, query by query, how thin it is spread and where it gathers. The page "
+        "loads nothing from elsewhere."
+    )
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="- reads one from standard input")
+    add("--model", required=True)
+    add("--out", type=Path, required=True, metavar="PAGE.html")
+    add("--file", type=Path, action="append", default=[], help="a text from a file; again for more")
+    add("--pair", metavar="TEXT", help="a second text behind the (only) first: as a sentence pair")
+    add(
+        "--target-text",
+        action="append",
+        metavar="TEXT",
+        help="what the decoder of an encoder-decoder reads; again for each text",
+    )
+    add("--ids", type=_ids, help="token ids instead of texts, e.g. 101,2009,102")
+    add("--layers", type=_ids, help="e.g. 0,5; default all")
+    add("--heads", type=_ids, help="e.g. 0,5; default all")
+    add("--truncate", action="store_true", help="cut texts that are too long for the model")
+    add("--title", default="", help="of the page; default: the model and the text")
+    add("--target", default=argparse.SUPPRESS, metavar="HOST:PORT", help="of the server")
+    parser.set_defaults(run=run)
+
+
+def run(client: AttentionClient, options: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: the options do not go together, or there would be too much to show.
+        AttnserveError: the server refused.
+    """
+    results = collect(
+        client,
+        _inputs(client, options),
+        model=options.model,
+        targets=options.target_text,
+        layers=options.layers,
+        heads=options.heads,
+        truncate=options.truncate,
+    )
+    for index, cut in enumerate(results[0].truncated):
+        if cut:
+            kept = len(results[0].ids[index])
+            print(f"attnserve: text {index} was cut to {kept} tokens", file=sys.stderr)
+    path = write_page(results, options.out, title=options.title)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def collect(
+    client: AttentionClient,
+    inputs: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    model: str,
+    targets: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    truncate: bool = False,
+) -> list[TokensResult]:
+    """Weights of texts or ids, one layer of one sequence a request, so that no answer is large.
+
+    Args:
+        client: connected.
+        inputs: as `attend_tokens` takes them.
+        model: its name.
+        targets: for an encoder-decoder, what its decoder reads.
+        layers, heads: 0-based; None is all.
+        truncate: cut texts that are too long.
+
+    Returns:
+        A result for each of the model's attentions: one, or an encoder-decoder's three.
+
+    Raises:
+        ValueError: more weights than a page can show.
+        AttnserveError: the server refused.
+    """
+    asked = client.get_model(model)
+    more: dict[str, Any] = {} if targets is None else {"targets": targets}
+    # Ids first: the lengths are known before any weight is asked for.
+    found = client.attend_tokens(
+        inputs, model=model, return_hidden=False, return_weights=False, truncate=truncate, **more
+    )
+    target_ids: list[list[int]] = getattr(found, "target_ids", [])
+    listed = getattr(asked, "attentions", ()) or (asked,)
+    _check_size(found.ids, target_ids, listed, layers, heads)
+    results = []
+    for attention in listed:
+        each = list(range(attention.num_layers)) if layers is None else list(layers)
+        wanted: dict[str, Any] = {
+            "heads": list(range(attention.num_heads)) if heads is None else list(heads)
+        }
+        # A model with one attention is not asked which.
+        named: dict[str, Any] = {"attention": attention.name} if len(listed) > 1 else {}
+        answers: list[list[TokensResult]] = []
+        for index, ids in enumerate(found.ids):
+            target = target_ids[index] if index < len(target_ids) else []
+            more = {"targets": [target]} if target else {}
+            answers.append(
+                [
+                    client.attend_tokens(
+                        [ids],
+                        model=model,
+                        layers=[layer],
+                        return_hidden=False,
+                        return_weights=True,
+                        **more,
+                        **wanted,
+                        **named,
+                    )
+                    for layer in each
+                ]
+            )
+        weights = [np.concatenate([(one.weights or [])[0] for one in row]) for row in answers]
+        changes: dict[str, Any] = {**wanted, **named, "weights": weights, "layers": each}
+        last = answers[-1][-1]
+        results.append(
+            dataclasses.replace(found, variant=last.variant, timings=last.timings, **changes)
+        )
+    return results
+
+
+def _check_size(
+    ids: Sequence[Sequence[int]],
+    target_ids: Sequence[Sequence[int]],
+    attentions: Sequence[Any],
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+) -> None:
+    lengths = [max(map(len, [each, *target_ids[i : i + 1]])) for i, each in enumerate(ids)]
+    maps = sum(
+        len(layers or range(each.num_layers)) * len(heads or range(each.num_heads))
+        for each in attentions
+    )
+    total = sum(length * length for length in lengths) * maps
+    if total > _MOST_WEIGHTS:
+        raise ValueError(
+            f"{maps} heads in all layers together, at {lengths} tokens, are {total:,} weights; "
+            f"allowed: {_MOST_WEIGHTS:,}; use --layers, --heads or shorter texts"
+        )
+
+
+def _inputs(client: AttentionClient, options: argparse.Namespace) -> list[str] | list[list[int]]:
+    texts = [sys.stdin.read() if text == "-" else text for text in options.texts]
+    texts += [path.read_text("utf-8") for path in options.file]
+    if options.ids is not None:
+        if texts or options.pair is not None:
+            raise ValueError("--ids: given with a text; allowed: one of the two")
+        return [options.ids]
+    if not texts:
+        raise ValueError("nothing to show; give a text, -, --file or --ids")
+    if options.pair is None:
+        return texts
+    if len(texts) != 1:
+        raise ValueError(f"--pair: given with {len(texts)} texts; allowed: 1")
+    # Each text comes back between the model's own tokens; the second drops its first one.
+    both = client.attend_tokens(
+        [texts[0], options.pair],
+        model=options.model,
+        return_hidden=False,
+        return_weights=False,
+        truncate=options.truncate,
+    )
+    first, second = both.ids
+    return [first + (second[1:] if second[0] == first[0] else second)]
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: numbers and commas") from None

@@ -1,0 +1,183 @@
+"""The page of `attnserve inspect`: one HTML file that loads nothing."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnserve_client._inspect import encoding
+from attnserve_client._inspect import tokens as texts
+from attnserve_client._inspect.attention import AttentionMap, maps_of
+from attnserve_client._inspect.measures import Measures, measure
+from attnserve_client._inspect.summary import facts_of, sentences_of
+from attnserve_client._results import AttendResult, TokensResult
+
+# One script of several files: their order is that of their declarations.
+_SCRIPTS = ("colour", "data", "dom", "overview", "tokens", "heatmap", "query", "spread", "sinks")
+_TITLES = {
+    "self": "self-attention",
+    "encoder": "encoder self-attention",
+    "decoder": "decoder self-attention",
+    "cross": "cross-attention, decoder to encoder",
+}
+_NAME_LENGTH = 60
+
+
+Result = TokensResult | AttendResult
+
+
+def write_page(results: Result | Sequence[Result], path: str | Path, *, title: str = "") -> Path:
+    """Write the page of results to a file; `page_of` says what is on it.
+
+    Raises:
+        ValueError: a result has no weights.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    path.write_text(page_of(results, title=title), "utf-8")
+    return path
+
+
+def page_of(results: Result | Sequence[Result], *, title: str = "") -> str:
+    """The page that shows the attention of a result: self-contained, without any network access.
+
+    Args:
+        results: with weights; several are the attentions of one model over the same input, like
+            an encoder-decoder's.
+        title: of the page; empty: the model and the text.
+
+    Raises:
+        ValueError: a result has no weights.
+    """
+    listed = [results] if isinstance(results, TokensResult | AttendResult) else list(results)
+    return "".join(_parts(listed, title))
+
+
+def _parts(results: Sequence[Result], title: str) -> Iterator[str]:
+    result = results[0]
+    sequences: list[dict[str, Any]] = []
+    blocks: list[str] = []
+    sentences: list[str] = []
+    count = len(result.weights) if result.weights is not None else 1
+    for index in range(count):
+        maps: list[dict[str, Any]] = []
+        found = [each for result in results for each in maps_of(result, index)]
+        for attention in found:
+            name = f"s{index}m{len(maps)}"
+            measures = measure(attention)
+            bits = encoding.code_bits(attention.weights.size)
+            maps.append(_describe(attention, measures, name, bits))
+            blocks += _blocks(attention, measures, name, bits)
+            if index == 0:
+                sentences += sentences_of(attention, measures)
+        sequences.append({"name": _name_of(found[0].keys), "maps": maps})
+    page = _asset("template.html")
+    script = (
+        "(() => {\n" + "\n".join(_asset(f"{name}.js") for name in (*_SCRIPTS, "main")) + "})();"
+    )
+    script, style = f'"use strict";\n{script}\n', _asset("style.css")
+    meta = _json({"sequences": sequences})
+    values = {
+        "title": html.escape(title or f"{result.model}: {sequences[0]['name']}"),
+        "facts": html.escape(facts_of(result)),
+        "summary": f"<ul>{''.join(f'<li>{html.escape(each)}</li>' for each in sentences)}</ul>",
+        "precision": html.escape(_precision(sequences)),
+        "style": style,
+        "style_hash": _hash(style),
+        "script": script,
+        "script_hash": _hash(script),
+        "data": "\n".join((f'<script type="application/json" id="meta">{meta}</script>', *blocks)),
+    }
+    # One pass: what is put in is not looked at again.
+    for index, part in enumerate(re.split(r"\{\{(\w+)\}\}", page)):
+        yield values[part] if index % 2 else part
+
+
+def _describe(attention: AttentionMap, measures: Measures, name: str, bits: int) -> dict[str, Any]:
+    """What the script must know before it unpacks anything."""
+    height, width = map(encoding.thumbnail_size, attention.weights.shape[-2:])
+    per_head = {
+        "effective": measures.effective.mean(axis=-1),
+        **{each: getattr(measures, each) for each in ("first", "special", "own")},
+        **{each: getattr(measures, each) for each in ("previous", "following")},
+    }
+    special = [index for index, key in enumerate(attention.keys) if texts.is_special(key)]
+    own = {index for index, query in enumerate(attention.queries) if texts.is_special(query)}
+    ordinary = [index for index in range(len(attention.queries)) if index not in own]
+    return {
+        "name": name,
+        "title": _TITLES.get(attention.kind, attention.kind),
+        "queries": list(map(texts.displayable, attention.queries)),
+        "keys": list(map(texts.displayable, attention.keys)),
+        "square": attention.square,
+        "layers": attention.layers,
+        "heads": attention.heads,
+        "split": attention.split,
+        "special": special,
+        "bits": bits,
+        "thumbnail": (height, width),
+        "first_query": ordinary[len(ordinary) // 2] if ordinary else 0,
+        "measures": {
+            each: None if values is None else np.round(values.astype(float), 5).tolist()
+            for each, values in per_head.items()
+        },
+    }
+
+
+def _blocks(attention: AttentionMap, measures: Measures, name: str, bits: int) -> Iterator[str]:
+    parts = {
+        "effective": encoding.pack_floats(measures.effective),
+        "visible": encoding.pack_floats(measures.visible),
+        "received": encoding.pack_floats(measures.received),
+        "thumbnails": encoding.pack_thumbnails(attention.weights),
+    }
+    for part, content in parts.items():
+        yield _block(f"{name}-{part}", content)
+    for layer, weights in enumerate(attention.weights):
+        yield _block(f"{name}-layer-{layer}", encoding.pack_layer(weights, bits))
+
+
+def _block(name: str, content: str) -> str:
+    return f'<script type="text/plain" id="{name}">{content}</script>'
+
+
+def _precision(sequences: list[dict[str, Any]]) -> str:
+    bits = max(map(encoding.largest_code, (m["bits"] for s in sequences for m in s["maps"][:1])))
+    coarsest = min(m["bits"] for s in sequences for m in s["maps"])
+    share = 100 / encoding.largest_code(coarsest) if bits else 0
+    return (
+        f"Weights are packed with {coarsest} bits: off by at most {share:.2g} % of the heaviest "
+        "weight of their row. Effective keys and means are computed from the exact weights. "
+        "This file loads nothing and sends nothing."
+    )
+
+
+def _name_of(tokens: tuple[str, ...]) -> str:
+    said = [texts.displayable(token) for token in tokens if not texts.is_special(token)]
+    text = " ".join(said or tokens).replace(" ##", "")
+    return text if len(text) <= _NAME_LENGTH else text[: _NAME_LENGTH - 1] + "…"
+
+
+def _json(content: Any) -> str:
+    """JSON that no HTML parser takes for markup."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    # Surrogates that stand alone cannot be written as UTF-8.
+    return re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath("page", name).read_text("utf-8")
+
+
+def _hash(content: str) -> str:
+    """The content's hash as a Content-Security-Policy names it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode("ascii")
