@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,8 +18,10 @@ from attnserve_client import (
     AttentionClient,
     FailedPreconditionError,
     InvalidArgumentError,
+    ResourceExhaustedError,
     TokensResult,
 )
+from attnserve_export.cli import main
 
 SOURCES, TARGETS = [[5, 6, 7, 2], [9, 2]], [[0, 11, 12], [0, 13, 14, 15]]
 Families = tuple[Path, str]
@@ -215,3 +219,44 @@ def give_weights(version: Path) -> None:
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     manifest["files"]["model.onnx"] = entry
     (version / "model.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.slow
+@pytest.mark.needs_library
+def test_long_inputs_take_no_matrix_unless_weights_are_asked_for(
+    families: Families, tmp_path: Path
+) -> None:
+    length = 12_288  # the weights of one head would take 576 MiB
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(families[0] / "llama", checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": length})
+    )
+    arguments = ["transformer", "--out", str(tmp_path / "models"), "--name", "long"]
+    assert main([*arguments, "--checkpoint", str(checkpoint)]) == 0
+    command = [sys.executable, "-m", "attnserve_server.cli", "--port", "0", "--metrics-port", "-1"]
+    command += ["--repository", str(tmp_path / "models"), "--provider", "cpu"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as server:
+        try:
+            address = server.stdout.readline().split("listening on ")[1].split()[0]
+            with AttentionClient(address) as client:
+                ids = np.random.default_rng(0).integers(3, 60, length).tolist()
+                client.attend_tokens([ids[:64]], model="long", return_entropy=True)
+                before = peak_mib(server.pid)
+                result = client.attend_tokens(
+                    [ids], model="long", return_entropy=True, mass_by_distance=64, mass_on_first=4
+                )
+                assert peak_mib(server.pid) - before < 250
+                assert result.entropy[0].shape == (1, 4, length)
+                np.testing.assert_allclose(result.mass_by_distance[0].sum(-1), length, rtol=1e-4)
+                with pytest.raises(ResourceExhaustedError, match="ask for fewer layers, heads"):
+                    client.attend_tokens([ids], model="long", heads=[0])
+        finally:
+            server.terminate()
+
+
+def peak_mib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) >> 10

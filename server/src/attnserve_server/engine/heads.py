@@ -111,6 +111,8 @@ def say(
         "mass_on_first": (num_heads, query_len),
     }
     said = {n: np.zeros(shapes[n], np.float32) for n in wanted.names}
+    # In float64: a bin of thousands would lose what small weights are added to it.
+    masses = np.zeros(shapes["mass_by_distance"])
     for block in found:
         rows = slice(block.query, block.query + block.weights.shape[1])
         if wanted.weights:
@@ -123,10 +125,12 @@ def say(
             if wanted.effective_context:
                 said["effective_context"][:, rows] = np.exp(entropy)
         if wanted.mass_by_distance:
-            _add_by_distance(said["mass_by_distance"], block)
+            _add_by_distance(masses, block)
         if wanted.mass_on_first:
             seen = max(0, wanted.mass_on_first - block.key)
             said["mass_on_first"][:, rows] = block.weights[:, :, :seen].sum(axis=-1)
+    if wanted.mass_by_distance:
+        said["mass_by_distance"] = masses.astype(np.float32)
     return said
 
 
