@@ -120,10 +120,14 @@ class AsyncAttentionClient:
             assembler = Assembler()
             finished = None
             messages = _each(call.to_stream(1, None, _channel.CHUNK_BYTES))
-            async for message in self._attend_stream(messages, timeout=left):
+            stream = self._attend_stream(messages, timeout=left)
+            async for message in stream:
                 done = assembler.add(message)
                 if done is not None:
                     finished = done[1]
+                    if isinstance(finished, _errors.AttnserveError):
+                        stream.cancel()  # what is left of the request need not be sent
+                        return finished
             return finished
 
         finished = await _retries.call_async("AttendStream", send, timeout)

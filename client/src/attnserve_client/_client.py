@@ -234,11 +234,17 @@ class AttentionClient:
         def send(left: float | None) -> AttendResult | _errors.AttnserveError | None:
             assembler = Assembler()
             finished = None
-            messages = call.to_stream(1, None, _channel.CHUNK_BYTES)
-            for message in self._attend_stream(messages, timeout=left):
+            stream = self._attend_stream(
+                call.to_stream(1, None, _channel.CHUNK_BYTES), timeout=left
+            )
+            for message in stream:
                 done = assembler.add(message)
                 if done is not None:
                     finished = done[1]
+                    if isinstance(finished, _errors.AttnserveError):
+                        # What is left of the request need not be sent.
+                        stream.cancel()  # type: ignore[no-untyped-call]
+                        return finished
             return finished
 
         return _errors.result_of(_retries.call("AttendStream", send, timeout), "AttendStream")

@@ -16,6 +16,7 @@ from attnserve_server.engine import models, providers
 from attnserve_server.engine.catalog import Catalog
 from attnserve_server.kept_tensors import KeptTensors
 from attnserve_server.metrics import Metrics
+from attnserve_server.scheduler.gate import Gate
 from attnserve_server.scheduler.memory import ByteBudget
 from attnserve_server.scheduler.scheduler import Rules, Scheduler
 from attnserve_server.services import attention, inference
@@ -70,8 +71,18 @@ class AttentionServer:
         kept = KeptTensors(limits.max_kept_bytes, limits.kept_lease, limits.max_kept_lease)
         self.metrics.watch(self.metrics.kept_bytes, lambda: kept.bytes)
         self.regions = SharedRegions(limits.max_shared_regions, limits.max_shared_bytes)
+        gate = Gate(limits.max_queue_seconds)
+        self.metrics.watch(self.metrics.inside, lambda: gate.inside)
         runtime = Runtime(
-            self.store, self._scheduler, budget, limits, self.metrics, pool, kept, self.regions
+            self.store,
+            self._scheduler,
+            gate,
+            budget,
+            limits,
+            self.metrics,
+            pool,
+            kept,
+            self.regions,
         )
         self._health = health.HealthServicer()
         self._server = grpc.server(

@@ -70,6 +70,12 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="livesum",
         )
+        self.inside = Gauge(
+            "attnserve_requests_inside",
+            "Requests being received, waiting, running or being answered.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
         self.bytes_in_flight = Gauge(
             "attnserve_bytes_in_flight",
             "Bytes of requests being received, waiting or running.",

@@ -40,7 +40,7 @@ class Limits:
     max_queue: int = 256
     max_stream_requests: int = 32
     chunk_bytes: int = MIB
-    max_queue_seconds: float = 2.0
+    max_queue_seconds: float = 0.5
     max_kept_bytes: int = 1024 * MIB
     kept_lease: float = 300.0
     max_kept_lease: float = 3600.0

@@ -14,7 +14,7 @@ from attnserve_proto.layouts import Layouts
 from attnserve_server import __version__, validation
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, UnimplementedError
 from attnserve_server.services import inputs, outputs
-from attnserve_server.services.answering import answering
+from attnserve_server.services.answering import answering, answering_at_the_gate
 from attnserve_server.services.calls import Streams
 from attnserve_server.services.outputs import Frame
 from attnserve_server.services.regions import SharedMemoryService
@@ -49,6 +49,8 @@ class AttentionService:
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """What to add to a `grpc.Server`."""
         once, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        gated = grpc.stream_unary_rpc_method_handler
+        gate = self._runtime.gate
         kept = TensorService(self._runtime)
         shared = SharedMemoryService(self._runtime.regions)
         metrics = self._runtime.metrics
@@ -69,9 +71,11 @@ class AttentionService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Attend": once(answering(metrics, "Attend", self.attend)),
+                "Attend": gated(answering_at_the_gate(metrics, gate, "Attend", self.attend)),
                 "AttendStream": stream(self.attend_stream),
-                "AttendTokens": plain("AttendTokens", self.attend_tokens, pb.AttendTokensRequest),
+                "AttendTokens": gated(
+                    answering_at_the_gate(metrics, gate, "AttendTokens", self.attend_tokens)
+                ),
                 "Decode": stream(self.decode),
                 "PutTensor": grpc.stream_unary_rpc_method_handler(
                     answering(metrics, "PutTensor", kept.put),
@@ -144,17 +148,16 @@ class AttentionService:
         with self._streams.having(call):
             yield from call.answers(requests)
 
-    def attend_tokens(
-        self, message: pb.AttendTokensRequest, context: grpc.ServicerContext
-    ) -> pb.AttendTokensResponse:
+    def attend_tokens(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Texts or token ids through a transformer."""
         arrived = time.perf_counter_ns()
         runtime = self._runtime
+        message = pb.AttendTokensRequest.FromString(request)
         work = validation.tokens_work(message, runtime.store, runtime.limits)
         ticket = ticket_for(context, work.priority)
         results, clock = runtime.attend_tokens(work, ticket, arrived)
         timings = clock.timings(time.perf_counter_ns())
-        return answers.tokens_response(work, results, timings)
+        return answers.tokens_response(work, results, timings).SerializeToString()
 
     def decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attention over a KV cache in the server; not there yet."""

@@ -17,7 +17,7 @@ from attnserve_server.errors import (
     RequestError,
     UnimplementedError,
 )
-from attnserve_server.services.answering import answering
+from attnserve_server.services.answering import answering, answering_at_the_gate
 from attnserve_server.services.calls import Streams
 from attnserve_server.services.infer import Inference
 from attnserve_server.services.inference_stream import InferStreamCall
@@ -97,7 +97,9 @@ class InferenceService:
             "ModelReady": plain(self.model_ready, oip.ModelReadyRequest),
             "ServerMetadata": plain(self.server_metadata, oip.ServerMetadataRequest),
             "ModelMetadata": plain(self.model_metadata, oip.ModelMetadataRequest),
-            "ModelInfer": unary(answering(metrics, "ModelInfer", self.model_infer)),
+            "ModelInfer": grpc.stream_unary_rpc_method_handler(
+                answering_at_the_gate(metrics, self._runtime.gate, "ModelInfer", self.model_infer)
+            ),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.model_stream_infer),
             "ModelConfig": plain(self.model_config, oip.ModelConfigRequest),
             "ModelStatistics": plain(self.model_statistics, oip.ModelStatisticsRequest),

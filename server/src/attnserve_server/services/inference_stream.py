@@ -102,7 +102,8 @@ class InferStreamCall:
         message: oip.ModelInferRequest | None = None
         code = grpc.StatusCode.OK
         try:
-            with self._runtime.budget.lending(len(request)):
+            runtime = self._runtime
+            with runtime.gate.inside_of(), runtime.budget.lending(len(request)):
                 message, raw = inference_wire.split(request)
                 response, contents = self._inference.answer(
                     message, raw, self._peer, ticket, arrived

@@ -14,6 +14,7 @@ from attnserve_server.engine.work import AttendWork, SequenceOutput, TokensWork
 from attnserve_server.kept_tensors import KeptTensors
 from attnserve_server.metrics import Metrics
 from attnserve_server.scheduler import Job, Scheduler, Ticket
+from attnserve_server.scheduler.gate import Gate
 from attnserve_server.scheduler.job import NORMAL
 from attnserve_server.scheduler.memory import ByteBudget
 from attnserve_server.settings import Limits
@@ -33,6 +34,7 @@ class Runtime:
 
     store: ModelStore
     scheduler: Scheduler
+    gate: Gate
     budget: ByteBudget
     limits: Limits
     metrics: Metrics

@@ -53,6 +53,7 @@ class StreamCall:
         self._reading = True
         self._draining = False
         self._tickets: set[Ticket] = set()
+        self._inside: set[int] = set()
         # Requests whose chunks are coming, with the moment they were announced.
         self._arriving: dict[int, tuple[Ticket, int]] = {}
         # Those of them whose first heads may be computed already.
@@ -111,6 +112,8 @@ class StreamCall:
         except Exception as error:  # the stream must end with its status
             failure = error
         unfinished = self._receiver.close()
+        for request_id in unfinished:
+            self._leave(request_id)
         if failure is None and unfinished and not self._ended:
             failure = InvalidRequestError.of(
                 "stream", f"its end, with chunks of request {unfinished[0]} missing", "all chunks"
@@ -142,9 +145,11 @@ class StreamCall:
                 kept=self._runtime.kept.get,
             )
             self._runtime.scheduler.check_room(ticket)
+            self._enter(request_id)
             arrays = inputs.arrays(plan, views, self._runtime, ticket.caller)
             reception = self._receiver.begin(request_id, plan, arrays)
         except Exception as error:
+            self._leave(request_id)
             self._receiver.discard(request_id, attend)
             self._begun()
             self._fail(request_id, error)
@@ -154,6 +159,19 @@ class StreamCall:
         if not reception.missing:
             self._submit(request_id, reception)
 
+    def _enter(self, request_id: int) -> None:
+        self._runtime.gate.enter()
+        with self._lock:
+            self._inside.add(request_id)
+
+    def _leave(self, request_id: int) -> None:
+        """A request has been computed, or never will be."""
+        with self._lock:
+            inside = request_id in self._inside
+            self._inside.discard(request_id)
+        if inside:
+            self._runtime.gate.leave()
+
     def _take_chunk(self, chunk: wire.Chunk) -> None:
         request_id = chunk.request_id
         try:
@@ -161,6 +179,7 @@ class StreamCall:
         except RefusedChunkError as error:
             ticket, _ = self._arriving.pop(request_id)
             ticket.cancel()
+            self._leave(request_id)
             early = self._early.pop(request_id, None)
             if early is None or early.failed():
                 self._fail(request_id, error, room_taken=early is not None and early.begun)
@@ -226,6 +245,7 @@ class StreamCall:
             output = reception.plan.results[0]
             first = answers.stream_announcement(request_id, response, output)
             self._succeed(chain((first,), early.messages()))
+        self._leave(request_id)
         with self._lock:
             self._tickets.discard(ticket)
         if early.settle():
@@ -240,6 +260,7 @@ class StreamCall:
         else:
             self._succeed(answer)
         finally:
+            self._leave(request_id)
             self._runtime.budget.give_back(plan.sent_bytes)
             with self._lock:
                 self._tickets.discard(ticket)
