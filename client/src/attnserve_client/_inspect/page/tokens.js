@@ -1,6 +1,6 @@
 // Token to token: lines between two lists, heads switched on and off, one token looked at alone.
 
-const ROW = 22, PADDING = 4, EDGES = 2500, STRIP = 9;
+const ROW = 22, PADDING = 4, EDGES = 1500, STRIP = 9;
 
 function setUpTokens() {
   const { map } = state;
