@@ -11,7 +11,8 @@ import grpc
 import numpy as np
 import pytest
 from attnserve_loadtest.cli import main
-from attnserve_loadtest.context import growth, measure_rows
+from attnserve_loadtest.context import measure_rows
+from attnserve_loadtest.context_growth import growth
 from attnserve_loadtest.context_text import FACTS, Context, random_pieces, sentences, text_pieces
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc

@@ -8,6 +8,7 @@ import numpy as np
 from attnserve_client import AttentionClient, AttnserveError, Model, TokensResult
 from numpy.typing import NDArray
 
+from attnserve_loadtest.context_growth import best, by_length, growth, of_heads
 from attnserve_loadtest.context_schema import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -15,18 +16,15 @@ from attnserve_loadtest.context_schema import (
     ContextReport,
     ContextSettings,
     Grid,
-    Growth,
 )
 from attnserve_loadtest.context_text import Context, Pieces, random_pieces, text_pieces
 from attnserve_loadtest.environment import client_facts, server_facts
 from attnserve_loadtest.errors import LoadTestError
-from attnserve_loadtest.fitting import CONFIDENCE, fit_power_law
 from attnserve_loadtest.report.schema import Server
 
 # Weights of one answer: a server sends 128 MiB at most unless told otherwise, and this process
 # holds no more than one answer at a time.
 _ANSWER_BYTES = 32 << 20
-_BEST = 5
 
 Floats = NDArray[np.float64]
 Progress = Callable[[int, float, int], None]
@@ -256,28 +254,11 @@ def _report(
     cells: Sequence[Cell],
     pieces: Sequence[Pieces],
 ) -> ContextReport:
-    lengths = settings.seq_lens
-
-    def by_length(name: str) -> Floats:
-        """[lengths, L, H], or [lengths]: the mean over depths."""
-        return np.array(
-            [
-                np.mean([getattr(cell, name) for cell in cells if cell.seq_len == each], axis=0)
-                for each in lengths
-            ]
-        )
-
-    def growths(of: str, values: Floats) -> tuple[Growth, ...]:
-        return tuple(
-            growth(f"{of}, layer {layer} head {head}", lengths, values[:, at, place], layer, head)
-            for at, layer in enumerate(asker.layers)
-            for place, head in enumerate(asker.heads)
-        )
-
-    fact, effective = by_length("fact"), by_length("effective")
-    odd, even = by_length("fact_odd"), by_length("fact_even")
-    order = np.argsort(-even.mean(axis=0), axis=None)[:_BEST]
-    places = [np.unravel_index(at, even.shape[1:]) for at in order]
+    lengths, axes = settings.seq_lens, (asker.layers, asker.heads)
+    fact, effective = by_length(cells, lengths, "fact"), by_length(cells, lengths, "effective")
+    odd = of_heads("weight on the fact", lengths, by_length(cells, lengths, "fact_odd"), *axes)
+    uniform = by_length(cells, lengths, "uniform")
+    mean_fact, mean_effective = fact.mean(axis=(1, 2)), effective.mean(axis=(1, 2))
     return ContextReport(
         schema=SCHEMA,
         schema_version=SCHEMA_VERSION,
@@ -294,44 +275,10 @@ def _report(
         client=client_facts(),
         settings=settings,
         cells=tuple(cells),
-        uniform=growth("uniform attention", lengths, by_length("uniform")),
-        mean_fact=growth("weight on the fact, mean of heads", lengths, fact.mean(axis=(1, 2))),
-        mean_effective=growth(
-            "effective keys, mean of heads", lengths, effective.mean(axis=(1, 2))
-        ),
-        best=tuple(
-            growth(
-                f"weight on the fact, layer {asker.layers[at]} head {asker.heads[place]}",
-                lengths,
-                odd[:, at, place],
-                asker.layers[at],
-                asker.heads[place],
-            )
-            for at, place in places
-        ),
-        heads_fact=growths("weight on the fact", fact),
-        heads_effective=growths("effective keys", effective),
-    )
-
-
-def growth(
-    of: str,
-    seq_lens: Sequence[int],
-    values: Sequence[float] | Floats,
-    layer: int | None = None,
-    head: int | None = None,
-) -> Growth:
-    """Fit a power law to one value a length."""
-    numbers = tuple(map(float, values))
-    fit = fit_power_law(of, seq_lens, numbers)
-    return Growth(
-        of=of,
-        layer=layer,
-        head=head,
-        values=numbers,
-        exponent=fit.exponent if fit else None,
-        low=fit.low if fit else None,
-        high=fit.high if fit else None,
-        confidence=CONFIDENCE,
-        r_squared=fit.r_squared if fit else None,
+        uniform=growth("uniform attention", lengths, uniform),
+        mean_fact=growth("weight on the fact, mean of heads", lengths, mean_fact),
+        mean_effective=growth("effective keys, mean of heads", lengths, mean_effective),
+        best=best(by_length(cells, lengths, "fact_even"), odd),
+        heads_fact=of_heads("weight on the fact", lengths, fact, *axes),
+        heads_effective=of_heads("effective keys", lengths, effective, *axes),
     )

@@ -6,7 +6,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from attnserve_client._plot import SCALE
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from numpy.typing import NDArray
@@ -27,8 +29,10 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "grid.color": palette.GRID,
 }
-# From paper to ink, so that more is darker on any printer.
-_COLOURS = "cividis_r"
+# The scale of the pages that show attention, uniform to the eye. Its end that is white, like white
+# text, is left out: a report on a dark page would take it for the paper.
+_COLOURS = LinearSegmentedColormap.from_list("attnserve", SCALE[1:])
+_ON_DARK, _ON_LIGHT = "#fefefe", "#000000"
 
 
 def write_png(report: ContextReport, path: Path) -> None:
@@ -195,8 +199,7 @@ def _cells(
     axes.invert_yaxis()
     size = 8 if values.size <= 160 else 5.5
     for (row, column), value in np.ndenumerate(values):
-        dark = (value - low) / (most - low) > 0.55
-        colour = "white" if dark else "black"
+        colour = _ON_DARK if (value - low) / (most - low) > 0.56 else _ON_LIGHT
         text = "-" if np.isnan(value) else form.format(value)
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 

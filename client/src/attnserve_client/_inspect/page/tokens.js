@@ -1,6 +1,6 @@
 // Token to token: lines between two lists, heads switched on and off, one token looked at alone.
 
-const ROW = 22, PADDING = 4, EDGES = 2500, STRIP = 9;
+const ROW = 22, PADDING = 4, EDGES = 1500, STRIP = 9;
 
 function setUpTokens() {
   const { map } = state;
@@ -95,7 +95,7 @@ function drawTokens() {
   const edges = state.edges ?? (state.edges = edgesShown(layer));
   for (let i = edges.length - 1; i >= 0; i--) {
     const [weight, head, q, k] = edges[i], from = y(q), to = y(k);
-    if (Math.max(from, to) < 0 || Math.min(from, to) > height) continue;
+    if ((from < 0 || from > height) && (to < 0 || to > height)) continue;
     const t = Math.sqrt(weight);
     if (t < 0.02) continue;
     context.globalAlpha = Math.min(1, 0.06 + 0.94 * t);
