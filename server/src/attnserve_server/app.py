@@ -73,6 +73,7 @@ class AttentionServer:
         self.regions = SharedRegions(limits.max_shared_regions, limits.max_shared_bytes)
         gate = Gate(limits.max_queue_seconds)
         self.metrics.watch(self.metrics.inside, lambda: gate.inside)
+        self.metrics.watch(self.metrics.outside, lambda: gate.waiting)
         runtime = Runtime(
             self.store,
             self._scheduler,
@@ -90,6 +91,9 @@ class AttentionServer:
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                # Else windows grow to megabytes, and callers send as much of requests that are
+                # about to be refused. A message that is read may be of any size.
+                ("grpc.http2.bdp_probe", 0),
                 ("grpc.so_reuseport", int(settings.workers > 1)),
             ],
         )

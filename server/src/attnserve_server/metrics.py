@@ -72,7 +72,13 @@ class Metrics:
         )
         self.inside = Gauge(
             "attnserve_requests_inside",
-            "Requests being received, waiting, running or being answered.",
+            "Requests being received, waiting for a place, running or being answered.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.outside = Gauge(
+            "attnserve_requests_outside",
+            "Requests that wait to be read.",
             registry=self.registry,
             multiprocess_mode="livesum",
         )

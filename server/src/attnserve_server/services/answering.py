@@ -8,6 +8,7 @@ import grpc
 from attnserve_server.errors import CancelledError, InvalidRequestError
 from attnserve_server.metrics import Metrics
 from attnserve_server.scheduler.gate import Gate
+from attnserve_server.services.runtime import ticket_for
 from attnserve_server.services.statuses import say_when_to_retry, status_of
 
 RequestT = TypeVar("RequestT")
@@ -50,7 +51,7 @@ def answering_at_the_gate(
     """
 
     def admitted(requests: Iterator[bytes], context: grpc.ServicerContext) -> ResponseT:
-        with gate.inside_of():
+        with gate.inside_of(lambda: ticket_for(context)):
             try:
                 request = next(requests, None)
             except grpc.RpcError:

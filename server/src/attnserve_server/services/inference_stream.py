@@ -103,7 +103,7 @@ class InferStreamCall:
         code = grpc.StatusCode.OK
         try:
             runtime = self._runtime
-            with runtime.gate.inside_of(), runtime.budget.lending(len(request)):
+            with runtime.gate.inside_of(lambda: ticket), runtime.budget.lending(len(request)):
                 message, raw = inference_wire.split(request)
                 response, contents = self._inference.answer(
                     message, raw, self._peer, ticket, arrived

@@ -14,7 +14,12 @@ from attnserve_proto import wire
 from attnserve_server import validation
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.work import AttendWork
-from attnserve_server.errors import CancelledError, DrainingError, InvalidRequestError
+from attnserve_server.errors import (
+    CancelledError,
+    DrainingError,
+    ExhaustedError,
+    InvalidRequestError,
+)
 from attnserve_server.scheduler import Ticket
 from attnserve_server.scheduler.job import NORMAL
 from attnserve_server.services import inputs, outputs
@@ -25,6 +30,9 @@ from attnserve_server.services.statuses import retry_after, say_when_to_retry, s
 from attnserve_server.wire import answers
 
 METHOD = "AttendStream"
+
+# How long an overloaded server does not read a stream after it refused one of its requests.
+_PAUSE_SECONDS = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +56,7 @@ class StreamCall:
         # Requests that are computing, or whose answers have not been sent yet.
         self._room = threading.Semaphore(runtime.limits.max_stream_requests)
         self._outgoing: SimpleQueue[Iterator[bytes] | Exception | None] = SimpleQueue()
+        self._over = threading.Event()
         self._lock = threading.Lock()
         self._unanswered = 0
         self._reading = True
@@ -88,6 +97,7 @@ class StreamCall:
     def _end(self) -> None:
         """The call is over, for whatever reason: wake everything that waits."""
         self._ended = True
+        self._over.set()
         self._outgoing.put(None)
         self._room.release(self._runtime.limits.max_stream_requests)
         with self._lock:
@@ -145,7 +155,7 @@ class StreamCall:
                 kept=self._runtime.kept.get,
             )
             self._runtime.scheduler.check_room(ticket)
-            self._enter(request_id)
+            self._enter(request_id, ticket)
             arrays = inputs.arrays(plan, views, self._runtime, ticket.caller)
             reception = self._receiver.begin(request_id, plan, arrays)
         except Exception as error:
@@ -153,14 +163,17 @@ class StreamCall:
             self._receiver.discard(request_id, attend)
             self._begun()
             self._fail(request_id, error)
+            if isinstance(error, ExhaustedError):
+                # Its chunks are not worth reading: a caller who hears of it stops sending them.
+                self._over.wait(_PAUSE_SECONDS)
             return
         self._begun()
         self._arriving[request_id] = (ticket, arrived)
         if not reception.missing:
             self._submit(request_id, reception)
 
-    def _enter(self, request_id: int) -> None:
-        self._runtime.gate.enter()
+    def _enter(self, request_id: int, ticket: Ticket) -> None:
+        self._runtime.gate.enter(lambda: ticket)
         with self._lock:
             self._inside.add(request_id)
 
