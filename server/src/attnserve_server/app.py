@@ -71,13 +71,13 @@ class AttentionServer:
         kept = KeptTensors(limits.max_kept_bytes, limits.kept_lease, limits.max_kept_lease)
         self.metrics.watch(self.metrics.kept_bytes, lambda: kept.bytes)
         self.regions = SharedRegions(limits.max_shared_regions, limits.max_shared_bytes)
-        gate = Gate(limits.max_queue_seconds)
-        self.metrics.watch(self.metrics.inside, lambda: gate.inside)
-        self.metrics.watch(self.metrics.outside, lambda: gate.waiting)
+        self.gate = Gate(limits.max_queue_seconds)
+        self.metrics.watch(self.metrics.inside, lambda: self.gate.inside)
+        self.metrics.watch(self.metrics.outside, lambda: self.gate.waiting)
         runtime = Runtime(
             self.store,
             self._scheduler,
-            gate,
+            self.gate,
             budget,
             limits,
             self.metrics,
