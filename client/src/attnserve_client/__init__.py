@@ -6,6 +6,8 @@
 >>> result.output, result.timings
 """
 
+from attnserve_proto.allocator import keep_freed_memory
+
 from attnserve_client._async_client import AsyncAttentionClient
 from attnserve_client._client import AttentionClient
 from attnserve_client._errors import (
@@ -62,4 +64,5 @@ __all__ = [
     "UnavailableError",
     "UnimplementedError",
     "Variant",
+    "keep_freed_memory",
 ]

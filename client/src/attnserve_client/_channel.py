@@ -4,7 +4,7 @@
 _UNLIMITED = -1
 
 # Above this many bytes of tensors, both ways together, a request goes over AttendStream in chunks.
-STREAM_THRESHOLD_BYTES = 1 << 20
+STREAM_THRESHOLD_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
 
 # Memory to share with a server on the same host, unless told otherwise.

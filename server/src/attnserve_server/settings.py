@@ -12,7 +12,7 @@ class Limits:
     """What the server accepts; sizes in bytes.
 
     Attributes:
-        max_message_bytes: one gRPC message. Tensors above about 1 MB are better sent in chunks.
+        max_message_bytes: one gRPC message. Tensors above about 4 MB are better sent in chunks.
         max_request_bytes: all tensors of one request.
         max_response_bytes: all tensors of one answer.
         max_bytes_in_flight: tensors of all streamed requests being received or waiting.

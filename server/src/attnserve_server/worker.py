@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from attnserve_proto.allocator import keep_freed_memory
+
 from attnserve_server import __version__, logs
-from attnserve_server.allocator import keep_freed_memory
 from attnserve_server.app import AttentionServer
 from attnserve_server.engine.providers import ProviderError
 from attnserve_server.processes import Assignment, Report, StartError
