@@ -31,7 +31,7 @@ check-all: lint test ## lint, all tests, the longest included
 	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: none is marked slow yet
 
 bench: $(STAMP) ## the benchmarks; figures in reports/
-	$(BIN)/python benchmarks/overhead.py --json reports/overhead.json
+	$(BIN)/python benchmarks/serving.py --json reports/serving.json --plots reports/serving
 	$(BIN)/python benchmarks/kernels.py --json reports/kernels.json --plots reports/kernels
 	$(BIN)/python benchmarks/tokens.py --json reports/tokens.json
 

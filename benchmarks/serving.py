@@ -36,12 +36,15 @@ from serving_load import Clients, clients
 from serving_plots import latency_against_rate, requests_by_peer
 from serving_report import Section
 
+# A model's export: `attnserve-export` with these arguments.
+EXPORT = ["core", "--name", "causal", "--mask", "causal", "--alignment", "bottom-right"]
+EXPORT += ["--num-heads", str(NUM_HEADS), "--head-dim", str(HEAD_DIM)]
+
 
 @dataclass(frozen=True)
 class Sizes:
     """How much of everything."""
 
-    rounds: int
     floor: latency.Lengths
     shared: latency.Lengths
     kept: tuple[int, int, int]
@@ -57,7 +60,6 @@ class Sizes:
 
 
 FULL = Sizes(
-    rounds=400,
     floor=latency.Lengths((64, 256, 1024, 4096), 400),
     shared=latency.Lengths((64, 4096), 400),
     kept=(latency.KEPT_QUERIES, latency.KEPT_KEYS, 60),
@@ -73,7 +75,6 @@ FULL = Sizes(
 )
 # For the test: every section, no figure worth reading.
 QUICK = Sizes(
-    rounds=3,
     floor=latency.Lengths((16, 32), 3),
     shared=latency.Lengths((16, 32), 3),
     kept=(4, 64, 3),
@@ -121,14 +122,19 @@ def sections(
 
 
 @contextmanager
-def models() -> Iterator[Path]:
-    """A repository with `causal`, and `same-file`, which has of it the file that the peers run."""
+def models(exported: Path | None) -> Iterator[Path]:
+    """A repository with `causal`, and `same-file`, which has of it the file that the peers run.
+
+    Args:
+        exported: a repository to take `causal` from; None exports it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "attnserve_export.cli", "core", "--out", folder]
-        command += ["--name", "causal", "--mask", "causal", "--alignment", "bottom-right"]
-        command += ["--num-heads", str(NUM_HEADS), "--head-dim", str(HEAD_DIM)]
-        subprocess.run(command, check=True, capture_output=True)
         repository = Path(folder)
+        if exported is None:
+            command = [sys.executable, "-m", "attnserve_export.cli", *EXPORT, "--out", folder]
+            subprocess.run(command, check=True, capture_output=True)
+        else:
+            shutil.copytree(exported / "causal", repository / "causal")
         shutil.copytree(repository / "causal", repository / "same-file")
         path = repository / "same-file" / "1" / "model.json"
         manifest = json.loads(path.read_text())
@@ -144,7 +150,7 @@ def main() -> int:
     options = _options()
     done: list[Section] = []
     failed: dict[str, str] = {}
-    with models() as repository, clients(options.clients) as load:
+    with models(options.repository) as repository, clients(options.clients) as load:
         made = sections(
             repository, QUICK if options.quick else FULL, load, options.venvs, options.good_within
         )
@@ -175,6 +181,7 @@ def _options() -> argparse.Namespace:
     add("--quick", action="store_true", help="every section in seconds: figures say nothing")
     add("--clients", type=int, default=2, help="client processes (default 2)")
     add("--venvs", type=Path, default=Path(".venvs"), help="the peers' environments")
+    add("--repository", type=Path, help="take `causal` from there instead of exporting it")
     add("--good-within", type=float, default=1.0, help="seconds, for goodput (default 1)")
     add("--plots", type=Path, help="also draw plots into this folder")
     add("--markdown", type=Path, help="also write the tables to this file")

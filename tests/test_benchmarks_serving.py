@@ -1,0 +1,127 @@
+"""benchmarks/serving.py from end to end, tiny: every section gives sane figures; none is timed."""
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def repository(
+    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[Sequence[Sequence[str]]], None]
+) -> Path:
+    """The model that the benchmark would export."""
+    folder = tmp_path_factory.mktemp("serving")
+    command = ["core", "--name", "causal", "--mask", "causal", "--alignment", "bottom-right"]
+    export_all([[*command, "--num-heads", "8", "--head-dim", "64", "--out", str(folder)]])
+    return folder
+
+
+def test_all_sections(repository: Path, tmp_path: Path) -> None:
+    report, tables, plots = tmp_path / "s.json", tmp_path / "s.md", tmp_path / "plots"
+    command = [sys.executable, BENCHMARKS / "serving.py", "--quick", "--repository", repository]
+    command += ["--venvs", tmp_path, "--json", report, "--markdown", tables, "--plots", plots]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(report.read_text())
+    assert figures["failed"] == {}
+    sections = figures["sections"]
+    assert list(sections) == ["floor", "shared-memory", "kept", "callers", "peers", "overload"]
+    for name, section in sections.items():
+        assert section["rows"], name
+        for bar in section["bars"]:
+            within = (
+                bar["value"] >= bar["bound"] if bar["at_least"] else bar["value"] <= bar["bound"]
+            )
+            assert bar["met"] == within
+            assert bar["text"] in tables.read_text()
+    _check_latency(sections)
+    _check_load(sections)
+    assert {p.name for p in plots.iterdir()} == {"latency-32.png", "requests-by-peer.png"}
+
+
+def _check_latency(sections: dict[str, Any]) -> None:
+    for row in sections["floor"]["rows"]:
+        assert row["request_bytes"] == 3 * 8 * row["seq_len"] * 64 * 4
+        assert min(value for name, value in row.items() if name.endswith("_ms")) > 0
+        # Medians over three rounds of noise, but of the same thing.
+        assert row["unary_ratio"] == pytest.approx(row["unary_ms"] / row["floor_ms"], rel=0.9)
+    assert len(sections["floor"]["bars"]) == 4
+    for row in sections["shared-memory"]["rows"]:
+        assert row["shared_ratio"] > 0
+    assert len(sections["shared-memory"]["bars"]) == 4
+    (kept,) = sections["kept"]["rows"]
+    assert kept["in_process_ms"] > 0
+    assert kept["ratio"] > 0
+
+
+def _check_load(sections: dict[str, Any]) -> None:
+    both = {(row["protocol"], row["contender"]) for row in sections["callers"]["rows"]}
+    assert both == {(p, c) for p in ("sdk", "message") for c in ("batched", "unbatched")}
+    peers = sections["peers"]
+    assert {row["contender"] for row in peers["rows"]} == {
+        "attnserve",
+        "attnserve, same file",
+        "attnserve, sdk",
+    }
+    for name in ("kserve", "mlserver", "pytriton"):
+        assert any(note.startswith(f"{name}: not measured") for note in peers["notes"])
+    for row in [*sections["callers"]["rows"], *peers["rows"]]:
+        assert row["failed"] == 0, row["failure"]
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] <= row["p99.9_ms"]
+        assert row["requests/s"] > 0
+        assert row["server_cores"] > 0
+        assert row["client_cores"] > 0
+    for row in sections["overload"]["rows"]:
+        ended = row["answered"] + row["refused"] + row["failed"]
+        assert row["answered"] > 0
+        assert row["memory_MiB"] > 10
+        if row["load"] != "closed":
+            # Poisson arrivals over 1 s: a standard deviation is the root of the expected count.
+            assert ended == pytest.approx(row["offered/s"], abs=6 * row["offered/s"] ** 0.5)
+
+
+def test_latency_counts_from_when_a_request_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request sent late because the client was busy is as slow as its caller found it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    load = runpy.run_path(str(BENCHMARKS / "serving_load.py"))
+    target = load["Target"]("message", "", 16)
+    measured = load["Measured"](
+        load=load["Load"](target, seconds=2.0, rate=2.0),
+        due=np.array([-0.5, 0.5, 1.0, 1.5, 2.5]),
+        sent=np.array([-0.5, 0.5, 1.4, 1.5, 2.5]),
+        done=np.array([-0.4, 0.6, 1.5, 1.501, 2.6]),
+        outcome=np.array([0, 0, 0, 1, 0]),
+        failure="",
+        client_cpu=0.0,
+    )
+    assert measured.count(load["ANSWERED"]) == 2  # neither the warm-up's nor what was due later
+    assert measured.count(load["REFUSED"]) == 1
+    assert measured.latency_ms(1.0) == pytest.approx(500)
+    assert measured.late_ms(1.0) == pytest.approx(400)
+    assert measured.refusal_ms(1.0) == pytest.approx(1)
+    assert measured.goodput(0.2) == pytest.approx(0.5)
+    assert measured.goodput(1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_processes_share_the_rate(poisson: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    load = runpy.run_path(str(BENCHMARKS / "serving_load.py"))
+    target = load["Target"]("message", "", 16)
+    each = load["Load"](target, seconds=99.0, warm_up=1.0, rate=50.0, poisson=poisson)
+    times = np.sort(np.concatenate([load["_arrivals"](each, n, 3) for n in range(3)]))
+    gaps = np.diff(times)
+    assert len(times) == pytest.approx(15_000, abs=0 if not poisson else 6 * 15_000**0.5)
+    assert times.min() >= 0
+    assert times.max() < 100
+    # The coefficient of variation of gaps: 1 of a Poisson process, 0 of a constant one.
+    assert gaps.std() / gaps.mean() == pytest.approx(1.0 if poisson else 0.0, abs=0.05)
