@@ -194,6 +194,17 @@ def test_an_expired_request_leaves_the_queue_and_never_runs() -> None:
     assert bench.runs == []
 
 
+def test_a_deadline_further_off_than_python_can_wait_is_waited_for() -> None:
+    bench = Bench()
+    bench.hold()
+    waiting = bench.send("a", Ticket(deadline=1e13))
+    time.sleep(0.05)
+    assert not waiting.done()
+    bench.release()
+    assert waiting.result(5).result == "A"
+    assert bench.scheduler.run(Ticket(), bench.job("b")).result == "B"
+
+
 def test_one_bad_request_does_not_fail_those_it_was_joined_with() -> None:
     bench = Bench()
     bench.hold()
