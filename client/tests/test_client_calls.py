@@ -107,3 +107,23 @@ def test_wrong_arguments_never_leave_the_process() -> None:
             client.attend_tokens(["text", [1, 2]], model="m")
         with pytest.raises(ValueError, match="top_k: -1"):
             client.attend(Q, Q, Q, model="m", top_k=-1)
+
+
+def test_a_future_that_somebody_tries_to_cancel_takes_no_other_with_it() -> None:
+    class Service(pb_grpc.AttentionServiceServicer):
+        def AttendStream(self, requests, context):  # type: ignore[no-untyped-def]  # noqa: N802
+            announced = [r.request_id for r in requests if r.WhichOneof("body") == "request"]
+            for number in announced:
+                yield pb.AttendStreamResponse(request_id=number, response=pb.AttendResponse())
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    pb_grpc.add_AttentionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with AttentionClient(f"127.0.0.1:{port}") as client:
+        with client.stream() as stream:
+            futures = [stream.submit(Q, Q, Q, model="m") for _ in range(2)]
+            assert not futures[0].cancel()
+        for future in futures:
+            future.result(5)
+    server.stop(0).wait()

@@ -162,6 +162,9 @@ def chunk(offset: int, size: int, tensor: int = 0) -> pb.TensorChunk:
         (put(chunk(0, 12), chunk(12, 4)), "more messages"),
         (put(tensor=pb.Tensor()), "tensor.dtype"),
         (put(tensor=pb.Tensor(dtype=pb.FP32)), "tensor.shape"),
+        (put(tensor=pb.Tensor(dtype=pb.FP32, shape=[1] * 65, data=bytes(4))), "of rank 65"),
+        # Its product alone would take hours.
+        (put(tensor=pb.Tensor(dtype=pb.FP32, shape=[1 << 62] * 200_000)), "of rank 200000"),
         (put(tensor=pb.Tensor(dtype=pb.FP32, shape=[3])), "tensor.data: given nothing"),
         (put(tensor=pb.Tensor(dtype=pb.FP32, shape=[3], stored="x")), "tensor.stored"),
     ],

@@ -169,6 +169,49 @@ def test_a_caller_who_sends_many_waits_behind_its_own_requests() -> None:
     assert bench.runs == [["a0"], ["b0"], ["a1"], ["b1"], ["a2"]]
 
 
+def test_giving_up_late_requests_sets_nobody_back() -> None:
+    bench = Bench(max_batch_size=1)
+    bench.hold()
+    ticket = Ticket(caller="a")
+    futures = [bench.send(f"a{n}", Ticket(caller="a")) for n in range(3)]
+    given_up = bench.send("a3", ticket)
+    ticket.cancel()
+    with pytest.raises(CancelledError):
+        given_up.result(5)
+    futures.append(bench.send("b0", Ticket(caller="b")))
+    bench.release()
+    [future.result(5) for future in futures]
+    assert bench.runs == [["a0"], ["b0"], ["a1"], ["a2"]]
+
+
+def test_those_taken_along_by_a_batch_set_nobody_back() -> None:
+    bench = Bench(max_batch_size=4)
+    bench.hold()
+    futures = [bench.send(f"a{n}", Ticket(caller="a"), kind="xy"[n % 2]) for n in range(8)]
+    running, go_on = threading.Event(), threading.Event()
+
+    def run(works: Sequence[str]) -> Sequence[str]:
+        running.set()
+        assert go_on.wait(5)
+        return bench.run(works)
+
+    leader = bench.send("c0", Ticket(caller="c", priority=HIGH), kind="x", run=run)
+    bench.release()
+    assert running.wait(5)  # with three of kind x
+    futures.append(bench.send("b0", Ticket(caller="b"), kind="z"))
+    go_on.set()
+    [future.result(5) for future in (leader, *futures)]
+    assert bench.runs.index(["b0"]) == 1
+
+
+def test_a_full_batch_waits_for_no_more() -> None:
+    bench = Bench(batch_delay=5.0, max_batch_size=2)
+    first = bench.pool.submit(bench.scheduler.run, Ticket(), bench.job("a"))
+    until(lambda: bool(bench.scheduler._running))
+    second = bench.pool.submit(bench.scheduler.run, Ticket(), bench.job("b"))
+    assert first.result(3).sequences == second.result(3).sequences == 2
+
+
 def test_a_cancelled_request_leaves_the_queue_at_once_and_never_runs() -> None:
     bench = Bench()
     bench.hold()
@@ -192,6 +235,17 @@ def test_an_expired_request_leaves_the_queue_and_never_runs() -> None:
     assert bench.scheduler.waiting == 0
     bench.release()
     assert bench.runs == []
+
+
+def test_a_deadline_further_off_than_python_can_wait_is_waited_for() -> None:
+    bench = Bench()
+    bench.hold()
+    waiting = bench.send("a", Ticket(deadline=1e13))
+    time.sleep(0.05)
+    assert not waiting.done()
+    bench.release()
+    assert waiting.result(5).result == "A"
+    assert bench.scheduler.run(Ticket(), bench.job("b")).result == "B"
 
 
 def test_one_bad_request_does_not_fail_those_it_was_joined_with() -> None:

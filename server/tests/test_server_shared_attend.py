@@ -9,7 +9,12 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from attnserve_client import AttentionClient, InvalidArgumentError
+from attnserve_client import (
+    AttentionClient,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    _sharing,
+)
 from attnserve_client._arena import ALIGNMENT, Arena
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
@@ -76,7 +81,7 @@ def test_arrays_in_shared_memory_are_not_copied(sharing: AttentionClient) -> Non
     made[...] = 1
     offset = arena.offset_of(made)
     assert offset is not None
-    call, again = (sharing._shared()._shared(made) for _ in range(2))
+    call, again = (_sharing._shared(arena, made) for _ in range(2))
     assert call[0] is made
     assert call[1] == again[1] == offset
     # The second half starts at a multiple of 64, too; a row does not.
@@ -111,6 +116,28 @@ def test_memory_comes_back_and_running_out_is_said(sharing: AttentionClient) -> 
     gc.collect()
     for _ in range(2 * 128):
         sharing.attend(query, key, value, model="causal")
+
+
+def test_an_answer_that_comes_too_late_overwrites_nothing(
+    address: str, server: AttentionServer
+) -> None:
+    with AttentionClient(address, shared_memory=True, shared_memory_bytes=32 << 20) as sharing:
+        query, key, value = map(sharing.shared, arrays(8, 4096, 4096))
+        small = arrays(1, 100, 100)
+        before = sharing.attend(*small, model="causal").output
+        with contextlib.suppress(DeadlineExceededError):
+            sharing.attend(query, key, value, model="causal", timeout=0.01)
+        gc.collect()
+        others = [sharing.shared(np.ones(1 << 20, np.float32)) for _ in range(2)]
+        deadline = time.monotonic() + 20
+        while server._scheduler._running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert all((other == 1).all() for other in others)
+        # What was made before can still be used.
+        assert sharing._shared().arena.offset_of(query) is None
+        np.testing.assert_array_equal(sharing.attend(*small, model="causal").output, before)
+        sharing.attend(query[:1], key[:1], value[:1], model="causal")
 
 
 def test_errors_are_the_servers_own(sharing: AttentionClient) -> None:

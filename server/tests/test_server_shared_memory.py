@@ -13,6 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as triton_shm
 from attnserve_export.reference import CAUSAL, attention_reference
+from attnserve_server.app import AttentionServer
 from attnserve_server.errors import (
     ExhaustedError,
     ForbiddenError,
@@ -314,3 +315,16 @@ def test_a_caller_that_ends_without_a_word_leaves_a_region_that_still_works(
     (FOLDER / key).unlink()
     assert "left" in infer_client.get_system_shared_memory_status().regions
     infer_client.unregister_system_shared_memory("left")
+
+
+def test_an_output_that_is_not_aligned_is_not_left_to_the_kernels(server: AttentionServer) -> None:
+    session = server.store.get("causal", "").choose("", (), ("output",), 3).session
+    query = np.ones((1, 4, 3, 8), np.float32)
+    feeds = dict.fromkeys(("query", "key", "value"), query)
+    feeds["key_lengths"] = np.array([3], np.int64)
+    feeds["bias"] = np.zeros((1, 1, 1, 1), np.float32)
+    feeds["softcap"] = np.array([-1], np.float32)
+    crooked = np.frombuffer(bytearray(1 + query.nbytes), np.float32, offset=1)
+    results = session.run(feeds, ["output"], {"output": crooked.reshape(query.shape)})
+    np.testing.assert_array_equal(results["output"], query)
+    assert not crooked.any()

@@ -205,15 +205,24 @@ class AttentionClient:
             except grpc.RpcError as error:
                 if not _errors.is_unknown_region(error):
                     raise
-                # The server was started anew: it has not mapped the memory yet.
-                sharing.forget()
+                # The server was started anew, or the memory given up: it is not mapped there.
+                sharing.forget(shared)
                 again = sharing.call(call)
                 assert again is not None
                 shared = again
                 answer = self._attend(shared.message, timeout=left)
             return answer
 
-        answer = _retries.call("Attend", send, timeout)
+        def send_or_give_up(left: float | None) -> bytes:
+            try:
+                return send(left)
+            except BaseException as error:  # an interrupt leaves the server computing, too
+                if sharing.give_up(shared, error):
+                    old = pb.UnregisterSharedMemoryRequest(name=shared.region)
+                    self._stub.UnregisterSharedMemory.future(old, timeout=10.0)
+                raise
+
+        answer = _retries.call("Attend", send_or_give_up, timeout)
         return sharing.result(shared, answer)
 
     def _register_shared_memory(self, key: str, byte_size: int) -> str:

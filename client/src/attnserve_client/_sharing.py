@@ -1,11 +1,13 @@
 """Requests whose tensors, and whose answer's, lie in memory shared with the server."""
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import grpc
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import wire
@@ -14,6 +16,13 @@ from attnserve_client import _messages, _tensors
 from attnserve_client._arena import ALIGNMENT, Arena
 from attnserve_client._messages import AttendCall
 from attnserve_client._results import Array, AttendResult
+
+# A call that ended so may still be running in the server, which would write its answer.
+_MAY_STILL_RUN = {
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,
+}
 
 # Tensors smaller than this travel within the message: they cost less than a look-up.
 _INLINE_BYTES = 4096
@@ -28,12 +37,16 @@ class SharedCall:
         held: its tensors in shared memory.
         output: where the answer's tensors go.
         offset: of that in the shared memory.
+        arena: the shared memory.
+        region: the server's name for it.
     """
 
     message: bytes
     held: list[Array]
     output: Array
     offset: int
+    arena: Arena
+    region: str
 
 
 class Sharing:
@@ -48,16 +61,30 @@ class Sharing:
         self.arena = Arena(byte_size)
         self._register = register
         self._name: str | None = None
+        self._lock = threading.Lock()
 
-    def name(self) -> str:
-        """The server's name for the memory; registers it when first asked."""
-        if self._name is None:
-            self._name = self._register(self.arena.key, self.arena.byte_size)
-        return self._name
+    def forget(self, call: SharedCall) -> None:
+        """The server does not know the memory of a call any more: register it again."""
+        with self._lock:
+            if call.region == self._name:
+                self._name = None
 
-    def forget(self) -> None:
-        """The server does not know the memory any more: register it again."""
-        self._name = None
+    def give_up(self, call: SharedCall, error: BaseException) -> bool:
+        """A call had no answer. If the server may still write one, its memory must not be used for
+        anything else: from now on other memory is shared, to which tensors in the old are copied.
+
+        Returns:
+            Whether the server's name for the old memory is to be unregistered.
+        """
+        code = getattr(error, "code", lambda: None)()
+        if isinstance(error, grpc.RpcError) and code not in _MAY_STILL_RUN:
+            return False
+        with self._lock:
+            if call.arena is not self.arena:
+                return False  # that has been done
+            self.arena.close()
+            self.arena, self._name = Arena(self.arena.byte_size), None
+            return True
 
     def close(self, unregister: Callable[[str], None]) -> None:
         """Share no more; `unregister` has the server unmap the memory."""
@@ -73,20 +100,23 @@ class Sharing:
         needed = _answer_bytes(call.head, tuple(call.shapes.items()))
         if needed is None:
             return None
-        name = self.name()
+        with self._lock:
+            if self._name is None:
+                self._name = self._register(self.arena.key, self.arena.byte_size)
+            arena, name = self.arena, self._name
         held, inline, places = [], {}, []
         for field, array in call.tensors.items():
             if array.nbytes < _INLINE_BYTES:
                 inline[field] = array
             else:
-                shared, offset = self._shared(array)
+                shared, offset = _shared(arena, array)
                 held.append(shared)
                 places.append((field, array.dtype, array.shape, offset))
-        output = self.arena.empty((needed,), np.dtype(np.uint8))
-        at = self._offset(output)
+        output = arena.empty((needed,), np.dtype(np.uint8))
+        at = _offset(arena, output)
         head = call.head + _placed(name, tuple(places), at, needed)
         placed = AttendCall(head, inline, call.no_output, call.return_weights)
-        return SharedCall(placed.to_bytes(), held, output, at)
+        return SharedCall(placed.to_bytes(), held, output, at, arena, name)
 
     def result(self, call: SharedCall, answer: bytes) -> AttendResult:
         """The result of an answer: its arrays lie in shared memory, and keep it taken."""
@@ -101,18 +131,21 @@ class Sharing:
             arrays[field] = _tensors.placed(tensor, part)
         return _messages.attend_result(response, arrays)
 
-    def _shared(self, array: Array) -> tuple[Array, int]:
-        offset = self.arena.offset_of(array)
-        if offset is not None:
-            return array, offset
-        copy = self.arena.empty(array.shape, array.dtype)
-        copy[...] = array
-        return copy, self._offset(copy)
 
-    def _offset(self, array: Array) -> int:
-        offset = self.arena.offset_of(array)
-        assert offset is not None  # the arena made it
-        return offset
+def _shared(arena: Arena, array: Array) -> tuple[Array, int]:
+    """An array as it lies in an arena, or a copy there, and where."""
+    offset = arena.offset_of(array)
+    if offset is not None:
+        return array, offset
+    copy = arena.empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy, _offset(arena, copy)
+
+
+def _offset(arena: Arena, array: Array) -> int:
+    offset = arena.offset_of(array)
+    assert offset is not None  # the arena made it
+    return offset
 
 
 @lru_cache(maxsize=256)

@@ -109,6 +109,8 @@ class AttendStream:
             priority=priority,
         )
         future: Future[AttendResult] = Future()
+        # It cannot be cancelled: the request is on its way, and its answer will come.
+        future.set_running_or_notify_cancel()
         with self._lock:
             if self._failure is not None:
                 raise self._failure

@@ -64,7 +64,8 @@ class GraphSession:
         Args:
             feeds: every input by name, and perhaps more, which are left out.
             outputs: the outputs to bring back.
-            into: contiguous arrays of the right shape and dtype to put outputs into, by name.
+            into: contiguous arrays of the right shape and dtype to put outputs into, by name;
+                those that are not aligned are left to the caller.
 
         Returns:
             Those outputs by name, on the host.
@@ -75,6 +76,8 @@ class GraphSession:
                 into[name][...] = results[name]
                 results[name] = into[name]
             return results
+        # Kernels may rely on what C++ does of elements: that they lie at multiples of their size.
+        into = {name: array for name, array in into.items() if array.flags.aligned}
         if into:
             return self._run_into(feeds, outputs, into)
         results = self._session.run(list(outputs), {name: feeds[name] for name in self.inputs})

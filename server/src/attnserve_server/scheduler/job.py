@@ -1,5 +1,6 @@
 """A request as the scheduler sees it: who waits for it, what it takes, what came of it."""
 
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -42,8 +43,10 @@ class Ticket:
             wake()
 
     def seconds_left(self) -> float | None:
-        """Seconds until the deadline, at least 0; None: there is none."""
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        """Seconds until the deadline, from 0 to what Python can wait; None: there is none."""
+        if self.deadline is None:
+            return None
+        return min(max(0.0, self.deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
     def check(self) -> None:
         """Raise if nobody waits any more.

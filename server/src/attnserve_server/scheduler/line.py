@@ -73,11 +73,15 @@ class Line:
         """The entry to serve next, left where it is."""
         return self._entries[0] if self._entries else None
 
+    def serve(self, entry: Entry) -> None:
+        """Take out the first entry, whose turn it is: virtual time goes on to it."""
+        self._virtual = max(self._virtual, entry.order[1])
+        self.remove(entry)
+
     def remove(self, entry: Entry) -> None:
-        """Take an entry out."""
+        """Take out an entry out of turn: who comes later is not set back behind it."""
         at = bisect.bisect_left(self._keys, entry.order)
         del self._entries[at], self._keys[at]
-        self._virtual = max(self._virtual, entry.order[1])
         if not self._entries:
             self._virtual, self._ends = 0.0, {}
 

@@ -230,7 +230,7 @@ class Scheduler:
                     tensor_bytes += more.tensor_bytes
                     self._working_bytes += more.working_bytes
                 left = until - time.monotonic()
-                if left <= 0:
+                if left <= 0 or sequences == rules.max_batch_size:
                     return batch
                 self._joined.wait(left)
 
@@ -255,7 +255,7 @@ class Scheduler:
     def _call_next(self) -> None:
         """Give free places to the first in line. The lock is held."""
         while (entry := self._line.first()) is not None and self._has_room(entry):
-            self._line.remove(entry)
+            self._line.serve(entry)
             self._start(entry)
             entry.called.set()
 

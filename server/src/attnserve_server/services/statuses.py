@@ -11,13 +11,17 @@ from attnserve_server.errors import ExhaustedError, RequestError
 # In trailing metadata: seconds, as a decimal number.
 RETRY_AFTER = "retry-after"
 
+# A status travels in a header: grpc refuses headers beyond 8 KB, and writes all but ASCII as up to
+# twelve bytes a character. What is wrong stands at the beginning.
+_MOST_CHARACTERS = 640
+
 _log = logging.getLogger(__name__)
 
 
 def status_of(error: Exception, method: str) -> tuple[grpc.StatusCode, str]:
     """The status and the message for a caller; what is not a caller's business is logged."""
     if isinstance(error, RequestError):
-        return error.code, str(error)
+        return error.code, _shortened(str(error))
     if isinstance(error, DecodeError):
         return (
             grpc.StatusCode.INVALID_ARGUMENT,
@@ -44,3 +48,10 @@ def say_when_to_retry(context: grpc.ServicerContext, error: Exception) -> None:
     seconds = retry_after(error)
     if seconds is not None:
         context.set_trailing_metadata(((RETRY_AFTER, f"{seconds:.3f}"),))
+
+
+def _shortened(message: str) -> str:
+    """A message that fits into a status: what a caller sent, and it repeats, may be of any size."""
+    if len(message) <= _MOST_CHARACTERS:
+        return message
+    return f"{message[:_MOST_CHARACTERS]} ..."

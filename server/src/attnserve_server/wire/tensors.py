@@ -14,6 +14,9 @@ from attnserve_server.errors import InvalidRequestError
 # Tensors in shared memory start at multiples of this: a cache line.
 REGION_ALIGNMENT = 64
 
+# Dimensions of a tensor whose rank nothing else says.
+_MOST_DIMS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -139,11 +142,13 @@ def shape_of(
 def _checked_shape(
     name: str, shape: tuple[int, ...], dtype: int, dims: Sequence[str]
 ) -> tuple[tuple[int, ...], int]:
-    wanted = f"[{', '.join(dims)}]" if dims else "one dimension or more"
+    wanted = f"[{', '.join(dims)}]" if dims else f"1..{_MOST_DIMS} dimensions"
     if dims and len(shape) != len(dims):
         raise InvalidRequestError.of(
             f"{name}.shape", f"{list(shape)} of rank {len(shape)}", f"rank {len(dims)}, {wanted}"
         )
+    if len(shape) > _MOST_DIMS:
+        raise InvalidRequestError.of(f"{name}.shape", f"one of rank {len(shape)}", wanted)
     if min(shape, default=0) < 1:
         raise InvalidRequestError.of(f"{name}.shape", list(shape), f"{wanted}, each at least 1")
     byte_size = math.prod(shape) * (dtypes.item_bytes(dtype) or 0)
