@@ -31,6 +31,7 @@ from pathlib import Path
 import common
 import serving_latency as latency
 import serving_throughput as throughput
+from attnserve_client import keep_freed_memory
 from serving_calls import HEAD_DIM, NUM_HEADS
 from serving_load import Clients, clients
 from serving_plots import latency_against_rate, requests_by_peer
@@ -148,6 +149,8 @@ def models(exported: Path | None) -> Iterator[Path]:
 def main() -> int:
     """Run the benchmark; 1 if a section could not be measured."""
     options = _options()
+    # As the servers do: neither side is to take memory anew for each request.
+    keep_freed_memory()
     done: list[Section] = []
     failed: dict[str, str] = {}
     with models(options.repository) as repository, clients(options.clients) as load:

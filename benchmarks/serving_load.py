@@ -28,6 +28,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import numpy as np
+from attnserve_client import keep_freed_memory
 from numpy.typing import NDArray
 from serving_calls import Call, Target, connect, is_refusal
 from serving_servers import Server
@@ -193,6 +194,7 @@ def clients(count: int) -> Iterator[Clients]:
 
 def _client(pipe: Connection) -> None:
     """A client process: loads come in, times go out, until the pipe closes."""
+    keep_freed_memory()
     while True:
         try:
             load, number, count = pipe.recv()

@@ -39,6 +39,11 @@ class Layouts(Generic[T]):
         view = memoryview(buffer)
         return layout.value, {name: view[a:b] for name, (a, b) in layout.rooms.items()}
 
+    def forget(self) -> None:
+        """Forget all: what they meant has changed."""
+        with self._lock:
+            self._known.clear()
+
     def remember(self, buffer: bytes, rooms: Mapping[str, tuple[int, int]], value: T) -> None:
         """Remember `value` of a message whose elements lie at `rooms`.
 

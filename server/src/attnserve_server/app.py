@@ -91,8 +91,8 @@ class AttentionServer:
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
-                # Windows that do not grow: what callers may have sent, at most, of a request that is
-                # refused unread. A message that is being read may be of any size.
+                # Windows that do not grow: what callers may have sent, at most, of a request that
+                # is refused unread. A message that is being read may be of any size.
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.http2.lookahead_bytes", MIB),
                 ("grpc.so_reuseport", int(settings.workers > 1)),

@@ -44,6 +44,7 @@ class AttentionService:
         self._runtime = runtime
         self._streams = streams
         self._providers = providers
+        self._generation = 0
         self._plans: Layouts[_Planned] = Layouts()
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
@@ -101,7 +102,7 @@ class AttentionService:
         runtime = self._runtime
         (plan, frame), views = self._planned(request)
         ticket = ticket_for(context, plan.priority)
-        with runtime.budget.lending(plan.sent_bytes + plan.response_bytes):
+        with runtime.budget.lending(len(request) + plan.response_bytes):
             arrays = inputs.arrays(plan, views, runtime, ticket.caller)
             answer = outputs.begin(frame, runtime, ticket.caller)
             work = validation.complete(plan, arrays, answer.into)
@@ -116,10 +117,14 @@ class AttentionService:
         Callers send the same request again and again with other elements: it is checked once.
         """
         runtime = self._runtime
-        found = self._plans.find(request)
-        if found is not None and found[0].generation == runtime.store.generation:
-            return found[0].planned, found[1]
         generation = runtime.store.generation
+        if generation != self._generation:
+            # Else what was remembered would keep unloaded models in memory.
+            self._plans.forget()
+            self._generation = generation
+        found = self._plans.find(request)
+        if found is not None and found[0].generation == generation:
+            return found[0].planned, found[1]
         message, rooms = wire.locate(request, pb.AttendRequest, wire.REQUEST_TENSORS)
         sizes = {name: end - start for name, (start, end) in rooms.items()}
         plan = validation.plan(

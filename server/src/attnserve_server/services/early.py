@@ -102,7 +102,8 @@ class EarlyHeads:
             data: the chunk's elements.
         """
         size, spec = self._head_bytes[name], self._specs[name]
-        if offset % size or data.nbytes % size:
+        # A message with more in it than the chunk would be kept as a whole.
+        if offset % size or data.nbytes % size or memoryview(data.obj).nbytes > 2 * data.nbytes:
             return False
         first, count = offset // size, data.nbytes // size
         shape = (1, count * spec.shape[1] // self._num_kv_heads, *spec.shape[2:])

@@ -69,6 +69,7 @@ class Inference:
     def __init__(self, runtime: Runtime, statistics: Statistics) -> None:
         self._runtime = runtime
         self._statistics = statistics
+        self._generation = 0
         self._known: Layouts[_Known] = Layouts()
 
     def answer_once(self, request: bytes, peer: str, ticket: Ticket, arrived: int) -> bytes:
@@ -76,10 +77,14 @@ class Inference:
 
         Callers send the same request again and again with other elements: it is checked once.
         """
-        found = self._known.find(request)
-        if found is not None and found[0].generation == self._runtime.store.generation:
-            return self._answer_known(*found, ticket, arrived)
         generation = self._runtime.store.generation
+        if generation != self._generation:
+            # Else what was remembered would keep unloaded models in memory.
+            self._known.forget()
+            self._generation = generation
+        found = self._known.find(request)
+        if found is not None and found[0].generation == generation:
+            return self._answer_known(*found, ticket, arrived)
         message, rooms = inference_wire.locate(request)
         view = memoryview(request)
         raw = [view[start:end] for start, end in rooms]
