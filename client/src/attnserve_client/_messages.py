@@ -26,7 +26,7 @@ from attnserve_client._results import (
 
 # Requests from this size on go some heads at a time, in about so many parts.
 _INTERLEAVED_BYTES = 4 << 20
-_PARTS = 4
+_PARTS = 2
 
 _REQUEST_FIELD = {name: number for number, name in wire.REQUEST_TENSORS.items()}
 
