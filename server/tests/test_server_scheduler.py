@@ -278,7 +278,7 @@ def slow(works: Sequence[str]) -> Sequence[str]:
 
 
 def test_who_would_wait_too_long_is_refused_by_estimate() -> None:
-    bench = Bench(max_batch_size=1, max_queue_seconds=0.2)
+    bench = Bench(max_batch_size=1, max_queue_seconds=0.2, patience=0)
     bench.scheduler.run(Ticket(), bench.job("a", run=slow))
     bench.hold()
     futures = [bench.send(str(number), run=slow) for number in range(7)]
@@ -297,6 +297,17 @@ def test_who_would_wait_too_long_is_refused_by_estimate() -> None:
     bench.release()
     for future in (*admitted, urgent):
         future.result(5)
+
+
+def test_slow_requests_may_wait_for_a_few_of_their_kind() -> None:
+    bench = Bench(max_batch_size=1, max_queue_seconds=0.01, patience=5)
+    bench.scheduler.run(Ticket(), bench.job("a", run=slow))
+    bench.hold()
+    futures = [bench.send(str(number), run=slow) for number in range(9)]
+    refused = [future for future in futures if future.done()]
+    assert 2 <= len(refused) <= 4
+    bench.release()
+    [future.result(5) for future in futures if future not in refused]
 
 
 def test_who_would_not_be_done_before_its_deadline_is_refused_at_once() -> None:

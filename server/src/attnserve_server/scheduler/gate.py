@@ -36,11 +36,13 @@ class Gate:
     """Lets requests in, has them wait, or refuses them. Callers who wait come in in turn.
 
     Args:
-        max_seconds: the longest expected wait; a request beyond it is refused.
+        max_seconds: the longest expected wait; a request beyond it is refused, unless fewer than
+        patience: requests are before it. Callers of long contexts expect to wait for a few.
     """
 
-    def __init__(self, max_seconds: float) -> None:
+    def __init__(self, max_seconds: float, patience: int = 32) -> None:
         self._max_seconds = max_seconds
+        self._patience = patience
         self._inside = 0
         self._waiting = 0
         self._waiters: OrderedDict[str, deque[_Waiter]] = OrderedDict()
@@ -119,7 +121,7 @@ class Gate:
     def _refuse_long_wait(self) -> None:
         before = self._inside + self._waiting
         expected = before * self._interval
-        if expected > self._max_seconds:
+        if before >= self._patience and expected > self._max_seconds:
             raise ExhaustedError(
                 f"requests: {before} are before this one and would take about "
                 f"{expected * 1e3:.0f} ms; allowed: {self._max_seconds * 1e3:.0f} ms "

@@ -31,7 +31,8 @@ class Rules:
     Attributes:
         places: batches that run at once.
         max_queue: requests that may wait; one more is refused.
-        max_queue_seconds: a request that would wait longer, by estimate, is refused.
+        max_queue_seconds: a request that would wait longer, by estimate, is refused, unless
+        patience: it would wait no longer than for so many requests that take as long as itself.
         max_batch_size: sequences that run together.
         max_batch_bytes: tensors of requests that run together; a request above it runs alone.
         max_working_bytes: estimated memory of all that runs.
@@ -41,6 +42,7 @@ class Rules:
     places: int = 1
     max_queue: int = 256
     max_queue_seconds: float = math.inf
+    patience: int = 32
     max_batch_size: int = 64
     max_batch_bytes: int = 2 * _MIB
     max_working_bytes: int = 1 << 62
@@ -81,14 +83,14 @@ class Scheduler:
         self._draining = True
 
     def check_room(self, ticket: Ticket) -> None:
-        """Refuse a request before it is read, if whatever it holds it would be refused.
+        """Refuse a request before it is read, if the queue is full or the server shuts down.
 
         Raises:
             DrainingError, ExhaustedError: it would.
         """
         if self._line or self._draining:
             with self._lock:
-                self._admit(ticket, 0.0)
+                self._admit(ticket, None)
 
     def run(self, ticket: Ticket, job: Job[W, R]) -> Outcome[R]:
         """Wait for a place, then run the job on this thread, or be run along with another.
@@ -116,8 +118,13 @@ class Scheduler:
             raise entry.outcome
         return cast(Outcome[R], entry.outcome)
 
-    def _admit(self, ticket: Ticket, seconds: float) -> None:
-        """Refuse who would wait too long. The lock is held."""
+    def _admit(self, ticket: Ticket, seconds: float | None) -> None:
+        """Refuse who finds the queue full, or would wait too long. The lock is held.
+
+        Args:
+            ticket: the request's.
+            seconds: that it will take, by estimate; None: not known yet.
+        """
         if self._draining:
             raise DrainingError("the server is shutting down; try another one")
         if not self._line and self._free:
@@ -130,8 +137,11 @@ class Scheduler:
                 f"queue: {waiting} requests are waiting; allowed: {rules.max_queue}",
                 retry_after=max(ahead / 2, 0.001),
             )
+        if seconds is None:
+            return
         left = ticket.seconds_left()
-        allowed, why = rules.max_queue_seconds, "(--max-queue-ms)"
+        allowed = max(rules.max_queue_seconds, rules.patience * seconds)
+        why = "(--max-queue-ms)"
         if left is not None and left - seconds < allowed:
             allowed, why = max(0.0, left - seconds), "until the deadline"
         if ahead > allowed:
