@@ -94,7 +94,7 @@ class AttentionServer:
                 # Windows that do not grow: what callers may have sent, at most, of a request that
                 # is refused unread. A message that is being read may be of any size.
                 ("grpc.http2.bdp_probe", 0),
-                ("grpc.http2.lookahead_bytes", MIB // 4),
+                ("grpc.http2.lookahead_bytes", MIB // 2),
                 ("grpc.so_reuseport", int(settings.workers > 1)),
             ],
         )
