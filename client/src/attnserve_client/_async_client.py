@@ -1,4 +1,4 @@
-"""The asyncio client: the same calls as `AttentionClient`, awaited."""
+"""The asyncio client: `AttentionClient` awaited, but for its streams and shared memory."""
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
