@@ -31,6 +31,11 @@ class Variant:
         """As in the manifest."""
         return self.entry.name
 
+    def can(self, inputs: Collection[str], outputs: Collection[str]) -> bool:
+        """Whether its graph takes and gives these."""
+        session = self.session
+        return session.inputs.issuperset(inputs) and set(session.outputs).issuperset(outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -52,12 +57,7 @@ class LoadedModel:
 
     def find(self, inputs: Collection[str], outputs: Collection[str]) -> Variant | None:
         """A variant that takes and gives these, if there is one."""
-        for variant in self.variants:
-            if variant.session.inputs.issuperset(inputs) and set(variant.session.outputs) >= set(
-                outputs
-            ):
-                return variant
-        return None
+        return next((variant for variant in self.variants if variant.can(inputs, outputs)), None)
 
     def choose(
         self, forced: str, inputs: Collection[str], outputs: Collection[str], length: int
@@ -80,9 +80,7 @@ class LoadedModel:
             known = ", ".join(variant.name for variant in self.variants)
             raise NotFoundError(f"variant: given {forced!r}; {what} has: {known}")
         for variant in candidates:
-            if variant.session.inputs.issuperset(inputs) and set(variant.session.outputs) >= set(
-                outputs
-            ):
+            if variant.can(inputs, outputs):
                 return variant
         lacking = _lacking(candidates, inputs, outputs)
         which = f"variant {forced!r} of {what}" if forced else what
