@@ -59,6 +59,12 @@ class Ticket:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineError("the deadline passed before the computation could start")
 
+    def shorten(self, seconds: float) -> None:
+        """Move the deadline to so many seconds from now, unless it is sooner; 0: leave it."""
+        if seconds:
+            own = time.monotonic() + seconds
+            self.deadline = own if self.deadline is None else min(own, self.deadline)
+
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[W, R]):

@@ -112,7 +112,7 @@ class Inference:
         plan, runtime = known.plan, self._runtime
         name, version = plan.model.manifest.name, plan.model.manifest.version
         try:
-            _shorten(ticket, known.timeout)
+            ticket.shorten(known.timeout / 1e6)
             ticket.priority = plan.priority
             given = dict(zip(known.inputs, views.values(), strict=True))
             arrays = {name: spec.array(given[name]) for name, spec in plan.specs.items()}
@@ -189,7 +189,7 @@ class Inference:
     ) -> _Done:
         given_tensors = wire.inputs(message, raw, shared)
         given = checks.options(message)
-        _shorten(ticket, given.timeout)
+        ticket.shorten(given.timeout / 1e6)
         runtime = self._runtime
         if model.manifest.transformer is not None:
             call = checks.tokens_call(model, given_tensors, asked, given, runtime.limits)
@@ -218,13 +218,6 @@ def _into(plan: AttendPlan, asked: list[Output]) -> dict[str, Array]:
         for spec in plan.results
         if spec.name in places and places[spec.name].nbytes >= spec.byte_size
     }
-
-
-def _shorten(ticket: Ticket, timeout: int) -> None:
-    """Let a ticket end after `timeout` microseconds, unless that is 0, or it ends before."""
-    if timeout:
-        own = time.monotonic() + timeout / 1e6
-        ticket.deadline = own if ticket.deadline is None else min(own, ticket.deadline)
 
 
 def _main_output(model: LoadedModel) -> str:

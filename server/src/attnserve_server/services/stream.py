@@ -315,11 +315,10 @@ class StreamCall:
 
     def _ticket(self, request: pb.AttendStreamRequest) -> Ticket:
         """A request's ticket: the stream's deadline, or its own if that is sooner."""
-        deadline = self._call_ticket.deadline
-        if request.timeout:
-            own = time.monotonic() + request.timeout / 1e6
-            deadline = own if deadline is None else min(own, deadline)
-        return Ticket(deadline, self._call_ticket.caller, request.request.priority or NORMAL)
+        call = self._call_ticket
+        ticket = Ticket(call.deadline, call.caller, request.request.priority or NORMAL)
+        ticket.shorten(request.timeout / 1e6)
+        return ticket
 
     def _begun(self) -> None:
         with self._lock:
