@@ -12,8 +12,8 @@ from attnserve_server import validation
 from attnserve_server.dtypes import Array
 from attnserve_server.engine.models import LoadedModel
 from attnserve_server.scheduler import Ticket
+from attnserve_server.services import inputs
 from attnserve_server.services.runtime import Runtime
-from attnserve_server.shared_memory import SharedRegions, owner_of
 from attnserve_server.statistics import Statistics
 from attnserve_server.validation import AttendPlan
 from attnserve_server.validation import inference as checks
@@ -21,7 +21,7 @@ from attnserve_server.wire import inference as wire
 from attnserve_server.wire import tensors
 from attnserve_server.wire.answers import Clock
 from attnserve_server.wire.inference import Output, SharedView
-from attnserve_server.wire.tensors import TensorSpec
+from attnserve_server.wire.tensors import Region, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class Inference:
         model = self._runtime.store.get(message.model_name, message.model_version)
         name, version = model.manifest.name, model.manifest.version
         try:
-            shared = partial(_view, self._runtime.regions, peer)
+            shared = partial(_view, self._runtime, peer)
             asked = wire.outputs(message, shared) or [Output(_main_output(model), None, None)]
             done = self._compute(model, message, raw, shared, asked, ticket, arrived)
             limit = self._runtime.limits.max_message_bytes
@@ -225,14 +225,10 @@ def _main_output(model: LoadedModel) -> str:
 
 
 def _array(spec: TensorSpec, tensor: wire.InputTensor) -> Array:
-    elements = tensor.elements
-    if tensor.shared and spec.name == "key_lengths":
-        # The kernels trust lengths that were checked; the caller's memory may change after that.
-        elements = memoryview(bytes(elements))
-    return spec.array(elements)
+    if tensor.shared:
+        return inputs.shared_array(spec, tensor.elements)
+    return spec.array(tensor.elements)
 
 
-def _view(
-    regions: SharedRegions, peer: str, region: str, offset: int, byte_size: int
-) -> memoryview:
-    return regions.view(region, offset, byte_size, owner_of(peer))
+def _view(runtime: Runtime, peer: str, region: str, offset: int, byte_size: int) -> memoryview:
+    return inputs.view(Region(region, offset, byte_size), runtime, peer)

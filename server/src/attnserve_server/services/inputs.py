@@ -37,10 +37,15 @@ def array(spec: TensorSpec, views: Mapping[str, memoryview], runtime: Runtime, p
     if spec.stored:
         return runtime.kept.get(spec.stored, f"{spec.name}.stored")
     if spec.region is not None:
-        shared = spec.view(view(spec.region, runtime, peer))
-        # The kernels trust lengths that were checked; the caller's memory may change after that.
-        return shared.copy() if spec.name == "key_lengths" else shared
+        return shared_array(spec, view(spec.region, runtime, peer))
     return spec.array(views[spec.name])
+
+
+def shared_array(spec: TensorSpec, elements: memoryview) -> Array:
+    """A tensor whose elements lie in a caller's shared memory."""
+    shared = spec.array(elements)
+    # The kernels trust lengths that were checked; the caller's memory may change after that.
+    return shared.copy() if spec.name == "key_lengths" else shared
 
 
 def view(region: Region, runtime: Runtime, peer: str) -> memoryview:
