@@ -162,6 +162,8 @@ class AttentionClient:
         Raises:
             AttnserveError: one subclass per gRPC status.
             TypeError: an argument cannot be read as an array.
+            ValueError: a count or the priority is below 0.
+            MemoryError: not enough of the memory shared with the server is free.
         """
         call = _messages.attend_call(
             {

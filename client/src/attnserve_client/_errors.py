@@ -4,12 +4,12 @@ AttnserveError
 ├── CancelledError            the call was cancelled
 ├── InvalidArgumentError      the request is wrong in itself; the message names the field
 ├── DeadlineExceededError     no answer within `timeout`
-├── NotFoundError             no such model, version or variant
-├── PermissionDeniedError
+├── NotFoundError             no such model, version, variant or kept tensor
+├── PermissionDeniedError     shared memory that this caller may not use
 ├── ResourceExhaustedError    over a limit, or the queue is full: the message says which
 ├── FailedPreconditionError   the model cannot do what is asked
-├── UnimplementedError        this server version does not have it
-├── UnavailableError          no server, or it is draining (the SDK has retried already)
+├── UnimplementedError        this server does not have it
+├── UnavailableError          no server, it is draining or the model unloaded (already retried)
 ├── UnauthenticatedError
 └── InternalError             a fault in the server
 """
@@ -68,13 +68,13 @@ class DeadlineExceededError(AttnserveError, TimeoutError):
 
 
 class NotFoundError(AttnserveError, LookupError):
-    """NOT_FOUND: no such model, version or variant."""
+    """NOT_FOUND: no such model, version, variant or kept tensor."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class PermissionDeniedError(AttnserveError):
-    """PERMISSION_DENIED."""
+    """PERMISSION_DENIED: shared memory that this caller may not use."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
@@ -92,13 +92,13 @@ class FailedPreconditionError(AttnserveError):
 
 
 class UnimplementedError(AttnserveError, NotImplementedError):
-    """UNIMPLEMENTED: this server version does not have it."""
+    """UNIMPLEMENTED: this server does not have it."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
 
 
 class UnavailableError(AttnserveError, ConnectionError):
-    """UNAVAILABLE: no server there, or it is draining."""
+    """UNAVAILABLE: no server there, or it is draining, or has unloaded the model."""
 
     code = grpc.StatusCode.UNAVAILABLE
 

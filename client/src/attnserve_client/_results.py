@@ -31,7 +31,7 @@ class Timings:
         deserialize: wire to arrays and validation; over a stream, the wait for chunks included.
         queue: waiting for a place to run.
         compute: running the model.
-        serialize: arrays to wire.
+        serialize: from then until the answer was begun.
         batch_size: sequences that ran together.
     """
 

@@ -2,7 +2,7 @@
 
 services/    the gRPC methods: decode, call, encode
 wire/        messages to requests and results to messages
-validation   every check on a request, before anything is queued
+validation/  every check on a request, before anything is queued
 scheduler/   which request runs when; deadlines, admission
 engine/      ONNX Runtime: providers, sessions, models, diagnostics
 repository/  the model repository on disk

@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         ("message", limits.max_message_bytes, "one gRPC message"),
         ("request", limits.max_request_bytes, "all tensors of a request"),
         ("response", limits.max_response_bytes, "all tensors of an answer"),
-        ("working", limits.max_working_bytes, "estimated memory for the scores of a request"),
+        ("working", limits.max_working_bytes, "estimated memory of what runs, one or all"),
         ("shared", limits.max_shared_bytes, "shared memory of callers, mapped at once"),
     ):
         add(f"--max-{name}-mib", type=_at_least(1), default=default // MIB, help=text)

@@ -25,7 +25,7 @@ class InvalidRequestError(RequestError):
 
 
 class NotFoundError(RequestError):
-    """No such model, version, variant, layer or head."""
+    """No such model, version, variant, kept tensor, region or shared-memory object."""
 
     code = grpc.StatusCode.NOT_FOUND
 
@@ -40,8 +40,8 @@ class ExhaustedError(RequestError):
     """Over a limit of this server, or its queue is full.
 
     Attributes:
-        retry_after: seconds after which the same request may be taken; None: never, it is too
-            large.
+        retry_after: seconds after which the same request may be taken; None: not known, or
+            never: it is too large.
     """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -70,7 +70,7 @@ class DrainingError(RequestError):
 
 
 class UnimplementedError(RequestError):
-    """This server version does not have it."""
+    """This server does not have it, or has it turned off."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
 

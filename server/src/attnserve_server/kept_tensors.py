@@ -98,6 +98,7 @@ class KeptTensors:
 
         Raises:
             NotFoundError: it never was, was dropped, or its lease ran out.
+            InvalidRequestError: the handle is empty.
         """
         return self._find(handle, field, lambda kept: None).array
 
@@ -105,7 +106,7 @@ class KeptTensors:
         """Start a lease anew, with another length if one is given.
 
         Raises:
-            NotFoundError: as `get`.
+            NotFoundError, InvalidRequestError: as `get`.
         """
 
         def change(kept: Kept) -> None:
@@ -118,7 +119,7 @@ class KeptTensors:
         """Forget a tensor; requests that use it now still end well.
 
         Raises:
-            NotFoundError: as `get`.
+            NotFoundError, InvalidRequestError: as `get`.
         """
         self._find(handle, "handle", lambda kept: None)
         with self._lock:

@@ -15,8 +15,9 @@ class Limits:
         max_message_bytes: one gRPC message. Tensors above about 4 MB are better sent in chunks.
         max_request_bytes: all tensors of one request.
         max_response_bytes: all tensors of one answer.
-        max_bytes_in_flight: tensors of all streamed requests being received or waiting.
-        max_working_bytes: estimated memory for the score matrices of one request.
+        max_bytes_in_flight: tensors of all requests that are received, wait or run.
+        max_working_bytes: estimated memory of one request's computation; also of all that run at
+            once.
         max_seq_len: Sq and Sk.
         max_batch: sequences of one request.
         max_queue: requests waiting to run.
@@ -57,7 +58,8 @@ class Settings:
         host, port: where gRPC listens; port 0 takes a free one.
         metrics_port: Prometheus over HTTP on the same host; 0 takes a free one, None is off.
         provider: "auto", "cuda" or "cpu".
-        intra_op_threads: threads that one computation may use.
+        intra_op_threads: threads that one computation may use; 0: as many as there are cores,
+            shared out to the workers.
         spinning: whether idle computation threads spin. Lower latency for the next computation,
             at the cost of whatever else needs the cores, the transport first of all.
         concurrency: computations that run at once.

@@ -13,7 +13,7 @@ from attnserve_server.engine.work import AttendWork
 # Requests below this are not worth the additional runs.
 MIN_BYTES = 2 << 20
 
-# A request is computed in so many parts at the most.
+# A request is computed in so many parts at the most, unless the answer's chunks hold less each.
 MOST_PARTS = 4
 
 

@@ -16,7 +16,7 @@ HIGH, NORMAL, LOW = 1, 2, 3
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request's stay in the scheduler.
+    """One request's stay in the scheduler; parts of one may share it.
 
     Attributes:
         deadline: `time.monotonic()` after which nobody waits for the answer; None: never.
@@ -76,7 +76,7 @@ class Job(Generic[W, R]):
         kind: jobs of equal kind take alike long for each sequence, and may run together if
             `joinable`.
         sequences: how many `work` holds.
-        tensor_bytes: of what comes in and goes out; joining copies it.
+        tensor_bytes: of the tensors that joining copies.
         working_bytes: estimated memory that it takes while it runs.
     """
 

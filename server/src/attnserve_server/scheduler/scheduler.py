@@ -97,7 +97,8 @@ class Scheduler:
 
         Raises:
             DrainingError, ExhaustedError: refused at once.
-            DeadlineError, CancelledError: given up before it ran; it will not run.
+            DeadlineError, CancelledError: nobody waits for it any more. It will not run, or, if it
+                runs along with another, what comes of it is dropped.
             Exception: whatever running it raised.
         """
         entry = Entry(ticket, job, time.monotonic())

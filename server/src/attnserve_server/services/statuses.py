@@ -39,12 +39,12 @@ def status_of(error: Exception, method: str) -> tuple[grpc.StatusCode, str]:
 
 
 def retry_after(error: Exception) -> float | None:
-    """Seconds after which a refused request may be taken; None: it is refused for good."""
+    """Seconds after which a refused request may be taken; None: not known, or never."""
     return error.retry_after if isinstance(error, ExhaustedError) else None
 
 
 def say_when_to_retry(context: grpc.ServicerContext, error: Exception) -> None:
-    """Put that into the call's trailing metadata."""
+    """Put `retry_after` of an error into the call's trailing metadata."""
     seconds = retry_after(error)
     if seconds is not None:
         context.set_trailing_metadata(((RETRY_AFTER, f"{seconds:.3f}"),))
