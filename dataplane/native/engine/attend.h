@@ -1,0 +1,79 @@
+// Attentions that have been checked: computed alone, several as one, or some heads at a time.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "base/memory.h"
+#include "base/tensor.h"
+#include "engine/model.h"
+
+namespace attnserve::engine {
+
+// Graph inputs of an attention; the first seven are numbered as wire::Input.
+enum class Feed : std::uint8_t {
+  kQuery, kKey, kValue, kHiddenStates, kContext, kKeyLengths, kBias, kSoftcap, kTopK, kDistances
+};
+constexpr std::size_t kFeeds = 10;
+std::string_view name_of(Feed feed);   // "top_k"
+
+// Results of an attention, numbered as wire::Output.
+enum class Result : std::uint8_t {
+  kOutput, kWeights, kEntropy, kTopKIndices, kTopKWeights, kMassPerKey, kMassByDistance
+};
+constexpr std::size_t kResults = 7;
+std::string_view name_of(Result result);
+
+// What to return of an attention.
+struct Wanted {
+  bool output = true, weights = false, entropy = false;
+  std::int64_t top_k = 0;
+  bool mass_per_key = false;
+  std::int64_t mass_by_distance = 0;
+  bool diagnosed() const { return entropy || top_k || mass_per_key || mass_by_distance; }
+  bool operator==(const Wanted&) const = default;
+};
+
+struct Dims {
+  std::int64_t batch = 1, num_heads = 1, query_len = 1, key_len = 1;
+};
+
+// Equal for works that can run as one if both are joinable, and that take alike long a sequence.
+using BatchKey = std::array<std::uint64_t, 8>;
+
+// One attention: checked, complete, ready to run. Feeds and results are views; whoever made the work
+// keeps their memory until it has run. Results may be unaligned.
+struct AttendWork {
+  ModelPtr model;
+  const Variant* variant = nullptr;    // gives output and weights or, if neither is wanted, the rest
+  const Variant* diagnosis = nullptr;  // gives what the weights say; nullptr: nothing, or from weights
+  Wanted wanted;
+  Dims dims;
+  std::array<Tensor, kFeeds> feeds;      // data == nullptr: absent
+  std::array<Tensor, kResults> results;  // where to put what is wanted; data == nullptr: not wanted
+  BatchKey key{};
+  bool joinable = false;
+};
+
+// The length that a bucket of lengths ends with: less than a quarter of it is padding.
+std::int64_t bucket(std::int64_t length);
+
+// As server/src/attnserve_server/engine/joining.py `kind`. `softcap`: other than the model's own.
+BatchKey batch_key(const Model& model, const Variant& variant, const Variant* diagnosis,
+                   const Wanted& wanted, const Dims& dims, std::optional<float> softcap,
+                   bool biased);
+
+// Computes attentions of one key in one run, padded to the longest, and puts the results where each
+// wants them. Throws as Session::run.
+void attend_together(std::span<AttendWork* const> works, Stop* stop);
+
+// Whether heads of a work can be computed by themselves, and the work of kv heads [first, last) with
+// what belongs to them of query and output: views into the whole work's tensors.
+bool divisible(const AttendWork& work, std::size_t tensor_bytes);
+AttendWork part_of(const AttendWork& work, std::int64_t first, std::int64_t last);
+
+}  // namespace attnserve::engine

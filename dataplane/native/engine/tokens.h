@@ -1,0 +1,39 @@
+// Runs of transformers over ragged token sequences, those of several requests as one.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/attend.h"
+#include "engine/model.h"
+
+namespace attnserve::engine {
+
+// Token ids, ragged: sequence i is ids[starts[i] .. starts[i + 1]).
+struct TokenSequences {
+  std::vector<std::int64_t> ids;
+  std::vector<std::size_t> starts{0};
+  std::size_t count() const { return starts.size() - 1; }
+  std::int64_t longest() const;
+};
+
+// One request's sequences through a transformer, and what came of it.
+struct TokensWork {
+  ModelPtr model;
+  const Variant* variant = nullptr;
+  TokenSequences source;
+  TokenSequences target;              // empty unless the model is an encoder-decoder
+  std::vector<std::string> outputs;   // of the graph, wanted
+  // Filled by the run: for each output its rows of these sequences (graph outputs whose first axis is
+  // not the batch are whole), still padded to the batch's longest: padded_source, padded_target.
+  std::vector<OwnedTensor> results;
+  std::int64_t padded_source = 0, padded_target = 0;
+};
+
+BatchKey batch_key(const TokensWork& work);
+std::size_t hidden_bytes(const TokensWork& work);
+void attend_tokens_together(std::span<TokensWork* const> works, Stop* stop);
+
+}  // namespace attnserve::engine

@@ -1,0 +1,85 @@
+// What the transport and the services know of each other. The transport turns bytes into these
+// events and these calls into bytes; it knows no method. The services know no socket.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/memory.h"
+#include "base/status.h"
+
+namespace attnserve::grpc {
+
+// What is known of a call from its headers alone.
+struct CallInfo {
+  std::string path;               // "/attnserve.v1.AttentionService/Attend"
+  std::string peer;               // as gRPC writes it: "ipv4:127.0.0.1:4242", "ipv6:[::1]:4242", "unix:"
+  std::uint64_t connection = 0;   // number of its connection, never used again
+  TimePoint arrived{};            // when its headers had come
+  TimePoint deadline = kNever;    // grpc-timeout, counted from then
+  std::vector<std::pair<std::string, std::string>> metadata;  // the caller's own, lower-case names
+};
+
+// An open call, as services hold it. Every function may be called from any thread and does nothing
+// once the call has ended, so that nobody needs to know whether it has.
+class Call {
+ public:
+  virtual ~Call() = default;
+  virtual const CallInfo& info() const = 0;
+  // Queues one message of the answer. Messages are written in the order of these calls.
+  virtual void send(OutMessage message) = 0;
+  // Ends the call once all that was queued before has been written: trailers with this status.
+  virtual void finish(Status status) = 0;
+  // Flow control towards the caller: while paused no further message is delivered and the stream's
+  // window is not opened again. Counts: as many resumes as pauses.
+  virtual void pause() = 0;
+  virtual void resume() = 0;
+  // Bytes queued by send that the socket has not taken yet.
+  virtual std::size_t unsent() const = 0;
+  virtual bool ended() const = 0;
+};
+
+// The behaviour of one method for one call. The transport calls these on the thread of the call's
+// connection, one at a time, and destroys the handler there after on_end; none of them may block.
+class CallHandler {
+ public:
+  virtual ~CallHandler() = default;
+  // A whole message, decompressed, in memory of its own that is aligned and charged to the budget.
+  virtual void on_message(Bytes message) = 0;
+  // The caller sends no more messages.
+  virtual void on_half_close() = 0;
+  // The last message queued has left for the socket: unsent() is 0.
+  virtual void on_all_sent() {}
+  // The call is over; the last event. kOk: finish() was carried out. kCancelled: the caller reset it
+  // or its connection is gone. kDeadlineExceeded: the transport has answered so.
+  virtual void on_end(Code reason) = 0;
+};
+
+// How to receive the messages of a call.
+struct Reception {
+  std::unique_ptr<CallHandler> handler;
+  std::size_t max_message_bytes;  // larger ones end the call with RESOURCE_EXHAUSTED, unread
+};
+
+// All methods of a server. Called on the threads of connections.
+class Service {
+ public:
+  virtual ~Service() = default;
+  // The headers of a call have come and not a byte of its body has been looked at: a handler, or
+  // the status that refuses it. UNIMPLEMENTED for an unknown path.
+  virtual std::variant<Reception, Status> accept(std::shared_ptr<Call> call) = 0;
+  // Everything that one round of reading brought has been delivered: the moment to run what is short
+  // on this very thread, as one batch, before its answers are written.
+  virtual void after_events() {}
+  // Counts how calls end that never came to a handler's on_end: refused or broken ones.
+  virtual void count(std::string_view path, Code code) { (void)path, (void)code; }
+};
+
+}  // namespace attnserve::grpc

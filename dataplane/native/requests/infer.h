@@ -1,0 +1,45 @@
+// Requests of the Open Inference Protocol, made into the same plans as all others.
+// Codes and messages as server/src/attnserve_server/{wire,validation}/inference.py had them.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/memory.h"
+#include "requests/attend.h"
+#include "wire/open_inference.h"
+
+namespace attnserve::requests {
+
+// One output that was asked for, in the order of the request.
+struct AskedOutput {
+  std::size_t result = 0;                 // index into plan.results
+  std::optional<Region> region;           // where it goes; none: into the answer
+  // The shared-memory parameters to repeat in the answer, as given.
+  wire::Parameters parameters;            // views into the request's message
+};
+
+struct InferPlan {
+  AttendPlan attend;
+  std::array<ByteSpan, wire::kInputs> elements;  // views into the message, `contents` or shared memory
+  std::vector<Bytes> contents;                   // elements that came one by one
+  std::vector<AskedOutput> outputs;
+  std::uint64_t timeout = 0;                     // microseconds; 0: none
+  std::vector<sessions::RegionView> regions;     // that elements lie in
+};
+
+// For core and layer models. `model` is what models.get answered for it. Parameters of the request
+// that nobody here knows are ignored, as Triton does; known ones are checked.
+InferPlan plan_infer(const wire::InferRequest& message, engine::ModelPtr model,
+                     const Context& context, std::string_view peer);
+
+// The results of a plan as the answer's outputs, in the order asked for: names, datatypes, shapes.
+// Throws RequestError RESOURCE_EXHAUSTED if those that go into the answer exceed max_message_bytes,
+// INVALID_ARGUMENT if one is larger than its region.
+std::vector<wire::InferResult> answer_outputs(const InferPlan& plan, const Limits& limits);
+
+}  // namespace attnserve::requests

@@ -1,0 +1,43 @@
+// A computation to schedule.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "engine/attend.h"
+#include "engine/session.h"
+#include "schedule/request_context.h"
+
+namespace attnserve::schedule {
+
+// What came of a job that ran.
+struct Outcome {
+  TimePoint submitted{}, started{}, ended{};
+  std::int64_t sequences = 0;  // that ran together, other callers' included
+  bool leads = false;          // true for one job of each execution
+};
+
+class Job {
+ public:
+  virtual ~Job() = default;
+
+  std::shared_ptr<RequestContext> request;
+  engine::BatchKey key{};         // jobs of equal key take alike long a sequence
+  bool joinable = false;          // and may run together if both are
+  std::int64_t sequences = 1;
+  std::size_t tensor_bytes = 0;   // that joining copies
+  std::size_t working_bytes = 0;  // estimated memory that it takes while it runs
+
+  // Runs this job and others of its key, itself included, as one. Throws if that fails for all.
+  virtual void run(std::span<Job* const> batch, engine::Stop* stop) = 0;
+  virtual std::unique_ptr<engine::Stop> make_stop() = 0;
+  // Exactly one of these two, once, on whichever thread; neither blocks or throws.
+  virtual void done(const Outcome& outcome) noexcept = 0;
+  virtual void failed(Status status) noexcept = 0;
+};
+
+}  // namespace attnserve::schedule
