@@ -78,6 +78,10 @@ class Service {
   // Everything that one round of reading brought has been delivered: the moment to run what is short
   // on this very thread, as one batch, before its answers are written.
   virtual void after_events() {}
+  // A round of events is over: for how long its thread was busy with it, waiting for none.
+  virtual void after_round(Duration busy) { (void)busy; }
+  // A connection has closed, all its calls have ended before.
+  virtual void connection_closed(std::uint64_t connection) { (void)connection; }
   // Counts how calls end that never came to a handler's on_end: refused or broken ones.
   virtual void count(std::string_view path, Code code) { (void)path, (void)code; }
 };

@@ -1,0 +1,57 @@
+#include "services/chores.h"
+
+#include <pthread.h>
+
+#include <utility>
+
+#include "base/text.h"
+
+namespace attnserve::services {
+namespace {
+
+constexpr std::size_t kMostWaiting = 1024;
+
+}  // namespace
+
+Chores::Chores() : thread_([this] { work(); }) {
+  pthread_setname_np(thread_.native_handle(), "chores");
+}
+
+Chores::~Chores() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  came_.notify_all();
+  thread_.join();
+}
+
+std::optional<Status> Chores::add(std::function<void()> chore) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (waiting_.size() >= kMostWaiting) {
+      return Status{Code::kResourceExhausted,
+                    text("requests: ", waiting_.size(), " of this kind are waiting; allowed: ",
+                         kMostWaiting),
+                    std::chrono::milliseconds(100)};
+    }
+    waiting_.push_back(std::move(chore));
+  }
+  came_.notify_one();
+  return std::nullopt;
+}
+
+void Chores::work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    came_.wait(lock, [this] { return ending_ || !waiting_.empty(); });
+    if (waiting_.empty()) return;
+    const auto chore = std::move(waiting_.front());
+    waiting_.pop_front();
+    lock.unlock();
+    chore();
+    lock.lock();
+  }
+}
+
+}  // namespace attnserve::services

@@ -1,0 +1,61 @@
+#include "services/core.h"
+
+namespace attnserve::services {
+
+std::uint64_t OpenStreams::add(std::function<void()> drain) {
+  bool now = false;
+  std::uint64_t number = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    number = ++last_;
+    now = draining_;
+    if (!now) open_.emplace(number, std::move(drain));
+  }
+  if (now) drain();
+  return number;
+}
+
+void OpenStreams::remove(std::uint64_t number) {
+  const std::lock_guard lock(mutex_);
+  open_.erase(number);
+}
+
+void OpenStreams::drain() {
+  std::unordered_map<std::uint64_t, std::function<void()>> open;
+  {
+    const std::lock_guard lock(mutex_);
+    draining_ = true;
+    open.swap(open_);
+  }
+  for (auto& [number, drain_one] : open) drain_one();
+}
+
+Admitted& Admitted::operator=(Admitted&& other) noexcept {
+  if (this != &other) {
+    release();
+    admission_ = std::exchange(other.admission_, nullptr);
+    received_ = other.received_;
+    answered_ = other.answered_;
+  }
+  return *this;
+}
+
+std::variant<Admitted, Status> Admitted::admit(Core& core, TimePoint now, TimePoint deadline) {
+  if (core.scheduler.draining()) {
+    return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
+  }
+  if (auto refused = core.admission.enter(now, deadline)) return std::move(*refused);
+  return Admitted(core.admission);
+}
+
+void Admitted::received() {
+  if (!admission_ || received_) return;
+  received_ = true;
+  admission_->received();
+}
+
+void Admitted::release() {
+  if (auto* admission = std::exchange(admission_, nullptr)) admission->leave(received_, answered_);
+}
+
+}  // namespace attnserve::services

@@ -1,0 +1,111 @@
+// What every request needs, made once for a server. Everything in it is safe to use from any thread
+// and outlives all calls.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+
+#include "base/memory.h"
+#include "engine/model.h"
+#include "requests/attend.h"
+#include "requests/limits.h"
+#include "schedule/admission.h"
+#include "schedule/scheduler.h"
+#include "services/chores.h"
+#include "services/handlers.h"
+#include "services/statistics.h"
+#include "sessions/shared_memory.h"
+#include "sessions/stored_tensors.h"
+
+namespace attnserve::services {
+
+// The streams that are open now, so that a drain can end them.
+class OpenStreams {
+ public:
+  // Calls `drain` once the server drains; at once if it does already. The number is for `remove`.
+  std::uint64_t add(std::function<void()> drain);
+  void remove(std::uint64_t number);
+  void drain();
+
+ private:
+  std::mutex mutex_;  // guards what follows
+  std::unordered_map<std::uint64_t, std::function<void()>> open_;
+  std::uint64_t last_ = 0;
+  bool draining_ = false;
+};
+
+struct CoreOptions {
+  requests::Limits limits;
+  schedule::Rules rules;
+  std::size_t io_threads = 2;
+  std::size_t max_stored_bytes = 1024U << 20;
+  Duration stored_lease = std::chrono::minutes(5);
+  Duration max_stored_lease = std::chrono::hours(1);
+  std::size_t max_shared_regions = 256;
+  std::size_t max_shared_bytes = 16384ULL << 20;
+  std::size_t max_control_requests = 64;   // for the control plane, waiting
+  std::size_t max_token_requests = 256;
+};
+
+struct Core {
+  explicit Core(const CoreOptions& options)
+      : limits(options.limits),
+        budget(options.limits.max_bytes_in_flight),
+        stored(options.max_stored_bytes, options.stored_lease, options.max_stored_lease),
+        regions(options.max_shared_regions, options.max_shared_bytes),
+        control(options.max_control_requests),
+        loading(options.max_control_requests),
+        tokens(options.max_token_requests),
+        admission(options.rules.max_queue_seconds,
+                  static_cast<std::size_t>(options.rules.patience), options.io_threads,
+                  options.rules.slots),
+        scheduler(options.rules) {}
+
+  requests::Context context() { return {models, limits, stored, regions}; }
+
+  const requests::Limits limits;
+  ByteBudget budget;
+  engine::ModelStore models;
+  sessions::StoredTensors stored;
+  sessions::SharedRegions regions;
+  Statistics statistics;
+  OpenStreams streams;
+  HandlerQueue control;   // methods of the control plane
+  HandlerQueue loading;   // those of them that load models, and take their time
+  HandlerQueue tokens;    // requests of token models
+  std::atomic<bool> serving{false};
+  schedule::AdmissionController admission;
+  schedule::Scheduler scheduler;   // its jobs use what is above
+  Chores chores;
+};
+
+// One request's place before others: taken by `admit`, given back exactly once.
+class Admitted {
+ public:
+  Admitted() = default;
+  Admitted(Admitted&& other) noexcept
+      : admission_(std::exchange(other.admission_, nullptr)),
+        received_(other.received_),
+        answered_(other.answered_) {}
+  Admitted& operator=(Admitted&& other) noexcept;
+  ~Admitted() { release(); }
+
+  // Asks for a place, from what the headers say. Draining servers refuse with UNAVAILABLE.
+  static std::variant<Admitted, Status> admit(Core& core, TimePoint now, TimePoint deadline);
+  void received();                         // its body is complete
+  void answered() { answered_ = true; }    // the answer counts for the pace of the server
+  void release();
+
+ private:
+  explicit Admitted(schedule::AdmissionController& admission) : admission_(&admission) {}
+  schedule::AdmissionController* admission_ = nullptr;
+  bool received_ = false;
+  bool answered_ = false;
+};
+
+}  // namespace attnserve::services

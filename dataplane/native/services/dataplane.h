@@ -1,0 +1,62 @@
+// A whole data plane: what the control plane makes, starts, feeds and drains.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/tokens.h"
+#include "grpc/server.h"
+#include "schedule/job.h"
+#include "services/core.h"
+#include "services/router.h"
+
+namespace attnserve::services {
+
+struct DataPlaneOptions {
+  CoreOptions core;
+  grpc::ServerOptions server;
+  engine::SessionOptions session;
+  std::string onnxruntime_library;
+  std::string operators_library;  // empty: none
+};
+
+// What came of a run of a token model.
+struct TokensOutcome {
+  std::vector<engine::OwnedTensor> results;  // see engine::TokensWork
+  std::int64_t padded_source = 0, padded_target = 0;
+  Spans spans;
+};
+
+// Any thread.
+class DataPlane {
+ public:
+  // Throws std::runtime_error if ONNX Runtime does not load.
+  explicit DataPlane(DataPlaneOptions options);
+  ~DataPlane();
+
+  // Listens and serves. Throws std::runtime_error that names the address.
+  void start();
+  std::vector<std::string> addresses() const;
+  // Refuses new requests, answers those under way, and stops listening; false if some were not
+  // answered in time. Then nothing is served any more.
+  bool drain(Duration timeout);
+
+  engine::ModelPtr load(engine::ModelFacts facts, std::vector<engine::VariantFacts> variants,
+                        std::vector<engine::Pick> picks);
+  // Runs sequences of one request, batched with others', and waits for it. Throws RequestError.
+  TokensOutcome attend_tokens(engine::TokensWork work,
+                              std::shared_ptr<schedule::RequestContext> request,
+                              TimePoint arrived, std::size_t working_bytes);
+  std::size_t connections() const { return server_ ? server_->connections() : 0; }
+
+  Core core;
+
+ private:
+  DataPlaneOptions options_;
+  std::shared_ptr<engine::Runtime> runtime_;
+  Router router_;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+}  // namespace attnserve::services

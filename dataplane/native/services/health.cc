@@ -1,0 +1,75 @@
+#include "services/health.h"
+
+#include <algorithm>
+#include <array>
+
+#include "wire/open_inference.h"
+
+namespace attnserve::services {
+namespace {
+
+constexpr int kServing = 1, kNotServing = 2, kServiceUnknown = 3;
+
+// Those whose health is known; the empty name is the server's.
+constexpr std::array<std::string_view, 4> kServices = {
+    "", "attnserve.v1.AttentionService", "inference.GRPCInferenceService", "grpc.health.v1.Health"};
+
+int health_of(const Core& core, std::string_view service) {
+  if (std::find(kServices.begin(), kServices.end(), service) == kServices.end()) {
+    return kServiceUnknown;
+  }
+  return core.serving ? kServing : kNotServing;
+}
+
+OutMessage message(int health) { return OutMessage::of(wire::encode_health(health)); }
+
+// Says how it is, and once more when the server drains.
+class WatchHandler final : public grpc::CallHandler {
+ public:
+  WatchHandler(Core& core, std::shared_ptr<grpc::Call> call) : core_(core), call_(std::move(call)) {}
+
+  void on_message(Bytes bytes) override {
+    if (number_ != 0) return;
+    try {
+      call_->send(message(health_of(core_, wire::decode_health_check(bytes.span()))));
+    } catch (...) {
+      call_->finish(status_of(std::current_exception()));
+      return;
+    }
+    number_ = core_.streams.add([weak = std::weak_ptr(call_)] {
+      if (const auto call = weak.lock()) {
+        call->send(message(kNotServing));
+        call->finish({Code::kUnavailable, "the server is shutting down; try another one", {}});
+      }
+    });
+  }
+  void on_half_close() override {}
+  void on_end(Code) override { core_.streams.remove(number_); }
+
+ private:
+  Core& core_;
+  const std::shared_ptr<grpc::Call> call_;
+  std::uint64_t number_ = 0;  // among the open streams, once it watches
+};
+
+}  // namespace
+
+UnaryBehaviour health_check(Core& core) {
+  return [&core](Bytes bytes, const std::shared_ptr<Reply>& reply,
+                 const std::shared_ptr<schedule::RequestContext>&, Admitted) {
+    const int health = health_of(core, wire::decode_health_check(bytes.span()));
+    if (health == kServiceUnknown) {
+      throw RequestError(Code::kNotFound, "service: given one that is not here; reflection lists them");
+    }
+    Delivery delivery;
+    delivery.messages.push_back(message(health));
+    reply->deliver(std::move(delivery));
+  };
+}
+
+std::unique_ptr<grpc::CallHandler> health_watch_handler(Core& core,
+                                                        std::shared_ptr<grpc::Call> call) {
+  return std::make_unique<WatchHandler>(core, std::move(call));
+}
+
+}  // namespace attnserve::services

@@ -1,0 +1,298 @@
+#include "services/infer.h"
+
+#include <utility>
+#include <vector>
+
+#include "requests/infer.h"
+#include "services/handled.h"
+#include "wire/open_inference.h"
+
+namespace attnserve::services {
+namespace {
+
+const std::string kPath = "/inference.GRPCInferenceService/ModelInfer";
+const std::string kStreamPath = "/inference.GRPCInferenceService/ModelStreamInfer";
+
+// The answer of one request of the protocol.
+class InferResponse final : public Answer {
+ public:
+  // `message` is what the views in `decoded` and `plan` look into.
+  InferResponse(Core& core, const wire::InferRequest& decoded, requests::InferPlan& plan,
+                std::string peer, bool stream)
+      : core_(core),
+        model_(plan.attend.model),
+        results_(requests::answer_outputs(plan, core.limits)),
+        outputs_(std::move(plan.outputs)),
+        id_(decoded.id),
+        peer_(std::move(peer)),
+        stream_(stream) {}
+
+  void place(requests::PreparedAttend& prepared) override {
+    std::size_t size = 0;
+    for (const wire::InferResult& result : results_) size += result.shared ? 0 : result.byte_size;
+    Lease lease(core_.budget);
+    lease.grow_or_throw(size);
+    answer_.emplace(model_->facts.name, model_->version_text, id_, results_, stream_);
+    answer_->bytes().lease = std::move(lease);
+    for (std::size_t index = 0; index < outputs_.size(); ++index) {
+      const wire::ResultSpec& spec = prepared.plan.results[outputs_[index].result];
+      Tensor& tensor = prepared.work.results[static_cast<std::size_t>(spec.output)];
+      tensor.dtype = spec.dtype;
+      tensor.shape = spec.shape;
+      tensor.data = outputs_[index].region ? shared(prepared, *outputs_[index].region)
+                                           : answer_->places[index];
+    }
+    // What is computed along with what was asked for goes nowhere that is sent.
+    for (const wire::ResultSpec& spec : prepared.plan.results) {
+      Tensor& tensor = prepared.work.results[static_cast<std::size_t>(spec.output)];
+      if (tensor.data) continue;
+      prepared.copies.push_back(Bytes::allocate(spec.byte_size));
+      tensor = {spec.dtype, spec.shape, prepared.copies.back().data()};
+    }
+  }
+
+  std::vector<OutMessage> finish(requests::PreparedAttend&, const Spans&) override {
+    std::vector<OutMessage> messages;
+    messages.push_back(OutMessage::of(std::move(*answer_).finish()));
+    return messages;
+  }
+
+  void answered(const requests::PreparedAttend& prepared, const Spans& spans) override {
+    core_.statistics.inferred(model_->facts.name, model_->facts.version, spans,
+                              prepared.plan.dims.batch, Clock::now());
+  }
+
+ private:
+  std::byte* shared(requests::PreparedAttend& prepared, const requests::Region& region) {
+    prepared.regions.push_back(core_.regions.view(region.name, region.offset, region.byte_size,
+                                                  sessions::owner_of(peer_)));
+    return prepared.regions.back().bytes.data();
+  }
+
+  Core& core_;
+  const engine::ModelPtr model_;
+  const std::vector<wire::InferResult> results_;
+  const std::vector<requests::AskedOutput> outputs_;
+  const std::string_view id_;
+  const std::string peer_;
+  const bool stream_;
+  std::optional<wire::InferAnswer> answer_;
+};
+
+// Answers in the order of the requests, whichever is done first.
+class InferStream : public std::enable_shared_from_this<InferStream> {
+ public:
+  static std::shared_ptr<InferStream> open(Core& core, std::shared_ptr<grpc::Call> call) {
+    const std::shared_ptr<InferStream> stream(new InferStream(core, std::move(call)));
+    stream->number_ = core.streams.add([weak = std::weak_ptr(stream)] {
+      if (const auto open_stream = weak.lock()) open_stream->drain();
+    });
+    return stream;
+  }
+
+  // Takes a place in the order of answers; nothing if no more requests are taken.
+  std::optional<std::uint64_t> begin(const std::shared_ptr<schedule::RequestContext>& request) {
+    const std::lock_guard lock(mutex_);
+    if (over_ || draining_) return std::nullopt;
+    waiting_.push_back({request, std::nullopt});
+    return first_ + waiting_.size() - 1;
+  }
+
+  void answer(std::uint64_t place, Code code, OutMessage message) {
+    core_.statistics.count(kMethod, code);
+    const std::lock_guard lock(mutex_);
+    waiting_[place - first_].message = std::move(message);
+    while (!waiting_.empty() && waiting_.front().message) {
+      call_->send(std::move(*waiting_.front().message));
+      waiting_.pop_front();
+      ++first_;
+      ++queued_;
+    }
+    finish_if_idle();
+  }
+
+  void read_all() {
+    const std::lock_guard lock(mutex_);
+    read_all_ = true;
+    finish_if_idle();
+  }
+
+  void all_sent() {
+    const std::lock_guard lock(mutex_);
+    queued_ = 0;
+  }
+
+  std::size_t occupied() const {
+    const std::lock_guard lock(mutex_);
+    return waiting_.size() + queued_;
+  }
+
+  void ended(Code reason) {
+    core_.streams.remove(number_);
+    std::vector<std::shared_ptr<schedule::RequestContext>> started;
+    {
+      const std::lock_guard lock(mutex_);
+      if (!over_ && reason != Code::kOk) core_.statistics.count(kMethod, reason);
+      over_ = true;
+      for (const Waiting& each : waiting_) started.push_back(each.request);
+    }
+    for (const auto& request : started) core_.scheduler.cancel(request);
+  }
+
+  const grpc::CallInfo& info() const { return call_->info(); }
+
+ private:
+  struct Waiting {
+    std::shared_ptr<schedule::RequestContext> request;
+    std::optional<OutMessage> message;  // once it is answered
+  };
+
+  InferStream(Core& core, std::shared_ptr<grpc::Call> call) : core_(core), call_(std::move(call)) {}
+
+  void drain() {
+    const std::lock_guard lock(mutex_);
+    draining_ = true;
+    finish_if_idle();
+  }
+
+  // The lock is held.
+  void finish_if_idle() {
+    if (over_ || !waiting_.empty() || (!read_all_ && !draining_)) return;
+    over_ = true;
+    call_->finish(read_all_ ? Status{}
+                            : Status{Code::kUnavailable,
+                                     "the server is shutting down; try another one", {}});
+  }
+
+  static constexpr std::string_view kMethod = "ModelStreamInfer";
+
+  Core& core_;
+  const std::shared_ptr<grpc::Call> call_;
+  std::uint64_t number_ = 0;   // among the open streams
+  mutable std::mutex mutex_;   // guards what follows, and the order of messages
+  std::deque<Waiting> waiting_;
+  std::uint64_t first_ = 0;    // the place of the first that waits
+  std::size_t queued_ = 0;     // answers that have not left yet
+  bool read_all_ = false, draining_ = false, over_ = false;
+};
+
+class InferStreamHandler final : public grpc::CallHandler {
+ public:
+  InferStreamHandler(Core& core, std::shared_ptr<grpc::Call> call)
+      : core_(core), call_(call), stream_(InferStream::open(core, std::move(call))) {}
+
+  void on_message(Bytes message) override {
+    const auto request = request_context(stream_->info());
+    const auto place = stream_->begin(request);
+    if (!place) return;
+    // Says which request failed, as far as the message tells.
+    std::string id, model_name;
+    const auto deliver = [stream = stream_, place = *place](std::string id_, std::string name,
+                                                            Delivery delivery) {
+      const Code code = delivery.status.code;
+      stream->answer(place, code,
+                     delivery.status.ok()
+                         ? std::move(delivery.messages.front())
+                         : OutMessage::of(wire::encode_infer_error(delivery.status.message, id_, name)));
+    };
+    try {
+      try {
+        const wire::InferRequest decoded = wire::decode_infer(message.span(), "ModelStreamInfer");
+        id = decoded.id;
+        model_name = decoded.model_name;
+      } catch (const RequestError&) {
+        // begin_infer says what is wrong.
+      }
+      auto admitted = Admitted::admit(core_, request->arrived, request->deadline);
+      if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
+      std::get<Admitted>(admitted).received();
+      begin_infer(core_, std::move(message), stream_->info(), request,
+                  std::move(std::get<Admitted>(admitted)), true,
+                  [deliver, id, model_name](Delivery delivery) {
+                    deliver(id, model_name, std::move(delivery));
+                  });
+    } catch (...) {
+      deliver(id, model_name, {status_of(std::current_exception()), {}});
+    }
+    if (!paused_ && stream_->occupied() >= core_.limits.max_stream_requests) {
+      paused_ = true;
+      call_->pause();
+    }
+  }
+
+  void on_half_close() override { stream_->read_all(); }
+
+  void on_all_sent() override {
+    stream_->all_sent();
+    if (paused_ && stream_->occupied() < core_.limits.max_stream_requests) {
+      paused_ = false;
+      call_->resume();
+    }
+  }
+
+  void on_end(Code reason) override { stream_->ended(reason); }
+
+ private:
+  Core& core_;
+  const std::shared_ptr<grpc::Call> call_;
+  const std::shared_ptr<InferStream> stream_;
+  bool paused_ = false;
+};
+
+}  // namespace
+
+UnaryBehaviour model_infer(Core& core) {
+  return [&core](Bytes message, const std::shared_ptr<Reply>& reply,
+                 const std::shared_ptr<schedule::RequestContext>& request, Admitted admitted) {
+    begin_infer(core, std::move(message), reply->info(), request, std::move(admitted), false,
+                [reply](Delivery delivery) { reply->deliver(std::move(delivery)); });
+  };
+}
+
+std::unique_ptr<grpc::CallHandler> model_stream_infer_handler(Core& core,
+                                                              std::shared_ptr<grpc::Call> call) {
+  return std::make_unique<InferStreamHandler>(core, std::move(call));
+}
+
+void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
+                 const std::shared_ptr<schedule::RequestContext>& request, Admitted admitted,
+                 bool stream, Deliver deliver) {
+  const auto message = std::make_shared<Bytes>(std::move(bytes));
+  const wire::InferRequest decoded =
+      wire::decode_infer(message->span(), stream ? "ModelStreamInfer" : "ModelInfer");
+  const engine::ModelPtr model = core.models.get(decoded.model_name, decoded.model_version);
+  const std::string name = model->facts.name;
+  const std::int64_t version = model->facts.version;
+  if (model->facts.kind == engine::Kind::kTransformer) {
+    hand_over(core.tokens, stream ? kStreamPath : kPath, info.peer, std::move(*message), request,
+              std::move(admitted), std::move(deliver));
+    return;
+  }
+  const auto failing = [&core, name, version, arrived = request->arrived] {
+    core.statistics.infer_failed(name, version, Clock::now() - arrived);
+  };
+  try {
+    const requests::Context context = core.context();
+    requests::InferPlan plan = requests::plan_infer(decoded, model, context, info.peer);
+    request->shorten(plan.timeout, request->arrived);
+    auto answer = std::make_unique<InferResponse>(core, decoded, plan, info.peer, stream);
+    auto prepared =
+        requests::prepare(std::move(plan.attend), plan.elements, context, info.peer);
+    prepared->owners.push_back(message);
+    for (Bytes& contents : plan.contents) prepared->copies.push_back(std::move(contents));
+    for (sessions::RegionView& region : plan.regions) {
+      prepared->regions.push_back(std::move(region));
+    }
+    begin_exchange(core, {request, std::move(admitted), request->arrived, std::move(prepared),
+                          std::move(answer),
+                          [deliver, failing](Delivery delivery) {
+                            if (!delivery.status.ok()) failing();
+                            deliver(std::move(delivery));
+                          }});
+  } catch (...) {
+    failing();
+    throw;
+  }
+}
+
+}  // namespace attnserve::services

@@ -1,0 +1,169 @@
+#include "services/router.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/text.h"
+#include "services/attend.h"
+#include "services/attend_stream.h"
+#include "services/handled.h"
+#include "services/health.h"
+#include "services/infer.h"
+#include "services/put_tensor.h"
+#include "services/unary.h"
+
+namespace attnserve::services {
+namespace {
+
+const std::string kAttention = "/attnserve.v1.AttentionService/";
+const std::string kInference = "/inference.GRPCInferenceService/";
+const std::string kHealth = "/grpc.health.v1.Health/";
+
+// Messages of methods that take no tensors. Those of tokens are ids or text, which the control plane
+// reads: bounded for its sake.
+constexpr std::size_t kControlBytes = 1U << 20;
+constexpr std::size_t kTokensBytes = 16U << 20;
+
+// Methods of Triton's that are not here, and why.
+constexpr std::pair<std::string_view, std::string_view> kMissing[] = {
+    {"CudaSharedMemoryStatus", "this server takes no CUDA shared memory; use system shared memory"},
+    {"CudaSharedMemoryRegister", "this server takes no CUDA shared memory; use system shared memory"},
+    {"CudaSharedMemoryUnregister", "this server takes no CUDA shared memory"},
+    {"TraceSetting", "this server has no traces; its metrics and ModelStatistics have durations"},
+    {"LogSettings", "the log is set when the server starts, by --log-level and --log-format"},
+};
+
+using Accepted = std::variant<grpc::Reception, Status>;
+
+}  // namespace
+
+Router::Router(Core& core) : core_(core) {
+  add_attention();
+  add_inference();
+  add_infrastructure();
+}
+
+Accepted Router::accept(std::shared_ptr<grpc::Call> call) {
+  const auto found = methods_.find(call->info().path);
+  if (found == methods_.end()) return Status{Code::kUnimplemented, "Method not found!", {}};
+  Accepted accepted = found->second.accept(std::move(call));
+  if (const auto* refused = std::get_if<Status>(&accepted)) {
+    count(found->first, refused->code);
+  }
+  return accepted;
+}
+
+void Router::count(std::string_view path, Code code) {
+  const auto found = methods_.find(std::string(path));
+  if (found == methods_.end() || found->second.name.empty()) return;
+  core_.statistics.count(found->second.name, code);
+}
+
+void Router::add_attention() {
+  const std::size_t whole = core_.limits.max_message_bytes;
+  // A method that computes: admitted by its headers.
+  const auto admitted = [this](const std::string& path, std::size_t bytes, UnaryBehaviour behaviour) {
+    const std::string name = path.substr(path.rfind('/') + 1);
+    methods_[path] = {name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
+                        auto place = Admitted::admit(core_, call->info().arrived,
+                                                     call->info().deadline);
+                        if (auto* refused = std::get_if<Status>(&place)) return std::move(*refused);
+                        return grpc::Reception{
+                            unary_handler(core_, std::move(call), name,
+                                          std::move(std::get<Admitted>(place)), behaviour),
+                            bytes};
+                      }};
+  };
+  const auto plain = [this](const std::string& path, std::size_t bytes, UnaryBehaviour behaviour) {
+    const std::string name = path.substr(path.rfind('/') + 1);
+    methods_[path] = {name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
+                        return grpc::Reception{
+                            unary_handler(core_, std::move(call), name, {}, behaviour), bytes};
+                      }};
+  };
+  admitted(kAttention + "Attend", whole, attend(core_));
+  const std::size_t token_bytes = std::min(whole, kTokensBytes);
+  admitted(kAttention + "AttendTokens", token_bytes,
+           handled(core_.tokens, kAttention + "AttendTokens"));
+  methods_[kAttention + "AttendStream"] = {
+      "AttendStream", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
+        if (core_.scheduler.draining()) {
+          return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
+        }
+        return grpc::Reception{attend_stream_handler(core_, std::move(call)), whole};
+      }};
+  methods_[kAttention + "PutTensor"] = {
+      "PutTensor", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
+        return grpc::Reception{put_tensor_handler(core_, std::move(call)), whole};
+      }};
+  methods_[kAttention + "Decode"] = {
+      "Decode", [](std::shared_ptr<grpc::Call>) -> Accepted {
+        return Status{Code::kUnimplemented,
+                      "Decode: this server version keeps no KV sessions; call Attend with all keys "
+                      "and values",
+                      {}};
+      }};
+  plain(kAttention + "RenewTensor", kControlBytes, renew_tensor(core_));
+  plain(kAttention + "DropTensor", kControlBytes, drop_tensor(core_));
+  plain(kAttention + "RegisterSharedMemory", kControlBytes, register_shared_memory(core_));
+  plain(kAttention + "UnregisterSharedMemory", kControlBytes, unregister_shared_memory(core_));
+  for (const char* name : {"ListModels", "GetModel", "ServerInfo"}) {
+    plain(kAttention + name, kControlBytes, handled(core_.control, kAttention + name));
+  }
+  admitted(kInference + "ModelInfer", whole, model_infer(core_));
+}
+
+void Router::add_inference() {
+  const std::size_t whole = core_.limits.max_message_bytes;
+  methods_[kInference + "ModelStreamInfer"] = {
+      "ModelStreamInfer", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
+        if (core_.scheduler.draining()) {
+          return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
+        }
+        return grpc::Reception{model_stream_infer_handler(core_, std::move(call)), whole};
+      }};
+  const auto controlled = [this](const std::string& name, HandlerQueue& queue) {
+    const std::string path = kInference + name;
+    methods_[path] = {name, [this, name, path, &queue](std::shared_ptr<grpc::Call> call) -> Accepted {
+                        return grpc::Reception{
+                            unary_handler(core_, std::move(call), name, {}, handled(queue, path)),
+                            kControlBytes};
+                      }};
+  };
+  for (const char* name :
+       {"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig",
+        "ModelStatistics", "RepositoryIndex", "SystemSharedMemoryStatus",
+        "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister"}) {
+    controlled(name, core_.control);
+  }
+  controlled("RepositoryModelLoad", core_.loading);
+  controlled("RepositoryModelUnload", core_.loading);
+  for (const auto& [name, reason] : kMissing) {
+    const Status status{Code::kUnimplemented, text(name, ": ", reason), {}};
+    methods_[kInference + std::string(name)] = {
+        std::string(name), [status](std::shared_ptr<grpc::Call>) -> Accepted { return status; }};
+  }
+}
+
+void Router::add_infrastructure() {
+  methods_[kHealth + "Check"] = {"", [this](std::shared_ptr<grpc::Call> call) -> Accepted {
+                                   return grpc::Reception{
+                                       unary_handler(core_, std::move(call), "", {},
+                                                     health_check(core_)),
+                                       kControlBytes};
+                                 }};
+  methods_[kHealth + "Watch"] = {"", [this](std::shared_ptr<grpc::Call> call) -> Accepted {
+                                   return grpc::Reception{
+                                       health_watch_handler(core_, std::move(call)), kControlBytes};
+                                 }};
+  for (const char* version : {"v1", "v1alpha"}) {
+    const std::string path =
+        text("/grpc.reflection.", version, ".ServerReflection/ServerReflectionInfo");
+    methods_[path] = {"", [this](std::shared_ptr<grpc::Call> call) -> Accepted {
+                        return grpc::Reception{handled_stream(core_.control, std::move(call)),
+                                               kControlBytes};
+                      }};
+  }
+}
+
+}  // namespace attnserve::services

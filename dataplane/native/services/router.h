@@ -1,0 +1,44 @@
+// All methods of the server, by their paths.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <variant>
+
+#include "grpc/call.h"
+#include "services/core.h"
+
+namespace attnserve::services {
+
+class Router final : public grpc::Service {
+ public:
+  explicit Router(Core& core);
+
+  std::variant<grpc::Reception, Status> accept(std::shared_ptr<grpc::Call> call) override;
+  void after_events() override { core_.scheduler.run_short(); }
+  void after_round(Duration busy) override { core_.admission.moved_bytes(busy); }
+  void connection_closed(std::uint64_t connection) override {
+    core_.regions.connection_closed(connection);
+  }
+  void count(std::string_view path, Code code) override;
+
+ private:
+  using Accept =
+      std::function<std::variant<grpc::Reception, Status>(std::shared_ptr<grpc::Call> call)>;
+  struct Method {
+    std::string name;   // as it is counted; empty: it is not
+    Accept accept;
+  };
+
+  void add_attention();
+  void add_inference();
+  void add_infrastructure();
+
+  Core& core_;
+  std::unordered_map<std::string, Method> methods_;  // by path
+};
+
+}  // namespace attnserve::services
