@@ -63,6 +63,10 @@ class Variant {
 // One version of a model, ready to run. Immutable; requests hold it while they need it.
 class Model {
  public:
+  Model() = default;
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
   ModelFacts facts;
   std::vector<std::unique_ptr<Variant>> variants;  // at least one
   std::vector<Pick> picks;                         // for the provider in use

@@ -1,0 +1,346 @@
+// The binding: all that Python knows of the data plane. Calls that wait do so without the interpreter;
+// no thread of the data plane ever takes it.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "base/log.h"
+#include "python/log_queue.h"
+#include "python/models.h"
+#include "python/options.h"
+#include "services/dataplane.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace attnserve::python {
+namespace {
+
+using services::DataPlane;
+using services::HandledRequest;
+
+Duration seconds_of(double seconds) {
+  return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
+}
+
+Bytes bytes_of(const nb::bytes& given) {
+  Bytes bytes = Bytes::allocate(given.size());
+  if (given.size() > 0) std::memcpy(bytes.data(), given.c_str(), given.size());
+  return bytes;
+}
+
+// A data plane, the arrival times of its requests, and its log on its way to Python.
+struct Plane {
+  explicit Plane(const nb::kwargs& given) : plane(options_of(given)) {}
+  DataPlane plane;
+};
+
+LogQueue& log_queue() {
+  static auto* queue = new LogQueue();  // outlives every thread that may still log at exit
+  return *queue;
+}
+
+nb::dlpack::dtype dlpack_of(DataType dtype) {
+  const auto code = [](nb::dlpack::dtype_code value) { return static_cast<std::uint8_t>(value); };
+  switch (dtype) {
+    case DataType::kFp32:
+      return {code(nb::dlpack::dtype_code::Float), 32, 1};
+    case DataType::kFp16:
+      return {code(nb::dlpack::dtype_code::Float), 16, 1};
+    case DataType::kBf16:  // NumPy has no such type: its bits
+      return {code(nb::dlpack::dtype_code::UInt), 16, 1};
+    case DataType::kInt64:
+      return {code(nb::dlpack::dtype_code::Int), 64, 1};
+    case DataType::kInt32:
+      return {code(nb::dlpack::dtype_code::Int), 32, 1};
+    default:
+      return {code(nb::dlpack::dtype_code::UInt), 8, 1};
+  }
+}
+
+nb::object array_of(engine::OwnedTensor& made) {
+  auto* owner = new std::shared_ptr<void>(made.owner);
+  nb::capsule capsule(owner, [](void* held) noexcept {
+    delete static_cast<std::shared_ptr<void>*>(held);  // the capsule is its one owner
+  });
+  std::vector<std::size_t> shape;
+  for (const std::int64_t size : made.tensor.shape.sizes()) {
+    shape.push_back(static_cast<std::size_t>(size));
+  }
+  return nb::cast(nb::ndarray<nb::numpy>(made.tensor.data, shape.size(), shape.data(), capsule,
+                                         nullptr, dlpack_of(made.tensor.dtype)));
+}
+
+engine::TokenSequences sequences_of(const std::vector<std::vector<std::int64_t>>& given) {
+  engine::TokenSequences sequences;
+  for (const auto& ids : given) {
+    sequences.ids.insert(sequences.ids.end(), ids.begin(), ids.end());
+    sequences.starts.push_back(sequences.ids.size());
+  }
+  return sequences;
+}
+
+double since_epoch(TimePoint time) { return seconds(time.time_since_epoch()); }
+
+TimePoint time_of(double since) { return TimePoint(seconds_of(since)); }
+
+nb::dict attend_tokens(Plane& self, const std::shared_ptr<HandledRequest>& request,
+                       std::shared_ptr<engine::Model> model, const std::string& variant,
+                       const std::vector<std::vector<std::int64_t>>& source,
+                       const std::vector<std::vector<std::int64_t>>& target,
+                       std::vector<std::string> outputs, std::uint32_t priority,
+                       std::uint64_t timeout, std::size_t working_bytes) {
+  engine::TokensWork work;
+  work.variant = model->named(variant);
+  if (!work.variant) throw nb::key_error(variant.c_str());
+  work.model = std::move(model);
+  work.source = sequences_of(source);
+  work.target = sequences_of(target);
+  work.outputs = outputs;
+  request->request->priority = priority;
+  request->request->shorten(timeout, request->request->arrived);
+  services::TokensOutcome outcome;
+  {
+    const nb::gil_scoped_release released;
+    outcome = self.plane.attend_tokens(std::move(work), request->request,
+                                       request->request->arrived, working_bytes);
+  }
+  nb::dict arrays;
+  for (std::size_t index = 0; index < outputs.size(); ++index) {
+    arrays[outputs[index].c_str()] = array_of(outcome.results[index]);
+  }
+  nb::dict result;
+  result["arrays"] = arrays;
+  result["arrived"] = since_epoch(outcome.spans.arrived);
+  result["validated"] = since_epoch(outcome.spans.validated);
+  result["started"] = since_epoch(outcome.spans.started);
+  result["ended"] = since_epoch(outcome.spans.ended);
+  result["sequences"] = outcome.spans.sequences;
+  result["leads"] = outcome.spans.leads;
+  return result;
+}
+
+using Bound = std::tuple<std::uint64_t, std::uint64_t>;
+Bound sum_of(const services::Sum& sum) { return {sum.count, sum.nanoseconds}; }
+
+template <std::size_t N>
+std::tuple<std::vector<std::uint64_t>, double> histogram_of(const services::Histogram<N>& from) {
+  return {std::vector<std::uint64_t>(from.counts.begin(), from.counts.end()), from.sum};
+}
+
+nb::dict infer_counts(Plane& self, const std::string& model, std::int64_t version) {
+  const services::InferCounts counts = self.plane.core.statistics.of(model, version);
+  nb::dict result;
+  result["last_inference"] = counts.last_milliseconds;
+  result["inferences"] = counts.inferences;
+  result["success"] = sum_of(counts.success);
+  result["fail"] = sum_of(counts.fail);
+  result["queue"] = sum_of(counts.queue);
+  result["input"] = sum_of(counts.input);
+  result["infer"] = sum_of(counts.infer);
+  result["output"] = sum_of(counts.output);
+  nb::dict batches;
+  for (const auto& [size, batch] : counts.batches) {
+    batches[nb::int_(size)] =
+        nb::make_tuple(sum_of(batch.input), sum_of(batch.infer), sum_of(batch.output));
+  }
+  result["batches"] = batches;
+  return result;
+}
+
+void bind_requests(nb::module_& module) {
+  nb::class_<HandledRequest>(module, "Request",
+                             "One message for the control plane, to be answered exactly once.")
+      .def_prop_ro("path", [](const HandledRequest& self) { return self.path; })
+      .def_prop_ro("peer", [](const HandledRequest& self) { return self.peer; })
+      .def_prop_ro("message",
+                   [](const HandledRequest& self) {
+                     return nb::bytes(reinterpret_cast<const char*>(self.message.data()),
+                                      self.message.size());
+                   })
+      .def_prop_ro("arrived",
+                   [](const HandledRequest& self) { return since_epoch(self.request->arrived); })
+      .def("answer",
+           [](HandledRequest& self, const nb::bytes& message) {
+             Bytes bytes = bytes_of(message);
+             const nb::gil_scoped_release released;
+             self.answer({}, std::move(bytes));
+           })
+      .def("fail",
+           [](HandledRequest& self, int code, const std::string& message, double retry_after) {
+             const nb::gil_scoped_release released;
+             const Status status{static_cast<Code>(code), message,
+                                 std::chrono::microseconds(
+                                     static_cast<std::int64_t>(retry_after * 1e6))};
+             self.answer(status, {});
+           },
+           "code"_a, "message"_a, "retry_after"_a = 0.0);
+}
+
+void bind_plane(nb::module_& module) {
+  nb::class_<Plane>(module, "DataPlane", "See services/dataplane.h.")
+      .def("__init__",
+           [](Plane* self, const nb::kwargs& given) { new (self) Plane(given); })
+      .def("start", [](Plane& self) { self.plane.start(); },
+           nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("addresses", [](Plane& self) { return self.plane.addresses(); })
+      .def("drain",
+           [](Plane& self, double timeout) { return self.plane.drain(seconds_of(timeout)); },
+           "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("draining", [](Plane& self) { return self.plane.core.scheduler.draining(); })
+      .def("load",
+           [](Plane& self, const engine::ModelFacts& facts,
+              std::vector<engine::VariantFacts> variants, std::vector<engine::Pick> picks) {
+             return std::const_pointer_cast<engine::Model>(
+                 self.plane.load(facts, std::move(variants), std::move(picks)));
+           },
+           "facts"_a, "variants"_a, "picks"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("put_models",
+           [](Plane& self, const std::string& name,
+              const std::vector<std::shared_ptr<engine::Model>>& models) {
+             self.plane.core.models.put(name, {models.begin(), models.end()});
+           },
+           "name"_a, "models"_a)
+      .def("next_request",
+           [](Plane& self, const std::string& queue, double timeout) {
+             services::HandlerQueue& from = queue == "tokens"    ? self.plane.core.tokens
+                                            : queue == "loading" ? self.plane.core.loading
+                                                                 : self.plane.core.control;
+             return from.pop(seconds_of(timeout));
+           },
+           "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("closed", [](Plane& self) { return self.plane.core.control.closed(); })
+      .def("attend_tokens", &attend_tokens, "request"_a, "model"_a, "variant"_a, "source"_a,
+           "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
+      .def("requests",
+           [](Plane& self) {
+             std::vector<std::tuple<std::string, std::string, std::uint64_t>> rows;
+             for (const auto& [key, count] : self.plane.core.statistics.requests()) {
+               rows.emplace_back(key.first, std::string(name_of(key.second)), count);
+             }
+             return rows;
+           })
+      .def("count_request",
+           [](Plane& self, const std::string& method, int code) {
+             self.plane.core.statistics.count(method, static_cast<Code>(code));
+           })
+      .def("variants",
+           [](Plane& self) {
+             nb::list rows;
+             for (const auto& [key, counts] : self.plane.core.statistics.variants()) {
+               rows.append(nb::make_tuple(
+                   key.first, key.second, histogram_of(counts.deserialize),
+                   histogram_of(counts.queue), histogram_of(counts.compute),
+                   histogram_of(counts.batches), counts.sequences));
+             }
+             return rows;
+           })
+      .def("infer_counts", &infer_counts, "model"_a, "version"_a)
+      .def("count_inference",
+           [](Plane& self, const std::string& model, std::int64_t version, std::int64_t sequences,
+              double arrived, double validated, double started, double ended,
+              std::int64_t together, bool leads) {
+             const services::Spans spans{time_of(arrived), time_of(validated), time_of(started),
+                                         time_of(ended),   together,           leads};
+             self.plane.core.statistics.inferred(model, version, spans, sequences, Clock::now());
+           })
+      .def("count_failed_inference",
+           [](Plane& self, const std::string& model, std::int64_t version, double arrived) {
+             self.plane.core.statistics.infer_failed(model, version,
+                                                     Clock::now() - time_of(arrived));
+           })
+      .def("gauges",
+           [](Plane& self) {
+             services::Core& core = self.plane.core;
+             return std::map<std::string, double>{
+                 {"waiting", static_cast<double>(core.scheduler.waiting())},
+                 {"inside", static_cast<double>(core.admission.inside())},
+                 {"arriving", static_cast<double>(core.admission.arriving())},
+                 {"bytes_in_flight", static_cast<double>(core.budget.lent())},
+                 {"stored_bytes", static_cast<double>(core.stored.bytes())},
+                 {"shared_bytes", static_cast<double>(core.regions.mapped_bytes())},
+                 {"connections", static_cast<double>(self.plane.connections())},
+             };
+           })
+      .def("add_region",
+           [](Plane& self, const std::string& name, const std::string& key, std::uint64_t offset,
+              std::uint64_t byte_size, const std::string& peer) {
+             self.plane.core.regions.add(name, key, offset, byte_size, sessions::owner_of(peer));
+           },
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("remove_region",
+           [](Plane& self, const std::string& name, const std::string& peer) {
+             self.plane.core.regions.remove(name, sessions::owner_of(peer));
+           })
+      .def("remove_regions",
+           [](Plane& self, const std::string& peer) {
+             self.plane.core.regions.remove_all(sessions::owner_of(peer));
+           })
+      .def("regions", [](Plane& self, const std::string& name, const std::string& peer) {
+        std::vector<std::tuple<std::string, std::string, std::uint64_t, std::uint64_t>> rows;
+        for (const sessions::RegionStatus& region :
+             self.plane.core.regions.status(name, sessions::owner_of(peer))) {
+          rows.emplace_back(region.name, region.key, region.offset, region.byte_size);
+        }
+        return rows;
+      });
+}
+
+}  // namespace
+}  // namespace attnserve::python
+
+NB_MODULE(_core, module) {
+  using namespace attnserve;
+  module.doc() = "The data plane of attnserve; attnserve_dataplane says more.";
+  module.attr("SECONDS_BUCKETS") =
+      nb::cast(std::vector<double>(services::kSecondsBuckets.begin(), services::kSecondsBuckets.end()));
+  module.attr("BATCH_BUCKETS") =
+      nb::cast(std::vector<double>(services::kBatchBuckets.begin(), services::kBatchBuckets.end()));
+
+  // Raised for a request that cannot be answered: args are (code, message, retry_after in seconds).
+  static nb::object request_error = nb::exception<RequestError>(module, "RequestError");
+  nb::register_exception_translator(
+      [](const std::exception_ptr& error, void*) {
+        try {
+          std::rethrow_exception(error);
+        } catch (const RequestError& refused) {
+          const Status& status = refused.status();
+          const nb::tuple arguments =
+              nb::make_tuple(static_cast<int>(status.code), status.message,
+                             static_cast<double>(status.retry_after.count()) * 1e-6);
+          PyErr_SetObject(request_error.ptr(), arguments.ptr());
+        }
+      },
+      nullptr);
+
+  python::bind_models(module);
+  python::bind_requests(module);
+  python::bind_plane(module);
+  module.def("collect_logs", [] {
+    set_log_sink([](const LogRecord& record) { python::log_queue().add(record); });
+  }, "From now on events go to next_log instead of standard error.");
+  module.def("next_log", [](double timeout) {
+    using Event = std::tuple<std::string, std::string, std::vector<std::pair<std::string, std::string>>>;
+    std::optional<python::LogEvent> event;
+    {
+      const nb::gil_scoped_release released;
+      event = python::log_queue().next(python::seconds_of(timeout));
+    }
+    std::optional<Event> result;
+    if (event) result = Event{std::string(name_of(event->level)), event->event, event->fields};
+    return result;
+  }, "timeout"_a);
+}
