@@ -1,10 +1,12 @@
-// The hot messages of attnserve.v1 (proto/attnserve/v1/attention.proto), decoded in place: texts and
-// elements are views into the message they were read from, which must outlive what is decoded here.
+// The hot messages of attnserve.v1 (proto/attnserve/v1/attention.proto), decoded in place: texts
+// and elements are views into the message they were read from, which must outlive what is decoded
+// here.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -35,16 +37,28 @@ struct TensorMessage {
 
 // The tensors of AttendRequest, in the order of their field numbers (4 to 10).
 enum class Input : std::uint8_t {
-  kQuery, kKey, kValue, kHiddenStates, kContext, kKeyLengths, kBias
+  kQuery,
+  kKey,
+  kValue,
+  kHiddenStates,
+  kContext,
+  kKeyLengths,
+  kBias
 };
 constexpr std::size_t kInputs = 7;
-std::string_view name_of(Input input);              // "query"
-std::uint32_t field_of(Input input);                // 4
+std::string_view name_of(Input input);  // "query"
+std::uint32_t field_of(Input input);    // 4
 std::optional<Input> input_of_field(std::uint64_t field);
 
 // The tensors of AttendResponse, in the order of their field numbers (4 to 10).
 enum class Output : std::uint8_t {
-  kOutput, kWeights, kEntropy, kTopKIndices, kTopKWeights, kMassPerKey, kMassByDistance
+  kOutput,
+  kWeights,
+  kEntropy,
+  kTopKIndices,
+  kTopKWeights,
+  kMassPerKey,
+  kMassByDistance
 };
 constexpr std::size_t kOutputs = 7;
 std::string_view name_of(Output output);
@@ -73,14 +87,18 @@ struct AttendRequest {
 // How long what may be of a message before it is refused as a whole: unknown fields and repeated
 // small ones cost time and memory beyond their bytes.
 struct DecodeLimits {
-  std::size_t max_fields = 4096;  // of one message, nested ones included, elements of packed
-                                  // fields not; padding does not count
+  // Of one message, nested ones and each dimension of a shape included; padding and the elements of
+  // InferTensorContents do not count.
+  std::size_t max_fields = 4096;
 };
 
 // All decode functions throw RequestError INVALID_ARGUMENT, "message: given bytes that are not the
-// request of METHOD (REASON); allowed: the message that its .proto file describes", for what protobuf
-// would refuse too (invalid UTF-8 in a string included) and for messages beyond DecodeLimits.
+// request of METHOD (REASON); allowed: the message that its .proto file describes", for what
+// protobuf would refuse too (invalid UTF-8 in a string included) and for messages beyond
+// DecodeLimits.
 AttendRequest decode_attend(ByteSpan message, std::string_view method);
+// The model's name alone; never throws, empty if it cannot be told.
+std::string_view peek_model(ByteSpan message);
 
 struct TensorChunk {
   std::uint64_t tensor = 0;
@@ -90,15 +108,15 @@ struct TensorChunk {
 
 struct AttendStreamRequest {
   std::uint64_t request_id = 0;
-  std::uint64_t timeout = 0;                 // microseconds; 0: none
-  std::optional<AttendRequest> request;      // at most one of these two
+  std::uint64_t timeout = 0;             // microseconds; 0: none
+  std::optional<AttendRequest> request;  // at most one of these two
   std::optional<TensorChunk> chunk;
 };
 AttendStreamRequest decode_attend_stream(ByteSpan message);
 
 struct PutTensorRequest {
-  std::optional<TensorMessage> header;       // at most one of these two
-  std::uint64_t lease = 0;                   // microseconds, of the header
+  std::optional<TensorMessage> header;  // at most one of these two
+  std::uint64_t lease = 0;              // microseconds, of the header
   std::optional<TensorChunk> chunk;
 };
 PutTensorRequest decode_put_tensor(ByteSpan message);
@@ -108,13 +126,13 @@ struct RenewTensorRequest {
   std::uint64_t lease = 0;
 };
 RenewTensorRequest decode_renew_tensor(ByteSpan message);
-std::string_view decode_drop_tensor(ByteSpan message);                 // the handle
+std::string_view decode_drop_tensor(ByteSpan message);  // the handle
 struct RegisterSharedMemoryRequest {
   std::string_view key;
   std::uint64_t byte_size = 0;
 };
 RegisterSharedMemoryRequest decode_register_shared_memory(ByteSpan message);
-std::string_view decode_unregister_shared_memory(ByteSpan message);    // the name
+std::string_view decode_unregister_shared_memory(ByteSpan message);  // the name
 
 // Microseconds; see `Timings` in attention.proto.
 struct Timings {
@@ -131,8 +149,9 @@ struct ResultSpec {
 };
 
 // An AttendResponse that holds its tensors, laid out before they are computed: `bytes` is the whole
-// message, `places[i]` where the elements of results[i] go (multiples of kAlignment). `finish` writes
-// the timings into the room left for them. With `stream_id` it is an AttendStreamResponse around it.
+// message, `places[i]` where the elements of results[i] go (multiples of kAlignment from its start,
+// in the stream's message too). `finish` writes the timings into the room left for them. With
+// `stream_id` it is an AttendStreamResponse around it.
 class AttendAnswer {
  public:
   AttendAnswer(std::string_view model, std::string_view version, std::string_view variant,
@@ -144,7 +163,7 @@ class AttendAnswer {
 
  private:
   Bytes bytes_;
-  std::size_t tail_ = 0;  // where the timings go, kTimingsRoom bytes
+  std::size_t tail_ = 0;  // where in bytes_ the timings go
 };
 
 // An AttendResponse without elements: where each tensor lies in shared memory, or that its chunks
@@ -159,9 +178,12 @@ Bytes encode_attend_response(std::string_view model, std::string_view version,
                              const Timings& timings,
                              std::optional<std::uint64_t> stream_id = std::nullopt);
 
-// The head of an AttendStreamResponse that holds a chunk; its `size` elements come right after.
+// The head of an AttendStreamResponse that holds a chunk; its `size` bytes of elements come right
+// after. It takes a multiple of kAlignment bytes: so does a buffer for both keep the elements
+// aligned.
 Bytes encode_chunk_head(std::uint64_t request_id, Output output, std::uint64_t offset,
                         std::size_t size);
+// Whatever of the status' message is not UTF-8 is replaced: callers could not read the answer.
 Bytes encode_stream_error(std::uint64_t request_id, const Status& status);
 Bytes encode_stored_tensor(std::string_view handle, std::uint64_t lease_microseconds,
                            std::uint64_t byte_size);

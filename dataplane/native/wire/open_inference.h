@@ -1,9 +1,11 @@
-// ModelInfer and ModelStreamInfer of the Open Inference Protocol (proto/inference/open_inference.proto),
-// decoded in place: views into the message, which must outlive them. And grpc.health.v1.
+// ModelInfer and ModelStreamInfer of the Open Inference Protocol
+// (proto/inference/open_inference.proto), decoded in place: views into the message, which must
+// outlive them. And grpc.health.v1.
 #pragma once
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -22,14 +24,16 @@ using ParameterValue =
 // A map field: in order of first appearance, the last value of a name holds.
 using Parameters = std::vector<std::pair<std::string_view, ParameterValue>>;
 
-// InferTensorContents, its packed or unpacked fields gathered. Which fields were set, by their names
-// in the .proto ("fp32_contents"), in the order of their numbers.
+// InferTensorContents, its packed or unpacked fields gathered.
 struct Contents {
+  // Which fields were set, by their names in the .proto ("fp32_contents"), in the order of their
+  // numbers.
   std::vector<std::string_view> fields;
-  Bytes elements;            // of the one field that holds them, as little-endian elements of
-  DataType dtype = DataType::kUnspecified;  // this type; kUnspecified if fields.size() != 1 or the
-                                            // field is none that attnserve has a type for
-  std::size_t count = 0;
+  // What the field holds, if it is the only one and attnserve has a type for it; else kUnspecified,
+  // and the elements are left out.
+  DataType dtype = DataType::kUnspecified;
+  std::size_t count = 0;  // elements
+  Bytes elements;         // little-endian
 };
 
 struct InferInput {
@@ -52,9 +56,12 @@ struct InferRequest {
   std::vector<ByteSpan> raw_input_contents;
 };
 
-// Throws RequestError INVALID_ARGUMENT as the functions of wire/attention.h do.
-InferRequest decode_infer(ByteSpan message, std::string_view method);
-// The model's name alone, for routing; never throws, empty if it cannot be told.
+// Throws RequestError INVALID_ARGUMENT as the functions of wire/attention.h do. Elements of
+// `contents` take up to eight times the memory that they take in the message: `budget` is charged
+// for it, by the lease of their Bytes, before it is taken (RESOURCE_EXHAUSTED). nullptr: nobody is
+// charged.
+InferRequest decode_infer(ByteSpan message, std::string_view method, ByteBudget* budget = nullptr);
+// The model's name alone; never throws, empty if it cannot be told.
 std::string_view peek_model_name(ByteSpan message);
 
 // One output of an answer. `byte_size` elements follow raw, unless they lie in shared memory.
@@ -62,19 +69,19 @@ struct InferResult {
   std::string_view name, datatype;
   Shape shape;
   std::size_t byte_size = 0;
-  Parameters parameters;   // of an output in shared memory
-  bool shared = false;     // raw_output_contents gets an empty entry in its place
+  Parameters parameters;  // of an output in shared memory
+  bool shared = false;    // raw_output_contents gets an empty entry in its place
 };
 
 // A ModelInferResponse laid out before its elements are computed; `places[i]` is where those of
-// results[i] go, kAlignment-aligned where the message bears it (an unknown field 1000 of bytes may
-// be added as padding only if tritonclient and KServe's client ignore it; else unaligned results are
-// computed elsewhere and copied: `aligned` says). With `stream` it is a ModelStreamInferResponse, and
-// the parameter triton_final_response is set.
+// results[i] go, at multiples of kAlignment from the message's start: a `bytes` field of number
+// 1000, which the protocol does not have and clients skip, pads it. `parameters` are the answer's
+// own. With `stream` it is a ModelStreamInferResponse, and the parameter triton_final_response is
+// set, too.
 class InferAnswer {
  public:
   InferAnswer(std::string_view model_name, std::string_view model_version, std::string_view id,
-              std::span<const InferResult> results, bool stream);
+              std::span<const InferResult> results, bool stream, const Parameters& parameters = {});
   std::vector<std::byte*> places;  // nullptr for shared ones
   Bytes finish() &&;
   Bytes& bytes() { return bytes_; }
@@ -84,7 +91,9 @@ class InferAnswer {
 };
 
 // A ModelStreamInferResponse with an error message; id and model_name say which request failed.
-Bytes encode_infer_error(std::string_view message, std::string_view id, std::string_view model_name);
+// What of the message is not UTF-8 is replaced.
+Bytes encode_infer_error(std::string_view message, std::string_view id,
+                         std::string_view model_name);
 
 // grpc.health.v1: the service asked for, and the answer (1 SERVING, 2 NOT_SERVING, 3 unknown).
 std::string_view decode_health_check(ByteSpan message);

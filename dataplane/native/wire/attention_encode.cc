@@ -1,0 +1,189 @@
+// Answers of attnserve.v1.
+#include <cstring>
+
+#include "wire/attention.h"
+#include "wire/fields.h"
+#include "wire/layout.h"
+
+namespace attnserve::wire {
+
+namespace {
+
+using protozero::pbf_writer;
+
+constexpr std::uint32_t kResponse = 2, kChunk = 3, kError = 4;       // of AttendStreamResponse
+constexpr std::uint32_t kResponsePadding = 14, kTimings = 15;        // of AttendResponse
+constexpr std::uint32_t kTensorData = 3, kShared = 4, kChunked = 5;  // of Tensor
+constexpr std::uint32_t kChunkData = 3, kChunkPadding = 4;           // of TensorChunk
+// Five numbers of at most eleven bytes each, what says how long they are, and padding.
+constexpr std::size_t kTimingsRoom = 64;
+
+void add_number(pbf_writer& writer, std::uint32_t number, std::uint64_t value) {
+  if (value != 0) writer.add_uint64(number, value);
+}
+
+void append_timings(std::string& to, const Timings& timings) {
+  std::string body;
+  pbf_writer writer(body);
+  add_number(writer, 1, timings.deserialize);
+  add_number(writer, 2, timings.queue);
+  add_number(writer, 3, timings.compute);
+  add_number(writer, 4, timings.serialize);
+  add_number(writer, 5, timings.batch_size);
+  pbf_writer(to).add_message(kTimings, body);
+}
+
+void append_names(std::string& to, std::string_view model, std::string_view version,
+                  std::string_view variant) {
+  pbf_writer writer(to);
+  add_text(writer, 1, model);
+  add_text(writer, 2, version);
+  add_text(writer, 3, variant);
+}
+
+// A Tensor without its content.
+std::string header_of(const ResultSpec& result) {
+  std::string header;
+  pbf_writer writer(header);
+  if (result.dtype != DataType::kUnspecified) {
+    writer.add_enum(1, static_cast<std::int32_t>(result.dtype));
+  }
+  const auto sizes = result.shape.sizes();
+  writer.add_packed_int64(2, sizes.begin(), sizes.end());
+  return header;
+}
+
+// A request_id as the beginning of an AttendStreamResponse.
+std::string stream_head(std::uint64_t request_id) {
+  std::string head;
+  pbf_writer writer(head);
+  add_number(writer, 1, request_id);
+  return head;
+}
+
+std::size_t bytes_of_elements(std::span<const ResultSpec> results) {
+  std::size_t size = 0;
+  for (const ResultSpec& result : results) size += result.byte_size;
+  return size;
+}
+
+Bytes stream_message(std::uint64_t request_id, std::uint32_t number, const std::string& body) {
+  std::string message = stream_head(request_id);
+  pbf_writer(message).add_message(number, body);
+  return bytes_of(message);
+}
+
+}  // namespace
+
+AttendAnswer::AttendAnswer(std::string_view model, std::string_view version,
+                           std::string_view variant, std::span<const ResultSpec> results,
+                           std::optional<std::uint64_t> stream_id) {
+  const auto lay_out = [&](std::size_t before) {
+    Frame frame(kResponsePadding, before);
+    append_names(frame.text(), model, version, variant);
+    for (const ResultSpec& result : results) {
+      const std::string header = header_of(result);
+      const std::size_t content = length_bytes(kTensorData, result.byte_size) + result.byte_size;
+      std::string head;
+      append_length(head, field_of(result.output), header.size() + content);
+      head += header;
+      append_length(head, kTensorData, result.byte_size);
+      frame.add_room(head, result.byte_size);
+    }
+    tail_ = frame.size();
+    frame.text().append(kTimingsRoom, '\0');
+    return frame;
+  };
+  const Frame frame =
+      stream_id ? enclose(stream_head(*stream_id), kResponse, bytes_of_elements(results), lay_out)
+                : lay_out(0);
+  bytes_ = frame.write(places);
+}
+
+Bytes AttendAnswer::finish(const Timings& timings) && {
+  std::string tail;
+  append_timings(tail, timings);
+  append_padding(tail, kResponsePadding, kTimingsRoom - tail.size());
+  std::memcpy(bytes_.data() + tail_, tail.data(), tail.size());
+  return std::move(bytes_);
+}
+
+Bytes encode_attend_response(std::string_view model, std::string_view version,
+                             std::string_view variant, std::span<const ResultSpec> results,
+                             std::span<const SharedPlace> places, const Timings& timings,
+                             std::optional<std::uint64_t> stream_id) {
+  std::string response;
+  append_names(response, model, version, variant);
+  for (std::size_t index = 0; index < results.size(); ++index) {
+    const ResultSpec& result = results[index];
+    std::string tensor = header_of(result);
+    std::string content;
+    pbf_writer writer(content);
+    if (places.empty()) {
+      add_number(writer, 1, result.byte_size);
+    } else {
+      add_text(writer, 1, places[index].region);
+      add_number(writer, 2, places[index].offset);
+      add_number(writer, 3, result.byte_size);
+    }
+    pbf_writer(tensor).add_message(places.empty() ? kChunked : kShared, content);
+    pbf_writer(response).add_message(field_of(result.output), tensor);
+  }
+  append_timings(response, timings);
+  return stream_id ? stream_message(*stream_id, kResponse, response) : bytes_of(response);
+}
+
+Bytes encode_chunk_head(std::uint64_t request_id, Output output, std::uint64_t offset,
+                        std::size_t size) {
+  const std::string head = stream_head(request_id);
+  std::string start;
+  pbf_writer writer(start);
+  add_number(writer, 1, field_of(output));
+  add_number(writer, 2, offset);
+  const std::size_t end = length_bytes(kChunkData, size);
+  for (std::size_t width = varint_bytes(size);; ++width) {
+    const std::size_t before = head.size() + tag_bytes(kChunk) + width;
+    std::size_t padding = padding_of(before + start.size() + end, kChunkPadding);
+    const auto inside = [&] { return start.size() + padding + end + size; };
+    if (varint_bytes(inside()) > width) continue;
+    // With one byte more before it, it may need less padding, and then one byte less for its
+    // length.
+    while (varint_bytes(inside()) < width) padding += kAlignment;
+    std::string message = head;
+    append_length(message, kChunk, inside());
+    message += start;
+    if (padding != 0) append_padding(message, kChunkPadding, padding);
+    append_length(message, kChunkData, size);
+    return bytes_of(message);
+  }
+}
+
+Bytes encode_stream_error(std::uint64_t request_id, const Status& status) {
+  std::string error;
+  pbf_writer writer(error);
+  if (status.code != Code::kOk) writer.add_int32(1, static_cast<std::int32_t>(status.code));
+  add_text(writer, 2, as_utf8(status.message));
+  add_number(writer, 3, static_cast<std::uint64_t>(status.retry_after.count()));
+  return stream_message(request_id, kError, error);
+}
+
+Bytes encode_stored_tensor(std::string_view handle, std::uint64_t lease_microseconds,
+                           std::uint64_t byte_size) {
+  std::string message;
+  pbf_writer writer(message);
+  add_text(writer, 1, handle);
+  add_number(writer, 2, lease_microseconds);
+  add_number(writer, 3, byte_size);
+  return bytes_of(message);
+}
+
+Bytes encode_register_shared_memory(std::string_view name) {
+  std::string message;
+  pbf_writer writer(message);
+  add_text(writer, 1, name);
+  return bytes_of(message);
+}
+
+Bytes encode_empty() { return {}; }
+
+}  // namespace attnserve::wire
