@@ -14,7 +14,7 @@ AttnserveError
 └── InternalError             a fault in the server
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class AttnserveError(Exception):
-    """A call failed.
+    """A call failed. It can be copied and pickled, so that worker processes may raise it.
 
     Attributes:
         code: the gRPC status.
@@ -47,6 +47,16 @@ class AttnserveError(Exception):
         self.method = method
         self.retry_after = retry_after
         super().__init__(f"{self.code.name} from {method}: {message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is copied by calling its class with `args`, which this one does not take.
+        return _copied, (type(self), self.args), self.__dict__
+
+
+def _copied(kind: type[AttnserveError], args: tuple[Any, ...]) -> AttnserveError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class CancelledError(AttnserveError):
