@@ -91,7 +91,7 @@ def _message(target: Target) -> tuple[Call, Close]:
         for array in tensors(target.seq_len)
     )
     request = pb.AttendRequest(model=target.model, query=q, key=k, value=v).SerializeToString()
-    connection = grpc.aio.insecure_channel(target.address, options=channel.CHANNEL_OPTIONS)
+    connection = grpc.aio.insecure_channel(target.address, options=channel.options(target.address))
     attend = connection.unary_unary(channel.method_path("Attend"), None, None)
     return lambda: attend(request, timeout=TIMEOUT), lambda: connection.close(None)
 

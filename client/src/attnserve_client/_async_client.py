@@ -31,7 +31,7 @@ class AsyncAttentionClient:
         credentials: grpc.ChannelCredentials | None = None,
         stream_threshold_bytes: int = _channel.STREAM_THRESHOLD_BYTES,
     ) -> None:
-        options = _channel.CHANNEL_OPTIONS
+        options = _channel.options(target)
         self._channel = (
             grpc.aio.secure_channel(target, credentials, options=options)
             if credentials

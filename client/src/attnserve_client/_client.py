@@ -37,6 +37,9 @@ class AttentionClient:
             which must be on this host and run as this user. Arrays that `shared_empty` or `shared`
             made are not copied. A result's arrays take up shared memory as long as they live.
         shared_memory_bytes: how much to share, at most; pages are taken as they are used.
+
+    The proxy that the environment names, as grpc reads it (`http_proxy`, `no_proxy`), is used for
+    every target but those on this host's loopback and Unix sockets.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class AttentionClient:
         shared_memory: bool = False,
         shared_memory_bytes: int = _channel.SHARED_MEMORY_BYTES,
     ) -> None:
-        options = _channel.CHANNEL_OPTIONS
+        options = _channel.options(target)
         self._channel = (
             grpc.secure_channel(target, credentials, options=options)
             if credentials
