@@ -35,6 +35,10 @@ struct Problem {
   std::int64_t right;  // keys after it; negative: all
   bool bottom_right;   // query i is at position key_length - query_len + i instead of i
 
+  // Null, or what ends the computation early once it is true: looked at from tile to tile. What
+  // comes out then is incomplete.
+  const std::atomic<bool>* stop;
+
   // Outputs of a diagnosis; each may be null. All are float32 but the indices.
   float* entropy;              // [batch, num_heads, query_len], in nats
   float* mass_per_key;         // [batch, num_heads, key_len]
@@ -44,6 +48,10 @@ struct Problem {
   float* top_weights;          // likewise
   std::int64_t top_k;
 };
+
+inline bool stopped(const Problem& problem) {
+  return problem.stop != nullptr && problem.stop->load(std::memory_order_relaxed);
+}
 
 // How many pieces of work a problem is cut into; each may be done by any thread, once.
 std::int64_t attention_tasks(const Problem& problem);

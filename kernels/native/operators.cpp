@@ -26,6 +26,24 @@ namespace {
 using attnserve::Element;
 using attnserve::Problem;
 
+// What stops the computations that begin on this thread: see attnserve_set_stop_flag.
+thread_local const std::atomic<bool>* stop_flag = nullptr;
+
+// Multiplications that are worth another thread: waking one takes about 7 us, and what it then does
+// should take longer. Double, since sizes multiplied may be more than an integer holds.
+constexpr double kWorthThread = 1.5e6;
+
+double attention_work(const Problem& p) {
+  const double keys = static_cast<double>(p.batch) * p.key_len * (p.head_dim + p.value_head_dim);
+  // Reading a key and its value takes about as long as multiplying them eight times.
+  return keys * (static_cast<double>(p.num_heads) * p.query_len + 8.0 * p.num_kv_heads);
+}
+
+double diagnosis_work(const Problem& p) {
+  const double pairs = static_cast<double>(p.batch) * p.num_heads * p.query_len * p.key_len;
+  return pairs * (2.0 * p.head_dim + 100.0);  // scores twice, and what is gathered from each
+}
+
 // Carries a status out of nested calls.
 struct Failure {
   ort::Status* status;
@@ -95,8 +113,11 @@ class Context {
   }
 
   // Run `kernel` on every task, on ONNX Runtime's own threads. Threads take tasks one by one, since
-  // some are much longer than others.
-  void run(attnserve::Kernel kernel, const Problem& problem, std::int64_t tasks) const {
+  // some are much longer than others. `multiplications`: of all tasks, about.
+  void run(attnserve::Kernel kernel, const Problem& problem, std::int64_t tasks,
+           double multiplications) const {
+    // Asked once: the answer is read from files.
+    static const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
     struct Shared {
       attnserve::Kernel kernel;
       const Problem& problem;
@@ -107,20 +128,26 @@ class Context {
     const auto work = [](void* data, std::size_t) {
       auto& all = *static_cast<Shared*>(data);
       try {
-        for (std::int64_t task; (task = all.next.fetch_add(1)) < all.tasks;)
+        for (std::int64_t task; (task = all.next.fetch_add(1)) < all.tasks;) {
+          if (attnserve::stopped(all.problem)) return;
           all.kernel(all.problem, task);
+        }
       } catch (...) {  // out of memory; nothing may pass through ONNX Runtime's threads
         all.failed = true;
       }
     };
+    const std::int64_t most = std::min(tasks, cores);
+    const double worth = 1.0 + multiplications / kWorthThread;
     const std::int64_t workers =
-        std::min<std::int64_t>(tasks, std::max(1u, std::thread::hardware_concurrency()));
+        worth < static_cast<double>(most) ? static_cast<std::int64_t>(worth) : most;
     if (workers <= 1) {
       work(&shared, 0);
     } else {
       check(node_.api.parallel_for(context_, work, static_cast<std::size_t>(workers), 0, &shared));
     }
     if (shared.failed) throw std::bad_alloc();
+    if (attnserve::stopped(problem))
+      throw Failure{node_.api.create_status(ort::kFail, "attnserve: stopped")};
   }
 
  private:
@@ -144,6 +171,7 @@ Problem problem_of(const Context& context, const Node& node, const Tensor& query
                   "attnserve: key: its heads must divide those of query");
   context.require(lengths.shape == std::vector<std::int64_t>{q[0]},
                   "attnserve: key_lengths: its shape must be [batch]");
+  p.stop = stop_flag;
   p.element = node.element;
   p.query = query.data;
   p.key = key.data;
@@ -202,7 +230,8 @@ void attention(const Context& context, const Node& node) {
   p.value = value.data;
   p.value_head_dim = v[3];
   p.output = context.output<void>(0, {p.batch, p.num_heads, p.query_len, p.value_head_dim});
-  context.run(attnserve::attention_kernel(), p, attnserve::attention_tasks(p));
+  context.run(attnserve::attention_kernel(), p, attnserve::attention_tasks(p),
+              attention_work(p));
 }
 
 void diagnostics(const Context& context, const Node& node) {
@@ -223,7 +252,8 @@ void diagnostics(const Context& context, const Node& node) {
   if (p.distances > 0) p.mass_by_distance = by_distance;
   p.top_indices = context.output<std::int64_t>(3, {p.batch, p.num_heads, p.query_len, p.top_k});
   p.top_weights = context.output<float>(4, {p.batch, p.num_heads, p.query_len, p.top_k});
-  context.run(attnserve::diagnosis_kernel(), p, attnserve::diagnosis_tasks(p));
+  context.run(attnserve::diagnosis_kernel(), p, attnserve::diagnosis_tasks(p),
+              diagnosis_work(p));
 }
 
 template <void (*Compute)(const Context&, const Node&)>
@@ -345,5 +375,10 @@ ATTNSERVE_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options,
   }
   return nullptr;
 }
+
+// Computations of these operators that begin on the calling thread from now on, whichever threads
+// they use, end early and fail once `flag` is true. Null: none does. The flag must live until they
+// have ended.
+ATTNSERVE_EXPORT void attnserve_set_stop_flag(const std::atomic<bool>* flag) { stop_flag = flag; }
 
 ATTNSERVE_EXPORT const char* attnserve_instruction_set() { return attnserve::instruction_set(); }

@@ -1,9 +1,11 @@
 """The operators against the float64 reference: every mask, dtype and instruction set."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -353,3 +355,28 @@ def test_without_a_compiler_it_installs_without_operators(tmp_path: Path) -> Non
     assert "installed without operators" in result.stderr
     assert (tmp_path / "built/attnserve_kernels/__init__.py").is_file()
     assert not list((tmp_path / "built").rglob("*.so"))
+
+
+@pytest.mark.parametrize("operator", ["Attention", "AttentionDiagnostics"])
+def test_a_stop_flag_ends_what_begins_on_its_thread(operator: str):
+    set_stop_flag = ctypes.CDLL(str(attnserve_kernels.library_path())).attnserve_set_stop_flag
+    set_stop_flag.argtypes = [ctypes.c_void_p]
+    rows = np.ones((1, 2, 50, 8), np.float32)
+    feeds = {"query": rows, "key": rows, "key_lengths": np.array([50])}
+    if operator == "Attention":
+        feeds["value"] = rows
+    else:
+        feeds |= {"top_k": np.array([1]), "distances": np.array([1])}
+    flag = ctypes.c_bool(False)
+    set_stop_flag(ctypes.addressof(flag))
+    try:
+        before = run(operator, "FP32", feeds, rows.shape)
+        flag.value = True
+        with pytest.raises(Exception, match="attnserve: stopped"):
+            run(operator, "FP32", feeds, rows.shape)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(run, operator, "FP32", feeds, rows.shape).result()
+    finally:
+        set_stop_flag(None)
+    for one, another in zip(before, run(operator, "FP32", feeds, rows.shape), strict=True):
+        np.testing.assert_array_equal(one, another)
