@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -16,14 +17,29 @@ namespace attnserve::engine {
 
 // Graph inputs of an attention; the first seven are numbered as wire::Input.
 enum class Feed : std::uint8_t {
-  kQuery, kKey, kValue, kHiddenStates, kContext, kKeyLengths, kBias, kSoftcap, kTopK, kDistances
+  kQuery,
+  kKey,
+  kValue,
+  kHiddenStates,
+  kContext,
+  kKeyLengths,
+  kBias,
+  kSoftcap,
+  kTopK,
+  kDistances
 };
 constexpr std::size_t kFeeds = 10;
-std::string_view name_of(Feed feed);   // "top_k"
+std::string_view name_of(Feed feed);  // "top_k"
 
 // Results of an attention, numbered as wire::Output.
 enum class Result : std::uint8_t {
-  kOutput, kWeights, kEntropy, kTopKIndices, kTopKWeights, kMassPerKey, kMassByDistance
+  kOutput,
+  kWeights,
+  kEntropy,
+  kTopKIndices,
+  kTopKWeights,
+  kMassPerKey,
+  kMassByDistance
 };
 constexpr std::size_t kResults = 7;
 std::string_view name_of(Result result);
@@ -45,12 +61,13 @@ struct Dims {
 // Equal for works that can run as one if both are joinable, and that take alike long a sequence.
 using BatchKey = std::array<std::uint64_t, 8>;
 
-// One attention: checked, complete, ready to run. Feeds and results are views; whoever made the work
-// keeps their memory until it has run. Results may be unaligned.
+// One attention: checked, complete, ready to run. Feeds and results are views; whoever made the
+// work keeps their memory until it has run. Results may be unaligned.
 struct AttendWork {
   ModelPtr model;
-  const Variant* variant = nullptr;    // gives output and weights or, if neither is wanted, the rest
-  const Variant* diagnosis = nullptr;  // gives what the weights say; nullptr: nothing, or from weights
+  const Variant* variant = nullptr;  // gives output and weights or, if neither is wanted, the rest
+  const Variant* diagnosis =
+      nullptr;  // gives what the weights say; nullptr: nothing, or from weights
   Wanted wanted;
   Dims dims;
   std::array<Tensor, kFeeds> feeds;      // data == nullptr: absent
@@ -71,8 +88,8 @@ BatchKey batch_key(const Model& model, const Variant& variant, const Variant* di
 // wants them. Throws as Session::run.
 void attend_together(std::span<AttendWork* const> works, Stop* stop);
 
-// Whether heads of a work can be computed by themselves, and the work of kv heads [first, last) with
-// what belongs to them of query and output: views into the whole work's tensors.
+// Whether heads of a work can be computed by themselves, and the work of kv heads [first, last)
+// with what belongs to them of query and output: views into the whole work's tensors.
 bool divisible(const AttendWork& work, std::size_t tensor_bytes);
 AttendWork part_of(const AttendWork& work, std::int64_t first, std::int64_t last);
 

@@ -33,18 +33,18 @@ struct ModelFacts {
   std::optional<std::int64_t> window, window_right;
   bool bottom_right = false;
   double scale = 1.0;
-  double softcap = 0.0;                       // 0: none
-  std::int64_t embed_dim = 0;                 // layer
-  std::optional<std::int64_t> context_dim;    // layer with cross-attention
-  std::int64_t pad_token_id = 0;              // transformer
-  std::int64_t hidden_size = 0;               // transformer
+  double softcap = 0.0;                     // 0: none
+  std::int64_t embed_dim = 0;               // layer
+  std::optional<std::int64_t> context_dim;  // layer with cross-attention
+  std::int64_t pad_token_id = 0;            // transformer
+  std::int64_t hidden_size = 0;             // transformer
 };
 
 struct VariantFacts {
   std::string name;
-  std::string path;         // of the ONNX file
-  bool quadratic = true;    // holds the scores of all queries and keys while it runs
-  bool native = false;      // needs the operators of attnserve-kernels
+  std::string path;       // of the ONNX file
+  bool quadratic = true;  // holds the scores of all queries and keys while it runs
+  bool native = false;    // needs the operators of attnserve-kernels
 };
 
 // Names of variants to prefer up to a length, best first; nullopt: any length.
@@ -71,7 +71,7 @@ class Model {
   std::vector<std::unique_ptr<Variant>> variants;  // at least one
   std::vector<Pick> picks;                         // for the provider in use
   bool on_cuda = false;
-  std::string version_text;                        // facts.version as text
+  std::string version_text;  // facts.version as text
 
   // The first variant that takes and gives these; nullptr: none.
   const Variant* find(std::span<const std::string_view> inputs,
@@ -93,8 +93,8 @@ std::shared_ptr<Model> load_model(std::shared_ptr<Runtime> runtime, ModelFacts f
 // All loaded models by name and version. Any thread.
 class ModelStore {
  public:
-  // An empty version is the highest. Throws RequestError NOT_FOUND or UNAVAILABLE (unloaded), in the
-  // words of server/src/attnserve_server/engine/models.py.
+  // An empty version is the highest. Throws RequestError NOT_FOUND or UNAVAILABLE (unloaded), in
+  // the words of server/src/attnserve_server/engine/models.py.
   ModelPtr get(std::string_view name, std::string_view version) const;
   // Have these versions of a model and no others; with none, it is unloaded.
   void put(const std::string& name, std::vector<ModelPtr> models);

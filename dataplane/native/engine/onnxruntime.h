@@ -1,5 +1,5 @@
-// ONNX Runtime as the engine holds it: the loaded library, its environment, and handles that release
-// what it makes. Private to engine/.
+// ONNX Runtime as the engine holds it: the loaded library, its environment, and handles that
+// release what it makes. Private to engine/.
 #pragma once
 
 #include <atomic>
@@ -13,7 +13,7 @@
 
 namespace attnserve::engine {
 
-// Something that ONNX Runtime made, released by it.
+// Something that ONNX Runtime made, released by it. `api` lives until the process ends.
 template <class T>
 struct Release {
   const ort::Interface* api;
@@ -22,6 +22,15 @@ struct Release {
 template <class T>
 using Handle = std::unique_ptr<T, Release<T>>;
 
+// What there is once per process of a library, made at its first use and never destroyed: values
+// and threads of ONNX Runtime's may live until the process ends.
+struct Environment {
+  const ort::ApiBase* base = nullptr;
+  ort::Interface api{nullptr};
+  ort::Env* env = nullptr;
+  ort::MemoryInfo* host = nullptr;  // says of memory that it is the host's
+};
+
 DataType data_type_of(ort::ElementType type);  // kUnspecified if attnserve has none for it
 ort::ElementType element_type_of(DataType dtype);
 
@@ -29,18 +38,18 @@ class OnnxRuntime final : public Runtime {
  public:
   OnnxRuntime(const std::string& library, const std::string& operators);
 
-  std::string version() const override { return version_; }
+  std::string version() const override { return environment_.base->get_version(); }
 
-  const ort::Interface& api() const { return api_; }
-  const ort::Env* env() const { return env_.get(); }
-  const ort::MemoryInfo* host() const { return host_.get(); }
+  const ort::Interface& api() const { return environment_.api; }
+  const ort::Env* env() const { return environment_.env; }
+  const ort::MemoryInfo* host() const { return environment_.host; }
 
   // What `create`, which takes a T** and returns a status, makes.
   template <class T, class Create>
   Handle<T> make(Create&& create) const {
     T* made = nullptr;
     check(create(&made));
-    return Handle<T>(made, Release<T>{&api_});
+    return Handle<T>(made, Release<T>{&api()});
   }
 
   // Throws std::runtime_error with the message of a status that is not a success, and releases it.
@@ -57,13 +66,7 @@ class OnnxRuntime final : public Runtime {
   }
 
  private:
-  explicit OnnxRuntime(const ort::ApiBase* base);
-
-  const ort::ApiBase* base_;
-  ort::Interface api_;
-  std::string version_;
-  Handle<ort::Env> env_;
-  Handle<ort::MemoryInfo> host_;
+  const Environment& environment_;
   ort::Status* (*register_operators_)(ort::SessionOptions*, const ort::ApiBase*) = nullptr;
   void (*set_stop_flag_)(const std::atomic<bool>*) = nullptr;
 };

@@ -30,12 +30,25 @@ struct ApiBase {
 constexpr std::uint32_t kApiVersion = 17;  // ONNX Runtime 1.17, which our operators need too
 
 enum ElementType : int {
-  kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9, kFloat16 = 10, kBFloat16 = 16
+  kFloat = 1,
+  kInt32 = 6,
+  kInt64 = 7,
+  kBool = 9,
+  kFloat16 = 10,
+  kBFloat16 = 16
 };
 enum Severity : int { kFatal = 4 };
 enum ExecutionMode : int { kSequential = 0 };
 enum AllocatorType : int { kDeviceAllocator = 0, kArenaAllocator = 1 };
 enum MemoryType : int { kCpuOutput = -1, kDefaultMemory = 0 };
+
+// An allocator of ours, as ONNX Runtime calls it; its layout up to what version 17 has.
+struct HostAllocator {
+  std::uint32_t version;
+  void* (*allocate)(HostAllocator*, std::size_t);
+  void (*free)(HostAllocator*, void*);
+  const MemoryInfo* (*info)(const HostAllocator*);
+};
 
 // Calls by position in the table.
 class Interface {
@@ -110,12 +123,12 @@ class Interface {
   Status* input_name(const Session* session, std::size_t index, Allocator* allocator,
                      char** out) const {
     return at<Status* (*)(const Session*, std::size_t, Allocator*, char**)>(36)(session, index,
-                                                                               allocator, out);
+                                                                                allocator, out);
   }
   Status* output_name(const Session* session, std::size_t index, Allocator* allocator,
                       char** out) const {
     return at<Status* (*)(const Session*, std::size_t, Allocator*, char**)>(37)(session, index,
-                                                                               allocator, out);
+                                                                                allocator, out);
   }
 
   Status* create_run_options(RunOptions** out) const {
@@ -168,7 +181,11 @@ class Interface {
   }
   Status* create_allocator(const Session* session, const MemoryInfo* where, Allocator** out) const {
     return at<Status* (*)(const Session*, const MemoryInfo*, Allocator**)>(131)(session, where,
-                                                                              out);
+                                                                                out);
+  }
+  // For sessions with session.use_env_allocators. The allocator must outlive the environment.
+  Status* register_allocator(Env* env, HostAllocator* allocator) const {
+    return at<Status* (*)(Env*, HostAllocator*)>(176)(env, allocator);
   }
 
   Status* create_cuda_options(CudaOptions** out) const {

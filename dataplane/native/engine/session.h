@@ -26,9 +26,9 @@ class Runtime {
 };
 
 struct SessionOptions {
-  bool cuda = false;          // CUDA first, then the CPU; else the CPU alone
-  int intra_op_threads = 1;   // CPU threads of one computation
-  bool spinning = false;      // whether those threads spin while idle
+  bool cuda = false;         // CUDA first, then the CPU; else the CPU alone
+  int intra_op_threads = 1;  // CPU threads of one computation
+  bool spinning = false;     // whether those threads spin while idle
 };
 
 struct Port {
@@ -42,7 +42,7 @@ struct Port {
 class Stop {
  public:
   virtual ~Stop() = default;
-  virtual void request() = 0;   // any thread, any number of times
+  virtual void request() = 0;  // any thread, any number of times
   virtual bool requested() const = 0;
 };
 
@@ -74,16 +74,20 @@ class Session {
   };
   struct Fetch {
     std::string_view name;
-    Tensor into;          // data == nullptr: the run makes the memory and `made` holds it afterwards
+    Tensor into;  // data == nullptr: the run makes the memory and `made` holds it afterwards
     OwnedTensor made;
   };
-  // Runs the graph. `feeds` may hold more than the graph takes; what it takes must be there, aligned
-  // to its element size. Outputs go where `into` points, which is of the right dtype and size and may
-  // be unaligned: then, and on CUDA, they are copied there. Throws RequestError: kResourceExhausted
-  // "memory: ..." when an allocation of ONNX Runtime's fails, kCancelled when stopped; and
-  // std::runtime_error with ONNX Runtime's message for all else.
+  // Runs the graph. `feeds` may hold more than the graph takes; what it takes must be there,
+  // aligned to its element size. Outputs go where `into` points, which is of the right dtype and
+  // size and may be unaligned: then, and on CUDA, they are copied there. Throws RequestError:
+  // kResourceExhausted "memory: ..." when an allocation of ONNX Runtime's fails, kCancelled when
+  // stopped; and std::runtime_error with ONNX Runtime's message for all else.
   virtual void run(std::span<const Feed> feeds, std::span<Fetch> fetches, Stop* stop) = 0;
   virtual std::unique_ptr<Stop> make_stop() = 0;
 };
+
+// Memory for set_bytes_source where sessions run on CUDA: pinned, so that the device reads and
+// writes it without a copy between. Throws std::runtime_error with ONNX Runtime's message.
+std::unique_ptr<BytesSource> pinned_memory(std::shared_ptr<Runtime> runtime);
 
 }  // namespace attnserve::engine

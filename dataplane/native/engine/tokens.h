@@ -24,10 +24,10 @@ struct TokensWork {
   ModelPtr model;
   const Variant* variant = nullptr;
   TokenSequences source;
-  TokenSequences target;              // empty unless the model is an encoder-decoder
-  std::vector<std::string> outputs;   // of the graph, wanted
-  // Filled by the run: for each output its rows of these sequences (graph outputs whose first axis is
-  // not the batch are whole), still padded to the batch's longest: padded_source, padded_target.
+  TokenSequences target;             // empty unless the model is an encoder-decoder
+  std::vector<std::string> outputs;  // of the graph, wanted
+  // Filled by the run: for each output its rows of these sequences (graph outputs whose first axis
+  // is not the batch are whole), still padded to the batch's longest: padded_source, padded_target.
   std::vector<OwnedTensor> results;
   std::int64_t padded_source = 0, padded_target = 0;
 };
