@@ -6,10 +6,12 @@ free again once its last array is gone. So nothing is copied that was made here.
 
 import bisect
 import math
+import os
 import threading
 import weakref
 from collections import deque
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,31 @@ from attnserve_client._results import Array
 # The server takes tensors at multiples of this.
 ALIGNMENT = 64
 
+# Where Linux keeps such objects as files; servers look for them nowhere else.
+_FOLDER = Path("/dev/shm")
+# Pages are claimed in steps, for small arrays do not need a system call each.
+_STEP_BYTES = 4 << 20
+
 
 class Arena:
     """Shared memory to make arrays in. Safe to share between threads.
 
+    The object has its full size from the start, but no pages. Those of an array are claimed before
+    the array is made: whoever writes to a page for which the system has no room, and that would be
+    the server with its answer, is ended by SIGBUS.
+
     Args:
-        byte_size: of the whole; pages are taken from the system as they are first written to.
+        byte_size: of the whole.
     """
 
     def __init__(self, byte_size: int) -> None:
         self._memory = SharedMemory(create=True, size=byte_size)
         self._address = np.asarray(self._memory.buf).ctypes.data
         self._size = byte_size
+        self._file = _open(self._memory.name)
+        if self._file is not None:
+            weakref.finalize(self, os.close, self._file).atexit = False
+        self._claimed = 0  # bytes from the start that have pages
         # Free pieces as (start, end), in order and apart from each other.
         self._free = [(0, byte_size)]
         # Pieces whose arrays are gone: appended by finalizers, which must not take the lock.
@@ -51,7 +66,7 @@ class Arena:
         """An array in shared memory, its elements undefined.
 
         Raises:
-            MemoryError: no piece of that size is free.
+            MemoryError: no piece of that size is free, or the system has no pages for it.
         """
         return np.asarray(self._piece(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
 
@@ -72,6 +87,7 @@ class Arena:
                 self._give_back(*self._returned.popleft())
             for index, (start, end) in enumerate(self._free):
                 if end - start >= taken:
+                    self._claim(start + taken, byte_size)
                     self._free[index : index + 1] = [(start + taken, end)] * (end - start > taken)
                     break
             else:
@@ -84,6 +100,27 @@ class Arena:
         finalizer.atexit = False
         return piece
 
+    def _claim(self, end: int, byte_size: int) -> None:
+        """Have the system set pages aside for all up to `end`."""
+        if self._file is None or end <= self._claimed:
+            return
+        step = min(self._size, -(-end // _STEP_BYTES) * _STEP_BYTES)
+        for upto in (step, end):  # where there is no room for a step, there may be for the array
+            try:
+                os.posix_fallocate(self._file, self._claimed, upto - self._claimed)
+            except OSError as error:
+                failure = error
+            else:
+                self._claimed = upto
+                return
+        room = os.statvfs(_FOLDER)
+        raise MemoryError(
+            f"shared memory: {byte_size} bytes asked, {end - self._claimed} more to claim, "
+            f"{room.f_bavail * room.f_frsize} free of {room.f_blocks * room.f_frsize} in {_FOLDER} "
+            f"({failure.strerror}); make {_FOLDER} larger (docker run --shm-size, or an emptyDir "
+            "of medium Memory), keep fewer results, or share no memory"
+        ) from failure
+
     def _give_back(self, start: int, end: int) -> None:
         at = bisect.bisect(self._free, (start, end))
         if at < len(self._free) and self._free[at][0] == end:
@@ -92,6 +129,14 @@ class Arena:
             at -= 1
             start = self._free.pop(at)[0]
         self._free.insert(at, (start, end))
+
+
+def _open(name: str) -> int | None:
+    """A file descriptor of an object; None where the system has no such files."""
+    try:
+        return os.open(_FOLDER / name, os.O_RDWR)
+    except FileNotFoundError:
+        return None
 
 
 class _Piece:
