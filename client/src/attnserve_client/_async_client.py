@@ -22,6 +22,8 @@ class AsyncAttentionClient:
         credentials: for TLS; None is a plaintext channel.
         stream_threshold_bytes: requests whose tensors, both ways, exceed this go over
             AttendStream in chunks.
+
+    Calls are repeated, and the environment's proxy is used, as by `AttentionClient`.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class AsyncAttentionClient:
             else grpc.aio.insecure_channel(target, options=options)
         )
         self._threshold = stream_threshold_bytes
+        self._retries = _retries.AsyncRetries()
         self._stub: pb_grpc.AttentionServiceAsyncStub = pb_grpc.AttentionServiceStub(self._channel)
         self._attend = self._channel.unary_unary(_channel.method_path("Attend"), None, None)
         self._attend_stream = self._channel.stream_stream(
@@ -58,6 +61,7 @@ class AsyncAttentionClient:
 
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
+        self._retries.close()
         await self._channel.close(None)
 
     async def attend(
@@ -110,13 +114,13 @@ class AsyncAttentionClient:
         )
         if call.request_bytes + call.response_bytes > self._threshold:
             return await self._attend_in_chunks(call, timeout)
-        answer = await _retries.call_async(
+        answer = await self._retries.call(
             "Attend", lambda left: self._attend(call.to_bytes(), timeout=left), timeout
         )
         return _messages.attend_result_from_bytes(answer)
 
     async def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
-        async def send(left: float | None) -> AttendResult | _errors.AttnserveError | None:
+        async def send(left: float | None) -> AttendResult:
             assembler = Assembler()
             finished = None
             messages = _each(call.to_stream(1, None, _channel.CHUNK_BYTES))
@@ -127,11 +131,10 @@ class AsyncAttentionClient:
                     finished = done[1]
                     if isinstance(finished, _errors.AttnserveError):
                         stream.cancel()  # what is left of the request need not be sent
-                        return finished
-            return finished
+                        break
+            return _errors.result_of(finished, "AttendStream")
 
-        finished = await _retries.call_async("AttendStream", send, timeout)
-        return _errors.result_of(finished, "AttendStream")
+        return await self._retries.call("AttendStream", send, timeout)
 
     async def put_tensor(
         self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
@@ -144,7 +147,7 @@ class AsyncAttentionClient:
             answer: bytes = await self._put_tensor(_each(messages), timeout=left)
             return answer
 
-        answer = await _retries.call_async("PutTensor", send, timeout)
+        answer = await self._retries.call("PutTensor", send, timeout)
         stored = pb.StoredTensor.FromString(answer)
         return _messages.stored_from(stored, elements.shape, elements.dtype)
 
@@ -153,14 +156,14 @@ class AsyncAttentionClient:
     ) -> StoredTensor:
         """Start a kept tensor's lease anew; as `AttentionClient.renew_tensor`."""
         request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
-        answer = await _retries.call_async(
+        answer = await self._retries.call(
             "RenewTensor", lambda left: self._stub.RenewTensor(request, timeout=left), timeout
         )
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
 
     async def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
         """Give a kept tensor up; as `AttentionClient.drop_tensor`."""
-        await _retries.call_async(
+        await self._retries.call(
             "DropTensor",
             lambda left: self._stub.DropTensor(
                 pb.DropTensorRequest(handle=tensor.handle), timeout=left
@@ -209,14 +212,14 @@ class AsyncAttentionClient:
             truncate=truncate,
         )
         return _messages.tokens_result(
-            await _retries.call_async(
+            await self._retries.call(
                 "AttendTokens", lambda left: self._stub.AttendTokens(request, timeout=left), timeout
             )
         )
 
     async def list_models(self, *, timeout: float | None = 10.0) -> list[Model]:
         """All models and versions, by name and version."""
-        answer = await _retries.call_async(
+        answer = await self._retries.call(
             "ListModels",
             lambda left: self._stub.ListModels(pb.ListModelsRequest(), timeout=left),
             timeout,
@@ -232,14 +235,14 @@ class AsyncAttentionClient:
             NotFoundError: no such model or version.
         """
         request = pb.GetModelRequest(name=name, version=str(version))
-        answer = await _retries.call_async(
+        answer = await self._retries.call(
             "GetModel", lambda left: self._stub.GetModel(request, timeout=left), timeout
         )
         return _messages.model_from(answer.model, answer.manifest_json)
 
     async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What the server is, what it runs on and what it accepts."""
-        answer = await _retries.call_async(
+        answer = await self._retries.call(
             "ServerInfo",
             lambda left: self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=left),
             timeout,

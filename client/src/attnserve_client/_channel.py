@@ -21,6 +21,10 @@ CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_send_message_length", _UNLIMITED),
     # See `_retries`. Without it, sending takes up to a third less time.
     ("grpc.enable_retries", 0),
+    # grpc waits from 1 s to 2 min between attempts to connect, during which every call fails at
+    # once: a server that was away for a minute would be found again only minutes later.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 
 _WITHOUT_PROXY: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]

@@ -24,6 +24,9 @@ from attnserve_client._results import (
 from attnserve_client._sharing import SharedCall, Sharing
 from attnserve_client._stream import AttendStream
 
+# That a server may take to map shared memory, for callers without a timeout.
+_REGISTER_SECONDS = 10.0
+
 
 class AttentionClient:
     """Calls an attnserve server. Safe to share between threads; close it, or use it in `with`.
@@ -36,7 +39,11 @@ class AttentionClient:
         shared_memory: put the tensors of `attend`, both ways, into memory shared with the server,
             which must be on this host and run as this user. Arrays that `shared_empty` or `shared`
             made are not copied. A result's arrays take up shared memory as long as they live.
-        shared_memory_bytes: how much to share, at most; pages are taken as they are used.
+        shared_memory_bytes: how much to share, at most; pages are claimed as arrays need them.
+
+    All calls but those of a stream are repeated, with growing pauses, while no server answers them
+    (UNAVAILABLE, CANCELLED by the server, a connection that breaks): until their `timeout`, or,
+    without one, for 30 s. So a server may be started anew beneath them.
 
     The proxy that the environment names, as grpc reads it (`http_proxy`, `no_proxy`), is used for
     every target but those on this host's loopback and Unix sockets.
@@ -58,6 +65,7 @@ class AttentionClient:
             else grpc.insecure_channel(target, options=options)
         )
         self._threshold = stream_threshold_bytes
+        self._retries = _retries.Retries()
         self._stub = pb_grpc.AttentionServiceStub(self._channel)
         # Raw bytes: the SDK places tensors in messages, and finds them there, without copies.
         self._attend = self._channel.unary_unary(_channel.method_path("Attend"), None, None)
@@ -83,6 +91,7 @@ class AttentionClient:
 
     def close(self) -> None:
         """Close the connection; calls under way are cancelled. Arrays live on."""
+        self._retries.close()
         if self._sharing is not None:
             self._sharing.close(self._unregister_shared_memory)
         self._channel.close()
@@ -191,52 +200,57 @@ class AttentionClient:
             mass_by_distance=mass_by_distance,
             priority=priority,
         )
-        if self._sharing is not None and (shared := self._sharing.call(call)) is not None:
-            return self._attend_shared(self._sharing, call, shared, timeout)
+        if self._sharing is not None and self._sharing.takes(call):
+            return self._attend_shared(self._sharing, call, timeout)
         if call.request_bytes + call.response_bytes > self._threshold:
             return self._attend_in_chunks(call, timeout)
-        answer = _retries.call(
+        answer = self._retries.call(
             "Attend", lambda left: self._attend(call.to_bytes(), timeout=left), timeout
         )
         return _messages.attend_result_from_bytes(answer)
 
     def _attend_shared(
-        self, sharing: Sharing, call: AttendCall, shared: SharedCall, timeout: float | None
+        self, sharing: Sharing, call: AttendCall, timeout: float | None
     ) -> AttendResult:
-        def send(left: float | None) -> bytes:
-            nonlocal shared
-            try:
-                answer: bytes = self._attend(shared.message, timeout=left)
-            except grpc.RpcError as error:
-                if not _errors.is_unknown_region(error):
-                    raise
-                # The server was started anew, or the memory given up: it is not mapped there.
-                sharing.forget(shared)
-                again = sharing.call(call)
-                assert again is not None
-                shared = again
-                answer = self._attend(shared.message, timeout=left)
-            return answer
+        shared: SharedCall | None = None  # where the request lies, from try to try
 
-        def send_or_give_up(left: float | None) -> bytes:
+        def send(left: float | None) -> tuple[SharedCall, bytes]:
+            nonlocal shared
+            if shared is None:
+                shared = sharing.call(call, left)
             try:
-                return send(left)
+                return shared, self._attend(shared.message, timeout=left)
             except BaseException as error:  # an interrupt leaves the server computing, too
-                if sharing.give_up(shared, error):
-                    old = pb.UnregisterSharedMemoryRequest(name=shared.region)
-                    self._stub.UnregisterSharedMemory.future(old, timeout=10.0)
+                if _errors.may_still_run(error):
+                    lost, shared = shared, None
+                    if sharing.give_up(lost, error):
+                        old = pb.UnregisterSharedMemoryRequest(name=lost.region)
+                        with contextlib.suppress(ValueError):  # this client has been closed
+                            self._stub.UnregisterSharedMemory.future(old, timeout=10.0)
                 raise
 
-        answer = _retries.call("Attend", send_or_give_up, timeout)
-        return sharing.result(shared, answer)
+        def send_again_if_forgotten(left: float | None) -> tuple[SharedCall, bytes]:
+            nonlocal shared
+            try:
+                return send(left)
+            except grpc.RpcError as error:
+                if shared is None or not _errors.is_unknown_region(error, shared.region):
+                    raise
+            # The server was started anew, or took this for another caller after a reconnect.
+            sharing.forget(shared)
+            shared = None
+            return send(left)
 
-    def _register_shared_memory(self, key: str, byte_size: int) -> str:
+        return sharing.result(*self._retries.call("Attend", send_again_if_forgotten, timeout))
+
+    def _register_shared_memory(self, key: str, byte_size: int, timeout: float | None) -> str:
         request = pb.RegisterSharedMemoryRequest(key=key, byte_size=byte_size)
-        answer = _retries.call(
-            "RegisterSharedMemory",
-            lambda left: self._stub.RegisterSharedMemory(request, timeout=left),
-            10.0,
-        )
+        try:
+            answer = self._stub.RegisterSharedMemory(
+                request, timeout=_REGISTER_SECONDS if timeout is None else timeout
+            )
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, "RegisterSharedMemory") from None
         return answer.name
 
     def _unregister_shared_memory(self, name: str) -> None:
@@ -245,7 +259,7 @@ class AttentionClient:
             self._stub.UnregisterSharedMemory(request, timeout=1.0)
 
     def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
-        def send(left: float | None) -> AttendResult | _errors.AttnserveError | None:
+        def send(left: float | None) -> AttendResult:
             assembler = Assembler()
             finished = None
             stream = self._attend_stream(
@@ -258,13 +272,15 @@ class AttentionClient:
                     if isinstance(finished, _errors.AttnserveError):
                         # What is left of the request need not be sent.
                         stream.cancel()  # type: ignore[no-untyped-call]
-                        return finished
-            return finished
+                        break
+            return _errors.result_of(finished, "AttendStream")
 
-        return _errors.result_of(_retries.call("AttendStream", send, timeout), "AttendStream")
+        return self._retries.call("AttendStream", send, timeout)
 
     def stream(self, *, timeout: float | None = None) -> AttendStream:
         """Open one stream for many requests in flight; use it in `with`.
+
+        Nothing is repeated: what fails, fails in its future.
 
         Args:
             timeout: seconds that the whole stream may last; None is unlimited.
@@ -294,7 +310,7 @@ class AttentionClient:
             answer: bytes = self._put_tensor(messages, timeout=left)
             return answer
 
-        answer = _retries.call("PutTensor", send, timeout)
+        answer = self._retries.call("PutTensor", send, timeout)
         stored = pb.StoredTensor.FromString(answer)
         return _messages.stored_from(stored, elements.shape, elements.dtype)
 
@@ -307,7 +323,7 @@ class AttentionClient:
             NotFoundError: the lease has run out.
         """
         request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
-        answer = _retries.call(
+        answer = self._retries.call(
             "RenewTensor", lambda left: self._stub.RenewTensor(request, timeout=left), timeout
         )
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
@@ -316,9 +332,9 @@ class AttentionClient:
         """Give a kept tensor up.
 
         Raises:
-            NotFoundError: the lease has run out.
+            NotFoundError: the lease has run out, or the server was started anew.
         """
-        _retries.call(
+        self._retries.call(
             "DropTensor",
             lambda left: self._stub.DropTensor(
                 pb.DropTensorRequest(handle=tensor.handle), timeout=left
@@ -397,14 +413,14 @@ class AttentionClient:
             truncate=truncate,
         )
         return _messages.tokens_result(
-            _retries.call(
+            self._retries.call(
                 "AttendTokens", lambda left: self._stub.AttendTokens(request, timeout=left), timeout
             )
         )
 
     def list_models(self, *, timeout: float | None = 10.0) -> list[Model]:
         """All models and versions, by name and version."""
-        answer = _retries.call(
+        answer = self._retries.call(
             "ListModels",
             lambda left: self._stub.ListModels(pb.ListModelsRequest(), timeout=left),
             timeout,
@@ -420,14 +436,14 @@ class AttentionClient:
             NotFoundError: no such model or version.
         """
         request = pb.GetModelRequest(name=name, version=str(version))
-        answer = _retries.call(
+        answer = self._retries.call(
             "GetModel", lambda left: self._stub.GetModel(request, timeout=left), timeout
         )
         return _messages.model_from(answer.model, answer.manifest_json)
 
     def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What the server is, what it runs on and what it accepts."""
-        answer = _retries.call(
+        answer = self._retries.call(
             "ServerInfo",
             lambda left: self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=left),
             timeout,

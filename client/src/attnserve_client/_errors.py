@@ -1,7 +1,7 @@
 """Exceptions, one to one with the gRPC statuses that the server answers with.
 
 AttnserveError
-├── CancelledError            the call was cancelled
+├── CancelledError            the call was cancelled (by the server: already retried)
 ├── InvalidArgumentError      the request is wrong in itself; the message names the field
 ├── DeadlineExceededError     no answer within `timeout`
 ├── NotFoundError             no such model, version, variant or kept tensor
@@ -9,7 +9,7 @@ AttnserveError
 ├── ResourceExhaustedError    over a limit, or the queue is full: the message says which
 ├── FailedPreconditionError   the model cannot do what is asked
 ├── UnimplementedError        this server does not have it
-├── UnavailableError          no server, it is draining or the model unloaded (already retried)
+├── UnavailableError          no server, it is draining (already retried), or model unloaded
 ├── UnauthenticatedError
 └── InternalError             a fault in the server
 """
@@ -126,6 +126,13 @@ class InternalError(AttnserveError):
 
 
 _BY_CODE = {error.code: error for error in AttnserveError.__subclasses__()}
+# grpc's words for a request that found no server.
+_NEVER_SENT = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+_MAY_STILL_RUN = {
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,
+}
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -150,6 +157,14 @@ def from_rpc_error(error: grpc.RpcError, method: str) -> AttnserveError:
     return from_status(code, details, method, _retry_after(error))
 
 
+def from_call(error: Exception, method: str) -> AttnserveError:
+    """The exception of what a call raised: grpc's, or one of these already."""
+    if isinstance(error, AttnserveError):
+        return error
+    assert isinstance(error, grpc.RpcError)
+    return from_rpc_error(error, method)
+
+
 def result_of(finished: T | AttnserveError | None, method: str) -> T:
     """What a stream ended with, if that is a result.
 
@@ -163,11 +178,32 @@ def result_of(finished: T | AttnserveError | None, method: str) -> T:
     return finished
 
 
-def is_unknown_region(error: grpc.RpcError) -> bool:
-    """Whether a call failed because the server does not know the memory shared with it."""
+def is_unknown_region(error: grpc.RpcError, name: str) -> bool:
+    """Whether a call failed because the server does not know the memory shared with it as `name`.
+
+    It forgets it with the connection over which it was registered, and when it is started anew.
+    """
     code = getattr(error, "code", lambda: None)()
     details = getattr(error, "details", lambda: None)() or ""
-    return code == grpc.StatusCode.NOT_FOUND and details.startswith("shared_memory region")
+    known_as = details.startswith("shared_memory region") or name in details
+    return code == grpc.StatusCode.NOT_FOUND and known_as
+
+
+def may_still_run(error: BaseException) -> bool:
+    """Whether the server may go on computing, and write its answer, after a call ended so."""
+    if not isinstance(error, grpc.RpcError):
+        return True
+    code = getattr(error, "code", lambda: None)()
+    details = getattr(error, "details", lambda: None)() or ""
+    if code == grpc.StatusCode.UNAVAILABLE:
+        # All else may be a connection that broke under a running request.
+        return not details.startswith(_NEVER_SENT)
+    return code in _MAY_STILL_RUN
+
+
+def is_unloaded_model(error: AttnserveError) -> bool:
+    """Whether a call failed because its model is unloaded: that lasts until somebody loads it."""
+    return error.code == grpc.StatusCode.UNAVAILABLE and error.message.startswith("model: ")
 
 
 def _retry_after(error: grpc.RpcError) -> float | None:

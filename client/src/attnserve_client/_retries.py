@@ -1,70 +1,126 @@
-"""Calls that are tried again while the server cannot be reached, or is draining.
+"""Calls that are tried again while no server is there to answer them.
 
 grpc's own retries (https://grpc.io/docs/guides/retry/) keep a copy of what was sent and give up
 above 256 KB of it, a small tensor; a request can be sent from its arrays again, whatever its size.
-As there: up to four tries, with exponential backoff, after UNAVAILABLE alone.
+
+Tried again is what met UNAVAILABLE (no server, a broken or reset connection, a server that drains)
+and CANCELLED (a server that ends its calls as it shuts down; nobody here cancelled: an awaiting
+task that is cancelled gets asyncio's own exception, and a client that is closed tries no more).
+Only calls that can be repeated safely come here: all but those of a stream.
 """
 
 import asyncio
 import random
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import grpc
 
 from attnserve_client import _errors
+from attnserve_client._errors import AttnserveError
 
 T = TypeVar("T")
 
-_TRIES = 4
-_FIRST_SECONDS, _MULTIPLIER, _JITTER = 0.1, 2.0, 0.2
+# How long a call without a timeout is tried again, seconds from its first failure.
+UNTIMED_SECONDS = 30.0
+
+_AGAIN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+# Between two tries, seconds: from the first to the longest. The jitter keeps callers that lost the
+# same server from coming back to it all at once.
+_FIRST_SECONDS, _MULTIPLIER, _LONGEST_SECONDS, _JITTER = 0.05, 2.0, 1.0, 0.25
 
 
-def call(method: str, function: Callable[[float | None], T], timeout: float | None) -> T:
-    """Call a method that can be repeated safely.
+class Retries:
+    """The tries of one client's calls. Safe to share between threads."""
 
-    Args:
-        method: its name, for messages.
-        function: calls it, given the seconds left (None: without end).
-        timeout: seconds for all tries together; None waits for ever.
+    def __init__(self) -> None:
+        self._closed = threading.Event()
 
-    Raises:
-        AttnserveError: the last try failed.
-    """
-    for left, delay in _tries(timeout):
-        try:
-            return function(left)
-        except grpc.RpcError as error:
-            if not _is_worth_another(error, left, delay):
-                raise _errors.from_rpc_error(error, method) from None
-        time.sleep(delay)
-    raise AssertionError("the last try returns or raises")
+    def close(self) -> None:
+        """Try no more: what fails from now on has failed, and who waits for a try stops waiting."""
+        self._closed.set()
 
+    def call(self, method: str, function: Callable[[float | None], T], timeout: float | None) -> T:
+        """Call a method that can be repeated safely, until it answers or the time is up.
 
-async def call_async(
-    method: str, function: Callable[[float | None], Awaitable[T]], timeout: float | None
-) -> T:
-    """As `call`, awaited."""
-    for left, delay in _tries(timeout):
-        try:
-            return await function(left)
-        except grpc.RpcError as error:
-            if not _is_worth_another(error, left, delay):
-                raise _errors.from_rpc_error(error, method) from None
-        await asyncio.sleep(delay)
-    raise AssertionError("the last try returns or raises")
+        Args:
+            method: its name, for messages.
+            function: calls it, given the seconds left (None: without end).
+            timeout: seconds for all tries together; None waits for an answer for ever, and for a
+                server that can be reached `UNTIMED_SECONDS`.
 
-
-def _tries(timeout: float | None) -> Iterator[tuple[float | None, float]]:
-    """Of each try: the seconds that are left, and those to wait before the next one; 0: none."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    for number in range(_TRIES):
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        delay = _FIRST_SECONDS * _MULTIPLIER**number * random.uniform(1 - _JITTER, 1 + _JITTER)
-        yield left, delay if number + 1 < _TRIES else 0.0
+        Raises:
+            AttnserveError: how the last try failed.
+        """
+        tries = _Tries(timeout)
+        while True:
+            try:
+                return function(tries.left())
+            except (grpc.RpcError, AttnserveError) as error:
+                failure = _errors.from_call(error, method)
+            delay = None if self._closed.is_set() else tries.delay(failure)
+            if delay is None:
+                raise failure
+            if self._closed.wait(delay):
+                raise _closed(method)
 
 
-def _is_worth_another(error: grpc.RpcError, left: float | None, delay: float) -> bool:
-    code = getattr(error, "code", lambda: None)()
-    return code == grpc.StatusCode.UNAVAILABLE and delay > 0 and (left is None or delay < left)
+class AsyncRetries:
+    """The tries of one asyncio client's calls: `Retries`, awaited."""
+
+    def __init__(self) -> None:
+        self._closed = asyncio.Event()
+
+    def close(self) -> None:
+        """As `Retries.close`."""
+        self._closed.set()
+
+    async def call(
+        self, method: str, function: Callable[[float | None], Awaitable[T]], timeout: float | None
+    ) -> T:
+        """As `Retries.call`."""
+        tries = _Tries(timeout)
+        while True:
+            try:
+                return await function(tries.left())
+            except (grpc.RpcError, AttnserveError) as error:
+                failure = _errors.from_call(error, method)
+            delay = None if self._closed.is_set() else tries.delay(failure)
+            if delay is None:
+                raise failure
+            try:
+                await asyncio.wait_for(self._closed.wait(), delay)
+            except TimeoutError:
+                continue
+            raise _closed(method)
+
+
+class _Tries:
+    """The clock of one call's tries."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._until = self._deadline
+        self._next = _FIRST_SECONDS
+
+    def left(self) -> float | None:
+        """Seconds that the next try may take; None: any."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def delay(self, failure: AttnserveError) -> float | None:
+        """Seconds to wait before the next try; None: there is none."""
+        if failure.code not in _AGAIN or _errors.is_unloaded_model(failure):
+            return None
+        now = time.monotonic()
+        if self._until is None:
+            self._until = now + UNTIMED_SECONDS
+        delay = self._next * random.uniform(1 - _JITTER, 1 + _JITTER)
+        delay = max(delay, failure.retry_after or 0.0)
+        self._next = min(self._next * _MULTIPLIER, _LONGEST_SECONDS)
+        return delay if now + delay < self._until else None
+
+
+def _closed(method: str) -> AttnserveError:
+    return _errors.CancelledError("the client was closed", method=method)

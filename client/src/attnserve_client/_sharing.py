@@ -7,22 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import grpc
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import wire
 
-from attnserve_client import _messages, _tensors
+from attnserve_client import _errors, _messages, _tensors
 from attnserve_client._arena import ALIGNMENT, Arena
 from attnserve_client._messages import AttendCall
 from attnserve_client._results import Array, AttendResult
-
-# A call that ended so may still be running in the server, which would write its answer.
-_MAY_STILL_RUN = {
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNKNOWN,
-}
 
 # Tensors smaller than this travel within the message: they cost less than a look-up.
 _INLINE_BYTES = 4096
@@ -54,10 +46,11 @@ class Sharing:
 
     Args:
         byte_size: to share.
-        register: maps an object into the server, given its key and size; answers its name there.
+        register: maps an object into the server, given its key, its size and the seconds left;
+            answers its name there.
     """
 
-    def __init__(self, byte_size: int, register: Callable[[str, int], str]) -> None:
+    def __init__(self, byte_size: int, register: Callable[[str, int, float | None], str]) -> None:
         self.arena = Arena(byte_size)
         self._register = register
         self._name: str | None = None
@@ -76,8 +69,7 @@ class Sharing:
         Returns:
             Whether the server's name for the old memory is to be unregistered.
         """
-        code = getattr(error, "code", lambda: None)()
-        if isinstance(error, grpc.RpcError) and code not in _MAY_STILL_RUN:
+        if not _errors.may_still_run(error):
             return False
         with self._lock:
             if call.arena is not self.arena:
@@ -92,17 +84,28 @@ class Sharing:
             unregister(self._name)
         self.arena.close()
 
-    def call(self, call: AttendCall) -> SharedCall | None:
-        """Place a request; None if what it answers is not known beforehand.
+    def takes(self, call: AttendCall) -> bool:
+        """Whether a request can be placed: what it answers is known beforehand."""
+        return _answer_bytes(call.head, tuple(call.shapes.items())) is not None
+
+    def call(self, call: AttendCall, timeout: float | None) -> SharedCall:
+        """Place a request that `takes` allows; register the memory if the server does not know it.
 
         Tensors that lie in shared memory already are not copied.
+
+        Args:
+            call: the request.
+            timeout: seconds left; None: any.
+
+        Raises:
+            AttnserveError: the memory was not registered.
+            MemoryError: there is no room.
         """
         needed = _answer_bytes(call.head, tuple(call.shapes.items()))
-        if needed is None:
-            return None
+        assert needed is not None
         with self._lock:
             if self._name is None:
-                self._name = self._register(self.arena.key, self.arena.byte_size)
+                self._name = self._register(self.arena.key, self.arena.byte_size, timeout)
             arena, name = self.arena, self._name
         held, inline, places = [], {}, []
         for field, array in call.tensors.items():
