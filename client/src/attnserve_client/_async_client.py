@@ -1,12 +1,15 @@
 """The asyncio client: `AttentionClient` awaited, but for its streams and shared memory."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from attnserve_client import _channel, _errors, _messages, _retries, _tensors
 from attnserve_client._assembly import Assembler
@@ -123,15 +126,15 @@ class AsyncAttentionClient:
         async def send(left: float | None) -> AttendResult:
             assembler = Assembler()
             finished = None
-            messages = _each(call.to_stream(1, None, _channel.CHUNK_BYTES))
-            stream = self._attend_stream(messages, timeout=left)
-            async for message in stream:
-                done = assembler.add(message)
-                if done is not None:
-                    finished = done[1]
-                    if isinstance(finished, _errors.AttnserveError):
-                        stream.cancel()  # what is left of the request need not be sent
-                        break
+            stream = self._attend_stream(None, timeout=left)
+            async with _sending(stream, call.to_stream(1, None, _channel.CHUNK_BYTES)):
+                async for message in stream:
+                    done = assembler.add(message)
+                    if done is not None:
+                        finished = done[1]
+                        if isinstance(finished, _errors.AttnserveError):
+                            stream.cancel()  # what is left of the request need not be sent
+                            break
             return _errors.result_of(finished, "AttendStream")
 
         return await self._retries.call("AttendStream", send, timeout)
@@ -144,7 +147,9 @@ class AsyncAttentionClient:
 
         async def send(left: float | None) -> bytes:
             messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
-            answer: bytes = await self._put_tensor(_each(messages), timeout=left)
+            put = self._put_tensor(None, timeout=left)
+            async with _sending(put, messages):
+                answer: bytes = await put
             return answer
 
         answer = await self._retries.call("PutTensor", send, timeout)
@@ -250,6 +255,30 @@ class AsyncAttentionClient:
         return _messages.server_info_from(answer)
 
 
-async def _each(messages: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for message in messages:
-        yield message
+@asynccontextmanager
+async def _sending(call: Any, messages: Iterable[bytes]) -> AsyncIterator[None]:
+    """Send a call's messages while its answer is awaited within."""
+    task = asyncio.create_task(_send(call, messages))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
+
+
+async def _send(call: Any, messages: Iterable[bytes]) -> None:
+    # Not by grpc.aio's own `write`, nor by an iterator given to it: to those, a server that ends
+    # the call before it has read everything is "INTERNAL: Internal error from Core", and what the
+    # server said, its status and when to come back, is lost. Whoever awaits the answer hears it.
+    try:
+        await call.wait_for_connection()
+        for message in messages:
+            await call._cython_call.send_serialized_message(message)
+        await call.done_writing()
+    except (grpc.RpcError, cygrpc.InternalError):
+        pass
+    except Exception:  # of the messages: no answer will come
+        call.cancel()
+        raise

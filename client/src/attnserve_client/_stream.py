@@ -1,7 +1,7 @@
 """Many attend requests in flight on one stream."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
@@ -25,9 +25,7 @@ class AttendStream:
     where they lie.
     """
 
-    def __init__(
-        self, start: Callable[..., Iterable[bytes]], *, timeout: float | None = None
-    ) -> None:
+    def __init__(self, start: Callable[..., Any], *, timeout: float | None = None) -> None:
         self._outgoing: SimpleQueue[Iterator[bytes] | None] = SimpleQueue()
         self._waiting: dict[int, Future[AttendResult]] = {}
         self._lock = threading.Lock()
@@ -135,7 +133,7 @@ class AttendStream:
 
     def _read(self) -> None:
         assembler = Assembler()
-        failure = _errors.CancelledError(
+        failure: _errors.AttnserveError = _errors.CancelledError(
             "the stream ended without an answer", method="AttendStream"
         )
         try:
@@ -150,7 +148,12 @@ class AttendStream:
                 else:
                     future.set_result(done[1])
         except grpc.RpcError as error:
-            failure = _errors.from_rpc_error(error, "AttendStream")  # type: ignore[assignment]
+            failure = _errors.from_rpc_error(error, "AttendStream")
+        except Exception as error:  # not such a server's: nobody may wait for ever all the same
+            failure = _errors.InternalError(
+                f"the stream cannot be read: {type(error).__name__}: {error}", method="AttendStream"
+            )
+            self._incoming.cancel()
         with self._lock:
             self._failure = failure
             orphans = list(self._waiting.values())
