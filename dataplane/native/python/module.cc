@@ -214,6 +214,12 @@ void bind_plane(nb::module_& module) {
              self.plane.core.models.put(name, {models.begin(), models.end()});
            },
            "name"_a, "models"_a)
+      .def("get_model",
+           [](Plane& self, const std::string& name, const std::string& version) {
+             return std::const_pointer_cast<engine::Model>(
+                 self.plane.core.models.get(name, version));
+           },
+           "name"_a, "version"_a)
       .def("next_request",
            [](Plane& self, const std::string& queue, double timeout) {
              services::HandlerQueue& from = queue == "tokens"    ? self.plane.core.tokens
@@ -232,10 +238,6 @@ void bind_plane(nb::module_& module) {
                rows.emplace_back(key.first, std::string(name_of(key.second)), count);
              }
              return rows;
-           })
-      .def("count_request",
-           [](Plane& self, const std::string& method, int code) {
-             self.plane.core.statistics.count(method, static_cast<Code>(code));
            })
       .def("variants",
            [](Plane& self) {
@@ -281,6 +283,17 @@ void bind_plane(nb::module_& module) {
              self.plane.core.regions.add(name, key, offset, byte_size, sessions::owner_of(peer));
            },
            nb::call_guard<nb::gil_scoped_release>())
+      .def("region_view",
+           [](Plane& self, const std::string& name, std::uint64_t offset, std::uint64_t byte_size,
+              const std::string& peer) {
+             auto* view = new sessions::RegionView(self.plane.core.regions.view(
+                 name, offset, byte_size, sessions::owner_of(peer)));
+             nb::capsule owner(view, [](void* held) noexcept {
+               delete static_cast<sessions::RegionView*>(held);  // the capsule is its one owner
+             });
+             return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(
+                 view->bytes.data(), {view->bytes.size()}, owner);
+           })
       .def("remove_region",
            [](Plane& self, const std::string& name, const std::string& peer) {
              self.plane.core.regions.remove(name, sessions::owner_of(peer));

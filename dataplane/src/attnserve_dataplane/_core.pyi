@@ -1,0 +1,172 @@
+"""The binding, as type checkers see it. What the names mean is said in native/services/dataplane.h."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+SECONDS_BUCKETS: list[float]
+BATCH_BUCKETS: list[float]
+
+Histogram = tuple[list[int], float]
+Sum = tuple[int, int]
+
+class RequestError(Exception):
+    """A request that cannot be answered: args are (code, message, seconds to retry after)."""
+
+class InferCounts(TypedDict):
+    """Of one version of a model; sums are (count, nanoseconds)."""
+
+    last_inference: int
+    inferences: int
+    success: Sum
+    fail: Sum
+    queue: Sum
+    input: Sum
+    infer: Sum
+    output: Sum
+    batches: dict[int, tuple[Sum, Sum, Sum]]
+
+class TokensRun(TypedDict):
+    """What came of a token model's run; times in seconds of the monotonic clock."""
+
+    arrays: dict[str, NDArray[Any]]
+    arrived: float
+    validated: float
+    started: float
+    ended: float
+    sequences: int
+    leads: bool
+
+class ModelFacts:
+    """What the control plane has read of a model and checked."""
+
+    name: str
+    version: int
+    kind: str
+    dtype: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    window: int | None
+    window_right: int | None
+    bottom_right: bool
+    scale: float
+    softcap: float
+    embed_dim: int
+    context_dim: int | None
+    pad_token_id: int
+    hidden_size: int
+    def set_mask(self, name: str) -> None: ...
+
+class VariantFacts:
+    """One graph of a model, to be loaded."""
+
+    def __init__(self, name: str, path: str, quadratic: bool, native: bool) -> None: ...
+
+class Pick:
+    """Variants to prefer up to a length."""
+
+    def __init__(self, up_to: int | None, variants: list[str]) -> None: ...
+
+class Model:
+    """One version of a model, ready to run. Immutable."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def variants(self) -> list[str]: ...
+    def inputs(self, variant: str) -> list[str]: ...
+    def outputs(self, variant: str) -> list[str]: ...
+    def choose(
+        self, forced: str, inputs: Sequence[str], outputs: Sequence[str], length: int
+    ) -> str: ...
+    def working_bytes(
+        self,
+        variant: str,
+        batch: int,
+        num_heads: int,
+        query_len: int,
+        key_len: int,
+        tensor_bytes: int,
+    ) -> int: ...
+
+class Request:
+    """One message for the control plane, to be answered exactly once."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def peer(self) -> str: ...
+    @property
+    def message(self) -> bytes: ...
+    @property
+    def arrived(self) -> float: ...
+    def answer(self, message: bytes) -> None: ...
+    def fail(self, code: int, message: str, retry_after: float = 0.0) -> None: ...
+
+class DataPlane:
+    """A whole data plane."""
+
+    def __init__(self, **options: Any) -> None: ...
+    def start(self) -> None: ...
+    @property
+    def addresses(self) -> list[str]: ...
+    def drain(self, timeout: float) -> bool: ...
+    @property
+    def draining(self) -> bool: ...
+    @property
+    def closed(self) -> bool: ...
+    def load(
+        self, facts: ModelFacts, variants: list[VariantFacts], picks: list[Pick]
+    ) -> Model: ...
+    def put_models(self, name: str, models: list[Model]) -> None: ...
+    def get_model(self, name: str, version: str) -> Model: ...
+    def next_request(self, queue: str, timeout: float) -> Request | None: ...
+    def attend_tokens(
+        self,
+        request: Request,
+        model: Model,
+        variant: str,
+        source: Sequence[Sequence[int]],
+        target: Sequence[Sequence[int]],
+        outputs: list[str],
+        priority: int,
+        timeout: int,
+        working_bytes: int,
+    ) -> TokensRun: ...
+    def requests(self) -> list[tuple[str, str, int]]: ...
+    def variants(
+        self,
+    ) -> list[tuple[str, str, Histogram, Histogram, Histogram, Histogram, int]]: ...
+    def infer_counts(self, model: str, version: int) -> InferCounts: ...
+    def count_inference(
+        self,
+        model: str,
+        version: int,
+        sequences: int,
+        arrived: float,
+        validated: float,
+        started: float,
+        ended: float,
+        together: int,
+        leads: bool,
+    ) -> None: ...
+    def count_failed_inference(self, model: str, version: int, arrived: float) -> None: ...
+    def gauges(self) -> dict[str, float]: ...
+    def add_region(
+        self, name: str, key: str, offset: int, byte_size: int, peer: str
+    ) -> None: ...
+    def region_view(
+        self, name: str, offset: int, byte_size: int, peer: str
+    ) -> NDArray[np.uint8]: ...
+    def remove_region(self, name: str, peer: str) -> None: ...
+    def remove_regions(self, peer: str) -> None: ...
+    def regions(self, name: str, peer: str) -> list[tuple[str, str, int, int]]: ...
+
+def collect_logs() -> None: ...
+def next_log(timeout: float) -> tuple[str, str, list[tuple[str, str]]] | None: ...
