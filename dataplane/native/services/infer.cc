@@ -32,7 +32,10 @@ class InferResponse final : public Answer {
     for (const wire::InferResult& result : results_) size += result.shared ? 0 : result.byte_size;
     Lease lease(core_.budget);
     lease.grow_or_throw(size);
-    answer_.emplace(model_->facts.name, model_->version_text, id_, results_, stream_);
+    // As views they live in the model, which the request holds.
+    const wire::Parameters parameters{
+        {"variant", std::string_view(prepared.plan.variant->facts.name)}};
+    answer_.emplace(model_->facts.name, model_->version_text, id_, results_, stream_, parameters);
     answer_->bytes().lease = std::move(lease);
     for (std::size_t index = 0; index < outputs_.size(); ++index) {
       const wire::ResultSpec& spec = prepared.plan.results[outputs_[index].result];

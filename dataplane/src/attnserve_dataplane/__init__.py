@@ -3,6 +3,8 @@
 C++ in `native/`; this is what the control plane sees of it. See docs/architecture.md.
 """
 
+from typing import TYPE_CHECKING
+
 from attnserve_dataplane._core import (
     BATCH_BUCKETS,
     SECONDS_BUCKETS,
@@ -17,17 +19,22 @@ from attnserve_dataplane._core import (
     next_log,
 )
 
+if TYPE_CHECKING:  # shapes of dictionaries, for type checkers alone
+    from attnserve_dataplane._core import InferCounts, TokensRun
+
 __version__ = "0.1.0"
 
 __all__ = [
     "BATCH_BUCKETS",
     "SECONDS_BUCKETS",
     "DataPlane",
+    "InferCounts",
     "Model",
     "ModelFacts",
     "Pick",
     "Request",
     "RequestError",
+    "TokensRun",
     "VariantFacts",
     "collect_logs",
     "next_log",
