@@ -48,18 +48,22 @@ class SignalsBlocked {
   sigset_t before_{};
 };
 
-// What no function of a loop lets out, since one connection must not end the thread of all.
+// Says what was thrown, since one connection must not end the thread of all.
+void tell_of_failure(std::string_view what) noexcept {
+  try {
+    log(Level::kError, what, {{"reason", status_of(std::current_exception()).message}});
+  } catch (...) {
+    // Without memory for the reason it goes unsaid.
+  }
+}
+
 template <class Function>
 bool carried_out(std::string_view what, Function&& function) noexcept {
   try {
     function();
     return true;
   } catch (...) {
-    try {
-      log(Level::kError, what, {{"reason", status_of(std::current_exception()).message}});
-    } catch (...) {
-      // Without memory for the reason it goes unsaid.
-    }
+    tell_of_failure(what);
     return false;
   }
 }
@@ -325,10 +329,7 @@ void Loop::settle_touched() {
 // Writes what an entry has to say and sees to what it waits for next. True if it had something.
 bool Loop::settle(Entry& entry) {
   Link& link = entry.link;
-  Link::Sent sent{};
-  if (!carried_out("output of a connection", [&] { sent = link.send(now_); })) {
-    link.abandon();
-  }
+  const Link::Sent sent = send(link);
   const std::size_t calls = link.open_calls();
   if (calls != entry.calls) {
     open_calls_.fetch_add(calls - entry.calls, std::memory_order_relaxed);
@@ -343,6 +344,16 @@ bool Loop::settle(Entry& entry) {
   schedule(entry, link.next_timer());
   if (sent.more || link.wants_read()) touch(entry);
   return sent.any;
+}
+
+Link::Sent Loop::send(Link& link) {
+  try {
+    return link.send(now_);
+  } catch (...) {
+    tell_of_failure("output of a connection");
+    link.abandon();
+    return {};
+  }
 }
 
 void Loop::touch(Entry& entry) {

@@ -73,6 +73,7 @@ class Loop final : public Waker {
   void run_timers();
   void settle_touched();
   bool settle(Entry& entry);
+  Link::Sent send(Link& link);
   void touch(Entry& entry);
   void add(Arrival arrival);
   void bury_closed();
