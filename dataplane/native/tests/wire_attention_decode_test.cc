@@ -192,7 +192,8 @@ TEST_CASE("a message of more fields than allowed is refused at once") {
     std::string why;
     CHECK(seconds_of([&] { why = refusal_of(message); }) < 0.1);
     CHECK(why.find("more than 4096 fields") != std::string::npos);
-    CHECK(seconds_of([&] { why = refusal_of(field(4, message)); }) < 0.1);
+    const std::string within = field(4, message);
+    CHECK(seconds_of([&] { why = refusal_of(within); }) < 0.1);
     CHECK(why.find("more than 4096 fields") != std::string::npos);
     CHECK(refusal_of(repeated(part, 1000)) == "");
   }

@@ -37,7 +37,7 @@ Numbers::Numbers(ByteSpan bytes, const Decoding& decoding)
       end_(at_ + bytes.size()),
       decoding_(&decoding) {}
 
-std::uint64_t Numbers::varint() {
+std::uint64_t Numbers::long_varint() {
   try {
     return protozero::decode_varint(&at_, end_);
   } catch (const protozero::varint_too_long_exception&) {
