@@ -94,7 +94,6 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   // connection_timers.cc
   void on_settings() override;
   void on_ping(bool is_answer, const PingData& data) override;
-  void on_priority() override { nuisance(); }
   void on_reset_received(Stream* stream) override;
   void on_reset_sent(std::uint32_t error_code) override;
   void nuisance();

@@ -1,13 +1,14 @@
 #include "grpc/message_buffer.h"
 
-#include <cstring>
 #include <utility>
+
+#include "base/copy.h"
 
 namespace attnserve::grpc {
 
 void MessageBuffer::reserve(std::size_t capacity) {
   Bytes larger = Bytes::allocate(capacity);
-  if (size_ > 0) std::memcpy(larger.data(), bytes_.data(), size_);
+  copy_bytes(larger.data(), bytes_.data(), size_);
   larger.lease = bytes_.empty() ? Lease(*budget_) : std::move(bytes_.lease);
   bytes_ = std::move(larger);
 }
@@ -16,7 +17,7 @@ void MessageBuffer::charge(std::size_t more) { bytes_.lease.grow_or_throw(more);
 
 void MessageBuffer::append(ByteSpan bytes) {
   charge(bytes.size());
-  std::memcpy(room().data(), bytes.data(), bytes.size());
+  copy_bytes(room().data(), bytes.data(), bytes.size());
   filled(bytes.size());
 }
 

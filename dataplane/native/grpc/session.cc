@@ -92,8 +92,6 @@ void received(nghttp2_session* session, const nghttp2_frame& frame, SessionEvent
     }
     case NGHTTP2_RST_STREAM:
       return events.on_reset_received(stream_of(session, frame.hd.stream_id));
-    case NGHTTP2_PRIORITY:
-      return events.on_priority();
     default:
       return;
   }

@@ -27,7 +27,6 @@ class SessionEvents {
 
   virtual void on_settings() = 0;
   virtual void on_ping(bool is_answer, const PingData& data) = 0;
-  virtual void on_priority() = 0;
   virtual void on_reset_received(Stream* stream) = 0;  // before on_closed; nullptr: none was open
   virtual void on_headers_begin() = 0;                 // of a request, or trailers
   virtual bool on_header(std::string_view name, std::string_view value) = 0;  // false: stop reading
