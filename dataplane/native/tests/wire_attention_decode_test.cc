@@ -183,7 +183,6 @@ TEST_CASE("a message of more fields than allowed is refused at once") {
       field(1000, ""),                           // likewise, bytes
       "\xfb\x07\xfc\x07",                        // a group
       field(4, ""),                              // a tensor, again and again
-      field(4, field(2, std::string(4, '\1'))),  // dimensions
       field(4, field(4, "")),
       std::string("\x80\x01\0", 3),  // the same number again and again
   };
@@ -198,7 +197,7 @@ TEST_CASE("a message of more fields than allowed is refused at once") {
     CHECK(refusal_of(repeated(part, 1000)) == "");
   }
   const std::string shape = field(4, field(2, std::string(kLarge, '\1')));
-  CHECK(refusal_of(shape).find("more than 4096 fields") != std::string::npos);
+  CHECK(refusal_of(shape).find("too many dimensions") != std::string::npos);
 }
 
 TEST_CASE("padding does not count, and costs little") {

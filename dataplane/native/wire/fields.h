@@ -110,8 +110,7 @@ class FieldReader {
   ByteSpan bytes_;
 };
 
-// Appends a packed field of dimensions. Each takes eight times the memory that it may take on the
-// wire: so each counts against DecodeLimits.
+// Appends a packed field of dimensions; their number is bounded, but they do not count as fields.
 void append_shape(const FieldReader& reader, std::vector<std::int64_t>& shape);
 
 // The last text of that number in a message of which nothing else is known; empty if there is none,
