@@ -3,13 +3,13 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <exception>
-#include <limits>
 #include <new>
 #include <stdexcept>
 #include <system_error>
@@ -105,13 +105,16 @@ Loop::Loop(Service& service, const ConnectionFactory& factory, Duration handshak
       housekeeping_(std::move(housekeeping)),
       epoll_(made(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")),
       event_(made(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd")),
+      alarm_(made(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK), "timerfd_create")),
       buffer_(std::make_unique<std::array<std::byte, 512 * 1024>>()) {
-  // Edge-triggered, it rings at every write and never needs to be read.
-  epoll_event event{};
-  event.events = EPOLLIN | EPOLLET;
-  event.data.ptr = nullptr;
-  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, event_.get(), &event) != 0) {
-    throw std::system_error(errno, std::system_category(), "epoll_ctl");
+  // Edge-triggered, they ring each time and never need to be read.
+  for (const Descriptor* bell : {&event_, &alarm_}) {
+    epoll_event event{};
+    event.events = EPOLLIN | EPOLLET;
+    event.data.ptr = nullptr;
+    if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, bell->get(), &event) != 0) {
+      throw std::system_error(errno, std::system_category(), "epoll_ctl");
+    }
   }
 }
 
@@ -235,8 +238,9 @@ void Loop::run() {
 // then whatever is due or was posted; then the service computes; then answers are written.
 void Loop::round() {
   std::array<epoll_event, kEventsPerRound> events;
+  set_alarm();
   const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()),
-                               sleep_milliseconds());
+                               may_sleep() ? -1 : 0);
   now_ = Clock::now();
   const TimePoint woken = now_;
   for (int i = 0; i < count; ++i) {
@@ -253,16 +257,26 @@ void Loop::round() {
   service_.after_round(Clock::now() - woken);
 }
 
-// Decides under the lock, so that whoever posts later knows whether to write to event_.
-int Loop::sleep_milliseconds() {
-  if (!touched_.empty()) return 0;
+// Sleeping with a timeout would set a timer of the kernel's for each round; this sets one only
+// where something is due earlier than all before.
+void Loop::set_alarm() {
+  if (alarm_due_ <= now_) alarm_due_ = kNever;  // it has rung
   const TimePoint due = std::min(timers_.next(), next_housekeeping_);
+  if (due >= alarm_due_) return;
+  const auto since_boot = std::max(due.time_since_epoch(), Duration(1));  // zero would mean never
+  const auto whole = std::chrono::floor<std::chrono::seconds>(since_boot);
+  itimerspec setting{};
+  setting.it_value.tv_sec = whole.count();
+  setting.it_value.tv_nsec = (since_boot - whole).count();
+  if (timerfd_settime(alarm_.get(), TFD_TIMER_ABSTIME, &setting, nullptr) == 0) alarm_due_ = due;
+}
+
+// Decides under the lock, so that whoever posts later knows whether to write to event_.
+bool Loop::may_sleep() {
+  if (!touched_.empty()) return false;
   const std::scoped_lock lock(mutex_);
-  if (stopping_ || !posted_.empty()) return 0;
-  asleep_ = true;
-  if (due == kNever) return -1;
-  const auto rest = std::chrono::ceil<std::chrono::milliseconds>(due - Clock::now()).count();
-  return static_cast<int>(std::clamp<std::int64_t>(rest, 0, std::numeric_limits<int>::max()));
+  asleep_ = !stopping_ && posted_.empty();
+  return asleep_;
 }
 
 void Loop::take_posted() {

@@ -67,7 +67,8 @@ class Loop final : public Waker {
 
   void run();
   void round();
-  int sleep_milliseconds();
+  void set_alarm();
+  bool may_sleep();
   void take_posted();
   void read_sockets();
   void run_timers();
@@ -85,6 +86,7 @@ class Loop final : public Waker {
   const std::function<void()> housekeeping_;
   Descriptor epoll_;
   Descriptor event_;  // readable once something was posted to a loop that sleeps
+  Descriptor alarm_;  // readable once alarm_due_ has come
   std::thread thread_;
   std::atomic<std::size_t> size_{0};
   std::atomic<std::size_t> open_calls_{0};
@@ -104,6 +106,7 @@ class Loop final : public Waker {
 
   // Of the thread alone.
   TimePoint now_{};
+  TimePoint alarm_due_ = kNever;
   TimePoint next_housekeeping_ = kNever;
   bool draining_ = false;
   bool running_ = true;
