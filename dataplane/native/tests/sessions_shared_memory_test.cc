@@ -100,7 +100,8 @@ TEST_CASE("a view stays within its region") {
   constexpr std::uint64_t kHuge = std::uint64_t{1} << 63;
   const std::vector<std::pair<std::uint64_t, std::uint64_t>> wrong{
       {0, 0}, {0, kPage + 1}, {kPage, 1}, {1, kPage}, {kHuge, 1}, {kHuge, kHuge}, {~0ULL, ~0ULL}};
-  for (const auto& [offset, byte_size] : wrong) {
+  for (const auto& part : wrong) {
+    const std::uint64_t offset = part.first, byte_size = part.second;
     const Status status = refusal([&] { regions.view("a", offset, byte_size, kHere); });
     CHECK(status.code == Code::kInvalidArgument);
     CHECK(status.message == text("shared_memory region 'a': given offset ", offset, " and ",
@@ -113,7 +114,8 @@ TEST_CASE("a region stays within its object, and sizes make sense") {
   SharedRegions regions(3, 8 * kPage);
   const std::vector<std::pair<std::uint64_t, std::uint64_t>> wrong{
       {0, 2 * kPage + 1}, {2 * kPage, 1}, {1, 2 * kPage}, {1ULL << 62, 1}, {~0ULL, 2}};
-  for (const auto& [offset, byte_size] : wrong) {
+  for (const auto& part : wrong) {
+    const std::uint64_t offset = part.first, byte_size = part.second;
     const Status status = refusal([&] { regions.add("a", object.key, offset, byte_size, kHere); });
     CHECK(status.code == Code::kInvalidArgument);
     CHECK(status.message == text("offset and byte_size: given ", offset, " and ", byte_size,
