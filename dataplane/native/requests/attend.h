@@ -98,8 +98,8 @@ class PreparedAttend {
   // After the run: throws RequestError if shared memory vanished under it.
   void check_intact() const;
 
-  // Memory that the work views beside the caller's: copies of what was unaligned or had to be
-  // changed, and what the request left out.
+  // Memory that the work views beside the caller's: what had to be changed, what had to be looked
+  // at and was unaligned, and what the request left out.
   std::vector<Bytes> copies;
   struct Defaults {
     std::array<std::int64_t, 8> key_lengths;  // of as many sequences or fewer

@@ -56,17 +56,15 @@ std::byte* copied(PreparedAttend& prepared, ByteSpan elements) {
   return copy.data();
 }
 
-Tensor scaled(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan elements) {
-  const MutableByteSpan copy = room(prepared, elements.size());
-  scale_elements(spec.dtype, elements, static_cast<float>(prepared.plan.query_factor), copy);
-  return {spec.dtype, spec.shape, copy.data()};
+// The elements where the caller put them, at whatever address: the engine copies where it must, and
+// copies those of requests that run together anyway. Kernels do not write to what they are fed.
+Tensor in_place(const TensorSpec& spec, ByteSpan elements) {
+  return {spec.dtype, spec.shape, const_cast<std::byte*>(elements.data())};
 }
 
-// The elements where they are, if kernels can take them there.
-Tensor feed_of(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan elements) {
-  // Kernels do not write to what they are fed.
-  auto* data = const_cast<std::byte*>(elements.data());
-  Tensor tensor{spec.dtype, spec.shape, data};
+// As in_place, but so that the elements can be looked at.
+Tensor readable(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan elements) {
+  Tensor tensor = in_place(spec, elements);
   if (!tensor.aligned()) tensor.data = copied(prepared, elements);
   return tensor;
 }
@@ -74,28 +72,30 @@ Tensor feed_of(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan elemen
 void feed_inputs(PreparedAttend& prepared, const Sources& sources) {
   const AttendPlan& plan = prepared.plan;
   auto& feeds = prepared.work.feeds;
-  const auto& key_lengths = plan.specs[index(Input::kKeyLengths)];
-  if (key_lengths) {
-    const ByteSpan source = sources[index(Input::kKeyLengths)];
-    Tensor& feed = feeds[index(Input::kKeyLengths)];
-    // Kernels trust lengths that were checked; the caller's memory may change after that.
-    feed = key_lengths->region
-               ? Tensor{key_lengths->dtype, key_lengths->shape, copied(prepared, source)}
-               : feed_of(prepared, *key_lengths, source);
-    check_key_lengths(feed, plan.dims.key_len);
-  }
-  const auto& bias = plan.specs[index(Input::kBias)];
-  if (bias) {
-    Tensor& feed = feeds[index(Input::kBias)];
-    feed = feed_of(prepared, *bias, sources[index(Input::kBias)]);
-    check_bias(feed);
-  }
   for (std::size_t at = 0; at < wire::kInputs; ++at) {
     const std::optional<TensorSpec>& spec = plan.specs[at];
-    if (!spec || feeds[at].data != nullptr) continue;
-    const bool scale = at == index(Input::kQuery) && plan.query_factor != 1.0;
-    feeds[at] =
-        scale ? scaled(prepared, *spec, sources[at]) : feed_of(prepared, *spec, sources[at]);
+    if (!spec) continue;
+    switch (static_cast<Input>(at)) {
+      case Input::kKeyLengths:
+        // Kernels trust lengths that were checked; the caller's memory may change after that.
+        feeds[at] = spec->region ? Tensor{spec->dtype, spec->shape, copied(prepared, sources[at])}
+                                 : readable(prepared, *spec, sources[at]);
+        check_key_lengths(feeds[at], plan.dims.key_len);
+        break;
+      case Input::kBias:
+        feeds[at] = readable(prepared, *spec, sources[at]);
+        check_bias(feeds[at]);
+        break;
+      default:
+        feeds[at] = in_place(*spec, sources[at]);
+    }
+  }
+  Tensor& query = feeds[index(Input::kQuery)];
+  if (query.data != nullptr && plan.query_factor != 1.0) {
+    const ByteSpan elements = sources[index(Input::kQuery)];
+    query.data = room(prepared, elements.size()).data();
+    scale_elements(query.dtype, elements, static_cast<float>(plan.query_factor),
+                   {query.data, elements.size()});
   }
 }
 
