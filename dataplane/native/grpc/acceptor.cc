@@ -46,7 +46,7 @@ Acceptor::Acceptor(Loop& loop, Listener listener, Places& places, const TlsConte
       hand_over_(std::move(hand_over)),
       spare_(open_spare()) {}
 
-void Acceptor::start() { loop_.watch(listener_.descriptor(), EPOLLIN, *this); }
+void Acceptor::start() { loop_.poller().watch(listener_.descriptor(), EPOLLIN, *this); }
 
 void Acceptor::stop() {
   if (listener_.descriptor() < 0) return;
@@ -104,11 +104,11 @@ void Acceptor::turn_one_away(TimePoint now) {
 }
 
 void Acceptor::pause(TimePoint now) {
-  loop_.rewatch(listener_.descriptor(), 0, *this);
+  loop_.poller().rewatch(listener_.descriptor(), 0, *this);
   loop_.schedule(*this, now + kPause);
 }
 
-void Acceptor::expire(TimePoint) { loop_.rewatch(listener_.descriptor(), EPOLLIN, *this); }
+void Acceptor::expire(TimePoint) { loop_.poller().rewatch(listener_.descriptor(), EPOLLIN, *this); }
 
 void Acceptor::tell_of_refusals(const char* reason, TimePoint now) {
   ++refused_;

@@ -2,12 +2,8 @@
 
 #include <pthread.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <sys/timerfd.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <csignal>
 #include <exception>
 #include <new>
@@ -22,15 +18,9 @@
 namespace attnserve::grpc {
 namespace {
 
-constexpr std::size_t kEventsPerRound = 256;
 constexpr Duration kHousekeepingInterval = std::chrono::seconds(5);
 constexpr std::size_t kMostOtherTimers = 64;  // of what is watched beside connections
 constexpr std::uint32_t kReadEvents = EPOLLIN | EPOLLRDHUP | EPOLLET;
-
-Descriptor made(int descriptor, const char* what) {
-  if (descriptor < 0) throw std::system_error(errno, std::system_category(), what);
-  return Descriptor(descriptor);
-}
 
 // Threads of ours take no signals: those are for the threads of the program around.
 class SignalsBlocked {
@@ -103,20 +93,7 @@ Loop::Loop(Service& service, const ConnectionFactory& factory, Duration handshak
       factory_(factory),
       handshake_timeout_(handshake_timeout),
       housekeeping_(std::move(housekeeping)),
-      epoll_(made(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")),
-      event_(made(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd")),
-      alarm_(made(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK), "timerfd_create")),
-      buffer_(std::make_unique<std::array<std::byte, 512 * 1024>>()) {
-  // Edge-triggered, they ring each time and never need to be read.
-  for (const Descriptor* bell : {&event_, &alarm_}) {
-    epoll_event event{};
-    event.events = EPOLLIN | EPOLLET;
-    event.data.ptr = nullptr;
-    if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, bell->get(), &event) != 0) {
-      throw std::system_error(errno, std::system_category(), "epoll_ctl");
-    }
-  }
-}
+      buffer_(std::make_unique<std::array<std::byte, 512 * 1024>>()) {}
 
 Loop::~Loop() { stop(); }
 
@@ -193,31 +170,13 @@ void Loop::wake(Connection& connection) {
 }
 
 void Loop::ring(std::unique_lock<std::mutex> lock) {
-  const bool must_write = std::exchange(asleep_, false);
+  const bool must_ring = std::exchange(asleep_, false);
   lock.unlock();
-  const std::uint64_t one = 1;
-  // It cannot fail but by 2^64 rings that nobody has heard.
-  if (must_write && write(event_.get(), &one, sizeof(one)) < 0) return;
-}
-
-void Loop::watch(int descriptor, std::uint32_t events, Watched& watched) {
-  epoll_event event{};
-  event.events = events;
-  event.data.ptr = &watched;
-  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, descriptor, &event) != 0) {
-    throw std::system_error(errno, std::system_category(), "epoll_ctl");
-  }
-}
-
-void Loop::rewatch(int descriptor, std::uint32_t events, Watched& watched) {
-  epoll_event event{};
-  event.events = events;
-  event.data.ptr = &watched;
-  epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, descriptor, &event);
+  if (must_ring) poller_.ring();
 }
 
 void Loop::unwatch(int descriptor, Watched& watched) {
-  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, descriptor, nullptr);
+  poller_.unwatch(descriptor);
   timers_.remove(watched);
 }
 
@@ -237,16 +196,10 @@ void Loop::run() {
 // One turn of everything. Reading comes first, so that what came together is answered together;
 // then whatever is due or was posted; then the service computes; then answers are written.
 void Loop::round() {
-  std::array<epoll_event, kEventsPerRound> events;
-  set_alarm();
-  const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()),
-                               may_sleep() ? -1 : 0);
+  poller_.wait(may_sleep(), std::min(timers_.next(), next_housekeeping_), now_);
   now_ = Clock::now();
   const TimePoint woken = now_;
-  for (int i = 0; i < count; ++i) {
-    auto* watched = static_cast<Watched*>(events[static_cast<std::size_t>(i)].data.ptr);
-    if (watched != nullptr) watched->ready(events[static_cast<std::size_t>(i)].events, now_);
-  }
+  poller_.tell_ready(now_);
   take_posted();
   read_sockets();
   run_timers();
@@ -257,21 +210,7 @@ void Loop::round() {
   service_.after_round(Clock::now() - woken);
 }
 
-// Sleeping with a timeout would set a timer of the kernel's for each round; this sets one only
-// where something is due earlier than all before.
-void Loop::set_alarm() {
-  if (alarm_due_ <= now_) alarm_due_ = kNever;  // it has rung
-  const TimePoint due = std::min(timers_.next(), next_housekeeping_);
-  if (due >= alarm_due_) return;
-  const auto since_boot = std::max(due.time_since_epoch(), Duration(1));  // zero would mean never
-  const auto whole = std::chrono::floor<std::chrono::seconds>(since_boot);
-  itimerspec setting{};
-  setting.it_value.tv_sec = whole.count();
-  setting.it_value.tv_nsec = (since_boot - whole).count();
-  if (timerfd_settime(alarm_.get(), TFD_TIMER_ABSTIME, &setting, nullptr) == 0) alarm_due_ = due;
-}
-
-// Decides under the lock, so that whoever posts later knows whether to write to event_.
+// Decides under the lock, so that whoever posts later knows whether to ring.
 bool Loop::may_sleep() {
   if (!touched_.empty()) return false;
   const std::scoped_lock lock(mutex_);
@@ -354,7 +293,7 @@ bool Loop::settle(Entry& entry) {
     return sent.any;
   }
   const std::uint32_t events = kReadEvents | (link.blocked() ? EPOLLOUT : 0U);
-  if (events != entry.interest) rewatch(link.descriptor(), entry.interest = events, entry);
+  if (events != entry.interest) poller_.rewatch(link.descriptor(), entry.interest = events, entry);
   schedule(entry, link.next_timer());
   if (sent.more || link.wants_read()) touch(entry);
   return sent.any;
@@ -384,7 +323,7 @@ void Loop::add(Arrival arrival) {
   timers_.reserve(room + kMostOtherTimers);
   Entry& added = *entries_.emplace(number, std::move(entry)).first->second;
   try {
-    watch(added.link.descriptor(), kReadEvents, added);
+    poller_.watch(added.link.descriptor(), kReadEvents, added);
   } catch (...) {
     entries_.erase(number);
     throw;

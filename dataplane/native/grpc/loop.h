@@ -16,21 +16,11 @@
 #include "base/clock.h"
 #include "grpc/call.h"
 #include "grpc/connection.h"
-#include "grpc/descriptor.h"
 #include "grpc/link.h"
+#include "grpc/poller.h"
 #include "grpc/timers.h"
 
 namespace attnserve::grpc {
-
-// Something with a descriptor or a timer that a loop serves; everything on the loop's thread.
-class Watched : public Timed {
- public:
-  virtual void ready(std::uint32_t events, TimePoint now) = 0;
-  virtual void expire(TimePoint now) = 0;  // the time given to Loop::schedule has come
-
- protected:
-  ~Watched() = default;
-};
 
 class Loop final : public Waker {
  public:
@@ -57,8 +47,7 @@ class Loop final : public Waker {
   std::size_t open_calls() const { return open_calls_.load(std::memory_order_relaxed); }
 
   // On the loop's thread, or before `start`:
-  void watch(int descriptor, std::uint32_t events, Watched& watched);  // throws std::system_error
-  void rewatch(int descriptor, std::uint32_t events, Watched& watched);
+  Poller& poller() { return poller_; }
   void unwatch(int descriptor, Watched& watched);  // its timer too
   void schedule(Watched& watched, TimePoint due) { timers_.schedule(watched, due); }
 
@@ -67,7 +56,6 @@ class Loop final : public Waker {
 
   void run();
   void round();
-  void set_alarm();
   bool may_sleep();
   void take_posted();
   void read_sockets();
@@ -84,9 +72,7 @@ class Loop final : public Waker {
   const ConnectionFactory& factory_;
   const Duration handshake_timeout_;
   const std::function<void()> housekeeping_;
-  Descriptor epoll_;
-  Descriptor event_;  // readable once something was posted to a loop that sleeps
-  Descriptor alarm_;  // readable once alarm_due_ has come
+  Poller poller_;
   std::thread thread_;
   std::atomic<std::size_t> size_{0};
   std::atomic<std::size_t> open_calls_{0};
@@ -100,13 +86,12 @@ class Loop final : public Waker {
   };
   std::mutex mutex_;  // guards the three below
   Posted posted_;
-  bool asleep_ = false;  // whoever posts next must write to event_, and sets this to false
+  bool asleep_ = false;  // whoever posts next must ring, and sets this to false
   bool stopping_ = false;
   void ring(std::unique_lock<std::mutex> lock);
 
   // Of the thread alone.
   TimePoint now_{};
-  TimePoint alarm_due_ = kNever;
   TimePoint next_housekeeping_ = kNever;
   bool draining_ = false;
   bool running_ = true;

@@ -47,6 +47,7 @@ class EchoConnection final : public Connection {
   }
 
   void receive(ByteSpan bytes, TimePoint now) override {
+    if (over_) return;
     unsent_.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
     if (unsent_.ends_with('!')) over_ = true;
     if (unsent_.ends_with('?')) asked_ = true;
