@@ -1,5 +1,6 @@
 """The SDK against a real grpc server that misbehaves on purpose."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from attnserve_client import (
     AttentionClient,
     AttnserveError,
     DeadlineExceededError,
+    InternalError,
     ResourceExhaustedError,
     UnavailableError,
     _errors,
@@ -125,5 +127,25 @@ def test_a_future_that_somebody_tries_to_cancel_takes_no_other_with_it() -> None
             futures = [stream.submit(Q, Q, Q, model="m") for _ in range(2)]
             assert not futures[0].cancel()
         for future in futures:
+            future.result(5)
+    server.stop(0).wait()
+
+
+def test_a_stream_that_cannot_be_read_fails_its_futures() -> None:
+    class Service(pb_grpc.AttentionServiceServicer):
+        def AttendStream(self, requests, context):  # type: ignore[no-untyped-def]  # noqa: N802
+            next(requests)
+            yield pb.AttendStreamResponse(request_id=99, response=pb.AttendResponse())
+            context.cancelled = threading.Event()
+            context.add_callback(context.cancelled.set)
+            context.cancelled.wait(10)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    pb_grpc.add_AttentionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with AttentionClient(f"127.0.0.1:{port}") as client, client.stream() as stream:
+        future = stream.submit(Q, Q, Q, model="m")
+        with pytest.raises(InternalError, match="cannot be read"):
             future.result(5)
     server.stop(0).wait()

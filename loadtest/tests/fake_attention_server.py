@@ -6,7 +6,8 @@ stops when its standard input closes.
 
 Models: `quadratic` (core, variants `fused` and `reference`), `linear` (core), `tokens`
 (transformer, max_seq_len 512, quadratic), `broken` (core; every call is RESOURCE_EXHAUSTED),
-`flaky` (core; every third call is INTERNAL).
+`flaky` (core; every third call is INTERNAL), `overlapping` (core; the timings of every second
+answer overlap: together they are more than the whole call), `always-overlapping`.
 """
 
 import itertools
@@ -21,7 +22,15 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
 NUM_HEADS, HEAD_DIM, EMBED_DIM = 1, 8, 8
-EXPONENTS = {"quadratic": 2.0, "linear": 1.0, "tokens": 2.0, "broken": 1.0, "flaky": 1.0}
+EXPONENTS = {
+    "quadratic": 2.0,
+    "linear": 1.0,
+    "tokens": 2.0,
+    "broken": 1.0,
+    "flaky": 1.0,
+    "overlapping": 1.0,
+    "always-overlapping": 1.0,
+}
 COEFFICIENT_MS = {"fused": 1.5, "reference": 3.0}
 VARIANTS = ("fused", "reference")
 
@@ -63,11 +72,14 @@ class FakeAttention(pb_grpc.AttentionServiceServicer):
         if model == "flaky" and next(self._calls) % 3 == 0:
             context.abort(grpc.StatusCode.INTERNAL, "fault on purpose")
         variant = variant or VARIANTS[0]
+        overlaps = model == "always-overlapping" or (
+            model == "overlapping" and next(self._calls) % 2 == 0
+        )
         milliseconds = compute_ms(model, variant, seq_len)
         time.sleep(milliseconds / 1e3)
         timings = pb.Timings(
             deserialize=20,
-            queue=30,
+            queue=10_000_000 if overlaps else 30,
             compute=round(milliseconds * 1e3),
             serialize=10,
             batch_size=batch,

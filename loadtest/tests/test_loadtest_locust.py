@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attnserve_loadtest.report.schema import PARTS
 
 LOCUSTFILE = Path(__file__).parent.parent / "locustfile.py"
 
@@ -25,11 +26,14 @@ def statistics(prefix: Path, kind: str) -> dict[str, dict[str, str]]:
 
 
 def test_one_row_for_each_model_variant_and_length(
-    target: str, locust: Run, tmp_path: Path
+    target: str, locust: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The server is on this host: the environment's proxy is none of its business.
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     prefix = tmp_path / "run"
     done = locust(
-        "--host", target, "-u", "2", "-r", "2", "-t", "2s", "--model", "quadratic",
+        "--host", target, "-u", "2", "-r", "2", "-t", "3s", "--model", "quadratic",
         "--seq-lens", "32,64", "--tokens-model", "tokens", "--tokens-variant", "reference",
         "--tokens-seq-lens", "16", "--csv", str(prefix),
     )  # fmt: skip
@@ -48,6 +52,18 @@ def test_one_row_for_each_model_variant_and_length(
     assert float(row["Average Content Size"]) == 64 * 8 * 4
     assert rows["tokens/reference/seq_len=16"]["Type"] == "AttendTokens"
     assert "server's own timings" in done.stderr + done.stdout
+
+
+def test_a_row_whose_timings_all_overlap_has_no_parts(target: str, locust: Run) -> None:
+    done = locust(
+        "--host", target, "-u", "1", "-t", "2s", "--model", "always-overlapping",
+        "--seq-lens", "64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in (done.stderr + done.stdout).splitlines()]
+    (row,) = [r[1:] for r in rows if r[:1] == ["always-overlapping/fused/seq_len=64"] and "-" in r]
+    assert row[1:6] == ["-"] * 5
+    assert float(row[0]) > 1.5
 
 
 def test_failures_are_named_by_grpc_status(target: str, locust: Run, tmp_path: Path) -> None:
@@ -77,8 +93,11 @@ def test_distributed_run_sums_up_timings_of_its_workers(target: str, locust: Run
         for line in table.splitlines()
         if line.startswith("linear/fused/seq_len=")
     }
-    assert float(means["linear/fused/seq_len=64"][2]) == pytest.approx(1.5, abs=0.01)
-    assert float(means["linear/fused/seq_len=128"][2]) == pytest.approx(3, abs=0.01)
+    for end_to_end, *parts, batch_size in means.values():
+        assert sum(map(float, parts)) == pytest.approx(float(end_to_end), abs=0.005)
+        assert batch_size == "1.000"
+    assert float(means["linear/fused/seq_len=64"][3]) == pytest.approx(1.5, abs=0.01)
+    assert float(means["linear/fused/seq_len=128"][3]) == pytest.approx(3, abs=0.01)
 
 
 def test_unknown_model_ends_the_run_with_its_reason(target: str, locust: Run) -> None:
@@ -144,6 +163,10 @@ def test_web_ui_shows_options_rows_and_server_timings(web_ui: str) -> None:
     (extended,) = found["extended_stats"]
     timings = {row["name"]: row for row in extended["data"]}
     assert timings["quadratic/fused/seq_len=128"]["compute_ms"] == pytest.approx(6, abs=0.01)
+    for row in timings.values():
+        parts = [row[f"{name}_ms"] for name in PARTS]
+        assert sum(parts) == pytest.approx(row["end_to_end_ms"], abs=0.005)
+        assert min(parts) > 0
     assert json.loads(get(f"{web_ui}/stop", {}))["success"]
     table = list(csv.DictReader(get(f"{web_ui}/attnserve/timings.csv").splitlines()))
     assert wanted <= {row["name"] for row in table}

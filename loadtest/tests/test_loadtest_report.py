@@ -12,6 +12,7 @@ from attnserve_loadtest.fitting import fit_power_law
 from attnserve_loadtest.report.files import write_report
 from attnserve_loadtest.report.json_file import read_json
 from attnserve_loadtest.report.schema import (
+    PARTS,
     SCHEMA,
     SCHEMA_VERSION,
     Client,
@@ -107,7 +108,7 @@ def test_csv_has_the_figures_of_the_json(folder: Path) -> None:
         assert row["series"] == label
         assert int(row["seq_len"]) == point["seq_len"]
         assert int(row["failures"]) == point["failures"] == 1
-        for name in ("end_to_end", "compute", "queue", "wire", "deserialize", "serialize"):
+        for name in ("end_to_end", *PARTS):
             for statistic, value in point[name].items():
                 assert float(row[f"{name}_{statistic}_ms"]) == value
 
@@ -185,7 +186,8 @@ def test_lengths_without_answers_do_not_break_the_report(report: Report, tmp_pat
         ("[]", "is not a report"),
         ('{"schema": "else"}', "is not a report"),
         (f'{{"schema": "{SCHEMA}", "schema_version": 99}}', "schema version 99"),
-        (f'{{"schema": "{SCHEMA}", "schema_version": 1}}', "damaged"),
+        (f'{{"schema": "{SCHEMA}", "schema_version": 1}}', "schema version 1; this program"),
+        (f'{{"schema": "{SCHEMA}", "schema_version": {SCHEMA_VERSION}}}', "damaged"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:

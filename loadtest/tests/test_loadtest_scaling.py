@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attnserve_loadtest.report.schema import PARTS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def read(folder: Path) -> Any:
     return json.loads((folder / "report.json").read_text())
+
+
+def parts(point: Any) -> list[float]:
+    return [point[name]["mean"] for name in PARTS]
 
 
 def fits(series: Any) -> dict[str, Any]:
@@ -46,8 +51,8 @@ def test_known_exponents_are_found_for_models_and_variants(
         for point in series["points"]:
             assert (point["count"], point["failures"]) == (10, 0)
             assert len(point["round_p50_ms"]) == 5
-            parts = sum(point[name]["mean"] for name in ("queue", "compute", "wire"))
-            assert parts == pytest.approx(point["end_to_end"]["mean"])
+            assert sum(parts(point)) == pytest.approx(point["end_to_end"]["mean"])
+            assert point["overlapping"] == 0
             assert point["queue"]["p50"] == pytest.approx(0.03)
             assert point["compute"]["p50"] < point["end_to_end"]["p50"]
     assert report["server"]["version"] == "0.0.fake"
@@ -90,6 +95,30 @@ def test_requests_too_large_for_one_message_go_over_a_stream(
     assert done.returncode == 0, done.stderr
     (series,) = read(tmp_path)["series"]
     assert [point["response_bytes"] for point in series["points"]] == [131072, 524288]
+
+
+def test_timings_that_overlap_are_in_no_part_of_the_report(
+    target: str, loadtest: Run, tmp_path: Path
+) -> None:
+    """As of a server that sums the waits of a request's heads, each in its own queue."""
+    done = loadtest(
+        "scaling", "--target", target, "--model", "overlapping", "--seq-lens", "128,256,512",
+        "--requests", "12", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (series,) = read(tmp_path)["series"]
+    for point in series["points"]:
+        assert point["count"] == 12
+        assert 2 <= point["overlapping"] <= 10  # every second, those to warm up included
+        assert point["end_to_end"]["mean"] > 1
+        for name in PARTS:
+            assert point[name]["minimum"] >= 0
+            assert point[name]["maximum"] <= point["end_to_end"]["maximum"]
+        assert point["compute"]["p50"] == pytest.approx(1.5 * point["seq_len"] / 64)
+    count = sum(point["overlapping"] for point in series["points"])
+    expected = f"{count} answers are not in deserialize, queue, compute, serialize, wire"
+    assert expected in " ".join(done.stdout.split())
+    assert expected in (tmp_path / "report.html").read_text()
 
 
 def test_failures_are_counted_by_status_and_kept_out_of_the_latencies(
@@ -137,11 +166,28 @@ def test_unreachable_server_is_one_line_and_a_status(loadtest: Run, tmp_path: Pa
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
         done = loadtest(
-            "scaling", "--target", f"127.0.0.1:{port}", "--model", "m", "--out", tmp_path
-        )
+            "scaling", "--target", f"127.0.0.1:{port}", "--model", "m", "--timeout", "1",
+            "--out", tmp_path,
+        )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"no server answers at 127.0.0.1:{port}" in done.stderr
+
+
+def test_this_host_is_measured_without_the_environments_proxy(
+    target: str, loadtest: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    done = loadtest(
+        "scaling", "--target", target, "--model", "linear", "--seq-lens", "8,16",
+        "--requests", "2", "--rounds", "1", "--timeout", "5", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (series,) = read(tmp_path)["series"]
+    assert [point["failures"] for point in series["points"]] == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ def _inspect() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the server spent its time, in microseconds.
+    """Where the server spent its time, in microseconds: spans of wall time, one after another.
+
+    What overlaps, one part of a request computed while another arrives, counts once. So their sum
+    is at most what the caller waited.
 
     Attributes:
         deserialize: wire to arrays and validation; over a stream, the wait for chunks included.
@@ -40,6 +43,11 @@ class Timings:
     compute: int
     serialize: int
     batch_size: int
+
+    @property
+    def total(self) -> int:
+        """Of the request's time, what passed in the server; the rest is the wire and the client."""
+        return self.deserialize + self.queue + self.compute + self.serialize
 
 
 @dataclass(frozen=True, slots=True)

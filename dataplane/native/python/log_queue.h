@@ -1,5 +1,5 @@
-// Log events on their way to Python's logging: kept in a bounded queue, so that no thread of the data
-// plane waits for the interpreter. When it is full, the oldest are dropped and counted.
+// Log events on their way to Python's logging: kept in a bounded queue, so that no thread of the
+// data plane waits for the interpreter. When it is full, the oldest are dropped and counted.
 #pragma once
 
 #include <condition_variable>

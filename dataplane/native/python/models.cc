@@ -88,25 +88,27 @@ void bind_models(nb::module_& module) {
                      for (const auto& variant : model.variants) names.push_back(variant->name());
                      return names;
                    })
-      .def("choose",
-           [](const Model& model, const std::string& forced, const std::vector<std::string>& inputs,
-              const std::vector<std::string>& outputs, std::int64_t length) {
-             const std::vector<std::string_view> taken(inputs.begin(), inputs.end());
-             const std::vector<std::string_view> given(outputs.begin(), outputs.end());
-             return model.choose(forced, taken, given, length).name();
-           },
-           nb::arg("forced"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("length"))
-      .def("working_bytes",
-           [](const Model& model, const std::string& variant, std::int64_t batch,
-              std::int64_t num_heads, std::int64_t query_len, std::int64_t key_len,
-              std::size_t tensor_bytes) {
-             const engine::Variant* found = model.named(variant);
-             if (!found) throw nb::key_error(variant.c_str());
-             return engine::working_bytes(model, *found, batch, num_heads, query_len, key_len,
-                                          tensor_bytes);
-           },
-           nb::arg("variant"), nb::arg("batch"), nb::arg("num_heads"), nb::arg("query_len"),
-           nb::arg("key_len"), nb::arg("tensor_bytes"))
+      .def(
+          "choose",
+          [](const Model& model, const std::string& forced, const std::vector<std::string>& inputs,
+             const std::vector<std::string>& outputs, std::int64_t length) {
+            const std::vector<std::string_view> taken(inputs.begin(), inputs.end());
+            const std::vector<std::string_view> given(outputs.begin(), outputs.end());
+            return model.choose(forced, taken, given, length).name();
+          },
+          nb::arg("forced"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("length"))
+      .def(
+          "working_bytes",
+          [](const Model& model, const std::string& variant, std::int64_t batch,
+             std::int64_t num_heads, std::int64_t query_len, std::int64_t key_len,
+             std::size_t tensor_bytes) {
+            const engine::Variant* found = model.named(variant);
+            if (!found) throw nb::key_error(variant.c_str());
+            return engine::working_bytes(model, *found, batch, num_heads, query_len, key_len,
+                                         tensor_bytes);
+          },
+          nb::arg("variant"), nb::arg("batch"), nb::arg("num_heads"), nb::arg("query_len"),
+          nb::arg("key_len"), nb::arg("tensor_bytes"))
       .def("inputs",
            [](const Model& model, const std::string& variant) {
              const engine::Variant* found = model.named(variant);

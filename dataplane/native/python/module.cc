@@ -1,5 +1,5 @@
-// The binding: all that Python knows of the data plane. Calls that wait do so without the interpreter;
-// no thread of the data plane ever takes it.
+// The binding: all that Python knows of the data plane. Calls that wait do so without the
+// interpreter; no thread of the data plane ever takes it.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
@@ -115,8 +115,8 @@ nb::dict attend_tokens(Plane& self, const std::shared_ptr<HandledRequest>& reque
   services::TokensOutcome outcome;
   {
     const nb::gil_scoped_release released;
-    outcome = self.plane.attend_tokens(std::move(work), request->request,
-                                       request->request->arrived, working_bytes);
+    outcome = self.plane.attend_tokens(std::move(work), request->request, request->request->arrived,
+                                       working_bytes);
   }
   nb::dict arrays;
   for (std::size_t index = 0; index < outputs.size(); ++index) {
@@ -179,55 +179,61 @@ void bind_requests(nb::module_& module) {
              const nb::gil_scoped_release released;
              self.answer({}, std::move(bytes));
            })
-      .def("fail",
-           [](HandledRequest& self, int code, const std::string& message, double retry_after) {
-             const nb::gil_scoped_release released;
-             const Status status{static_cast<Code>(code), message,
-                                 std::chrono::microseconds(
-                                     static_cast<std::int64_t>(retry_after * 1e6))};
-             self.answer(status, {});
-           },
-           "code"_a, "message"_a, "retry_after"_a = 0.0);
+      .def(
+          "fail",
+          [](HandledRequest& self, int code, const std::string& message, double retry_after) {
+            const nb::gil_scoped_release released;
+            const Status status{
+                static_cast<Code>(code), message,
+                std::chrono::microseconds(static_cast<std::int64_t>(retry_after * 1e6))};
+            self.answer(status, {});
+          },
+          "code"_a, "message"_a, "retry_after"_a = 0.0);
 }
 
 void bind_plane(nb::module_& module) {
   nb::class_<Plane>(module, "DataPlane", "See services/dataplane.h.")
-      .def("__init__",
-           [](Plane* self, const nb::kwargs& given) { new (self) Plane(given); })
-      .def("start", [](Plane& self) { self.plane.start(); },
-           nb::call_guard<nb::gil_scoped_release>())
+      .def("__init__", [](Plane* self, const nb::kwargs& given) { new (self) Plane(given); })
+      .def(
+          "start", [](Plane& self) { self.plane.start(); },
+          nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("addresses", [](Plane& self) { return self.plane.addresses(); })
-      .def("drain",
-           [](Plane& self, double timeout) { return self.plane.drain(seconds_of(timeout)); },
-           "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "drain",
+          [](Plane& self, double timeout) { return self.plane.drain(seconds_of(timeout)); },
+          "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("draining", [](Plane& self) { return self.plane.core.scheduler.draining(); })
-      .def("load",
-           [](Plane& self, const engine::ModelFacts& facts,
-              std::vector<engine::VariantFacts> variants, std::vector<engine::Pick> picks) {
-             return std::const_pointer_cast<engine::Model>(
-                 self.plane.load(facts, std::move(variants), std::move(picks)));
-           },
-           "facts"_a, "variants"_a, "picks"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("put_models",
-           [](Plane& self, const std::string& name,
-              const std::vector<std::shared_ptr<engine::Model>>& models) {
-             self.plane.core.models.put(name, {models.begin(), models.end()});
-           },
-           "name"_a, "models"_a)
-      .def("get_model",
-           [](Plane& self, const std::string& name, const std::string& version) {
-             return std::const_pointer_cast<engine::Model>(
-                 self.plane.core.models.get(name, version));
-           },
-           "name"_a, "version"_a)
-      .def("next_request",
-           [](Plane& self, const std::string& queue, double timeout) {
-             services::HandlerQueue& from = queue == "tokens"    ? self.plane.core.tokens
-                                            : queue == "loading" ? self.plane.core.loading
-                                                                 : self.plane.core.control;
-             return from.pop(seconds_of(timeout));
-           },
-           "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "load",
+          [](Plane& self, const engine::ModelFacts& facts,
+             std::vector<engine::VariantFacts> variants, std::vector<engine::Pick> picks) {
+            return std::const_pointer_cast<engine::Model>(
+                self.plane.load(facts, std::move(variants), std::move(picks)));
+          },
+          "facts"_a, "variants"_a, "picks"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "put_models",
+          [](Plane& self, const std::string& name,
+             const std::vector<std::shared_ptr<engine::Model>>& models) {
+            self.plane.core.models.put(name, {models.begin(), models.end()});
+          },
+          "name"_a, "models"_a)
+      .def(
+          "get_model",
+          [](Plane& self, const std::string& name, const std::string& version) {
+            return std::const_pointer_cast<engine::Model>(
+                self.plane.core.models.get(name, version));
+          },
+          "name"_a, "version"_a)
+      .def(
+          "next_request",
+          [](Plane& self, const std::string& queue, double timeout) {
+            services::HandlerQueue& from = queue == "tokens"    ? self.plane.core.tokens
+                                           : queue == "loading" ? self.plane.core.loading
+                                                                : self.plane.core.control;
+            return from.pop(seconds_of(timeout));
+          },
+          "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("closed", [](Plane& self) { return self.plane.core.control.closed(); })
       .def("attend_tokens", &attend_tokens, "request"_a, "model"_a, "variant"_a, "source"_a,
            "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
@@ -243,18 +249,17 @@ void bind_plane(nb::module_& module) {
            [](Plane& self) {
              nb::list rows;
              for (const auto& [key, counts] : self.plane.core.statistics.variants()) {
-               rows.append(nb::make_tuple(
-                   key.first, key.second, histogram_of(counts.deserialize),
-                   histogram_of(counts.queue), histogram_of(counts.compute),
-                   histogram_of(counts.batches), counts.sequences));
+               rows.append(nb::make_tuple(key.first, key.second, histogram_of(counts.deserialize),
+                                          histogram_of(counts.queue), histogram_of(counts.compute),
+                                          histogram_of(counts.batches), counts.sequences));
              }
              return rows;
            })
       .def("infer_counts", &infer_counts, "model"_a, "version"_a)
       .def("count_inference",
            [](Plane& self, const std::string& model, std::int64_t version, std::int64_t sequences,
-              double arrived, double validated, double started, double ended,
-              std::int64_t together, bool leads) {
+              double arrived, double validated, double started, double ended, std::int64_t together,
+              bool leads) {
              const services::Spans spans{time_of(arrived), time_of(validated), time_of(started),
                                          time_of(ended),   together,           leads};
              self.plane.core.statistics.inferred(model, version, spans, sequences, Clock::now());
@@ -277,22 +282,23 @@ void bind_plane(nb::module_& module) {
                  {"connections", static_cast<double>(self.plane.connections())},
              };
            })
-      .def("add_region",
-           [](Plane& self, const std::string& name, const std::string& key, std::uint64_t offset,
-              std::uint64_t byte_size, const std::string& peer) {
-             self.plane.core.regions.add(name, key, offset, byte_size, sessions::owner_of(peer));
-           },
-           nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "add_region",
+          [](Plane& self, const std::string& name, const std::string& key, std::uint64_t offset,
+             std::uint64_t byte_size, const std::string& peer) {
+            self.plane.core.regions.add(name, key, offset, byte_size, sessions::owner_of(peer));
+          },
+          nb::call_guard<nb::gil_scoped_release>())
       .def("region_view",
            [](Plane& self, const std::string& name, std::uint64_t offset, std::uint64_t byte_size,
               const std::string& peer) {
-             auto* view = new sessions::RegionView(self.plane.core.regions.view(
-                 name, offset, byte_size, sessions::owner_of(peer)));
+             auto* view = new sessions::RegionView(
+                 self.plane.core.regions.view(name, offset, byte_size, sessions::owner_of(peer)));
              nb::capsule owner(view, [](void* held) noexcept {
                delete static_cast<sessions::RegionView*>(held);  // the capsule is its one owner
              });
-             return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(
-                 view->bytes.data(), {view->bytes.size()}, owner);
+             return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(view->bytes.data(),
+                                                                      {view->bytes.size()}, owner);
            })
       .def("remove_region",
            [](Plane& self, const std::string& name, const std::string& peer) {
@@ -318,8 +324,8 @@ void bind_plane(nb::module_& module) {
 NB_MODULE(_core, module) {
   using namespace attnserve;
   module.doc() = "The data plane of attnserve; attnserve_dataplane says more.";
-  module.attr("SECONDS_BUCKETS") =
-      nb::cast(std::vector<double>(services::kSecondsBuckets.begin(), services::kSecondsBuckets.end()));
+  module.attr("SECONDS_BUCKETS") = nb::cast(
+      std::vector<double>(services::kSecondsBuckets.begin(), services::kSecondsBuckets.end()));
   module.attr("BATCH_BUCKETS") =
       nb::cast(std::vector<double>(services::kBatchBuckets.begin(), services::kBatchBuckets.end()));
 
@@ -342,18 +348,23 @@ NB_MODULE(_core, module) {
   python::bind_models(module);
   python::bind_requests(module);
   python::bind_plane(module);
-  module.def("collect_logs", [] {
-    set_log_sink([](const LogRecord& record) { python::log_queue().add(record); });
-  }, "From now on events go to next_log instead of standard error.");
-  module.def("next_log", [](double timeout) {
-    using Event = std::tuple<std::string, std::string, std::vector<std::pair<std::string, std::string>>>;
-    std::optional<python::LogEvent> event;
-    {
-      const nb::gil_scoped_release released;
-      event = python::log_queue().next(python::seconds_of(timeout));
-    }
-    std::optional<Event> result;
-    if (event) result = Event{std::string(name_of(event->level)), event->event, event->fields};
-    return result;
-  }, "timeout"_a);
+  module.def(
+      "collect_logs",
+      [] { set_log_sink([](const LogRecord& record) { python::log_queue().add(record); }); },
+      "From now on events go to next_log instead of standard error.");
+  module.def(
+      "next_log",
+      [](double timeout) {
+        using Event =
+            std::tuple<std::string, std::string, std::vector<std::pair<std::string, std::string>>>;
+        std::optional<python::LogEvent> event;
+        {
+          const nb::gil_scoped_release released;
+          event = python::log_queue().next(python::seconds_of(timeout));
+        }
+        std::optional<Event> result;
+        if (event) result = Event{std::string(name_of(event->level)), event->event, event->fields};
+        return result;
+      },
+      "timeout"_a);
 }

@@ -50,7 +50,9 @@ class Reader {
 services::DataPlaneOptions options_of(const nb::kwargs& given) {
   Reader reader(given);
   const auto size = [&reader](const char* name) { return reader.take<std::size_t>(name); };
-  const auto seconds = [&reader](const char* name) { return seconds_of(reader.take<double>(name)); };
+  const auto seconds = [&reader](const char* name) {
+    return seconds_of(reader.take<double>(name));
+  };
 
   services::DataPlaneOptions options;
   services::CoreOptions& core = options.core;

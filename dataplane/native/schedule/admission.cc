@@ -8,17 +8,19 @@
 namespace attnserve::schedule {
 namespace {
 
-constexpr double kNewest = 0.3;                        // weight of the newest interval
+constexpr double kNewest = 0.3;  // weight of the newest interval
 constexpr auto kBetweenUpdates = std::chrono::milliseconds(50);
 constexpr std::int64_t kAnswersForAnUpdate = 4;
 constexpr auto kArrivingSoon = std::chrono::milliseconds(250);  // a body that takes longer is slow
-constexpr double kOfDeadline = 0.5;  // an expected wait beyond this share of it comes too late, often
+constexpr double kOfDeadline =
+    0.5;  // an expected wait beyond this share of it comes too late, often
 
 }  // namespace
 
-std::optional<Status> AdmissionController::enter(TimePoint now, TimePoint deadline) {
+std::variant<AdmissionController::Place, Status> AdmissionController::enter(TimePoint now,
+                                                                            TimePoint deadline) {
   const std::lock_guard lock(mutex_);
-  while (!entered_.empty() && entered_.front() + kArrivingSoon < now) entered_.pop_front();
+  expected_.erase(expected_.begin(), expected_.lower_bound({now - kArrivingSoon, 0}));
   const std::int64_t answers = answers_.load(std::memory_order_relaxed);
   if (answers >= kAnswersForAnUpdate && now - updated_ >= kBetweenUpdates) {
     answers_.fetch_sub(answers, std::memory_order_relaxed);
@@ -32,8 +34,7 @@ std::optional<Status> AdmissionController::enter(TimePoint now, TimePoint deadli
                               : newest;
     updated_ = now;
   }
-  const std::size_t before =
-      inside() + std::min(arriving(), entered_.size());
+  const std::size_t before = inside() + expected_.size();
   if (before >= patience_) {
     const double expected = static_cast<double>(before) * seconds_per_answer_;
     double allowed = max_seconds_;
@@ -54,25 +55,34 @@ std::optional<Status> AdmissionController::enter(TimePoint now, TimePoint deadli
           std::chrono::microseconds(std::llround(std::max(expected - allowed, 0.001) * 1e6))};
     }
   }
-  entered_.push_back(now);
+  const Place place{now, ++last_number_, false};
+  expected_.emplace(place.entered, place.number);
   arriving_.fetch_add(1, std::memory_order_relaxed);
-  return std::nullopt;
+  return place;
 }
 
-void AdmissionController::received() {
+void AdmissionController::received(Place& place) {
+  place.received = true;
   arriving_.fetch_sub(1, std::memory_order_relaxed);
   received_.fetch_add(1, std::memory_order_relaxed);
+  const std::lock_guard lock(mutex_);
+  expected_.erase({place.entered, place.number});
 }
 
-void AdmissionController::leave(bool was_received, bool answered) {
-  (was_received ? received_ : arriving_).fetch_sub(1, std::memory_order_relaxed);
+void AdmissionController::leave(const Place& place, bool answered) {
   if (answered) answers_.fetch_add(1, std::memory_order_relaxed);
+  if (place.received) {
+    received_.fetch_sub(1, std::memory_order_relaxed);
+    return;
+  }
+  arriving_.fetch_sub(1, std::memory_order_relaxed);
+  const std::lock_guard lock(mutex_);
+  expected_.erase({place.entered, place.number});
 }
 
 void AdmissionController::moved_bytes(Duration busy) {
-  moving_nanoseconds_.fetch_add(
-      std::chrono::duration_cast<std::chrono::nanoseconds>(busy).count(),
-      std::memory_order_relaxed);
+  moving_nanoseconds_.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(busy).count(),
+                                std::memory_order_relaxed);
 }
 
 void AdmissionController::computed(Duration busy) {

@@ -1,17 +1,19 @@
-// Who may come in: decided when the headers of a call have come and before a byte of its body is read,
-// so that refusing costs next to nothing.
+// Who may come in: decided when the headers of a call have come and before a byte of its body is
+// read, so that refusing costs next to nothing.
 //
 // What a newcomer would wait for is told by how many requests are before it and by how fast answers
-// come out while the server is busy: Little's law (J. D. C. Little, "A proof for the queuing formula
-// L = lambda W", 1961). Busy is what threads are while they move bytes or compute, not while they
-// wait for a caller: a slow upload keeps nobody out.
+// come out while the server is busy: Little's law (J. D. C. Little, "A proof for the queuing
+// formula L = lambda W", 1961). Busy is what threads are while they move bytes or compute, not
+// while they wait for a caller: a slow upload keeps nobody out.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <deque>
 #include <mutex>
 #include <optional>
+#include <set>
+#include <utility>
+#include <variant>
 
 #include "base/clock.h"
 #include "base/status.h"
@@ -24,17 +26,21 @@ class AdmissionController {
   // `patience` are before it: callers of long contexts expect to wait for a few.
   AdmissionController(double max_seconds, std::size_t patience, std::size_t io_threads,
                       std::size_t slots)
-      : max_seconds_(max_seconds),
-        patience_(patience),
-        io_threads_(io_threads),
-        slots_(slots) {}
+      : max_seconds_(max_seconds), patience_(patience), io_threads_(io_threads), slots_(slots) {}
 
-  // Asks for one request. A refusal, or nothing: then it counts as before others until `leave`.
-  std::optional<Status> enter(TimePoint now, TimePoint deadline);
+  // One request's place before others.
+  struct Place {
+    TimePoint entered{};
+    std::uint64_t number = 0;
+    bool received = false;
+  };
+
+  // Asks for one request's place, which counts until `leave`; or a refusal.
+  std::variant<Place, Status> enter(TimePoint now, TimePoint deadline);
   // Its body is complete: from now on it is the server's, not its caller's, that it takes time.
-  void received();
+  void received(Place& place);
   // It has been answered, or never will be.
-  void leave(bool was_received, bool answered);
+  void leave(const Place& place, bool answered);
   // What threads were busy with: moving bytes on a connection's thread, or computing.
   void moved_bytes(Duration busy);
   void computed(Duration busy);
@@ -48,10 +54,12 @@ class AdmissionController {
   std::atomic<std::size_t> arriving_{0};  // headers have come, the body has not
   std::atomic<std::size_t> received_{0};
   std::atomic<std::int64_t> moving_nanoseconds_{0}, computing_nanoseconds_{0}, answers_{0};
-  mutable std::mutex mutex_;  // guards what follows
+  mutable std::mutex mutex_;         // guards what follows
   double seconds_per_answer_ = 0.0;  // of the busier resource; 0: not known yet
   TimePoint updated_{};
-  std::deque<TimePoint> entered_;  // of late: who entered long ago and still arrives is slow
+  std::uint64_t last_number_ = 0;
+  // Those whose bodies have not come yet, but may soon: who entered long ago is slow.
+  std::set<std::pair<TimePoint, std::uint64_t>> expected_;
 };
 
 }  // namespace attnserve::schedule

@@ -3,8 +3,8 @@
 namespace attnserve::schedule {
 namespace {
 
-constexpr double kNewest = 0.2;               // weight of the newest observation
-constexpr std::size_t kMostKinds = 1024;      // remembered
+constexpr double kNewest = 0.2;           // weight of the newest observation
+constexpr std::size_t kMostKinds = 1024;  // remembered
 
 }  // namespace
 

@@ -1,9 +1,9 @@
 // The jobs that wait, in the order in which they will be served.
 //
 // By priority first. Within a priority, callers share alike: start-time fair queueing (Goyal, Vin,
-// Cheng: "Start-time Fair Queueing", SIGCOMM 1996), where a caller's next request starts, in virtual
-// time, when its previous one would have ended. Who sends many waits behind its own requests, not
-// others behind it.
+// Cheng: "Start-time Fair Queueing", SIGCOMM 1996), where a caller's next request starts, in
+// virtual time, when its previous one would have ended. Who sends many waits behind its own
+// requests, not others behind it.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ class FairQueue {
   std::uint64_t number_ = 0;
   double virtual_ = 0.0;
   std::map<std::pair<std::uint64_t, std::uint32_t>, double> ends_;  // by caller and priority
-  double seconds_[4] = {};  // sums by priority
+  double seconds_[4] = {};                                          // sums by priority
 };
 
 }  // namespace attnserve::schedule

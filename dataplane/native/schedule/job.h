@@ -26,8 +26,8 @@ class Job {
   virtual ~Job() = default;
 
   std::shared_ptr<RequestContext> request;
-  engine::BatchKey key{};         // jobs of equal key take alike long a sequence
-  bool joinable = false;          // and may run together if both are
+  engine::BatchKey key{};  // jobs of equal key take alike long a sequence
+  bool joinable = false;   // and may run together if both are
   std::int64_t sequences = 1;
   std::size_t tensor_bytes = 0;   // that joining copies
   std::size_t working_bytes = 0;  // estimated memory that it takes while it runs

@@ -12,9 +12,9 @@ constexpr std::uint32_t kHigh = 1, kNormal = 2, kLow = 3;
 
 // Everything but `cancelled` is set before the request is submitted and stays.
 struct RequestContext {
-  TimePoint arrived{};           // when its message was complete
-  TimePoint deadline = kNever;   // after which nobody waits for the answer
-  std::uint64_t caller = 0;      // callers that wait are served in turn: the connection's number
+  TimePoint arrived{};          // when its message was complete
+  TimePoint deadline = kNever;  // after which nobody waits for the answer
+  std::uint64_t caller = 0;     // callers that wait are served in turn: the connection's number
   std::uint32_t priority = kNormal;
   std::atomic<bool> cancelled{false};
 

@@ -22,9 +22,7 @@ constexpr double kLongestHere = 4e-3;
 
 const Status kShuttingDown{Code::kUnavailable, "the server is shutting down; try another one", {}};
 
-std::string milliseconds(double seconds) {
-  return std::to_string(std::llround(seconds * 1e3));
-}
+std::string milliseconds(double seconds) { return std::to_string(std::llround(seconds * 1e3)); }
 
 std::chrono::microseconds retry_after(double seconds) {
   return std::chrono::microseconds(std::llround(std::max(seconds, 0.001) * 1e6));
@@ -132,9 +130,8 @@ void Scheduler::cancel(const std::shared_ptr<RequestContext>& request) {
     }
     for (const auto& running : running_) {
       if (running->stop &&
-          std::all_of(running->batch.begin(), running->batch.end(), [](const Entry& entry) {
-            return entry.job->request->cancelled.load();
-          })) {
+          std::all_of(running->batch.begin(), running->batch.end(),
+                      [](const Entry& entry) { return entry.job->request->cancelled.load(); })) {
         running->stop->request();
       }
     }
@@ -194,8 +191,8 @@ std::optional<Status> Scheduler::refusal(const RequestContext& request,
   }
   if (wait <= allowed) return std::nullopt;
   return Status{Code::kResourceExhausted,
-                text("queue: the wait would be about ", milliseconds(wait), " ms; allowed: ",
-                     milliseconds(allowed), " ms ", why),
+                text("queue: the wait would be about ", milliseconds(wait),
+                     " ms; allowed: ", milliseconds(allowed), " ms ", why),
                 retry_after(wait - allowed)};
 }
 
@@ -216,8 +213,9 @@ bool Scheduler::is_tiny(const Entry& entry) const {
   return entry.seconds > 0 && entry.seconds <= kTinySeconds;
 }
 
-// The next batch's leader, with its slot; nullptr if there is none. `here`: on a connection's thread,
-// which runs short ones alone. Those for whom nobody waits any more go to `dead`. The lock is held.
+// The next batch's leader, with its slot; nullptr if there is none. `here`: on a connection's
+// thread, which runs short ones alone. Those for whom nobody waits any more go to `dead`. The lock
+// is held.
 std::shared_ptr<Scheduler::Running> Scheduler::take(
     bool here, std::vector<std::pair<std::shared_ptr<Job>, Status>>& dead) {
   const TimePoint now = Clock::now();
@@ -430,8 +428,8 @@ std::optional<Status> Scheduler::lost_interest(const RequestContext& request, Ti
                                                const char* when) {
   if (request.cancelled) return Status{Code::kCancelled, "the caller cancelled the request", {}};
   if (now < request.deadline) return std::nullopt;
-  return Status{Code::kDeadlineExceeded,
-                text("the deadline passed before the computation ", when), {}};
+  return Status{
+      Code::kDeadlineExceeded, text("the deadline passed before the computation ", when), {}};
 }
 
 }  // namespace attnserve::schedule

@@ -2,8 +2,8 @@
 //
 // A job that is short runs on the thread that brought it, once that thread has read all that came:
 // nothing is handed over and nothing waits. Longer ones run on threads of the scheduler. While all
-// slots are taken, jobs gather in the queue; whoever gets the next slot takes along those of its key
-// and runs them as one batch. So batches grow with the load, and an idle server delays nobody.
+// slots are taken, jobs gather in the queue; whoever gets the next slot takes along those of its
+// key and runs them as one batch. So batches grow with the load, and an idle server delays nobody.
 #pragma once
 
 #include <condition_variable>
@@ -21,14 +21,14 @@
 namespace attnserve::schedule {
 
 struct Rules {
-  std::size_t slots = 1;                  // batches that run at once
-  std::size_t max_queue = 256;            // jobs that may wait; one more is refused
-  double max_queue_seconds = 0.5;         // one that would wait longer, by estimate, is refused,
-  double patience = 32;                   // unless it waits no longer than for so many like itself
-  std::int64_t max_batch_size = 64;       // sequences that run together
-  std::size_t max_batch_bytes = 2U << 20; // tensors of jobs that run together
+  std::size_t slots = 1;                   // batches that run at once
+  std::size_t max_queue = 256;             // jobs that may wait; one more is refused
+  double max_queue_seconds = 0.5;          // one that would wait longer, by estimate, is refused,
+  double patience = 32;                    // unless it waits no longer than for so many like itself
+  std::int64_t max_batch_size = 64;        // sequences that run together
+  std::size_t max_batch_bytes = 2U << 20;  // tensors of jobs that run together
   std::size_t max_working_bytes = SIZE_MAX;  // estimated memory of all that runs
-  double batch_delay = 0.0;               // seconds that a batch waits for more to join
+  double batch_delay = 0.0;                  // seconds that a batch waits for more to join
 };
 
 // Any thread may call everything. Jobs are told of their end without any lock held.
@@ -44,8 +44,8 @@ class Scheduler {
   void submit(std::shared_ptr<Job> job, bool runs_here);
   // Runs, on this thread, what can run at once and is short; sees to it that others run the rest.
   void run_short();
-  // Nobody waits for this request any more: its jobs leave the queue, and a batch that runs for nobody
-  // else is stopped.
+  // Nobody waits for this request any more: its jobs leave the queue, and a batch that runs for
+  // nobody else is stopped.
   void cancel(const std::shared_ptr<RequestContext>& request);
   // Refuses new jobs; those that wait still run.
   void drain();
@@ -71,7 +71,8 @@ class Scheduler {
   bool fits(const Entry& entry) const;
   bool is_tiny(const Entry& entry) const;
   double ahead(std::uint32_t priority, TimePoint now) const;
-  std::shared_ptr<Running> take(bool tiny, std::vector<std::pair<std::shared_ptr<Job>, Status>>& dead);
+  std::shared_ptr<Running> take(bool tiny,
+                                std::vector<std::pair<std::shared_ptr<Job>, Status>>& dead);
   void gather(Running& running, std::unique_lock<std::mutex>& lock);
   void execute(std::shared_ptr<Running> running);
   void work();
@@ -80,10 +81,10 @@ class Scheduler {
                                              const char* when);
 
   const Rules rules_;
-  mutable std::mutex mutex_;  // guards all below
-  std::condition_variable slot_free_;   // a thread of ours may have something to run
-  std::condition_variable joined_;      // a job has come, for batches that wait for more
-  std::condition_variable sooner_;      // the next deadline has come nearer
+  mutable std::mutex mutex_;           // guards all below
+  std::condition_variable slot_free_;  // a thread of ours may have something to run
+  std::condition_variable joined_;     // a job has come, for batches that wait for more
+  std::condition_variable sooner_;     // the next deadline has come nearer
   FairQueue queue_;
   Estimates estimates_;
   std::vector<std::shared_ptr<Running>> running_;
@@ -92,7 +93,7 @@ class Scheduler {
   std::size_t working_bytes_ = 0;
   bool draining_ = false;
   bool stopping_ = false;
-  TimePoint next_look_ = kNever;        // when the watcher will look at deadlines
+  TimePoint next_look_ = kNever;  // when the watcher will look at deadlines
   std::vector<std::thread> threads_;
   std::thread watcher_;
 };

@@ -26,8 +26,8 @@ UnaryBehaviour attend(Core& core) {
     const requests::Context context = core.context();
     requests::AttendPlan plan = requests::plan_attend(decoded, context, false);
     std::unique_ptr<Answer> answer = attend_answer(core, plan, std::nullopt);
-    auto prepared = requests::prepare(std::move(plan), inline_elements(decoded), context,
-                                      reply->info().peer);
+    auto prepared =
+        requests::prepare(std::move(plan), inline_elements(decoded), context, reply->info().peer);
     prepared->owners.push_back(message);
     begin_exchange(core, {request, std::move(admitted), request->arrived, std::move(prepared),
                           std::move(answer),
@@ -58,17 +58,17 @@ UnaryBehaviour register_shared_memory(Core& core) {
     const wire::RegisterSharedMemoryRequest decoded =
         wire::decode_register_shared_memory(bytes.span());
     // Claiming pages takes as long as filling them.
-    auto refused = core.chores.add([&core, reply, key = std::string(decoded.key),
-                                    byte_size = decoded.byte_size] {
-      try {
-        const grpc::CallInfo& info = reply->info();
-        const std::string name = core.regions.add_private(
-            key, byte_size, sessions::owner_of(info.peer), info.connection);
-        reply->deliver(one(OutMessage::of(wire::encode_register_shared_memory(name))));
-      } catch (...) {
-        reply->deliver({status_of(std::current_exception()), {}});
-      }
-    });
+    auto refused = core.chores.add(
+        [&core, reply, key = std::string(decoded.key), byte_size = decoded.byte_size] {
+          try {
+            const grpc::CallInfo& info = reply->info();
+            const std::string name = core.regions.add_private(
+                key, byte_size, sessions::owner_of(info.peer), info.connection);
+            reply->deliver(one(OutMessage::of(wire::encode_register_shared_memory(name))));
+          } catch (...) {
+            reply->deliver({status_of(std::current_exception()), {}});
+          }
+        });
     if (refused) reply->deliver({std::move(*refused), {}});
   };
 }

@@ -21,11 +21,11 @@ struct Incoming {
   std::shared_ptr<schedule::RequestContext> request;
   Admitted admitted;
   TimePoint arrived{};
-  std::optional<requests::AttendPlan> plan;       // until it is prepared
-  std::array<ByteSpan, wire::kInputs> elements;   // of all inputs; chunked ones as they will be
+  std::optional<requests::AttendPlan> plan;      // until it is prepared
+  std::array<ByteSpan, wire::kInputs> elements;  // of all inputs; chunked ones as they will be
   std::array<std::shared_ptr<Bytes>, wire::kInputs> arriving;  // of chunked inputs
   std::array<std::size_t, wire::kInputs> received{};
-  std::size_t missing = 0;                        // bytes
+  std::size_t missing = 0;                          // bytes
   std::vector<std::shared_ptr<const void>> owners;  // of inline elements
   std::shared_ptr<EarlyHeads> early;
 };
@@ -190,11 +190,11 @@ class AttendStreamHandler final : public grpc::CallHandler {
                                       state_->info().peer);
     prepared->owners = std::move(incoming.owners);
     auto exchange = std::make_shared<Exchange>(
-        core_, ExchangeParts{request, std::move(incoming.admitted), incoming.arrived,
-                             std::move(prepared), std::move(answer),
-                             [state = state_, id, request](Delivery delivery) {
-                               state->answer(id, request, std::move(delivery));
-                             }});
+        core_,
+        ExchangeParts{request, std::move(incoming.admitted), incoming.arrived, std::move(prepared),
+                      std::move(answer), [state = state_, id, request](Delivery delivery) {
+                        state->answer(id, request, std::move(delivery));
+                      }});
     // Once it has started it is answered by its exchange alone.
     state_->started(request);
     core_.scheduler.submit(std::move(exchange), true);
@@ -273,9 +273,9 @@ class AttendStreamHandler final : public grpc::CallHandler {
   void throw_away(std::uint64_t id, const wire::TensorChunk& chunk) {
     const auto found = discarded_.find(id);
     if (found == discarded_.end()) {
-      throw RequestError(
-          invalid_argument("chunk", text("for request_id ", id, ", which waits for none"),
-                           "chunks of a request that announced them"));
+      throw RequestError(invalid_argument("chunk",
+                                          text("for request_id ", id, ", which waits for none"),
+                                          "chunks of a request that announced them"));
     }
     if (found->second <= chunk.data.size()) {
       discarded_.erase(found);

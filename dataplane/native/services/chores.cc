@@ -30,10 +30,10 @@ std::optional<Status> Chores::add(std::function<void()> chore) {
   {
     const std::lock_guard lock(mutex_);
     if (waiting_.size() >= kMostWaiting) {
-      return Status{Code::kResourceExhausted,
-                    text("requests: ", waiting_.size(), " of this kind are waiting; allowed: ",
-                         kMostWaiting),
-                    std::chrono::milliseconds(100)};
+      return Status{
+          Code::kResourceExhausted,
+          text("requests: ", waiting_.size(), " of this kind are waiting; allowed: ", kMostWaiting),
+          std::chrono::milliseconds(100)};
     }
     waiting_.push_back(std::move(chore));
   }

@@ -34,7 +34,7 @@ Admitted& Admitted::operator=(Admitted&& other) noexcept {
   if (this != &other) {
     release();
     admission_ = std::exchange(other.admission_, nullptr);
-    received_ = other.received_;
+    place_ = other.place_;
     answered_ = other.answered_;
   }
   return *this;
@@ -44,18 +44,17 @@ std::variant<Admitted, Status> Admitted::admit(Core& core, TimePoint now, TimePo
   if (core.scheduler.draining()) {
     return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
   }
-  if (auto refused = core.admission.enter(now, deadline)) return std::move(*refused);
-  return Admitted(core.admission);
+  auto entered = core.admission.enter(now, deadline);
+  if (auto* refused = std::get_if<Status>(&entered)) return std::move(*refused);
+  return Admitted(core.admission, std::get<schedule::AdmissionController::Place>(entered));
 }
 
 void Admitted::received() {
-  if (!admission_ || received_) return;
-  received_ = true;
-  admission_->received();
+  if (admission_ && !place_.received) admission_->received(place_);
 }
 
 void Admitted::release() {
-  if (auto* admission = std::exchange(admission_, nullptr)) admission->leave(received_, answered_);
+  if (auto* admission = std::exchange(admission_, nullptr)) admission->leave(place_, answered_);
 }
 
 }  // namespace attnserve::services

@@ -48,7 +48,7 @@ struct CoreOptions {
   Duration max_stored_lease = std::chrono::hours(1);
   std::size_t max_shared_regions = 256;
   std::size_t max_shared_bytes = 16384ULL << 20;
-  std::size_t max_control_requests = 64;   // for the control plane, waiting
+  std::size_t max_control_requests = 64;  // for the control plane, waiting
   std::size_t max_token_requests = 256;
 };
 
@@ -61,9 +61,8 @@ struct Core {
         control(options.max_control_requests),
         loading(options.max_control_requests),
         tokens(options.max_token_requests),
-        admission(options.rules.max_queue_seconds,
-                  static_cast<std::size_t>(options.rules.patience), options.io_threads,
-                  options.rules.slots),
+        admission(options.rules.max_queue_seconds, static_cast<std::size_t>(options.rules.patience),
+                  options.io_threads, options.rules.slots),
         scheduler(options.rules) {}
 
   requests::Context context() { return {models, limits, stored, regions}; }
@@ -75,12 +74,12 @@ struct Core {
   sessions::SharedRegions regions;
   Statistics statistics;
   OpenStreams streams;
-  HandlerQueue control;   // methods of the control plane
-  HandlerQueue loading;   // those of them that load models, and take their time
-  HandlerQueue tokens;    // requests of token models
+  HandlerQueue control;  // methods of the control plane
+  HandlerQueue loading;  // those of them that load models, and take their time
+  HandlerQueue tokens;   // requests of token models
   std::atomic<bool> serving{false};
   schedule::AdmissionController admission;
-  schedule::Scheduler scheduler;   // its jobs use what is above
+  schedule::Scheduler scheduler;  // its jobs use what is above
   Chores chores;
 };
 
@@ -90,21 +89,22 @@ class Admitted {
   Admitted() = default;
   Admitted(Admitted&& other) noexcept
       : admission_(std::exchange(other.admission_, nullptr)),
-        received_(other.received_),
+        place_(other.place_),
         answered_(other.answered_) {}
   Admitted& operator=(Admitted&& other) noexcept;
   ~Admitted() { release(); }
 
   // Asks for a place, from what the headers say. Draining servers refuse with UNAVAILABLE.
   static std::variant<Admitted, Status> admit(Core& core, TimePoint now, TimePoint deadline);
-  void received();                         // its body is complete
-  void answered() { answered_ = true; }    // the answer counts for the pace of the server
+  void received();                       // its body is complete
+  void answered() { answered_ = true; }  // the answer counts for the pace of the server
   void release();
 
  private:
-  explicit Admitted(schedule::AdmissionController& admission) : admission_(&admission) {}
+  Admitted(schedule::AdmissionController& admission, schedule::AdmissionController::Place place)
+      : admission_(&admission), place_(place) {}
   schedule::AdmissionController* admission_ = nullptr;
-  bool received_ = false;
+  schedule::AdmissionController::Place place_;
   bool answered_ = false;
 };
 

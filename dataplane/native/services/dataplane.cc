@@ -92,10 +92,11 @@ TokensOutcome DataPlane::attend_tokens(engine::TokensWork work,
   core.scheduler.submit(job, false);
   const schedule::Outcome outcome = job->wait();
   if (outcome.leads) core.admission.computed(outcome.ended - outcome.started);
-  TokensOutcome result{std::move(job->work.results), job->work.padded_source,
-                       job->work.padded_target,
-                       {arrived, validated, outcome.started, outcome.ended, outcome.sequences,
-                        outcome.leads}};
+  TokensOutcome result{
+      std::move(job->work.results),
+      job->work.padded_source,
+      job->work.padded_target,
+      {arrived, validated, outcome.started, outcome.ended, outcome.sequences, outcome.leads}};
   core.statistics.ran(model, variant, result.spans, job->sequences);
   return result;
 }

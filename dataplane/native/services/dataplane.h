@@ -46,8 +46,8 @@ class DataPlane {
                         std::vector<engine::Pick> picks);
   // Runs sequences of one request, batched with others', and waits for it. Throws RequestError.
   TokensOutcome attend_tokens(engine::TokensWork work,
-                              std::shared_ptr<schedule::RequestContext> request,
-                              TimePoint arrived, std::size_t working_bytes);
+                              std::shared_ptr<schedule::RequestContext> request, TimePoint arrived,
+                              std::size_t working_bytes);
   std::size_t connections() const { return server_ ? server_->connections() : 0; }
 
   Core core;

@@ -70,8 +70,8 @@ std::shared_ptr<EarlyHeads> EarlyHeads::of(Core& core, std::shared_ptr<StreamSta
       static_cast<std::int64_t>(plan.results.front().byte_size) / kv_heads;
   const auto chunk_bytes = static_cast<std::int64_t>(core.limits.chunk_bytes);
   if (output_head_bytes > chunk_bytes) return nullptr;
-  const std::shared_ptr<EarlyHeads> early(new EarlyHeads(
-      core, std::move(stream), request_id, std::move(request), arrived));
+  const std::shared_ptr<EarlyHeads> early(
+      new EarlyHeads(core, std::move(stream), request_id, std::move(request), arrived));
   early->num_kv_heads_ = kv_heads;
   early->most_ = std::max<std::int64_t>(1, chunk_bytes / output_head_bytes);
   early->least_ = std::min(early->most_, (kv_heads + kMostParts - 1) / kMostParts);

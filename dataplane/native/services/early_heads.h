@@ -1,5 +1,5 @@
-// A streamed request whose first heads are computed while the others are still arriving: heads do not
-// see each other. Its chunks are gathered in whole tensors, of which parts are views.
+// A streamed request whose first heads are computed while the others are still arriving: heads do
+// not see each other. Its chunks are gathered in whole tensors, of which parts are views.
 #pragma once
 
 #include <array>
@@ -62,7 +62,7 @@ class EarlyHeads : public std::enable_shared_from_this<EarlyHeads> {
   std::mutex mutex_;                         // guards what follows
   std::int64_t computed_ = 0;                // kv heads
   bool failed_ = false;
-  std::optional<TimePoint> complete_;        // when all chunks were there
+  std::optional<TimePoint> complete_;  // when all chunks were there
   TimePoint first_start_ = kNever, last_end_{};
   Admitted admitted_;
 };

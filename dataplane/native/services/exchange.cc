@@ -27,7 +27,8 @@ Tensor& slot(requests::PreparedAttend& prepared, wire::Output output) {
 // Computed where it is sent from: one message that holds its tensors.
 class InMessage final : public Answer {
  public:
-  InMessage(Core& core, std::optional<std::uint64_t> stream_id) : core_(core), stream_id_(stream_id) {}
+  InMessage(Core& core, std::optional<std::uint64_t> stream_id)
+      : core_(core), stream_id_(stream_id) {}
 
   void place(requests::PreparedAttend& prepared) override {
     const requests::AttendPlan& plan = prepared.plan;
@@ -44,8 +45,7 @@ class InMessage final : public Answer {
 
   std::vector<OutMessage> finish(requests::PreparedAttend&, const Spans& spans) override {
     std::vector<OutMessage> messages;
-    messages.push_back(
-        OutMessage::of(std::move(*answer_).finish(timings_of(spans, Clock::now()))));
+    messages.push_back(OutMessage::of(std::move(*answer_).finish(timings_of(spans, Clock::now()))));
     return messages;
   }
 
@@ -64,8 +64,8 @@ class InRegion final : public Answer {
     const requests::AttendPlan& plan = prepared.plan;
     starts_ = requests::offsets(plan.results);
     for (std::size_t index = 0; index < plan.results.size(); ++index) {
-      slot(prepared, plan.results[index].output) = result_tensor(
-          plan.results[index], prepared.output_region->bytes.data() + starts_[index]);
+      slot(prepared, plan.results[index].output) =
+          result_tensor(plan.results[index], prepared.output_region->bytes.data() + starts_[index]);
     }
   }
 
@@ -187,9 +187,8 @@ void begin_exchange(Core& core, ExchangeParts parts) {
 
 wire::Timings timings_of(const Spans& spans, TimePoint now) {
   return {microseconds(spans.validated - spans.arrived),
-          microseconds(spans.started - spans.validated),
-          microseconds(spans.ended - spans.started), microseconds(now - spans.ended),
-          static_cast<std::uint32_t>(spans.sequences)};
+          microseconds(spans.started - spans.validated), microseconds(spans.ended - spans.started),
+          microseconds(now - spans.ended), static_cast<std::uint32_t>(spans.sequences)};
 }
 
 std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& plan,
@@ -212,8 +211,7 @@ void append_chunks(std::vector<OutMessage>& messages, std::uint64_t stream_id, w
                    const std::shared_ptr<Bytes>& elements, std::size_t chunk_bytes) {
   for (std::size_t at = 0; at < elements->size(); at += chunk_bytes) {
     const std::size_t size = std::min(chunk_bytes, elements->size() - at);
-    OutMessage message =
-        OutMessage::of(wire::encode_chunk_head(stream_id, output, at, size));
+    OutMessage message = OutMessage::of(wire::encode_chunk_head(stream_id, output, at, size));
     message.pieces.push_back({elements, ByteSpan(elements->data() + at, size)});
     messages.push_back(std::move(message));
   }

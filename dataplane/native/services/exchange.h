@@ -34,7 +34,8 @@ class Answer {
   // Makes room for the results of `prepared`: sets the `results` of its work.
   virtual void place(requests::PreparedAttend& prepared) = 0;
   // The messages, once they are computed.
-  virtual std::vector<OutMessage> finish(requests::PreparedAttend& prepared, const Spans& spans) = 0;
+  virtual std::vector<OutMessage> finish(requests::PreparedAttend& prepared,
+                                         const Spans& spans) = 0;
   // It was answered, or failed, with what the model's statistics want to know.
   virtual void answered(const requests::PreparedAttend&, const Spans&) {}
 };
@@ -42,7 +43,7 @@ class Answer {
 struct ExchangeParts {
   std::shared_ptr<schedule::RequestContext> request;
   Admitted admitted;
-  TimePoint arrived{};           // when its message was there, or the first of its chunks announced
+  TimePoint arrived{};  // when its message was there, or the first of its chunks announced
   std::unique_ptr<requests::PreparedAttend> prepared;
   std::unique_ptr<Answer> answer;
   Deliver deliver;

@@ -30,11 +30,13 @@ void HandledRequest::answer(Status status, Bytes bytes) {
 std::optional<Status> HandlerQueue::push(std::shared_ptr<HandledRequest> request) {
   {
     const std::lock_guard lock(mutex_);
-    if (closed_) return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
+    if (closed_)
+      return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
     if (waiting_.size() >= most_) {
-      return Status{Code::kResourceExhausted,
-                    text("requests: ", waiting_.size(), " of this kind are waiting; allowed: ", most_),
-                    std::chrono::milliseconds(100)};
+      return Status{
+          Code::kResourceExhausted,
+          text("requests: ", waiting_.size(), " of this kind are waiting; allowed: ", most_),
+          std::chrono::milliseconds(100)};
     }
     waiting_.push_back(std::move(request));
   }

@@ -1,5 +1,6 @@
-// Methods that are handled elsewhere, by the control plane: requests wait in a bounded queue until one
-// of its threads takes them. A handler that hangs delays no hot method, since none waits for it here.
+// Methods that are handled elsewhere, by the control plane: requests wait in a bounded queue until
+// one of its threads takes them. A handler that hangs delays no hot method, since none waits for it
+// here.
 #pragma once
 
 #include <condition_variable>
@@ -17,8 +18,8 @@
 
 namespace attnserve::services {
 
-// One message for the control plane. Answered exactly once; one that is dropped unanswered is answered
-// INTERNAL.
+// One message for the control plane. Answered exactly once; one that is dropped unanswered is
+// answered INTERNAL.
 class HandledRequest {
  public:
   using Answer = std::function<void(Status, Bytes)>;  // any thread

@@ -26,7 +26,8 @@ OutMessage message(int health) { return OutMessage::of(wire::encode_health(healt
 // Says how it is, and once more when the server drains.
 class WatchHandler final : public grpc::CallHandler {
  public:
-  WatchHandler(Core& core, std::shared_ptr<grpc::Call> call) : core_(core), call_(std::move(call)) {}
+  WatchHandler(Core& core, std::shared_ptr<grpc::Call> call)
+      : core_(core), call_(std::move(call)) {}
 
   void on_message(Bytes bytes) override {
     if (number_ != 0) return;
@@ -59,7 +60,8 @@ UnaryBehaviour health_check(Core& core) {
                  const std::shared_ptr<schedule::RequestContext>&, Admitted) {
     const int health = health_of(core, wire::decode_health_check(bytes.span()));
     if (health == kServiceUnknown) {
-      throw RequestError(Code::kNotFound, "service: given one that is not here; reflection lists them");
+      throw RequestError(Code::kNotFound,
+                         "service: given one that is not here; reflection lists them");
     }
     Delivery delivery;
     delivery.messages.push_back(message(health));

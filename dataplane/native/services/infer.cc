@@ -162,20 +162,20 @@ class InferStream : public std::enable_shared_from_this<InferStream> {
   void finish_if_idle() {
     if (over_ || !waiting_.empty() || (!read_all_ && !draining_)) return;
     over_ = true;
-    call_->finish(read_all_ ? Status{}
-                            : Status{Code::kUnavailable,
-                                     "the server is shutting down; try another one", {}});
+    call_->finish(
+        read_all_ ? Status{}
+                  : Status{Code::kUnavailable, "the server is shutting down; try another one", {}});
   }
 
   static constexpr std::string_view kMethod = "ModelStreamInfer";
 
   Core& core_;
   const std::shared_ptr<grpc::Call> call_;
-  std::uint64_t number_ = 0;   // among the open streams
-  mutable std::mutex mutex_;   // guards what follows, and the order of messages
+  std::uint64_t number_ = 0;  // among the open streams
+  mutable std::mutex mutex_;  // guards what follows, and the order of messages
   std::deque<Waiting> waiting_;
-  std::uint64_t first_ = 0;    // the place of the first that waits
-  std::size_t queued_ = 0;     // answers that have not left yet
+  std::uint64_t first_ = 0;  // the place of the first that waits
+  std::size_t queued_ = 0;   // answers that have not left yet
   bool read_all_ = false, draining_ = false, over_ = false;
 };
 
@@ -194,9 +194,9 @@ class InferStreamHandler final : public grpc::CallHandler {
                                                             Delivery delivery) {
       const Code code = delivery.status.code;
       stream->answer(place, code,
-                     delivery.status.ok()
-                         ? std::move(delivery.messages.front())
-                         : OutMessage::of(wire::encode_infer_error(delivery.status.message, id_, name)));
+                     delivery.status.ok() ? std::move(delivery.messages.front())
+                                          : OutMessage::of(wire::encode_infer_error(
+                                                delivery.status.message, id_, name)));
     };
     try {
       try {
@@ -279,16 +279,14 @@ void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
     requests::InferPlan plan = requests::plan_infer(decoded, model, context, info.peer);
     request->shorten(plan.timeout, request->arrived);
     auto answer = std::make_unique<InferResponse>(core, decoded, plan, info.peer, stream);
-    auto prepared =
-        requests::prepare(std::move(plan.attend), plan.elements, context, info.peer);
+    auto prepared = requests::prepare(std::move(plan.attend), plan.elements, context, info.peer);
     prepared->owners.push_back(message);
     for (Bytes& contents : plan.contents) prepared->copies.push_back(std::move(contents));
     for (sessions::RegionView& region : plan.regions) {
       prepared->regions.push_back(std::move(region));
     }
     begin_exchange(core, {request, std::move(admitted), request->arrived, std::move(prepared),
-                          std::move(answer),
-                          [deliver, failing](Delivery delivery) {
+                          std::move(answer), [deliver, failing](Delivery delivery) {
                             if (!delivery.status.ok()) failing();
                             deliver(std::move(delivery));
                           }});

@@ -15,7 +15,8 @@ const std::string kMethod = "PutTensor";
 class PutTensorHandler final : public grpc::CallHandler {
  public:
   PutTensorHandler(Core& core, std::shared_ptr<grpc::Call> call)
-      : core_(core), reply_(std::make_shared<Reply>(core, std::move(call), kMethod)),
+      : core_(core),
+        reply_(std::make_shared<Reply>(core, std::move(call), kMethod)),
         room_(core.stored.begin()) {}
 
   void on_message(Bytes message) override {
@@ -48,7 +49,8 @@ class PutTensorHandler final : public grpc::CallHandler {
     if (!spec_) {
       take_header(decoded);
     } else if (received_ == spec_->byte_size) {
-      throw RequestError(invalid_argument("stream", "more messages", "none after the last element"));
+      throw RequestError(
+          invalid_argument("stream", "more messages", "none after the last element"));
     } else {
       take_chunk(decoded);
     }
@@ -86,8 +88,8 @@ class PutTensorHandler final : public grpc::CallHandler {
     }
     const wire::TensorChunk& chunk = *decoded.chunk;
     if (chunk.offset != received_) {
-      throw RequestError(
-          invalid_argument("chunk.offset", std::to_string(chunk.offset), std::to_string(received_)));
+      throw RequestError(invalid_argument("chunk.offset", std::to_string(chunk.offset),
+                                          std::to_string(received_)));
     }
     const std::size_t left = spec_->byte_size - received_;
     if (chunk.data.empty() || chunk.data.size() > left) {
@@ -132,7 +134,8 @@ class PutTensorHandler final : public grpc::CallHandler {
 
 }  // namespace
 
-std::unique_ptr<grpc::CallHandler> put_tensor_handler(Core& core, std::shared_ptr<grpc::Call> call) {
+std::unique_ptr<grpc::CallHandler> put_tensor_handler(Core& core,
+                                                      std::shared_ptr<grpc::Call> call) {
   return std::make_unique<PutTensorHandler>(core, std::move(call));
 }
 

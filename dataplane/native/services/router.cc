@@ -19,15 +19,16 @@ const std::string kAttention = "/attnserve.v1.AttentionService/";
 const std::string kInference = "/inference.GRPCInferenceService/";
 const std::string kHealth = "/grpc.health.v1.Health/";
 
-// Messages of methods that take no tensors. Those of tokens are ids or text, which the control plane
-// reads: bounded for its sake.
+// Messages of methods that take no tensors. Those of tokens are ids or text, which the control
+// plane reads: bounded for its sake.
 constexpr std::size_t kControlBytes = 1U << 20;
 constexpr std::size_t kTokensBytes = 16U << 20;
 
 // Methods of Triton's that are not here, and why.
 constexpr std::pair<std::string_view, std::string_view> kMissing[] = {
     {"CudaSharedMemoryStatus", "this server takes no CUDA shared memory; use system shared memory"},
-    {"CudaSharedMemoryRegister", "this server takes no CUDA shared memory; use system shared memory"},
+    {"CudaSharedMemoryRegister",
+     "this server takes no CUDA shared memory; use system shared memory"},
     {"CudaSharedMemoryUnregister", "this server takes no CUDA shared memory"},
     {"TraceSetting", "this server has no traces; its metrics and ModelStatistics have durations"},
     {"LogSettings", "the log is set when the server starts, by --log-level and --log-format"},
@@ -62,24 +63,24 @@ void Router::count(std::string_view path, Code code) {
 void Router::add_attention() {
   const std::size_t whole = core_.limits.max_message_bytes;
   // A method that computes: admitted by its headers.
-  const auto admitted = [this](const std::string& path, std::size_t bytes, UnaryBehaviour behaviour) {
+  const auto admitted = [this](const std::string& path, std::size_t bytes,
+                               UnaryBehaviour behaviour) {
     const std::string name = path.substr(path.rfind('/') + 1);
-    methods_[path] = {name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
-                        auto place = Admitted::admit(core_, call->info().arrived,
-                                                     call->info().deadline);
-                        if (auto* refused = std::get_if<Status>(&place)) return std::move(*refused);
-                        return grpc::Reception{
-                            unary_handler(core_, std::move(call), name,
-                                          std::move(std::get<Admitted>(place)), behaviour),
-                            bytes};
-                      }};
+    methods_[path] = {
+        name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
+          auto place = Admitted::admit(core_, call->info().arrived, call->info().deadline);
+          if (auto* refused = std::get_if<Status>(&place)) return std::move(*refused);
+          return grpc::Reception{unary_handler(core_, std::move(call), name,
+                                               std::move(std::get<Admitted>(place)), behaviour),
+                                 bytes};
+        }};
   };
   const auto plain = [this](const std::string& path, std::size_t bytes, UnaryBehaviour behaviour) {
     const std::string name = path.substr(path.rfind('/') + 1);
-    methods_[path] = {name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
-                        return grpc::Reception{
-                            unary_handler(core_, std::move(call), name, {}, behaviour), bytes};
-                      }};
+    methods_[path] = {
+        name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
+          return grpc::Reception{unary_handler(core_, std::move(call), name, {}, behaviour), bytes};
+        }};
   };
   admitted(kAttention + "Attend", whole, attend(core_));
   const std::size_t token_bytes = std::min(whole, kTokensBytes);
@@ -124,11 +125,11 @@ void Router::add_inference() {
       }};
   const auto controlled = [this](const std::string& name, HandlerQueue& queue) {
     const std::string path = kInference + name;
-    methods_[path] = {name, [this, name, path, &queue](std::shared_ptr<grpc::Call> call) -> Accepted {
-                        return grpc::Reception{
-                            unary_handler(core_, std::move(call), name, {}, handled(queue, path)),
-                            kControlBytes};
-                      }};
+    methods_[path] = {
+        name, [this, name, path, &queue](std::shared_ptr<grpc::Call> call) -> Accepted {
+          return grpc::Reception{
+              unary_handler(core_, std::move(call), name, {}, handled(queue, path)), kControlBytes};
+        }};
   };
   for (const char* name :
        {"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig",
@@ -146,12 +147,11 @@ void Router::add_inference() {
 }
 
 void Router::add_infrastructure() {
-  methods_[kHealth + "Check"] = {"", [this](std::shared_ptr<grpc::Call> call) -> Accepted {
-                                   return grpc::Reception{
-                                       unary_handler(core_, std::move(call), "", {},
-                                                     health_check(core_)),
-                                       kControlBytes};
-                                 }};
+  methods_[kHealth + "Check"] = {
+      "", [this](std::shared_ptr<grpc::Call> call) -> Accepted {
+        return grpc::Reception{unary_handler(core_, std::move(call), "", {}, health_check(core_)),
+                               kControlBytes};
+      }};
   methods_[kHealth + "Watch"] = {"", [this](std::shared_ptr<grpc::Call> call) -> Accepted {
                                    return grpc::Reception{
                                        health_watch_handler(core_, std::move(call)), kControlBytes};

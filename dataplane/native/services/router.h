@@ -29,7 +29,7 @@ class Router final : public grpc::Service {
   using Accept =
       std::function<std::variant<grpc::Reception, Status>(std::shared_ptr<grpc::Call> call)>;
   struct Method {
-    std::string name;   // as it is counted; empty: it is not
+    std::string name;  // as it is counted; empty: it is not
     Accept accept;
   };
 

@@ -18,9 +18,8 @@
 namespace attnserve::services {
 
 // Upper bounds of the buckets; what is beyond the last one is counted too.
-constexpr std::array<double, 15> kSecondsBuckets = {0.0005, 0.001, 0.0025, 0.005, 0.01,
-                                                    0.025,  0.05,  0.1,    0.25,  0.5,
-                                                    1.0,    2.5,   5.0,    10.0,  30.0};
+constexpr std::array<double, 15> kSecondsBuckets = {
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0};
 constexpr std::array<double, 9> kBatchBuckets = {1, 2, 4, 8, 16, 32, 64, 128, 256};
 
 template <std::size_t N>

@@ -47,9 +47,9 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
 
   Core& core_;
   const std::shared_ptr<grpc::Call> call_;
-  std::uint64_t number_ = 0;            // among the open streams
+  std::uint64_t number_ = 0;  // among the open streams
   std::atomic<std::size_t> computing_{0}, queued_{0};
-  mutable std::mutex mutex_;            // guards what follows, and the order of messages
+  mutable std::mutex mutex_;  // guards what follows, and the order of messages
   std::unordered_set<std::shared_ptr<schedule::RequestContext>> started_;
   std::size_t unanswered_ = 0;
   bool read_all_ = false;

@@ -9,7 +9,8 @@ namespace {
 
 class UnaryHandler final : public grpc::CallHandler {
  public:
-  UnaryHandler(Core& core, std::shared_ptr<Reply> reply, Admitted admitted, UnaryBehaviour behaviour)
+  UnaryHandler(Core& core, std::shared_ptr<Reply> reply, Admitted admitted,
+               UnaryBehaviour behaviour)
       : core_(core),
         reply_(std::move(reply)),
         admitted_(std::move(admitted)),
@@ -67,8 +68,9 @@ std::unique_ptr<grpc::CallHandler> unary_handler(Core& core, std::shared_ptr<grp
 }
 
 Status no_message(const std::string& method) {
-  return invalid_argument("message", "nothing",
-                          method.empty() ? std::string("one request") : text("one request of ", method));
+  return invalid_argument(
+      "message", "nothing",
+      method.empty() ? std::string("one request") : text("one request of ", method));
 }
 
 std::shared_ptr<schedule::RequestContext> request_context(const grpc::CallInfo& info) {

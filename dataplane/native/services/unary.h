@@ -33,11 +33,11 @@ class Reply {
   std::atomic<bool> counted_{false};
 };
 
-// What a method does with its one message. Errors that it throws become the call's status. It answers
-// by `reply`, now or later.
-using UnaryBehaviour =
-    std::function<void(Bytes message, const std::shared_ptr<Reply>& reply,
-                       const std::shared_ptr<schedule::RequestContext>& request, Admitted admitted)>;
+// What a method does with its one message. Errors that it throws become the call's status. It
+// answers by `reply`, now or later.
+using UnaryBehaviour = std::function<void(Bytes message, const std::shared_ptr<Reply>& reply,
+                                          const std::shared_ptr<schedule::RequestContext>& request,
+                                          Admitted admitted)>;
 
 // A handler that gathers the message and runs the behaviour once it is there.
 std::unique_ptr<grpc::CallHandler> unary_handler(Core& core, std::shared_ptr<grpc::Call> call,

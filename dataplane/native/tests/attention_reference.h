@@ -10,7 +10,7 @@
 
 namespace attnserve {
 
-struct Mask {
+struct Scheme {
   bool causal = false;
   bool bottom_right = false;
 };
@@ -31,7 +31,7 @@ inline std::vector<float> normal(std::mt19937& random, std::int64_t count) {
 inline std::vector<double> reference_weights(const std::vector<float>& query,
                                              const std::vector<float>& key,
                                              const std::vector<std::int64_t>& key_lengths,
-                                             const Sizes& s, double scale, Mask mask) {
+                                             const Sizes& s, double scale, Scheme mask) {
   std::vector<double> weights(s.batch * s.num_heads * s.query_len * s.key_len);
   const std::int64_t sharing = s.num_heads / s.num_kv_heads;
   for (std::int64_t row = 0; row < s.batch * s.num_heads * s.query_len; ++row) {

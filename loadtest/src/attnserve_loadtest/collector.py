@@ -15,17 +15,21 @@ class Totals:
 
     Attributes:
         answers: how many there were.
-        end_to_end_us, deserialize_us, queue_us, compute_us, serialize_us: microseconds, summed.
+        end_to_end_us: microseconds, summed.
         batch_size: sequences that ran together in the server, summed over the requests.
+        split: requests in the sums that follow: those whose time can be split.
+        deserialize_us, queue_us, compute_us, serialize_us, wire_us: microseconds, summed.
     """
 
     answers: int = 0
     end_to_end_us: float = 0.0
-    deserialize_us: int = 0
-    queue_us: int = 0
-    compute_us: int = 0
-    serialize_us: int = 0
     batch_size: int = 0
+    split: int = 0
+    deserialize_us: float = 0.0
+    queue_us: float = 0.0
+    compute_us: float = 0.0
+    serialize_us: float = 0.0
+    wire_us: float = 0.0
 
     def __add__(self, other: "Totals") -> "Totals":
         return Totals(
@@ -42,20 +46,23 @@ class RowMeans:
         name: the row's name.
         answers: how many there were.
         end_to_end_ms: from the call of the SDK to its return.
-        queue_ms, compute_ms, deserialize_ms, serialize_ms: the server's own.
-        wire_ms: end to end less queue and compute; deserialize and serialize are within it.
+        deserialize_ms, queue_ms, compute_ms, serialize_ms: the server's own, spans that follow one
+            another.
+        wire_ms: end to end less those; see `attnserve_loadtest.samples.Parts`.
         batch_size: sequences that ran together in the server.
+
+    The parts are None where the time of no request can be split.
     """
 
     method: str
     name: str
     answers: int
     end_to_end_ms: float
-    queue_ms: float
-    compute_ms: float
-    wire_ms: float
-    deserialize_ms: float
-    serialize_ms: float
+    deserialize_ms: float | None
+    queue_ms: float | None
+    compute_ms: float | None
+    serialize_ms: float | None
+    wire_ms: float | None
     batch_size: float
 
 
@@ -90,19 +97,12 @@ class TimingsCollector:
     ) -> None:
         sample = (context or {}).get("sample")
         if isinstance(sample, Sample) and sample.timings is not None:
-            timings = sample.timings
+            parts = sample.parts()
+            split = (0,) if parts is None else (1, *astuple(parts))
             self._add(
                 request_type,
                 name,
-                Totals(
-                    1,
-                    sample.end_to_end_us,
-                    timings.deserialize,
-                    timings.queue,
-                    timings.compute,
-                    timings.serialize,
-                    timings.batch_size,
-                ),
+                Totals(1, sample.end_to_end_us, sample.timings.batch_size, *split),
             )
 
     def _on_report_to_master(self, client_id: str, data: dict[str, Any]) -> None:
@@ -127,28 +127,33 @@ class TimingsCollector:
         width = max(len(row.name) for row in rows)
         names = [field.name for field in fields(RowMeans)][3:]
         log.info(
-            "Means of the server's own timings (milliseconds; wire = end to end - queue - compute)"
+            "Means of the server's own timings "
+            "(milliseconds; wire = end to end - deserialize - queue - compute - serialize)"
         )
         log.info(f"{'Name':<{width}}  " + " ".join(f"{name:>14}" for name in names))
         for row in rows:
-            values = " ".join(f"{getattr(row, name):>14.3f}" for name in names)
+            values = " ".join(f"{_text(getattr(row, name)):>14}" for name in names)
             log.info(f"{row.name:<{width}}  {values}")
         log.info("")
 
 
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _means(method: str, name: str, totals: Totals) -> RowMeans:
-    def mean_ms(total: float) -> float:
-        return total / totals.answers / 1e3
+    def part_ms(total_us: float) -> float | None:
+        return total_us / totals.split / 1e3 if totals.split else None
 
     return RowMeans(
         method=method,
         name=name,
         answers=totals.answers,
-        end_to_end_ms=mean_ms(totals.end_to_end_us),
-        queue_ms=mean_ms(totals.queue_us),
-        compute_ms=mean_ms(totals.compute_us),
-        wire_ms=mean_ms(totals.end_to_end_us - totals.queue_us - totals.compute_us),
-        deserialize_ms=mean_ms(totals.deserialize_us),
-        serialize_ms=mean_ms(totals.serialize_us),
+        end_to_end_ms=totals.end_to_end_us / totals.answers / 1e3,
+        deserialize_ms=part_ms(totals.deserialize_us),
+        queue_ms=part_ms(totals.queue_us),
+        compute_ms=part_ms(totals.compute_us),
+        serialize_ms=part_ms(totals.serialize_us),
+        wire_ms=part_ms(totals.wire_us),
         batch_size=totals.batch_size / totals.answers,
     )

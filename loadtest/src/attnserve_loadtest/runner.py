@@ -27,6 +27,8 @@ from attnserve_loadtest.schedule import Block, blocks
 from attnserve_loadtest.summary import LengthResult, Slice, drift, summarise_series
 
 _GRACE_SECONDS = 2.0
+# That a server may take to come up.
+_PREPARING_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -206,8 +208,9 @@ def _prepare(
 ) -> tuple[list[Lane], Any]:
     """All lanes, their payloads made; everything that would be refused is refused here."""
     try:
-        info = client.server_info()
-        found = [client.get_model(name) for name in models]
+        timeout = min(_PREPARING_SECONDS, settings.timeout_seconds)
+        info = client.server_info(timeout=timeout)
+        found = [client.get_model(name, timeout=timeout) for name in models]
     except AttnserveError as error:
         if error.code.name in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
             raise LoadTestError(f"no server answers at {target}: {error.message}") from None

@@ -23,6 +23,31 @@ class Failure:
     message: str
 
 
+# By how much a server's timings may exceed the end to end that they are within: each of the four
+# is rounded to a microsecond, and two machines' clocks run at rates up to 1e-4 apart. Beyond that
+# they are no spans of this request's time, whatever they are.
+_ROUNDING_US, _CLOCK_RATES = 4.0, 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where the time of an answered request went: spans that follow one another, microseconds.
+
+    None is negative, and together they are the end to end.
+
+    Attributes:
+        deserialize, queue, compute, serialize: the server's own.
+        wire: end to end less those: packing and unpacking in the client, the network, and tries
+            of the SDK before the one that was answered.
+    """
+
+    deserialize: float
+    queue: float
+    compute: float
+    serialize: float
+    wire: float
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One request, answered or failed.
@@ -33,7 +58,7 @@ class Sample:
         variant: the variant that ran; of a failed request, the one asked for, which may be empty.
         seq_len: the length.
         end_to_end_us: from the call of the SDK to its return, microseconds: packing and unpacking
-            in the client, the network, and the server.
+            in the client, the network, and the server; the SDK's repeated tries, too.
         response_bytes: bytes of the tensors received.
         timings: the server's own, microseconds; None of a failed request.
         failure: None of an answered request.
@@ -47,6 +72,25 @@ class Sample:
     response_bytes: int = 0
     timings: Timings | None = None
     failure: Failure | None = None
+
+    def parts(self) -> Parts | None:
+        """Where the time went; None of a failed request, and of timings that cannot be spans of it.
+
+        Where the clocks disagree by microseconds, the server's spans are scaled down to fit.
+        """
+        if self.timings is None:
+            return None
+        total, whole = self.timings.total, self.end_to_end_us
+        if total - whole > _ROUNDING_US + _CLOCK_RATES * whole:
+            return None
+        scale = min(1.0, whole / total) if total else 1.0
+        return Parts(
+            deserialize=self.timings.deserialize * scale,
+            queue=self.timings.queue * scale,
+            compute=self.timings.compute * scale,
+            serialize=self.timings.serialize * scale,
+            wire=max(0.0, whole - total),
+        )
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 from attnserve_client import Model
@@ -16,7 +16,7 @@ from attnserve_loadtest.report.schema import (
     Point,
     Series,
 )
-from attnserve_loadtest.samples import Sample
+from attnserve_loadtest.samples import Parts, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,10 @@ def summarise_length(result: LengthResult, batch: int) -> Point:
     """
     samples = [sample for each in result.slices for sample in each.samples]
     answered = [(s, s.timings) for s in samples if s.timings is not None]
-    # One row a request: end to end, queue, compute, deserialize, serialize, batch size.
-    table = np.array(
-        [
-            (s.end_to_end_us, t.queue, t.compute, t.deserialize, t.serialize, t.batch_size)
-            for s, t in answered
-        ],
-        float,
-    ).reshape(-1, 6)
-    end_to_end, queue, compute, deserialize, serialize = (table[:, :5] / 1e3).T
+    split = [astuple(parts) for s, _ in answered if (parts := s.parts()) is not None]
+    # One row a request whose time can be split.
+    table = np.array(split, float).reshape(-1, len(fields(Parts)))
+    deserialize, queue, compute, serialize, wire = (table / 1e3).T
     seconds = sum(each.seconds for each in result.slices)
     rate = len(answered) / seconds if seconds > 0 else 0.0
     return Point(
@@ -87,13 +82,14 @@ def summarise_length(result: LengthResult, batch: int) -> Point:
         measured_seconds=seconds,
         requests_per_second=rate,
         tokens_per_second=rate * batch * result.seq_len,
-        end_to_end=distribution(end_to_end),
+        end_to_end=distribution([s.end_to_end_us / 1e3 for s, _ in answered]),
         queue=distribution(queue),
         compute=distribution(compute),
-        wire=distribution(end_to_end - queue - compute),
+        wire=distribution(wire),
         deserialize=distribution(deserialize),
         serialize=distribution(serialize),
-        batch_size=float(table[:, 5].mean()) if answered else None,
+        overlapping=len(answered) - len(split),
+        batch_size=float(np.mean([t.batch_size for _, t in answered])) if answered else None,
         request_bytes=result.request_bytes,
         response_bytes=max((s.response_bytes for s, _ in answered), default=0),
         round_p50_ms=tuple(_round_median(each) for each in result.slices),
@@ -145,7 +141,8 @@ def drift(series: Sequence[Series]) -> float | None:
 
 
 def _fit(quantity: str, points: Sequence[Point]) -> Fit | None:
-    pairs = [(p.seq_len, getattr(p, quantity).p50) for p in points if p.count]
+    found = [(p.seq_len, getattr(p, quantity)) for p in points]
+    pairs = [(seq_len, each.p50) for seq_len, each in found if each is not None]
     return fit_power_law(quantity, [n for n, _ in pairs], [t for _, t in pairs])
 
 

@@ -21,11 +21,11 @@ _COLUMNS = {
     "name": "Name",
     "answers": "# Answers",
     "end_to_end_ms": "End to end (ms)",
+    "deserialize_ms": "Deserialize (ms)",
     "queue_ms": "Queue (ms)",
     "compute_ms": "Compute (ms)",
+    "serialize_ms": "Serialize (ms)",
     "wire_ms": "Wire (ms)",
-    "deserialize_ms": "of it deserialize (ms)",
-    "serialize_ms": "of it serialize (ms)",
     "batch_size": "Batch size",
 }
 

@@ -3,9 +3,9 @@
 import csv
 from pathlib import Path
 
-from attnserve_loadtest.report.schema import Distribution, Point, Report, Series
+from attnserve_loadtest.report.schema import PARTS, Distribution, Point, Report, Series
 
-_DISTRIBUTIONS = ("end_to_end", "compute", "queue", "wire", "deserialize", "serialize")
+_DISTRIBUTIONS = ("end_to_end", *PARTS)
 _STATISTICS = ("mean", "minimum", "p5", "p50", "p95", "p99", "maximum")
 _FACTS = (
     "seq_len",
@@ -14,6 +14,7 @@ _FACTS = (
     "measured_seconds",
     "requests_per_second",
     "tokens_per_second",
+    "overlapping",
     "batch_size",
     "request_bytes",
     "response_bytes",

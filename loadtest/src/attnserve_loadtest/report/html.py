@@ -4,12 +4,11 @@ from html import escape
 from pathlib import Path
 
 from attnserve_loadtest.report import palette, plot
-from attnserve_loadtest.report.schema import Distribution, Fit, Point, Report, Series
+from attnserve_loadtest.report.schema import PARTS, Distribution, Fit, Point, Report, Series
 from attnserve_loadtest.report.svg import inline_svg
-from attnserve_loadtest.report.terminal import format_ms
+from attnserve_loadtest.report.terminal import describe_overlapping, format_ms
 
 _LATENCY_COLUMNS = ("p50", "p95", "p99", "mean")
-_SPLIT_COLUMNS = ("queue", "compute", "wire", "deserialize", "serialize")
 
 
 def write_html(report: Report, path: Path) -> None:
@@ -105,7 +104,7 @@ def _figures(report: Report) -> str:
             plot.split_figure(report),
             name="split",
             title="Where the time goes",
-            description="Shares of compute, queue and wire in the mean end to end of each length; "
+            description=f"Shares of {', '.join(PARTS)} in the mean end to end of each length; "
             "the tables below hold the means.",
         )
     )
@@ -144,10 +143,13 @@ def _series_section(series: Series) -> str:
         "Latency end to end and throughput",
     )
     split = _table(
-        _head(("seq_len", *(f"{each} ms" for each in _SPLIT_COLUMNS), "batch size")),
+        _head(("seq_len", *(f"{each} ms" for each in PARTS), "batch size")),
         [_split_row(point) for point in series.points],
-        "Means: queue + compute + wire = end to end; deserialize and serialize are part of wire",
+        f"Means: {' + '.join(PARTS)} = end to end",
     )
+    overlapping = describe_overlapping(series)
+    if overlapping:
+        split += f'<p class="warning">{escape(overlapping)}.</p>'
     fits = "".join(_fit_table(fit) for fit in series.fits)
     return (
         f"<section><h2>{escape(series.label)}</h2>\n<p>{escape(facts)}</p>\n"
@@ -163,7 +165,7 @@ def _latency_row(point: Point) -> str:
 
 
 def _split_row(point: Point) -> str:
-    means: list[Distribution | None] = [getattr(point, each) for each in _SPLIT_COLUMNS]
+    means: list[Distribution | None] = [getattr(point, each) for each in PARTS]
     batch = "-" if point.batch_size is None else f"{point.batch_size:.2f}"
     return _row([str(point.seq_len), *(_ms(each, "mean") for each in means), batch])
 
@@ -221,10 +223,11 @@ def _method(report: Report) -> str:
     items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
     return (
         f"<section><h2>How it was measured</h2>\n<dl>{items}</dl>\n"
-        "<p>End to end is from the call of the SDK to its return. Queue, compute, deserialize and "
-        "serialize are the server's own timings; wire is the rest of end to end, request by "
-        "request. Each round goes through all lengths in another random order, so that a drift of "
-        "the machine falls on all of them alike. The exponent is the slope of an ordinary least "
+        "<p>End to end is from the call of the SDK to its return. Deserialize, queue, compute and "
+        "serialize are the server's own timings, spans that follow one another; wire is the rest "
+        "of end to end, request by request: the network and the client. Each round goes through "
+        "all lengths in another random order, so that a drift of the machine falls on all of them "
+        "alike. The exponent is the slope of an ordinary least "
         "squares line through the medians on log-log axes; its interval is Student's t, and says "
         "how well one line suits these lengths.</p></section>"
     )

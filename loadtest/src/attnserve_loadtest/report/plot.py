@@ -32,7 +32,14 @@ _STYLE: Any = {
     "figure.constrained_layout.h_pad": 0.1,
     "figure.constrained_layout.w_pad": 0.1,
 }
-_PARTS = (("compute", 1.0), ("queue", 0.55), ("wire", 0.22))
+# From the bottom up, with their opacity.
+_PARTS = (
+    ("compute", 1.0),
+    ("queue", 0.62),
+    ("deserialize", 0.42),
+    ("serialize", 0.27),
+    ("wire", 0.14),
+)
 
 
 def write_png(report: Report, path: Path) -> None:
@@ -63,7 +70,7 @@ def local_exponents_figure(report: Report) -> Figure:
 
 
 def split_figure(report: Report) -> Figure:
-    """What share of the mean end to end is compute, queue and wire, by length and series."""
+    """What share of the mean end to end each part has, by length and series."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         _draw_split(figure.subplots(), report)
@@ -239,10 +246,11 @@ def _draw_split(axes: Axes, report: Report) -> None:
 
 
 def _share(point: Point, name: str) -> float:
-    part, whole = getattr(point, name), point.end_to_end
-    if part is None or whole is None or whole.mean <= 0:
-        return 0.0
-    return 100 * max(0.0, float(part.mean)) / whole.mean
+    means = {
+        each: distribution.mean for each, _ in _PARTS if (distribution := getattr(point, each))
+    }
+    whole = sum(means.values())
+    return 100 * means.get(name, 0.0) / whole if whole > 0 else 0.0
 
 
 def _label_lengths(axes: Axes, report: Report) -> None:

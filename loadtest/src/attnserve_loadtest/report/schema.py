@@ -1,15 +1,19 @@
-"""What `report.json` holds, version 1: these dataclasses as JSON objects, field by field.
+"""What `report.json` holds, version 2: these dataclasses as JSON objects, field by field.
 
 Tuples are arrays, None is null. Durations are milliseconds where a name ends in `_ms` and in
 every `Distribution`; seconds where it ends in `_seconds`. Another tool can redraw the plot from
 `series[].points[]` (`seq_len` against `end_to_end` and `compute`) and `series[].fits[]`.
-Percentiles interpolate linearly between order statistics.
+Percentiles interpolate linearly between order statistics. In version 1 `wire` held `deserialize`
+and `serialize`, and could be negative.
 """
 
 from dataclasses import dataclass
 
 SCHEMA = "attnserve-loadtest/scaling"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# What an end to end is made of, in the order of time but for the wire, which is at both ends.
+PARTS = ("deserialize", "queue", "compute", "serialize", "wire")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,15 @@ class Point:
         requests_per_second: answered requests over that time.
         tokens_per_second: the same times batch times seq_len.
         end_to_end: from the call of the SDK to its return.
+        deserialize: in the server, from the wire to arrays; of chunks, the wait for them, too.
         queue: waiting in the server for a place to run.
         compute: running the model.
-        wire: end to end less queue and compute, request by request: packing and unpacking in the
-            client, the network, and the server's deserialize and serialize.
-        deserialize, serialize: the server's part of `wire`.
+        serialize: in the server, from then until the answer was begun.
+        wire: end to end less those four, request by request: packing and unpacking in the client,
+            and the network.
+        overlapping: requests that are not in these five, for the server's timings together exceed
+            their end to end. 0 with a server that keeps to the protocol; then the means of the
+            five add up to that of the end to end.
         batch_size: sequences that ran together in the server, mean.
         request_bytes, response_bytes: bytes of the tensors of one request and one answer.
         round_p50_ms: the median end to end of each round; None where it has no answer.
@@ -54,11 +62,12 @@ class Point:
     requests_per_second: float
     tokens_per_second: float
     end_to_end: Distribution | None
+    deserialize: Distribution | None
     queue: Distribution | None
     compute: Distribution | None
-    wire: Distribution | None
-    deserialize: Distribution | None
     serialize: Distribution | None
+    wire: Distribution | None
+    overlapping: int
     batch_size: float | None
     request_bytes: int
     response_bytes: int

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from attnserve_loadtest.report.schema import Distribution, Fit, Point, Report, Series
+from attnserve_loadtest.report.schema import PARTS, Distribution, Fit, Point, Report, Series
 
 _WIDTH_WITHOUT_TERMINAL = 140
 
@@ -23,6 +23,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_table(series))
         for fit in series.fits:
             console.print(f"  {describe_fit(fit)}", markup=False)
+        if overlapping := describe_overlapping(series):
+            console.print(f"  {overlapping}", markup=False, soft_wrap=True)
         for failure in series.failures:
             console.print(
                 f"  {failure.count} failed with {failure.code}: {failure.message}",
@@ -55,6 +57,17 @@ def describe_fit(fit: Fit) -> str:
     )
 
 
+def describe_overlapping(series: Series) -> str:
+    """One line on requests whose time cannot be split; empty if there are none."""
+    count = sum(point.overlapping for point in series.points)
+    if not count:
+        return ""
+    return (
+        f"{count} answers are not in {', '.join(PARTS)}: the server's timings of each exceed its "
+        "end to end, so they overlap"
+    )
+
+
 def _table(series: Series) -> Table:
     table = Table(title=f"{series.label} ({series.kind})", title_justify="left", box=None)
     headings = (
@@ -67,17 +80,13 @@ def _table(series: Series) -> Table:
         "mean ms",
         "requests/s",
         "tokens/s",
-        "queue",
-        "compute",
-        "wire",
-        "deserialize",
-        "serialize",
+        *PARTS,
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for point in series.points:
         table.add_row(*_cells(point))
-    table.caption = "queue + compute + wire = mean; deserialize and serialize are part of wire"
+    table.caption = f"{' + '.join(PARTS)} = mean"
     table.caption_justify = "left"
     return table
 
@@ -87,7 +96,6 @@ def _cells(point: Point) -> list[str]:
     latency = ["-"] * 4
     if whole is not None:
         latency = [format_ms(ms) for ms in (whole.p50, whole.p95, whole.p99, whole.mean)]
-    split = (point.queue, point.compute, point.wire, point.deserialize, point.serialize)
     return [
         str(point.seq_len),
         str(point.count),
@@ -95,7 +103,7 @@ def _cells(point: Point) -> list[str]:
         *latency,
         f"{point.requests_per_second:,.1f}",
         f"{point.tokens_per_second:,.0f}",
-        *(_mean(each) for each in split),
+        *(_mean(getattr(point, name)) for name in PARTS),
     ]
 
 
