@@ -1,14 +1,11 @@
 """What the tests of several distributions share."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,14 +14,26 @@ import pytest
 
 ExportAll = Callable[[Sequence[Sequence[str]]], None]
 
-_EXPORT = """
-import json, sys
-from attnserve_export.cli import main
-for arguments in json.loads(sys.argv[1]):
-    print(arguments, file=sys.stderr)
-    if main(arguments):
-        sys.exit(1)
-"""
+# Tests are shared out by file: what takes long comes first, so that no process is left alone with
+# it at the end.
+LONGEST = (
+    "test_export_family.py",
+    "test_families.py",
+    "test_export_core.py",
+    "test_benchmarks_kernels.py",
+    "test_loadtest_scaling.py",
+    "test_end_to_end.py",
+    "test_gpu_acceptance.py",
+    "test_export_checkpoints.py",
+    "test_export_flash.py",
+    "test_kernels.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -36,50 +45,57 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def export_all(pytestconfig: pytest.Config) -> ExportAll:
-    """Runs `attnserve-export` with each list of arguments, in two processes side by side.
+    """Runs `attnserve-export` with each list of arguments.
 
-    What is exported from nothing but its arguments is kept in pytest's cache for the next run, as
-    long as no source that it depends on has changed.
+    Exports are kept in pytest's cache for the next run and for the process beside this one, as long
+    as no source that they depend on has changed.
     """
+    from attnserve_export.cli import main
+
     cache = pytestconfig.cache
     assert cache is not None
     kept = cache.mkdir("exports")
     sources = _digest_of_sources()
 
-    def place(arguments: Sequence[str]) -> tuple[Path, Path] | None:
-        """Where an export is kept, and where it goes; None if it reads other files."""
-        if "--checkpoint" in arguments or "--weights" in arguments:
-            return None
+    def export(arguments: Sequence[str], *, wait: bool) -> bool:
+        """Put an export where its arguments say; False if another process is making it."""
         options = dict(pairwise(arguments))
-        folder = Path(options["--name"]) / options.get("--version", "1")
-        others = [a for a in arguments if a != options["--out"]]
-        key = hashlib.sha256(json.dumps([sources, others]).encode()).hexdigest()[:32]
-        return kept / key, Path(options["--out"]) / folder
+        version = Path(options["--name"]) / options.get("--version", "1")
+        told = [a for a in arguments if a != options["--out"]]
+        for option in {"--checkpoint", "--weights"} & options.keys():
+            told[told.index(options[option])] = _digest(Path(options[option]))
+        key = hashlib.sha256(json.dumps([sources, told]).encode()).hexdigest()[:32]
+        with _locked(kept / f"{key}.lock", wait=wait) as mine:
+            if not mine:
+                return False
+            if not (kept / key).is_dir():
+                assert main(arguments) == 0, arguments
+                unfinished = kept / f"{key}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(Path(options["--out"]) / version, unfinished)
+                unfinished.rename(kept / key)
+                return True
+        shutil.copytree(kept / key, Path(options["--out"]) / version)
+        return True
 
-    def export(share: Sequence[Sequence[str]]) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", _EXPORT, json.dumps(share)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    def export_them(all_arguments: Sequence[Sequence[str]]) -> None:
+        elsewhere = [a for a in all_arguments if not export(a, wait=False)]
+        for arguments in elsewhere:
+            export(arguments, wait=True)
 
-    def export_in_two(all_arguments: Sequence[Sequence[str]]) -> None:
-        missing = []
-        for arguments in all_arguments:
-            known = place(arguments)
-            if known is not None and known[0].is_dir():
-                shutil.copytree(*known)
-            else:
-                missing.append(arguments)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(export, (missing[0::2], missing[1::2])))
-        for known in map(place, missing):
-            if known is not None:
-                unfinished = known[0].with_suffix(f".{os.getpid()}")
-                shutil.copytree(known[1], unfinished)
-                with contextlib.suppress(OSError):  # another run was first
-                    unfinished.rename(known[0])
+    return export_them
 
-    return export_in_two
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock among processes; False if another has it and `wait` isn't set."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _digest_of_sources() -> str:
@@ -89,4 +105,13 @@ def _digest_of_sources() -> str:
     for pattern in ("export/src/**/*.py", "kernels/native/*", "constraints.txt"):
         for path in sorted(root.glob(pattern)):
             digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of a folder's files."""
+    digest = hashlib.sha256(path.name.encode())
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -343,6 +343,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="per set of contenders")
     parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument("--quick", action="store_true", help="small lengths, to try it out")
+    parser.add_argument(
+        "--models", type=Path, help="take exported models from here, and leave them here"
+    )
     options = parser.parse_args()
     options.seq_lens = [512, 2048, 4096, 8192]
     options.window_seq_lens = [2048, 4096, 8192, 16_384, 32_768]
@@ -355,7 +358,7 @@ def main() -> int:
     torch.set_num_threads(cores())
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        models = Models(Path(folder))
+        models = Models(options.models or Path(folder))
         for section in options.sections.split(","):
             rows += SECTIONS[section](models, options)
     found = exponents(rows, shortest)

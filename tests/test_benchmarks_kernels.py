@@ -6,19 +6,32 @@ import sys
 from pathlib import Path
 
 import pytest
+from handmade import attention, write_core
 
 pytestmark = pytest.mark.needs_library
 BENCHMARK = Path(__file__).parents[1] / "benchmarks/kernels.py"
 
 
-def test_all_sections_and_plots(tmp_path: Path) -> None:
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """All models but one, which the benchmark exports."""
+    for mask in ("causal", "bidirectional", "cross"):
+        write_core(tmp_path, f"m-mask-{mask}-8-8-64", attention(8, 64, mask=mask))
+    windowed = attention(8, 64, mask="causal", window=256)
+    write_core(tmp_path, "m-mask-causal-window-256-8-8-64", windowed)
+    grouped = attention(32, 128, num_kv_heads=8, mask="causal")
+    write_core(tmp_path, "m-mask-causal-32-8-128", grouped)
+    return tmp_path
+
+
+def test_all_sections_and_plots(models: Path, tmp_path: Path) -> None:
     report, plots = tmp_path / "kernels.json", tmp_path / "plots"
+    command = [sys.executable, BENCHMARK, "--quick", "--models", models]
     done = subprocess.run(
-        [sys.executable, BENCHMARK, "--quick", "--json", report, "--plots", plots],
-        capture_output=True,
-        text=True,
+        [*command, "--json", report, "--plots", plots], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("exporting ") == 1
     figures = json.loads(report.read_text())
     assert figures["machine"]["cores"] >= 1
     assert not figures["idle_threads_spin"]

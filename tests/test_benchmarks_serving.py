@@ -4,24 +4,21 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from handmade import attention, write_core
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def repository(
-    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[Sequence[Sequence[str]]], None]
-) -> Path:
-    """The model that the benchmark would export."""
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the benchmark would export."""
     folder = tmp_path_factory.mktemp("serving")
-    command = ["core", "--name", "causal", "--mask", "causal", "--alignment", "bottom-right"]
-    export_all([[*command, "--num-heads", "8", "--head-dim", "64", "--out", str(folder)]])
+    write_core(folder, "causal", attention(8, 64, mask="causal", alignment="bottom-right"))
     return folder
 
 

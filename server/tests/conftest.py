@@ -1,4 +1,4 @@
-"""Real models, exported once, and a real server over them in this process."""
+"""Real models, written once, and a real server over them in this process."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,8 +7,11 @@ import grpc
 import pytest
 import torch
 from attnserve_client import AttentionClient
+from attnserve_export.attention.layer import AttentionLayer, LayerConfig
+from attnserve_export.models import seeded, seeded_multihead
 from attnserve_server.app import AttentionServer
 from attnserve_server.settings import MIB, Limits, Settings
+from handmade import attention, write_core, write_layer
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 
@@ -19,24 +22,18 @@ def repository(
 ) -> Path:
     """causal and grouped cores, two layers, and a tiny BERT."""
     folder = tmp_path_factory.mktemp("models")
-    out = ["--out", str(folder)]
-    core = ["core", *out, "--num-heads", str(HEADS), "--head-dim", str(DIM)]
-    grouped = [*core, "--name", "grouped", "--num-kv-heads", str(KV_HEADS)]
-    grouped += ["--value-head-dim", str(VALUE_DIM)]
-    crossed = ["--mask", "cross", "--context-dim", "24", "--module", "multihead"]
-    layer = ["layer", *out, "--num-heads", "4", "--embed-dim", "32", "--seed", "3"]
+    grouped = attention(HEADS, DIM, num_kv_heads=KV_HEADS, value_head_dim=VALUE_DIM)
+    write_core(folder, "causal", attention(HEADS, DIM, mask="causal"))
+    write_core(folder, "grouped", grouped, version=1)
+    write_core(folder, "grouped", grouped, version=10)
+    write_core(folder, "half", attention(HEADS, DIM), dtype="FP16")
+    write_core(folder, "capped", attention(HEADS, DIM, softcap=5.0))
+    self_attention = LayerConfig(attention(4, 8, mask="causal"), embed_dim=32, context_dim=None)
+    write_layer(folder, "self", seeded(AttentionLayer, self_attention, 3))
+    write_layer(folder, "cross", seeded_multihead(32, 4, 24, bias_terms=True, seed=3), mask="cross")
     checkpoint = tiny_bert(tmp_path_factory.mktemp("checkpoint"))
-    commands = [
-        [*core, "--name", "causal", "--mask", "causal"],
-        [*grouped, "--version", "1"],
-        [*grouped, "--version", "10"],
-        [*core, "--name", "half", "--dtype", "fp16"],
-        [*core, "--name", "capped", "--softcap", "5"],
-        [*layer, "--name", "self", "--mask", "causal"],
-        [*layer, "--name", "cross", *crossed],
-        ["transformer", *out, "--name", "bert", "--checkpoint", str(checkpoint)],
-    ]
-    export_all(commands)
+    bert = ["--name", "bert", "--checkpoint", str(checkpoint)]
+    export_all([["transformer", "--out", str(folder), *bert]])
     return folder
 
 

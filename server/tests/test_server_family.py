@@ -1,8 +1,9 @@
 """Windows, positions, BF16, diagnostics of long inputs, and picks, through the wire."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import attnserve_kernels
 import ml_dtypes
@@ -10,37 +11,35 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from attnserve_client import AttentionClient, FailedPreconditionError, ResourceExhaustedError
+from attnserve_export.attention.layer import AttentionLayer, LayerConfig
+from attnserve_export.attention.positions import Rotary
+from attnserve_export.models import seeded
 from attnserve_export.reference import CAUSAL, Scheme, attention_reference, diagnostics_reference
 from attnserve_server.app import AttentionServer
 from attnserve_server.engine import models, providers
 from attnserve_server.engine.memory import working_bytes
 from attnserve_server.repository.manifest import VariantEntry
 from attnserve_server.settings import MIB, Limits, Settings
+from handmade import attention, write_core, write_layer
 
 HEADS, DIM = 4, 8
 pytestmark = pytest.mark.needs_library
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
-) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("family")
-    core = ["core", "--out", str(made), "--num-heads", str(HEADS), "--head-dim", str(DIM)]
-    named = {
-        "causal": "--mask causal",
-        "window": "--mask causal --window 16",
-        "bottom": "--mask causal --alignment bottom-right",
-        "brain": "--mask causal --dtype bf16",
-        "alibi": "--mask causal --alibi",
-    }
-    layer = ["layer", "--out", str(made), "--num-heads", "4", "--embed-dim", "32", "--seed", "3"]
-    export_all(
-        [
-            [*layer, "--name", "layer", "--mask", "causal", "--rotary", "half"],
-            *([*core, "--name", name, *options.split()] for name, options in named.items()),
-        ]
-    )
+
+    def write(name: str, dtype: str = "FP32", **options: Any) -> None:
+        write_core(made, name, attention(HEADS, DIM, mask="causal", **options), dtype=dtype)
+
+    write("causal")
+    write("window", window=16)
+    write("bottom", alignment="bottom-right")
+    write("brain", dtype="BF16")
+    write("alibi", alibi=True)
+    turned = attention(4, 8, mask="causal", rotary=Rotary("half", 8))
+    write_layer(made, "layer", seeded(AttentionLayer, LayerConfig(turned, 32, None), 3))
     return made
 
 

@@ -1,0 +1,459 @@
+"""Core and layer models as `attnserve-export` writes them, without PyTorch's exporter.
+
+For tests in which a model is served and its export is not what is tested: the exporter takes a
+second for each graph, ONNX's text format (https://onnx.ai/onnx/repo-docs/Syntax.html) next to
+nothing. Variants, their inputs and outputs, and the manifest are the exporter's own, and each graph
+is verified as an exported one is; `export/tests/test_handmade.py` compares them with exports.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attnserve_kernels
+import numpy as np
+import onnx
+import torch
+from attnserve_export import cases, graphs
+from attnserve_export.attention.blocked import blocked_attention
+from attnserve_export.attention.core import (
+    BLOCKED,
+    CUDNN,
+    DOMAIN,
+    FLASH,
+    AttentionConfig,
+    BlockedCore,
+    CappedCore,
+    CudnnCore,
+    FlashCore,
+    FusedCore,
+    SoftcapCore,
+    default_scale,
+)
+from attnserve_export.attention.flash import OPSET as FLASH_OPSET
+from attnserve_export.attention.flash import cudnn_attention, flash_attention
+from attnserve_export.attention.layer import AttentionLayer
+from attnserve_export.attention.text import exact, joined
+from attnserve_export.attention.variants import (
+    CPU,
+    DIAGNOSTICS,
+    WEIGHTS,
+    VariantSpec,
+    core_specs,
+    layer_specs,
+)
+from attnserve_export.exporting import Description, Exported, write_version
+from attnserve_export.models import attention_info
+from attnserve_export.repository import LayerInfo
+from attnserve_export.verification import Case
+from onnx import numpy_helper
+from torch.nn import MultiheadAttention
+
+_TYPES = {"FP32": "float", "FP16": "float16", "BF16": "bfloat16"}
+_BIAS = "bias_batch, bias_heads, bias_queries, bias_keys"
+_REFERENCE = "attention in float64 (attnserve_export.reference)"
+
+
+def attention(num_heads: int, head_dim: int, **others: Any) -> AttentionConfig:
+    """A config; what isn't given is as the command line has it."""
+    given = {"num_kv_heads": num_heads, "value_head_dim": head_dim, "mask": "bidirectional"}
+    given |= {"scale": default_scale(head_dim)}
+    return AttentionConfig(num_heads=num_heads, head_dim=head_dim, **given | others)
+
+
+def write_core(
+    out: Path, name: str, config: AttentionConfig, *, dtype: str = "FP32", version: int = 1
+) -> None:
+    """Write a core model into a repository."""
+    specs = core_specs(config, dtype, native=attnserve_kernels.library_path() is not None)
+
+    def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
+        spec = specs[variant]
+        return cases.core_cases(config, _verified(spec, dtype), spec, generator)
+
+    _write(
+        Description(
+            name, version, "core", dtype, attention_info(config), {"description": "no parameters"}
+        ),
+        specs,
+        lambda spec, verified: core_graph(config, spec, verified),
+        out,
+        make,
+    )
+
+
+def write_layer(
+    out: Path, name: str, module: AttentionLayer | MultiheadAttention, *, mask: str = ""
+) -> None:
+    """Write a layer in FP32 into a repository; `mask` is that of a `MultiheadAttention`."""
+    is_own = isinstance(module, AttentionLayer)
+    layer = module if is_own else AttentionLayer.of_multihead(module, mask)
+    config = layer.config
+    native = attnserve_kernels.library_path() is not None
+    specs = layer_specs(config.attention, "FP32", native=native)
+    original = copy.deepcopy(module).eval().double()
+
+    def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
+        return cases.layer_cases(layer, original, "FP32", specs[variant], generator)
+
+    _write(
+        Description(
+            name,
+            1,
+            "layer",
+            "FP32",
+            attention_info(config.attention),
+            {"description": "random", "module": "attnserve" if is_own else "multihead"},
+            layer=LayerInfo(config.embed_dim, config.context_dim),
+        ),
+        specs,
+        lambda spec, _: _layer_graph(layer, spec),
+        out,
+        make,
+    )
+
+
+def _write(
+    description: Description,
+    specs: Mapping[str, VariantSpec],
+    graph: Callable[[VariantSpec, str], onnx.ModelProto],
+    out: Path,
+    make: Callable[[str, np.random.Generator], Iterable[Case]],
+) -> None:
+    variants = {}
+    for name, spec in specs.items():
+        verified = _verified(spec, description.dtype)
+        variants[name] = Exported(
+            graph(spec, description.dtype),
+            spec.memory,
+            spec.providers,
+            spec.native,
+            verified_as=None if verified == description.dtype else graph(spec, verified),
+        )
+    with torch.inference_mode():
+        write_version(
+            description,
+            variants,
+            out / description.name / str(description.version),
+            cases=make,
+            reference=_REFERENCE,
+            extra_files={},
+            progress=lambda _: None,
+        )
+
+
+def _verified(spec: VariantSpec, dtype: str) -> str:
+    return dtype if CPU in spec.providers else "FP32"
+
+
+def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.ModelProto:
+    """The graph of one variant of a core model."""
+    kind, c = _TYPES[dtype], config
+    own = [
+        f"{kind}[batch, {c.num_heads}, query_len, {c.head_dim}] query",
+        f"{kind}[batch, {c.num_kv_heads}, key_len, {c.head_dim}] key",
+        f"{kind}[batch, {c.num_kv_heads}, key_len, {c.value_head_dim}] value",
+    ]
+    output = f"{kind}[batch, {c.num_heads}, query_len, {c.value_head_dim}] output"
+    model = _model(
+        config, spec, kind, own[: 3 if spec.takes_value else 2], output, _core(config, spec)
+    )
+    if spec.native:
+        graphs.free_heads(model, DOMAIN)
+    return model
+
+
+def _layer_graph(layer: AttentionLayer, spec: VariantSpec) -> onnx.ModelProto:
+    config, c = layer.config, layer.config.attention
+    cross = config.context_dim is not None
+    own = [f"float[batch, query_len, {config.embed_dim}] hidden_states"]
+    if cross:
+        own.append(f"float[batch, key_len, {config.context_dim}] context")
+    source = "context" if cross else "hidden_states"
+    lines = []
+    for name, given, heads in (
+        ("query", "hidden_states", c.num_heads),
+        ("key", source, c.num_kv_heads),
+        ("value", source, c.num_kv_heads),
+    )[: 3 if spec.takes_value else 2]:
+        lines += [
+            f"{name}_product = MatMul ({given}, {name[0]}_weight)",
+            f"{name}_projected = Add ({name}_product, {name[0]}_bias)",
+            f"{name}_split = Constant <value_ints = [0, 0, {heads}, -1]> ()",
+            f"{name}_rows = Reshape ({name}_projected, {name}_split)",
+            f"{name} = Transpose <perm = [0, 2, 1, 3]> ({name}_rows)",
+        ]
+    lines += _core(c, spec, result="heads_output")
+    if spec.takes_value:
+        lines += [
+            "output_rows = Transpose <perm = [0, 2, 1, 3]> (heads_output)",
+            "merge = Constant <value_ints = [0, 0, -1]> ()",
+            "merged = Reshape (output_rows, merge)",
+            "output_product = MatMul (merged, o_weight)",
+            "output = Add (output_product, o_bias)",
+        ]
+    output = f"float[batch, query_len, {config.embed_dim}] output"
+    key_len = "key_len" if cross else "query_len"
+    model = _model(c, spec, "float", own, output, lines, key_len)
+    for name in "qkvo" if spec.takes_value else "qk":
+        projection = getattr(layer, f"{name}_proj")
+        for part, array in (("weight", projection.weight.T), ("bias", projection.bias)):
+            content = np.ascontiguousarray(array.detach().numpy())
+            model.graph.initializer.append(numpy_helper.from_array(content, f"{name}_{part}"))
+    return model
+
+
+def _model(
+    config: AttentionConfig,
+    spec: VariantSpec,
+    kind: str,
+    own: list[str],
+    output: str,
+    lines: list[str],
+    key_len: str = "key_len",
+) -> onnx.ModelProto:
+    """A graph of `lines`: `own` are its first inputs, `output` is declared as given."""
+    heads = config.num_heads
+    inputs = {
+        "key_lengths": "int64[batch] key_lengths",
+        "bias": f"{kind}[{_BIAS}] bias",
+        "softcap": "float[1] softcap",
+        "top_k": "int64[1] top_k",
+        "distances": "int64[1] distances",
+    }
+    outputs = {
+        "output": output,
+        "weights": f"{kind}[batch, {heads}, query_len, {key_len}] weights",
+        "entropy": f"float[batch, {heads}, query_len] entropy",
+        "mass_per_key": f"float[batch, {heads}, {key_len}] mass_per_key",
+        "mass_by_distance": f"float[batch, {heads}, distances] mass_by_distance",
+        "top_k_indices": f"int64[batch, {heads}, query_len, top_k] top_k_indices",
+        "top_k_weights": f"float[batch, {heads}, query_len, top_k] top_k_weights",
+    }
+    flash = spec.core in (FlashCore, CudnnCore)
+    opset = FLASH_OPSET if flash else graphs.MIN_OPSET
+    signature = ", ".join([*own, *(inputs[name] for name in spec.inputs)])
+    results = ", ".join(outputs[name] for name in spec.outputs)
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : {opset}, "{DOMAIN}" : 1]>
+        attention ({signature}) => ({results}) {{ {joined(lines)} }}"""
+    )
+    if spec.core is CudnnCore:
+        graphs.add_function(model, cudnn_attention(config))
+    if flash:
+        graphs.add_function(model, flash_attention(config))
+    if spec.core is BlockedCore or (flash and config.window is not None):
+        graphs.add_function(model, blocked_attention(config, opset))
+    return model
+
+
+def _core(config: AttentionConfig, spec: VariantSpec, result: str = "output") -> list[str]:
+    """From `query`, `key` and `value` to `result`, or to what else the variant gives."""
+    lines, query, key = [], "query", "key"
+    if config.rotary is not None:
+        lines = [*_positions(config), *_turned(config, "query"), *_turned(config, "key")]
+        query, key = "turned_query", "turned_key"
+    functions = {BlockedCore: BLOCKED, FlashCore: FLASH, CudnnCore: CUDNN}
+    if spec.core in functions:
+        call = f"{DOMAIN}.{functions[spec.core]} ({query}, {key}, value, key_lengths)"
+        return [*lines, f"{result} = {call}"]
+    if spec.native:
+        return [*lines, *_native(config, spec, query, key, result)]
+    if config.rotary is None:
+        lines = _positions(config)
+    lines += [
+        *_visible(config),
+        f"exact_query = Cast <to = 1> ({query})",
+        f"exact_key = Cast <to = 1> ({key})",
+        "exact_value = Cast <to = 1> (value)",
+    ]
+    make = _fused if spec.core is FusedCore else _reference
+    return [*lines, *make(config, spec, result)]
+
+
+def _native(
+    config: AttentionConfig, spec: VariantSpec, query: str, key: str, result: str
+) -> list[str]:
+    """One operator of attnserve-kernels."""
+    lines, mask = [], config.visibility
+    attributes = ", ".join(
+        (
+            f"scale = {exact(config.scale)}",
+            f"softcap = {exact(config.softcap)}",
+            f"left = {-1 if mask.left is None else mask.left}",
+            f"right = {-1 if mask.right is None else mask.right}",
+            f"bottom_right = {int(mask.bottom_right)}",
+        )
+    )
+    slopes = ""
+    if config.slopes is not None:
+        slopes = "slopes"
+        lines.append(f"slopes = Constant <value_floats = [{_floats(config.slopes)}]> ()")
+    last = [slopes, "softcap"] if "softcap" in spec.inputs else [slopes] if slopes else []
+    if spec.outputs == DIAGNOSTICS:
+        given = [query, key, "key_lengths", "top_k", "distances", "bias", *last]
+        call = f"AttentionDiagnostics <{attributes}> ({', '.join(given)})"
+        return [*lines, f"{', '.join(DIAGNOSTICS)} = {DOMAIN}.{call}"]
+    given = [query, key, "value", "key_lengths", "bias", *last]
+    return [*lines, f"{result} = {DOMAIN}.Attention <{attributes}> ({', '.join(given)})"]
+
+
+def _positions(config: AttentionConfig) -> list[str]:
+    """`positions` of the queries [B, 1, Sq, 1] and `numbers` of the keys [1, 1, 1, Sk]."""
+    bottom_right = config.visibility.bottom_right
+    return [
+        "query_len = Shape <start = 2, end = 3> (query)",
+        "key_len = Shape <start = 2, end = 3> (key)",
+        "zero = Constant <value_int = 0> ()",
+        "one = Constant <value_int = 1> ()",
+        "scalar = Constant <value_ints: ints = []> ()",
+        "query_end = Reshape (query_len, scalar)",
+        "key_end = Reshape (key_len, scalar)",
+        "query_range = Range (zero, query_end, one)",
+        "key_range = Range (zero, key_end, one)",
+        "by_sequence = Constant <value_ints = [-1, 1, 1, 1]> ()",
+        "column = Constant <value_ints = [1, 1, -1, 1]> ()",
+        "row = Constant <value_ints = [1, 1, 1, -1]> ()",
+        "lengths = Reshape (key_lengths, by_sequence)",
+        "queries = Reshape (query_range, column)",
+        "numbers = Reshape (key_range, row)",
+        f"offsets = {'Sub (lengths, query_len)' if bottom_right else 'Mul (lengths, zero)'}",
+        "positions = Add (queries, offsets)",
+    ]
+
+
+def _turned(config: AttentionConfig, name: str) -> list[str]:
+    """Rotary embedding of whole heads, in halves."""
+    rotary = config.rotary
+    assert rotary is not None
+    if rotary.style != "half" or rotary.dims != config.head_dim:
+        raise NotImplementedError(rotary)
+    wavelengths = [rotary.base ** -(i / rotary.dims) for i in range(0, rotary.dims, 2)]
+    at = "positions" if name == "query" else f"{name}_numbers"
+    lines = [] if name == "query" else [f"{at} = Reshape (numbers, column)"]
+    return [
+        *lines,
+        f"{name}_at = Cast <to = 1> ({at})",
+        f"{name}_rates = Constant <value_floats = [{_floats(wavelengths)}]> ()",
+        f"{name}_angles = Mul ({name}_at, {name}_rates)",
+        f"{name}_cosine = Cos ({name}_angles)",
+        f"{name}_sine = Sin ({name}_angles)",
+        f"{name}_first, {name}_second = Split <axis = 3, num_outputs = 2> ({name})",
+        f"{name}_a = Mul ({name}_first, {name}_cosine)",
+        f"{name}_b = Mul ({name}_second, {name}_sine)",
+        f"{name}_c = Mul ({name}_second, {name}_cosine)",
+        f"{name}_d = Mul ({name}_first, {name}_sine)",
+        f"{name}_left = Sub ({name}_a, {name}_b)",
+        f"{name}_right = Add ({name}_c, {name}_d)",
+        f"turned_{name} = Concat <axis = 3> ({name}_left, {name}_right)",
+    ]
+
+
+def _visible(config: AttentionConfig) -> list[str]:
+    """Which keys each query sees: from `first` to before `end` [B, 1, Sq, 1]."""
+    mask = config.visibility
+    lines = ["nothing = Mul (positions, zero)"]
+    if mask.left is None:
+        lines.append("first = Identity (nothing)")
+    else:
+        lines += [
+            f"left = Constant <value_int = {mask.left}> ()",
+            "reach_left = Sub (positions, left)",
+            "first = Max (reach_left, zero)",
+        ]
+    if mask.right is None:
+        lines.append("end = Add (lengths, nothing)")
+    else:
+        lines += [
+            f"right = Constant <value_int = {mask.right + 1}> ()",
+            "reach_right = Add (positions, right)",
+            "end = Min (reach_right, lengths)",
+        ]
+    return [
+        *lines,
+        "from_first = GreaterOrEqual (numbers, first)",
+        "before_end = Less (numbers, end)",
+        "visible = And (from_first, before_end)",
+    ]
+
+
+def _fused(config: AttentionConfig, _: VariantSpec, result: str) -> list[str]:
+    """ONNX's own Attention."""
+    return [
+        f"""attended = Attention <scale = {exact(config.scale)}>
+            (exact_query, exact_key, exact_value, visible)""",
+        "some = Less (first, end)",
+        "none = Constant <value_float = 0.0> ()",
+        "seen = Where (some, attended, none)",
+        f"{result} = CastLike (seen, query)",
+    ]
+
+
+def _reference(config: AttentionConfig, spec: VariantSpec, result: str) -> list[str]:
+    """Plain operators, with a bias; the weights too."""
+    assert spec.outputs == WEIGHTS
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    lines = [
+        f"scale = Constant <value_float = {exact(config.scale)}> ()",
+        "scaled = Mul (exact_query, scale)",
+        # Heads that share keys are rows of one product.
+        f"by_key_head = Constant <value_ints = [0, {kv_heads}, -1, {config.head_dim}]> ()",
+        "grouped = Reshape (scaled, by_key_head)",
+        "keys_across = Transpose <perm = [0, 1, 3, 2]> (exact_key)",
+        "products = MatMul (grouped, keys_across)",
+        f"batch_and_heads = Constant <value_ints = [0, {heads}]> ()",
+        "weights_shape = Concat <axis = 0> (batch_and_heads, query_len, key_len)",
+        "raw = Reshape (products, weights_shape)",
+    ]
+    scores = "raw"
+    if spec.core in (CappedCore, SoftcapCore):
+        cap = "softcap"
+        if spec.core is CappedCore:
+            cap = "cap"
+            lines.append(f"cap = Constant <value_float = {exact(config.softcap)}> ()")
+        lines += [
+            f"relative = Div (raw, {cap})",
+            "bent = Tanh (relative)",
+            f"capped = Mul (bent, {cap})",
+        ]
+        scores = "capped"
+    lines += ["exact_bias = Cast <to = 1> (bias)", f"biased = Add ({scores}, exact_bias)"]
+    scores = "biased"
+    if config.slopes is not None:
+        lines += [
+            f"slopes = Constant <value_floats = [{_floats(config.slopes)}]> ()",
+            "by_head = Constant <value_ints = [1, -1, 1, 1]> ()",
+            "slope = Reshape (slopes, by_head)",
+            "signed = Sub (positions, numbers)",
+            "apart = Abs (signed)",
+            "distance = Cast <to = 1> (apart)",
+            "penalty = Mul (distance, slope)",
+            "inclined = Sub (biased, penalty)",
+        ]
+        scores = "inclined"
+    return [
+        *lines,
+        # A finite stand-in for -inf: softmax over a row of -inf would give NaN.
+        "lowest = Constant <value_float = -3.4028234663852886e+38> ()",
+        f"finite = Max ({scores}, lowest)",
+        "masked = Where (visible, finite, lowest)",
+        "last_axis = Constant <value_ints = [-1]> ()",
+        "highest = ReduceMax <keepdims = 1> (masked, last_axis)",
+        "some = Greater (highest, lowest)",
+        "some_or_none = Cast <to = 1> (some)",
+        "normal = Softmax <axis = -1> (masked)",
+        "exact_weights = Mul (normal, some_or_none)",
+        "products_shape = Shape (products)",
+        "grouped_weights = Reshape (exact_weights, products_shape)",
+        "sums = MatMul (grouped_weights, exact_value)",
+        f"output_width = Constant <value_ints = [{config.value_head_dim}]> ()",
+        "output_shape = Concat <axis = 0> (batch_and_heads, query_len, output_width)",
+        "exact_output = Reshape (sums, output_shape)",
+        f"{result} = CastLike (exact_output, query)",
+        "weights = CastLike (exact_weights, query)",
+    ]
+
+
+def _floats(numbers: Iterable[float]) -> str:
+    return ", ".join(map(exact, numbers))
