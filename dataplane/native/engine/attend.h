@@ -79,13 +79,14 @@ struct AttendWork {
 // The length that a bucket of lengths ends with: less than a quarter of it is padding.
 std::int64_t bucket(std::int64_t length);
 
-// As server/src/attnserve_server/engine/joining.py `kind`. `softcap`: other than the model's own.
+// The key of a work with these: equal ones can be joined, and take alike long for each sequence.
+// `softcap`: other than the model's own. `biased`: with a bias of its own; such are never joined.
 BatchKey batch_key(const Model& model, const Variant& variant, const Variant* diagnosis,
                    const Wanted& wanted, const Dims& dims, std::optional<float> softcap,
                    bool biased);
 
 // Computes attentions of one key in one run, padded to the longest, and puts the results where each
-// wants them. Throws as Session::run.
+// wants them. One work alone is computed without a copy. Throws as Session::run.
 void attend_together(std::span<AttendWork* const> works, Stop* stop);
 
 // Whether heads of a work can be computed by themselves, and the work of kv heads [first, last)

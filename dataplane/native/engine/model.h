@@ -93,8 +93,8 @@ std::shared_ptr<Model> load_model(std::shared_ptr<Runtime> runtime, ModelFacts f
 // All loaded models by name and version. Any thread.
 class ModelStore {
  public:
-  // An empty version is the highest. Throws RequestError NOT_FOUND or UNAVAILABLE (unloaded), in
-  // the words of server/src/attnserve_server/engine/models.py.
+  // An empty version is the highest. Throws RequestError: NOT_FOUND with what there is instead, or
+  // UNAVAILABLE for what was unloaded.
   ModelPtr get(std::string_view name, std::string_view version) const;
   // Have these versions of a model and no others; with none, it is unloaded.
   void put(const std::string& name, std::vector<ModelPtr> models);
@@ -106,7 +106,8 @@ class ModelStore {
   std::shared_ptr<const Loaded> now_;
 };
 
-// Memory that a variant takes while it runs, estimated; as server/.../engine/memory.py.
+// Bytes that a variant takes while it runs, estimated, beside `tensor_bytes` of what comes in and
+// goes out. The largest size_t if it is more.
 std::size_t working_bytes(const Model& model, const Variant& variant, std::int64_t batch,
                           std::int64_t num_heads, std::int64_t query_len, std::int64_t key_len,
                           std::size_t tensor_bytes);

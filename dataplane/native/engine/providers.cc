@@ -44,7 +44,9 @@ class PinnedMemory final : public BytesSource {
     return nullptr;
   }
   void release(void* memory, std::size_t) override {
-    runtime_->check(runtime_->api().free(allocator_.get(), memory));
+    if (ort::Status* failed = runtime_->api().free(allocator_.get(), memory)) {
+      runtime_->message_of(failed);  // nothing can be done about it
+    }
   }
 
  private:

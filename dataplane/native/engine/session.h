@@ -77,9 +77,11 @@ class Session {
     Tensor into;  // data == nullptr: the run makes the memory and `made` holds it afterwards
     OwnedTensor made;
   };
-  // Runs the graph. `feeds` may hold more than the graph takes; what it takes must be there,
-  // aligned to its element size. Outputs go where `into` points, which is of the right dtype and
-  // size and may be unaligned: then, and on CUDA, they are copied there. Throws RequestError:
+  // Runs the graph. `feeds` may hold more than the graph takes; what it takes must be there, else
+  // std::logic_error. Feeds and outputs lie in the host's memory, at any address, and are read and
+  // written in place; what is not aligned to its element size is copied, and what a device
+  // computes. `into` is of the right dtype and shape. `stop`, if any, is of a session of the same
+  // runtime and serves for any number of runs, one after another or at once. Throws RequestError:
   // kResourceExhausted "memory: ..." when an allocation of ONNX Runtime's fails, kCancelled when
   // stopped; and std::runtime_error with ONNX Runtime's message for all else.
   virtual void run(std::span<const Feed> feeds, std::span<Fetch> fetches, Stop* stop) = 0;

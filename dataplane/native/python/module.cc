@@ -274,6 +274,7 @@ void bind_plane(nb::module_& module) {
              services::Core& core = self.plane.core;
              return std::map<std::string, double>{
                  {"waiting", static_cast<double>(core.scheduler.waiting())},
+                 {"running", static_cast<double>(core.scheduler.running())},
                  {"inside", static_cast<double>(core.admission.inside())},
                  {"arriving", static_cast<double>(core.admission.arriving())},
                  {"bytes_in_flight", static_cast<double>(core.budget.lent())},

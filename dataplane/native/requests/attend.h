@@ -1,9 +1,9 @@
 // The checks of an attention request, whichever protocol it came by: the one place for them.
 //
-// In two steps. `plan_attend` checks everything that can be checked without the tensors' elements, so
-// that a stream's request is refused before its chunks arrive. `prepare` checks the elements, adds what
-// the request left out, and makes the work for the engine.
-// Order of checks, codes and messages: as server/src/attnserve_server/validation/attend.py had them.
+// In two steps. `plan_attend` checks everything that can be checked without the tensors' elements,
+// so that a stream's request is refused before its chunks arrive. `prepare` checks the elements,
+// adds what the request left out, and makes the work for the engine. Order of checks, codes and
+// messages are part of the API: docs/errors.md.
 #pragma once
 
 #include <array>
@@ -35,13 +35,13 @@ struct TensorSpec {
   DataType dtype = DataType::kUnspecified;
   Shape shape;
   std::size_t byte_size = 0;
-  bool chunked = false;                       // its elements follow in chunks
-  sessions::StoredTensorPtr stored;           // or were stored before
-  std::optional<Region> region;               // or lie in shared memory
+  bool chunked = false;              // its elements follow in chunks
+  sessions::StoredTensorPtr stored;  // or were stored before
+  std::optional<Region> region;      // or lie in shared memory
   bool sent() const { return !stored && !region; }
 };
 
-constexpr std::uint32_t kHigh = 1, kNormal = 2, kLow = 3;   // priorities
+constexpr std::uint32_t kHigh = 1, kNormal = 2, kLow = 3;  // priorities
 
 // A request that has been checked but for its elements. A value; needs the message no more.
 struct AttendPlan {
@@ -51,12 +51,12 @@ struct AttendPlan {
   engine::Wanted wanted;
   engine::Dims dims;
   std::array<std::optional<TensorSpec>, wire::kInputs> specs;
-  double query_factor = 1.0;            // query is multiplied by it to give the scale asked for
-  std::optional<float> softcap;         // other than the model's own
+  double query_factor = 1.0;              // query is multiplied by it to give the scale asked for
+  std::optional<float> softcap;           // other than the model's own
   std::vector<wire::ResultSpec> results;  // of the answer, in the order of their field numbers
   std::size_t request_bytes = 0, response_bytes = 0;  // of all tensors
-  std::size_t sent_bytes = 0;           // of those that come with the request
-  std::size_t working_bytes = 0;        // estimated, while it runs
+  std::size_t sent_bytes = 0;                         // of those that come with the request
+  std::size_t working_bytes = 0;                      // estimated, while it runs
   std::uint32_t priority = kNormal;
   std::optional<Region> output_region;  // where the answer's tensors go; none: into the answer
   engine::BatchKey key{};
@@ -74,13 +74,22 @@ struct Context {
 AttendPlan plan_attend(const wire::AttendRequest& message, const Context& context,
                        bool chunks_allowed);
 
+// Throws RequestError RESOURCE_EXHAUSTED: the answer's tensors would go into one message, and are
+// too large for it. For methods whose answer is one message of attnserve.v1.
+void check_fits_message(const AttendPlan& plan, const Limits& limits);
+
 // Where tensors lie that follow one another from 0 on, each at the next multiple of kAlignment; the
 // last entry is where the last one ends.
 std::vector<std::uint64_t> offsets(const std::vector<wire::ResultSpec>& results);
 
 // An attention that is ready to run, with everything that its work views: alive as long as this is.
+// Never moves, since work views into it.
 class PreparedAttend {
  public:
+  PreparedAttend() = default;
+  PreparedAttend(const PreparedAttend&) = delete;
+  PreparedAttend& operator=(const PreparedAttend&) = delete;
+
   AttendPlan plan;
   engine::AttendWork work;                    // its results are set by whoever answers
   std::vector<sessions::RegionView> regions;  // of inputs and of the output region, if any
@@ -89,22 +98,29 @@ class PreparedAttend {
   // After the run: throws RequestError if shared memory vanished under it.
   void check_intact() const;
 
-  // Memory that the work views beside the caller's: copies of what was unaligned or had to be changed,
-  // and what the request left out.
+  // Memory that the work views beside the caller's: copies of what was unaligned or had to be
+  // changed, and what the request left out.
   std::vector<Bytes> copies;
+  struct Defaults {
+    std::array<std::int64_t, 8> key_lengths;  // of as many sequences or fewer
+    std::int64_t top_k, distances;
+    float softcap;
+    float bias;  // zero, as in every other dtype
+  } defaults{};
   std::vector<std::shared_ptr<const void>> owners;
 };
 
-// Checks the elements. `elements[i]`: of the inputs that were sent, by wire::Input; they must live as
-// long as what is returned (or be handed over as `owners`). `peer` as CallInfo has it. Never moves once
-// made: work views into it.
-// Throws RequestError: an element out of range, a region that is not the caller's or too small.
+// Checks the elements. `elements[i]`: of the inputs that were sent, by wire::Input, as long as the
+// plan says; they must live as long as what is returned (or be handed over as `owners`). `peer` as
+// CallInfo has it. Throws RequestError: an element out of range, a region that is not the caller's
+// or too small.
 std::unique_ptr<PreparedAttend> prepare(AttendPlan plan,
                                         const std::array<ByteSpan, wire::kInputs>& elements,
                                         const Context& context, std::string_view peer);
 
-// Checks one Tensor message on its own, as PutTensor needs it. `dims` names of the dimensions it must
-// have, for messages; empty: any rank from 1 to 8.
+// Checks one Tensor message on its own, as PutTensor needs it. `dtype` the name of the dtype it
+// must have; any other text: any dtype. `dims` names of the dimensions it must have, for messages;
+// empty: any rank from 1 to 8. `stored` nullptr: there are no stored tensors.
 TensorSpec check_tensor(std::string_view field, const wire::TensorMessage& tensor,
                         std::string_view dtype, std::span<const std::string_view> dims,
                         bool chunks_allowed, sessions::StoredTensors* stored);

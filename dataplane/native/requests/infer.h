@@ -1,5 +1,5 @@
 // Requests of the Open Inference Protocol, made into the same plans as all others.
-// Codes and messages as server/src/attnserve_server/{wire,validation}/inference.py had them.
+// Codes and messages are part of the API: docs/open-inference-protocol.md.
 #pragma once
 
 #include <array>
@@ -17,23 +17,29 @@ namespace attnserve::requests {
 
 // One output that was asked for, in the order of the request.
 struct AskedOutput {
-  std::size_t result = 0;                 // index into plan.results
-  std::optional<Region> region;           // where it goes; none: into the answer
+  std::size_t result = 0;        // index into plan.results
+  std::optional<Region> region;  // where it goes; none: into the answer
+  MutableByteSpan place;         // the region's bytes, while InferPlan::regions lives
   // The shared-memory parameters to repeat in the answer, as given.
-  wire::Parameters parameters;            // views into the request's message
+  wire::Parameters parameters;  // views into the request's message
 };
 
 struct InferPlan {
   AttendPlan attend;
-  std::array<ByteSpan, wire::kInputs> elements;  // views into the message, `contents` or shared memory
-  std::vector<Bytes> contents;                   // elements that came one by one
+  std::array<ByteSpan, wire::kInputs>
+      elements;                 // views into the message, `contents` or shared memory
+  std::vector<Bytes> contents;  // elements that came one by one
   std::vector<AskedOutput> outputs;
-  std::uint64_t timeout = 0;                     // microseconds; 0: none
-  std::vector<sessions::RegionView> regions;     // that elements lie in
+  std::uint64_t timeout = 0;                  // microseconds; 0: none
+  std::vector<sessions::RegionView> regions;  // that elements lie in, or outputs go to
+
+  // After the run: throws RequestError if shared memory vanished under it.
+  void check_intact() const;
 };
 
-// For core and layer models. `model` is what models.get answered for it. Parameters of the request
-// that nobody here knows are ignored, as Triton does; known ones are checked.
+// For core and layer models; FAILED_PRECONDITION for others. `model` is what models.get answered
+// for it. Parameters that nobody here knows, of the request or of its tensors, are ignored, as
+// Triton does; known ones are checked. Throws RequestError.
 InferPlan plan_infer(const wire::InferRequest& message, engine::ModelPtr model,
                      const Context& context, std::string_view peer);
 

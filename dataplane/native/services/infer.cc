@@ -188,34 +188,22 @@ class InferStreamHandler final : public grpc::CallHandler {
     const auto request = request_context(stream_->info());
     const auto place = stream_->begin(request);
     if (!place) return;
-    // Says which request failed, as far as the message tells.
-    std::string id, model_name;
-    const auto deliver = [stream = stream_, place = *place](std::string id_, std::string name,
-                                                            Delivery delivery) {
-      const Code code = delivery.status.code;
-      stream->answer(place, code,
-                     delivery.status.ok() ? std::move(delivery.messages.front())
-                                          : OutMessage::of(wire::encode_infer_error(
-                                                delivery.status.message, id_, name)));
+    const auto names = std::make_shared<InferNames>();
+    const auto deliver = [stream = stream_, place = *place, names](Delivery delivery) {
+      stream->answer(place, delivery.status.code,
+                     delivery.status.ok()
+                         ? std::move(delivery.messages.front())
+                         : OutMessage::of(wire::encode_infer_error(
+                               delivery.status.message, names->id, names->model_name)));
     };
     try {
-      try {
-        const wire::InferRequest decoded = wire::decode_infer(message.span(), "ModelStreamInfer");
-        id = decoded.id;
-        model_name = decoded.model_name;
-      } catch (const RequestError&) {
-        // begin_infer says what is wrong.
-      }
       auto admitted = Admitted::admit(core_, request->arrived, request->deadline);
       if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
       std::get<Admitted>(admitted).received();
       begin_infer(core_, std::move(message), stream_->info(), request,
-                  std::move(std::get<Admitted>(admitted)), true,
-                  [deliver, id, model_name](Delivery delivery) {
-                    deliver(id, model_name, std::move(delivery));
-                  });
+                  std::move(std::get<Admitted>(admitted)), names.get(), deliver);
     } catch (...) {
-      deliver(id, model_name, {status_of(std::current_exception()), {}});
+      deliver({status_of(std::current_exception()), {}});
     }
     if (!paused_ && stream_->occupied() >= core_.limits.max_stream_requests) {
       paused_ = true;
@@ -247,7 +235,7 @@ class InferStreamHandler final : public grpc::CallHandler {
 UnaryBehaviour model_infer(Core& core) {
   return [&core](Bytes message, const std::shared_ptr<Reply>& reply,
                  const std::shared_ptr<schedule::RequestContext>& request, Admitted admitted) {
-    begin_infer(core, std::move(message), reply->info(), request, std::move(admitted), false,
+    begin_infer(core, std::move(message), reply->info(), request, std::move(admitted), nullptr,
                 [reply](Delivery delivery) { reply->deliver(std::move(delivery)); });
   };
 }
@@ -259,10 +247,12 @@ std::unique_ptr<grpc::CallHandler> model_stream_infer_handler(Core& core,
 
 void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
                  const std::shared_ptr<schedule::RequestContext>& request, Admitted admitted,
-                 bool stream, Deliver deliver) {
+                 InferNames* names, Deliver deliver) {
+  const bool stream = names != nullptr;
   const auto message = std::make_shared<Bytes>(std::move(bytes));
   const wire::InferRequest decoded =
-      wire::decode_infer(message->span(), stream ? "ModelStreamInfer" : "ModelInfer");
+      wire::decode_infer(message->span(), stream ? "ModelStreamInfer" : "ModelInfer", &core.budget);
+  if (names) *names = {std::string(decoded.id), std::string(decoded.model_name)};
   const engine::ModelPtr model = core.models.get(decoded.model_name, decoded.model_version);
   const std::string name = model->facts.name;
   const std::int64_t version = model->facts.version;

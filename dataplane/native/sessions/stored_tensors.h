@@ -1,10 +1,9 @@
 // Tensors that stay in the server between requests, each for as long as its lease lasts.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <string_view>
 
@@ -23,47 +22,58 @@ struct StoredTensor {
 using StoredTensorPtr = std::shared_ptr<const StoredTensor>;
 
 struct Stored {
-  std::string handle;         // 128 random bits, URL-safe base64: knowing it is the permission
-  std::chrono::microseconds lease;
+  std::string handle;  // 128 random bits, URL-safe base64: knowing it is the permission
+  std::chrono::microseconds lease{0};
   std::size_t byte_size = 0;
 };
 
 class StoredTensors;
 
-// Room in the store for one tensor, claimed as its bytes come; given back unless it was stored.
+// Room in the store for one tensor, claimed as its bytes come; given back unless it was stored. The
+// store outlives it. Owned by one thread at a time.
 class Room {
  public:
-  Room(Room&&) noexcept;
-  Room& operator=(Room&&) noexcept;
+  Room(Room&& other) noexcept;
+  Room& operator=(Room&& other) noexcept;
   ~Room();
-  void claim(std::size_t more);   // throws RequestError RESOURCE_EXHAUSTED with retry_after
+  // Throws RequestError RESOURCE_EXHAUSTED, and has claimed nothing, if there is no room; with
+  // retry_after unless the tensor could never fit.
+  void claim(std::size_t more);
+
  private:
   friend class StoredTensors;
   explicit Room(StoredTensors& store) : store_(&store) {}
+
   StoredTensors* store_;
   std::size_t size_ = 0;
 };
 
-// Messages as in server/src/attnserve_server/kept_tensors.py. Any thread.
+// Any thread. Every call first forgets what has run out.
 class StoredTensors {
  public:
+  // All tensors together have at most `max_bytes`. A lease is what a caller asks for, the default
+  // if that is not above zero, and never longer than `max_lease`.
   StoredTensors(std::size_t max_bytes, Duration default_lease, Duration max_lease);
+  ~StoredTensors();
+
   Room begin() { return Room(*this); }
   // Refuses at once what could never fit, or would not fit now: as Room::claim, without claiming.
   void check_fits(std::size_t byte_size);
-  Stored put(StoredTensor tensor, Room room, Duration lease);   // zero: the default lease
-  // Starts the lease anew. `field` for messages. Throws RequestError NOT_FOUND.
+  // Keeps a tensor. Claims what its room has not got yet: throws as Room::claim does.
+  Stored put(StoredTensor tensor, Room room, Duration lease);
+  // Starts the lease anew. `field` is what the handle came in, for messages. Throws RequestError
+  // NOT_FOUND: never put, dropped, or run out; INVALID_ARGUMENT: the handle is empty.
   StoredTensorPtr get(std::string_view handle, std::string_view field);
+  // Starts the lease anew, with another length if that is above zero. Throws as `get`.
   Stored renew(std::string_view handle, Duration lease);
+  // Requests that use the tensor now still end well. Throws as `get`.
   void drop(std::string_view handle);
-  std::size_t bytes();   // kept, or claimed by what is arriving
+  std::size_t bytes();  // kept, or claimed by what is arriving
 
  private:
   friend class Room;
-  struct Entry;
-  // ... mutex-guarded map by handle; see stored_tensors.cc
   struct State;
-  std::shared_ptr<State> state_;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace attnserve::sessions

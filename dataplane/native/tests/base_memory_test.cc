@@ -251,6 +251,11 @@ TEST_CASE("what other sizes keep is given up before memory is refused") {
 #endif
 
 #ifndef ATTNSERVE_SANITIZED
+TEST_CASE("sizes beyond all memory are refused") {
+  CHECK_THROWS_AS(Bytes::allocate(std::numeric_limits<std::size_t>::max()), RequestError);
+  CHECK_THROWS_AS(Bytes::allocate(std::size_t{1} << 62), RequestError);
+}
+
 TEST_CASE("a process that may have no more memory refuses a request and goes on") {
   const pid_t child = fork();
   if (child == 0) {

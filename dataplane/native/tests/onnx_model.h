@@ -133,10 +133,10 @@ inline std::shared_ptr<Runtime> test_runtime() {
 }
 
 inline std::unique_ptr<Session> load_graph(const std::shared_ptr<Runtime>& runtime,
-                                           const Graph& graph, int threads = 2) {
+                                           const Graph& graph) {
   const GraphFile file(serialized(graph));
   SessionOptions options;
-  options.intra_op_threads = threads;
+  options.intra_op_threads = 2;
   return Session::load(runtime, file.path(), options);
 }
 

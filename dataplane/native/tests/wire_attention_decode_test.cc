@@ -183,7 +183,6 @@ TEST_CASE("a message of more fields than allowed is refused at once") {
       field(1000, ""),                           // likewise, bytes
       "\xfb\x07\xfc\x07",                        // a group
       field(4, ""),                              // a tensor, again and again
-      field(4, field(2, std::string(4, '\1'))),  // dimensions
       field(4, field(4, "")),
       std::string("\x80\x01\0", 3),  // the same number again and again
   };
@@ -192,12 +191,13 @@ TEST_CASE("a message of more fields than allowed is refused at once") {
     std::string why;
     CHECK(seconds_of([&] { why = refusal_of(message); }) < 0.1);
     CHECK(why.find("more than 4096 fields") != std::string::npos);
-    CHECK(seconds_of([&] { why = refusal_of(field(4, message)); }) < 0.1);
+    const std::string within = field(4, message);
+    CHECK(seconds_of([&] { why = refusal_of(within); }) < 0.1);
     CHECK(why.find("more than 4096 fields") != std::string::npos);
     CHECK(refusal_of(repeated(part, 1000)) == "");
   }
   const std::string shape = field(4, field(2, std::string(kLarge, '\1')));
-  CHECK(refusal_of(shape).find("more than 4096 fields") != std::string::npos);
+  CHECK(refusal_of(shape).find("too many dimensions") != std::string::npos);
 }
 
 TEST_CASE("padding does not count, and costs little") {

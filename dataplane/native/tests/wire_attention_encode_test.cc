@@ -147,11 +147,21 @@ TEST_CASE("an answer in shared memory or in chunks is what protobuf writes") {
         }
       }
       const Bytes ours = encode_attend_response(
-          "causal", "12", "", results, shared ? std::span(places) : std::span<SharedPlace>(),
-          kTimings, stream ? std::optional<std::uint64_t>(9) : std::nullopt);
+          "causal", "12", "", results,
+          shared ? std::span<const SharedPlace>(places) : std::span<const SharedPlace>(), kTimings,
+          stream ? std::optional<std::uint64_t>(9) : std::nullopt);
       CHECK(text_of(ours) == (stream ? theirs.SerializeAsString() : response.SerializeAsString()));
     }
   }
+}
+
+TEST_CASE("of an answer in shared memory, a tensor without a region comes in chunks") {
+  const std::vector<ResultSpec> results = results_of(3, 6);
+  const std::vector<SharedPlace> places{{"region", 128}, {}};
+  const auto response = parsed<pb::AttendResponse>(
+      encode_attend_response("causal", "1", "flash", results, places, kTimings));
+  CHECK(response.output().shared_memory().offset() == 128);
+  CHECK(response.weights().chunked().byte_size() == results[1].byte_size);
 }
 
 TEST_CASE("the head of a chunk takes a multiple of 64 bytes, and its elements follow") {

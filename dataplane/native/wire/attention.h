@@ -174,7 +174,7 @@ struct SharedPlace {
 };
 Bytes encode_attend_response(std::string_view model, std::string_view version,
                              std::string_view variant, std::span<const ResultSpec> results,
-                             std::span<const SharedPlace> places,  // empty: chunked
+                             std::span<const SharedPlace> places,  // empty: all chunked
                              const Timings& timings,
                              std::optional<std::uint64_t> stream_id = std::nullopt);
 

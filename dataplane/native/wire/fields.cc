@@ -37,7 +37,7 @@ Numbers::Numbers(ByteSpan bytes, const Decoding& decoding)
       end_(at_ + bytes.size()),
       decoding_(&decoding) {}
 
-std::uint64_t Numbers::varint() {
+std::uint64_t Numbers::long_varint() {
   try {
     return protozero::decode_varint(&at_, end_);
   } catch (const protozero::varint_too_long_exception&) {
@@ -155,9 +155,15 @@ void FieldReader::skip_group() {
   } while (true);
 }
 
+// Each takes eight times the memory that it may take on the wire. What a tensor may have is checked
+// by those who know it; this bounds the memory alone.
+constexpr std::size_t kMostSizes = 1U << 18;
+
 void append_shape(const FieldReader& reader, std::vector<std::int64_t>& shape) {
   for (Numbers sizes = reader.packed(); !sizes.empty();) {
-    reader.decoding().count_field();
+    if (shape.size() >= kMostSizes) {
+      reader.decoding().refuse("a shape of too many dimensions");
+    }
     shape.push_back(static_cast<std::int64_t>(sizes.varint()));
   }
 }

@@ -55,13 +55,17 @@ class Numbers {
   Numbers(ByteSpan bytes, const Decoding& decoding);
 
   bool empty() const { return at_ == end_; }
-  std::uint64_t varint();  // at most ten bytes
-  std::uint32_t tag();     // at most five; bits beyond 32 are lost
-  ByteSpan bytes();        // a length of at most five bytes, and so many bytes
+  std::uint64_t varint() {  // at most ten bytes
+    if (at_ != end_ && (*at_ & '\x80') == 0) return static_cast<unsigned char>(*at_++);
+    return long_varint();
+  }
+  std::uint32_t tag();  // at most five; bits beyond 32 are lost
+  ByteSpan bytes();     // a length of at most five bytes, and so many bytes
   template <class T>
   T fixed();  // std::uint32_t or std::uint64_t
 
  private:
+  std::uint64_t long_varint();
   ByteSpan take(std::size_t size);
 
   const char* at_;
@@ -106,8 +110,7 @@ class FieldReader {
   ByteSpan bytes_;
 };
 
-// Appends a packed field of dimensions. Each takes eight times the memory that it may take on the
-// wire: so each counts against DecodeLimits.
+// Appends a packed field of dimensions; their number is bounded, but they do not count as fields.
 void append_shape(const FieldReader& reader, std::vector<std::int64_t>& shape);
 
 // The last text of that number in a message of which nothing else is known; empty if there is none,

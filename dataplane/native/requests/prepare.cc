@@ -1,0 +1,171 @@
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "requests/attend.h"
+#include "requests/elements.h"
+#include "requests/plan.h"
+
+namespace attnserve::requests {
+namespace {
+
+using engine::Feed;
+using wire::Input;
+
+constexpr std::size_t index(Input input) { return static_cast<std::size_t>(input); }
+constexpr std::size_t index(Feed feed) { return static_cast<std::size_t>(feed); }
+
+// The elements of each input where the caller put them, by wire::Input.
+using Sources = std::array<ByteSpan, wire::kInputs>;
+
+Sources sources_of(PreparedAttend& prepared, const Sources& sent, const Context& context,
+                   std::string_view peer) {
+  Sources sources;
+  const auto view = [&](const Region& region) {
+    return context.regions.view(region.name, region.offset, region.byte_size,
+                                sessions::owner_of(peer));
+  };
+  for (std::size_t at = 0; at < wire::kInputs; ++at) {
+    const std::optional<TensorSpec>& spec = prepared.plan.specs[at];
+    if (!spec) continue;
+    if (spec->stored) {
+      sources[at] = spec->stored->elements.span();
+    } else if (spec->region) {
+      prepared.regions.push_back(view(*spec->region));
+      sources[at] = prepared.regions.back().bytes;
+    } else {
+      sources[at] = sent[at];
+    }
+    if (sources[at].size() != spec->byte_size) {
+      throw std::logic_error("elements of another size than was planned");
+    }
+  }
+  if (prepared.plan.output_region) prepared.output_region = view(*prepared.plan.output_region);
+  return sources;
+}
+
+MutableByteSpan room(PreparedAttend& prepared, std::size_t size) {
+  prepared.copies.push_back(Bytes::allocate(size));
+  return prepared.copies.back().span();
+}
+
+std::byte* copied(PreparedAttend& prepared, ByteSpan elements) {
+  const MutableByteSpan copy = room(prepared, elements.size());
+  std::memcpy(copy.data(), elements.data(), elements.size());
+  return copy.data();
+}
+
+Tensor scaled(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan elements) {
+  const MutableByteSpan copy = room(prepared, elements.size());
+  scale_elements(spec.dtype, elements, static_cast<float>(prepared.plan.query_factor), copy);
+  return {spec.dtype, spec.shape, copy.data()};
+}
+
+// The elements where they are, if kernels can take them there.
+Tensor feed_of(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan elements) {
+  // Kernels do not write to what they are fed.
+  auto* data = const_cast<std::byte*>(elements.data());
+  Tensor tensor{spec.dtype, spec.shape, data};
+  if (!tensor.aligned()) tensor.data = copied(prepared, elements);
+  return tensor;
+}
+
+void feed_inputs(PreparedAttend& prepared, const Sources& sources) {
+  const AttendPlan& plan = prepared.plan;
+  auto& feeds = prepared.work.feeds;
+  const auto& key_lengths = plan.specs[index(Input::kKeyLengths)];
+  if (key_lengths) {
+    const ByteSpan source = sources[index(Input::kKeyLengths)];
+    Tensor& feed = feeds[index(Input::kKeyLengths)];
+    // Kernels trust lengths that were checked; the caller's memory may change after that.
+    feed = key_lengths->region
+               ? Tensor{key_lengths->dtype, key_lengths->shape, copied(prepared, source)}
+               : feed_of(prepared, *key_lengths, source);
+    check_key_lengths(feed, plan.dims.key_len);
+  }
+  const auto& bias = plan.specs[index(Input::kBias)];
+  if (bias) {
+    Tensor& feed = feeds[index(Input::kBias)];
+    feed = feed_of(prepared, *bias, sources[index(Input::kBias)]);
+    check_bias(feed);
+  }
+  for (std::size_t at = 0; at < wire::kInputs; ++at) {
+    const std::optional<TensorSpec>& spec = plan.specs[at];
+    if (!spec || feeds[at].data != nullptr) continue;
+    const bool scale = at == index(Input::kQuery) && plan.query_factor != 1.0;
+    feeds[at] =
+        scale ? scaled(prepared, *spec, sources[at]) : feed_of(prepared, *spec, sources[at]);
+  }
+}
+
+Tensor one_element(DataType dtype, const Shape& shape, void* element) {
+  return {dtype, shape, static_cast<std::byte*>(element)};
+}
+
+// All keys of each sequence are valid.
+Tensor full_key_lengths(PreparedAttend& prepared) {
+  const engine::Dims& dims = prepared.plan.dims;
+  const auto batch = static_cast<std::size_t>(dims.batch);
+  std::int64_t* lengths = prepared.defaults.key_lengths.data();
+  if (batch > prepared.defaults.key_lengths.size()) {
+    lengths = reinterpret_cast<std::int64_t*>(room(prepared, batch * sizeof *lengths).data());
+  }
+  std::fill_n(lengths, batch, dims.key_len);
+  return {DataType::kInt64, {dims.batch}, reinterpret_cast<std::byte*>(lengths)};
+}
+
+// What the graphs take besides the request's tensors.
+void feed_defaults(PreparedAttend& prepared) {
+  const AttendPlan& plan = prepared.plan;
+  auto& feeds = prepared.work.feeds;
+  auto& defaults = prepared.defaults;
+  if (plan.diagnosis != nullptr) {
+    defaults.top_k = plan.wanted.top_k;
+    defaults.distances = plan.wanted.mass_by_distance;
+    feeds[index(Feed::kTopK)] = one_element(DataType::kInt64, {1}, &defaults.top_k);
+    feeds[index(Feed::kDistances)] = one_element(DataType::kInt64, {1}, &defaults.distances);
+  }
+  if (!plan.specs[index(Input::kKeyLengths)]) {
+    // Distances are counted from the weights up to each sequence's length.
+    const bool counted = plan.diagnosis == nullptr && plan.wanted.mass_by_distance != 0;
+    if (counted || takes(plan, Feed::kKeyLengths)) {
+      feeds[index(Feed::kKeyLengths)] = full_key_lengths(prepared);
+    }
+  }
+  if (!plan.specs[index(Input::kBias)] && takes(plan, Feed::kBias)) {
+    feeds[index(Feed::kBias)] = one_element(plan.model->facts.dtype, {1, 1, 1, 1}, &defaults.bias);
+  }
+  if (takes(plan, Feed::kSoftcap)) {
+    defaults.softcap = softcap_feed(plan);
+    feeds[index(Feed::kSoftcap)] = one_element(DataType::kFp32, {1}, &defaults.softcap);
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<PreparedAttend> prepare(AttendPlan plan, const Sources& elements,
+                                        const Context& context, std::string_view peer) {
+  auto prepared = std::make_unique<PreparedAttend>();
+  prepared->plan = std::move(plan);
+  const Sources sources = sources_of(*prepared, elements, context, peer);
+  feed_inputs(*prepared, sources);
+  feed_defaults(*prepared);
+  const AttendPlan& checked = prepared->plan;
+  engine::AttendWork& work = prepared->work;
+  work.model = checked.model;
+  work.variant = checked.variant;
+  work.diagnosis = checked.diagnosis;
+  work.wanted = checked.wanted;
+  work.dims = checked.dims;
+  work.key = checked.key;
+  work.joinable = !checked.specs[index(Input::kBias)];
+  return prepared;
+}
+
+void PreparedAttend::check_intact() const {
+  for (const sessions::RegionView& region : regions) region.check_intact();
+  if (output_region) output_region->check_intact();
+}
+
+}  // namespace attnserve::requests

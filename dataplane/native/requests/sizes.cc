@@ -1,0 +1,111 @@
+#include "requests/sizes.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "base/status.h"
+#include "base/text.h"
+#include "requests/refusal.h"
+#include "requests/tensor_spec.h"
+
+namespace attnserve::requests {
+namespace {
+
+constexpr std::size_t kMostBytes = std::numeric_limits<std::size_t>::max();
+
+void check(std::string_view what, Wide given, std::size_t allowed, std::string_view option) {
+  if (given <= allowed) return;
+  throw RequestError(Code::kResourceExhausted,
+                     text(what, " size: its tensors take ", wide_text(given),
+                          " bytes; allowed: ", allowed, " (", option, ")"));
+}
+
+std::uint64_t aligned(std::uint64_t offset) {
+  return (offset + (kAlignment - 1)) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+std::size_t checked_request_bytes(const TensorSpecs& specs, const Limits& limits) {
+  Wide total = 0;
+  for (const std::optional<TensorSpec>& spec : specs) {
+    if (spec) total += spec->byte_size;
+  }
+  check("request", total, limits.max_request_bytes, "--max-request-mib");
+  return static_cast<std::size_t>(total);
+}
+
+Results checked_results(const engine::Model& model, const Shape* layer_output,
+                        const engine::Dims& dims, const engine::Wanted& wanted,
+                        const Limits& limits) {
+  const DataType own = model.facts.dtype;
+  const std::int64_t batch = dims.batch, heads = dims.num_heads, queries = dims.query_len;
+  const Shape rows{batch, heads, queries};
+  const Shape output = layer_output != nullptr
+                           ? *layer_output
+                           : Shape{batch, heads, queries, model.facts.value_head_dim};
+  const Shape heaviest{batch, heads, queries, wanted.top_k};
+  Results results;
+  results.specs.reserve(wire::kOutputs);
+  Wide total = 0;
+  const auto add = [&](bool asked, wire::Output name, DataType dtype, const Shape& shape) {
+    if (!asked) return;
+    Wide bytes = item_bytes(dtype);
+    for (const std::int64_t size : shape.sizes()) bytes = times(bytes, size);
+    total = plus(total, bytes);
+    results.specs.push_back({name, dtype, shape, static_cast<std::size_t>(bytes)});
+  };
+  using enum wire::Output;
+  add(wanted.output, kOutput, own, output);
+  add(wanted.weights, kWeights, own, {batch, heads, queries, dims.key_len});
+  add(wanted.entropy, kEntropy, DataType::kFp32, rows);
+  add(wanted.top_k != 0, kTopKIndices, DataType::kInt64, heaviest);
+  add(wanted.top_k != 0, kTopKWeights, DataType::kFp32, heaviest);
+  add(wanted.mass_per_key, kMassPerKey, DataType::kFp32, {batch, heads, dims.key_len});
+  add(wanted.mass_by_distance != 0, kMassByDistance, DataType::kFp32,
+      {batch, heads, wanted.mass_by_distance});
+  check("response", total, limits.max_response_bytes, "--max-response-mib");
+  results.byte_size = static_cast<std::size_t>(total);
+  return results;
+}
+
+std::size_t checked_working_bytes(const engine::Model& model, const engine::Variant& variant,
+                                  const engine::Dims& dims, std::size_t tensor_bytes,
+                                  const Limits& limits) {
+  const std::size_t needed = engine::working_bytes(model, variant, dims.batch, dims.num_heads,
+                                                   dims.query_len, dims.key_len, tensor_bytes);
+  if (needed > limits.max_working_bytes) {
+    throw RequestError(Code::kResourceExhausted,
+                       text("lengths: B=", dims.batch, ", H=", dims.num_heads, ", Sq=",
+                            dims.query_len, ", Sk=", dims.key_len, " would take about ", needed,
+                            " bytes of working memory with variant ", quoted(variant.name()),
+                            "; allowed: ", limits.max_working_bytes, " (--max-working-mib)"));
+  }
+  return needed;
+}
+
+Region checked_output_region(const wire::RegionMessage& message,
+                             const std::vector<wire::ResultSpec>& results) {
+  Region region = region_of("output_region", message);
+  const std::uint64_t needed = offsets(results).back();
+  if (region.byte_size < needed) {
+    refuse("output_region.byte_size", std::to_string(region.byte_size),
+           text(needed, " or more, for this answer"));
+  }
+  return region;
+}
+
+std::vector<std::uint64_t> offsets(const std::vector<wire::ResultSpec>& results) {
+  std::vector<std::uint64_t> starts;
+  starts.reserve(results.size() + 1);
+  std::uint64_t end = 0;
+  for (const wire::ResultSpec& result : results) {
+    starts.push_back(aligned(end));
+    end = starts.back() + result.byte_size;
+  }
+  starts.push_back(end);
+  return starts;
+}
+
+}  // namespace attnserve::requests

@@ -1,0 +1,45 @@
+// What a request takes and what its answer will hold.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "engine/attend.h"
+#include "engine/model.h"
+#include "requests/attend.h"
+#include "requests/limits.h"
+#include "requests/wide.h"
+#include "wire/attention.h"
+
+namespace attnserve::requests {
+
+using TensorSpecs = std::array<std::optional<TensorSpec>, wire::kInputs>;
+
+// Of all tensors of a request. Throws RequestError RESOURCE_EXHAUSTED: more than is allowed.
+std::size_t checked_request_bytes(const TensorSpecs& specs, const Limits& limits);
+
+struct Results {
+  std::vector<wire::ResultSpec> specs;  // in the order of their field numbers
+  std::size_t byte_size = 0;
+};
+
+// The tensors of the answer. `layer_output`: the shape of a layer's output; nullptr: a core's.
+// Throws RequestError RESOURCE_EXHAUSTED: they take more than is allowed.
+Results checked_results(const engine::Model& model, const Shape* layer_output,
+                        const engine::Dims& dims, const engine::Wanted& wanted,
+                        const Limits& limits);
+
+// Estimated memory that a variant takes while it runs. Throws RequestError RESOURCE_EXHAUSTED: more
+// than a request may take.
+std::size_t checked_working_bytes(const engine::Model& model, const engine::Variant& variant,
+                                  const engine::Dims& dims, std::size_t tensor_bytes,
+                                  const Limits& limits);
+
+// Where the answer's tensors go. Throws RequestError INVALID_ARGUMENT: they do not fit there.
+Region checked_output_region(const wire::RegionMessage& message,
+                             const std::vector<wire::ResultSpec>& results);
+
+}  // namespace attnserve::requests

@@ -1,0 +1,32 @@
+// One `Tensor` message: is it well formed, and where are its elements.
+#pragma once
+
+#include <span>
+#include <string_view>
+
+#include "base/tensor.h"
+#include "requests/attend.h"
+#include "sessions/stored_tensors.h"
+#include "wire/attention.h"
+
+namespace attnserve::requests {
+
+// What a tensor must be.
+struct TensorRule {
+  std::string_view field;                   // for messages
+  DataType dtype = DataType::kUnspecified;  // kUnspecified: any
+  std::span<const std::string_view> dims;   // names of its dimensions; none: any rank from 1 to 8
+};
+
+// Checks one tensor but for its elements. `stored` finds stored tensors; nullptr: there are none.
+// Throws RequestError INVALID_ARGUMENT, or NOT_FOUND for a stored tensor that is not there.
+TensorSpec check_tensor(const TensorRule& rule, const wire::TensorMessage& tensor,
+                        bool chunks_allowed, sessions::StoredTensors* stored);
+
+// Throws RequestError INVALID_ARGUMENT for a name or an offset that cannot be right.
+Region region_of(std::string_view field, const wire::RegionMessage& message);
+
+// "[B, H, Sq, D]".
+std::string dims_text(std::span<const std::string_view> dims);
+
+}  // namespace attnserve::requests

@@ -1,0 +1,202 @@
+#include <doctest/doctest.h>
+
+#include <thread>
+#include <vector>
+
+#include "base/status.h"
+#include "sessions/stored_tensors.h"
+
+using namespace attnserve;
+using namespace attnserve::sessions;
+using namespace std::chrono_literals;
+
+namespace {
+
+StoredTensor tensor_of(std::size_t size) {
+  return {DataType::kBool, Shape{static_cast<std::int64_t>(size)}, Bytes::allocate(size)};
+}
+
+Stored put(StoredTensors& store, std::size_t size, Duration lease = 0s) {
+  Room room = store.begin();
+  room.claim(size);
+  return store.put(tensor_of(size), std::move(room), lease);
+}
+
+template <class Step>
+Status refusal(const Step& step) {
+  try {
+    step();
+  } catch (const RequestError& error) {
+    return error.status();
+  }
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("what was put is found under its handle") {
+  StoredTensors store(1000, 10s, 20s);
+  StoredTensor tensor = tensor_of(6);
+  tensor.elements.data()[5] = std::byte{7};
+  Room room = store.begin();
+  room.claim(6);
+  const Stored stored = store.put(std::move(tensor), std::move(room), 3s);
+  CHECK(stored.handle.size() == 22);
+  CHECK(stored.lease == 3s);
+  CHECK(stored.byte_size == 6);
+  const StoredTensorPtr found = store.get(stored.handle, "key.stored");
+  CHECK(found->shape == Shape{6});
+  CHECK(found->elements.data()[5] == std::byte{7});
+  CHECK(put(store, 6).handle != stored.handle);
+}
+
+TEST_CASE("a lease is the default unless asked for, and bounded") {
+  StoredTensors store(1000, 10s, 20s);
+  CHECK(put(store, 1).lease == 10s);
+  CHECK(put(store, 1, 5s).lease == 5s);
+  CHECK(put(store, 1, 1000h).lease == 20s);
+  const std::string handle = put(store, 1, 5s).handle;
+  CHECK(store.renew(handle, 0s).lease == 5s);
+  CHECK(store.renew(handle, 7s).lease == 7s);
+  CHECK(store.renew(handle, 1000h).lease == 20s);
+  CHECK(store.renew(handle, 0s).byte_size == 1);
+}
+
+TEST_CASE("an unknown handle is not found, an empty one is wrong in itself") {
+  StoredTensors store(1000, 10s, 20s);
+  const std::string wrong = std::string(100, 'x') + "'";
+  const Status unknown = refusal([&] { store.get(wrong, "key.stored"); });
+  CHECK(unknown.code == Code::kNotFound);
+  CHECK(unknown.message == "key.stored: given '" + std::string(80, 'x') +
+                               "'; no such tensor is kept: never put here, dropped, or its lease "
+                               "ran out");
+  CHECK(refusal([&] { store.renew("x", 1s); }).code == Code::kNotFound);
+  CHECK(refusal([&] { store.drop("x"); }).message.starts_with("handle: given 'x'; no such tensor"));
+  const Status empty = refusal([&] { store.get("", "key.stored"); });
+  CHECK(empty.code == Code::kInvalidArgument);
+  CHECK(empty.message == "key.stored: given nothing; allowed: a handle that PutTensor answered");
+}
+
+TEST_CASE("a dropped tensor is gone, while who uses it keeps it") {
+  StoredTensors store(1000, 10s, 20s);
+  const Stored stored = put(store, 64);
+  const StoredTensorPtr used = store.get(stored.handle, "key.stored");
+  store.drop(stored.handle);
+  CHECK(refusal([&] { store.get(stored.handle, "x"); }).code == Code::kNotFound);
+  CHECK(refusal([&] { store.drop(stored.handle); }).code == Code::kNotFound);
+  CHECK(store.bytes() == 0);
+  CHECK(used->elements.size() == 64);
+}
+
+TEST_CASE("room is bounded and comes back") {
+  StoredTensors store(100, 10s, 20s);
+  const Stored first = put(store, 80);
+  const Status full = refusal([&] { put(store, 30); });
+  CHECK(full.code == Code::kResourceExhausted);
+  CHECK(full.message ==
+        "tensor: 30 bytes, beside 80 that are kept; allowed: 100 together (--max-kept-mib)");
+  CHECK(full.retry_after > 9s);
+  CHECK(full.retry_after <= 10s);
+  CHECK(refusal([&] { store.check_fits(30); }).message == full.message);
+  CHECK(refusal([&] { store.check_fits(101); }).retry_after == 0s);
+  CHECK(refusal([&] { put(store, 101); }).retry_after == 0s);
+  store.check_fits(20);
+  store.drop(first.handle);
+  put(store, 100);
+  CHECK(store.bytes() == 100);
+}
+
+TEST_CASE("room is claimed as bytes come, and given back unless the tensor was stored") {
+  StoredTensors store(100, 10s, 20s);
+  Room waiting = store.begin();
+  CHECK(store.bytes() == 0);
+  waiting.claim(60);
+  waiting.claim(10);
+  CHECK(store.bytes() == 70);
+  {
+    Room other = store.begin();
+    other.claim(20);
+    const Status full = refusal([&] { other.claim(30); });
+    CHECK(full.message ==
+          "tensor: 50 bytes, beside 70 that are kept; allowed: 100 together (--max-kept-mib)");
+    CHECK(full.retry_after > 0s);  // though nothing is kept whose lease could end
+    CHECK(store.bytes() == 90);
+  }
+  CHECK(store.bytes() == 70);
+  CHECK(refusal([&] { waiting.claim(31); }).retry_after == 0s);  // 101 bytes never fit
+  Room moved = std::move(waiting);
+  waiting = store.begin();
+  CHECK(store.bytes() == 70);
+  moved = store.begin();
+  CHECK(store.bytes() == 0);
+}
+
+TEST_CASE("a tensor counts for what it has, whatever its room claimed") {
+  StoredTensors store(100, 10s, 20s);
+  Room large = store.begin();
+  large.claim(50);
+  const Stored small = store.put(tensor_of(10), std::move(large), 0s);
+  CHECK(store.bytes() == 10);
+  const Stored unclaimed = store.put(tensor_of(90), store.begin(), 0s);
+  CHECK(store.bytes() == 100);
+  CHECK(refusal([&] { store.put(tensor_of(1), store.begin(), 0s); }).code ==
+        Code::kResourceExhausted);
+  CHECK(store.bytes() == 100);
+  store.drop(small.handle);
+  store.drop(unclaimed.handle);
+  CHECK(store.bytes() == 0);
+}
+
+TEST_CASE("what ran out makes room") {
+  StoredTensors store(100, 10s, 20s);
+  const Stored stored = put(store, 100, 10ms);
+  std::this_thread::sleep_for(20ms);
+  put(store, 100);
+  CHECK(refusal([&] { store.get(stored.handle, "key.stored"); }).code == Code::kNotFound);
+}
+
+TEST_CASE("a lease starts anew with each use") {
+  StoredTensors store(100, 10s, 20s);
+  const Stored stored = put(store, 10, 300ms), unused = put(store, 10, 300ms);
+  for (int count = 0; count < 4; ++count) {
+    std::this_thread::sleep_for(100ms);
+    CHECK(store.get(stored.handle, "x")->elements.size() == 10);
+  }
+  CHECK(store.bytes() == 10);
+  std::this_thread::sleep_for(350ms);
+  CHECK(store.bytes() == 0);
+}
+
+TEST_CASE("tensors of no bytes are bounded as well") {
+  StoredTensors store(100, 10s, 20s);
+  Status status;
+  int put_in = 0;
+  for (; put_in < 70'000 && status.ok(); ++put_in) {
+    status = refusal([&] { store.put({DataType::kFp32, Shape{0}, {}}, store.begin(), 0s); });
+  }
+  CHECK(put_in == 65'537);
+  CHECK(status.code == Code::kResourceExhausted);
+  CHECK(status.retry_after > 0s);
+}
+
+TEST_CASE("many threads leave the books balanced") {
+  StoredTensors store(10'000, 10s, 20s);
+  std::vector<std::thread> threads;
+  for (int number = 0; number < 8; ++number) {
+    threads.emplace_back([&] {
+      for (int count = 0; count < 200; ++count) {
+        const Stored stored = put(store, 10, count % 3 == 0 ? 1us : 0us);
+        try {
+          store.get(stored.handle, "x");
+          store.renew(stored.handle, 1s);
+          store.drop(stored.handle);
+        } catch (const RequestError& error) {
+          CHECK(error.status().code == Code::kNotFound);
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::this_thread::sleep_for(1ms);
+  CHECK(store.bytes() == 0);
+}
