@@ -51,7 +51,9 @@ def export_all(pytestconfig: pytest.Config) -> ExportAll:
     as no source that they depend on has changed.
     """
     from attnserve_export.cli import main
+    from exporter import read_operators_once
 
+    read_operators_once()
     cache = pytestconfig.cache
     assert cache is not None
     kept = cache.mkdir("exports")

@@ -66,7 +66,7 @@ class PutTensorHandler final : public grpc::CallHandler {
     requests::TensorSpec spec = requests::check_tensor(
         "tensor", tensor, known ? attnserve::name_of(dtype) : "a dtype", {}, true, nullptr);
     core_.stored.check_fits(spec.byte_size);
-    lease_ = std::chrono::microseconds(std::min<std::uint64_t>(decoded.lease, kLongestLease));
+    lease_ = lease_of(decoded.lease);
     tensor_.dtype = spec.dtype;
     tensor_.shape = spec.shape;
     tensor_.elements = Bytes::allocate(spec.byte_size);
@@ -119,8 +119,6 @@ class PutTensorHandler final : public grpc::CallHandler {
         stored.handle, static_cast<std::uint64_t>(stored.lease.count()), stored.byte_size)));
     reply_->deliver(std::move(delivery));
   }
-
-  static constexpr std::uint64_t kLongestLease = 1'000'000ULL * 3600 * 24 * 365;
 
   Core& core_;
   const std::shared_ptr<Reply> reply_;

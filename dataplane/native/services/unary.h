@@ -21,6 +21,7 @@ class Reply {
   void deliver(Delivery delivery);
   // The call ended before it was answered.
   void ended(Code reason);
+  bool over() const { return counted_; }  // answered, or nobody waits any more
   const grpc::CallInfo& info() const { return call_->info(); }
   const std::string& method() const { return method_; }
 
