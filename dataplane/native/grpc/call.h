@@ -41,7 +41,7 @@ class Call {
   // window is not opened again. Counts: as many resumes as pauses.
   virtual void pause() = 0;
   virtual void resume() = 0;
-  // Bytes queued by send that the socket has not taken yet.
+  // Bytes queued by send, prefixes included, that the socket has not taken yet; 0 once ended.
   virtual std::size_t unsent() const = 0;
   virtual bool ended() const = 0;
 };
@@ -58,7 +58,8 @@ class CallHandler {
   // The last message queued has left for the socket: unsent() is 0.
   virtual void on_all_sent() {}
   // The call is over; the last event. kOk: finish() was carried out. kCancelled: the caller reset it
-  // or its connection is gone. kDeadlineExceeded: the transport has answered so.
+  // or its connection is gone. Any other: the transport has answered so itself, kDeadlineExceeded
+  // for the deadline or a slow body, kResourceExhausted or kInternal for a message it cannot take.
   virtual void on_end(Code reason) = 0;
 };
 
@@ -82,7 +83,7 @@ class Service {
   virtual void after_round(Duration busy) { (void)busy; }
   // A connection has closed, all its calls have ended before.
   virtual void connection_closed(std::uint64_t connection) { (void)connection; }
-  // Counts how calls end that never came to a handler's on_end: refused or broken ones.
+  // Counts how calls end that never came to a handler's on_end: refused, by accept too, or broken.
   virtual void count(std::string_view path, Code code) { (void)path, (void)code; }
 };
 

@@ -26,7 +26,7 @@ struct ConnectionOptions {
   std::uint32_t max_frame_size = 1U << 20;      // that callers may send
   std::size_t max_header_bytes = 16U << 10;     // of one call
   std::size_t max_unsent_bytes = 64U << 20;     // answers that wait for one connection's socket
-  Duration header_timeout = std::chrono::seconds(10);  // preface and first headers
+  Duration header_timeout = std::chrono::seconds(10);  // preface and SETTINGS; each header block
   // A message under way must bring at least so many bytes a second, after the grace.
   double min_bytes_per_second = 16.0 * 1024;
   Duration body_grace = std::chrono::seconds(10);
@@ -38,13 +38,16 @@ struct ConnectionOptions {
   Duration keepalive_interval = std::chrono::hours(2); // pings of ours; 0: none
   Duration keepalive_timeout = std::chrono::seconds(20);
   Duration min_ping_interval = std::chrono::milliseconds(500);  // of callers'; more often: GOAWAY, after strikes
-  std::uint32_t max_resets = 1000;        // of streams by the caller, beyond the refill below
-  std::uint32_t resets_per_second = 200;  // (rapid reset, CVE-2023-44487)
+  // Of streams younger than 100 ms, by the caller or by its fault (rapid reset, CVE-2023-44487), and
+  // changes of settings; beyond: GOAWAY.
+  std::uint32_t max_resets = 1000;
+  std::uint32_t resets_per_second = 200;  // by which the number above fills up again
 };
 
 class Connection;
 
-// Tells the thread that owns a connection that its mailbox is not empty. Any thread.
+// Tells the thread that owns a connection that its mailbox is not empty. Any thread; the mailbox's
+// lock is held, so that the connection cannot go meanwhile: nothing of the connection may be called.
 class Waker {
  public:
   virtual ~Waker() = default;

@@ -75,18 +75,40 @@ Link::Sent Link::send(TimePoint now) {
     blocked_ = result.blocked;
     if (result.broken) abandon();
   }
-  if (connection_ && !blocked_ && connection_->finished()) linger(now);
+  if (connection_ && connection_->finished()) {
+    // One that is finished though the socket has not taken all has given up on a caller who reads
+    // nothing: what waits in the kernel is for nobody.
+    if (blocked_ && !transport_->has_unsent()) {
+      abandon();
+    } else {
+      linger(now);
+    }
+  } else if (phase_ == Phase::kLingering) {
+    end_output();
+  }
   return {sent > 0, false};
 }
 
 // A socket that is closed with unread bytes in it takes back what it sent last: so it is only half
 // closed, and read until the peer has closed its half.
 void Link::linger(TimePoint now) {
-  transport_->end_output();
   connection_.reset();
   phase_ = ended_ ? Phase::kClosed : Phase::kLingering;
   phase_end_ = now + kLingerTime;
-  blocked_ = false;
+  end_output();
+}
+
+void Link::end_output() {
+  if (output_ended_ || blocked_) return;
+  output_ended_ = true;
+  transport_->end_output();
+}
+
+// A caller who is still reading the last answer is given more time.
+bool Link::gets_on() {
+  if (phase_ != Phase::kLingering) return false;
+  const std::size_t before = std::exchange(unacknowledged_, transport_->unacknowledged());
+  return unacknowledged_ > 0 && unacknowledged_ < before;
 }
 
 TimePoint Link::next_timer() const {
@@ -98,6 +120,8 @@ void Link::expire(TimePoint now) {
   if (next_timer() > now) return;
   if (connection_) {
     connection_->on_timer(now);
+  } else if (gets_on()) {
+    phase_end_ = now + kLingerTime;
   } else {
     abandon();
   }
@@ -116,8 +140,10 @@ void Link::drain(TimePoint now) {
 }
 
 void Link::abandon() {
+  if (closed()) return;
   if (connection_) connection_->lost();
   connection_.reset();
+  if (blocked_) transport_->discard_output();
   phase_ = Phase::kClosed;
 }
 

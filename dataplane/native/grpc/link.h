@@ -76,6 +76,8 @@ class Link {
 
   void open(TimePoint now);
   void linger(TimePoint now);
+  void end_output();
+  bool gets_on();
 
   Place place_;
   std::unique_ptr<Transport> transport_;
@@ -85,10 +87,13 @@ class Link {
   std::string peer_;
   std::uint64_t number_;
   TimePoint phase_end_;  // of a handshake or of lingering
+  // What the peer's system lacked when this was looked at last, while lingering.
+  std::size_t unacknowledged_ = static_cast<std::size_t>(-1);
   Phase phase_ = Phase::kHandshake;
   bool readable_ = false;  // the socket may have bytes that were not read yet
   bool ended_ = false;     // the peer has closed its side, or both: read until told so
   bool blocked_ = false;
+  bool output_ended_ = false;
 };
 
 }  // namespace attnserve::grpc

@@ -8,7 +8,7 @@ namespace attnserve::grpc {
 namespace {
 
 // Holds the frame headers of several answers; small, for each of many connections may keep one.
-constexpr std::size_t kBlockBytes = 2048;
+constexpr std::size_t kBlockBytes = 1024;
 
 }  // namespace
 

@@ -1,5 +1,7 @@
 #include "grpc/transport.h"
 
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include <cerrno>
@@ -23,6 +25,16 @@ bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 }  // namespace
 
 void Transport::end_output() { shutdown(descriptor(), SHUT_WR); }
+
+std::size_t Transport::unacknowledged() const {
+  int size = 0;
+  return ioctl(descriptor(), SIOCOUTQ, &size) == 0 ? static_cast<std::size_t>(size) : 0;
+}
+
+void Transport::discard_output() {
+  const linger at_once{1, 0};
+  setsockopt(descriptor(), SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
+}
 
 std::unique_ptr<Transport> plain_transport(Descriptor socket) {
   return std::make_unique<PlainTransport>(std::move(socket));

@@ -45,6 +45,10 @@ class Transport {
   virtual bool established() const { return true; }
   // Says that nothing more will be written.
   virtual void end_output();
+  // Bytes that the socket took and the peer's system does not have yet.
+  std::size_t unacknowledged() const;
+  // Closing the socket throws away what it has not sent, instead of trying for minutes.
+  void discard_output();
 
  private:
   Descriptor socket_;

@@ -324,6 +324,8 @@ void bind_plane(nb::module_& module) {
 
 NB_MODULE(_core, module) {
   using namespace attnserve;
+  // Threads of Python may hold a data plane until the process ends: no fault of the binding.
+  nanobind::set_leak_warnings(false);
   module.doc() = "The data plane of attnserve; attnserve_dataplane says more.";
   module.attr("SECONDS_BUCKETS") = nb::cast(
       std::vector<double>(services::kSecondsBuckets.begin(), services::kSecondsBuckets.end()));

@@ -41,8 +41,7 @@ UnaryBehaviour renew_tensor(Core& core) {
   return [&core](Bytes bytes, const std::shared_ptr<Reply>& reply,
                  const std::shared_ptr<schedule::RequestContext>&, Admitted) {
     const wire::RenewTensorRequest decoded = wire::decode_renew_tensor(bytes.span());
-    reply->deliver(
-        one(stored_message(core.stored.renew(decoded.handle, lease_of(decoded.lease)))));
+    reply->deliver(one(stored_message(core.stored.renew(decoded.handle, lease_of(decoded.lease)))));
   };
 }
 
@@ -67,8 +66,8 @@ UnaryBehaviour register_shared_memory(Core& core) {
             const std::string name = core.regions.add_private(
                 key, byte_size, sessions::owner_of(info.peer), info.connection);
             // The connection may have closed meanwhile, when there was no region to end with it.
-        if (reply->over()) core.regions.remove(name, sessions::owner_of(info.peer));
-        reply->deliver(one(OutMessage::of(wire::encode_register_shared_memory(name))));
+            if (reply->over()) core.regions.remove(name, sessions::owner_of(info.peer));
+            reply->deliver(one(OutMessage::of(wire::encode_register_shared_memory(name))));
           } catch (...) {
             reply->deliver({status_of(std::current_exception()), {}});
           }

@@ -24,28 +24,43 @@ Tensor& slot(requests::PreparedAttend& prepared, wire::Output output) {
   return prepared.work.results[static_cast<std::size_t>(output)];
 }
 
-// Computed where it is sent from: one message that holds its tensors.
-class InMessage final : public Answer {
+// Computed where it is sent from: in one message that holds its tensors. On a stream, large ones
+// are computed in memory of their own, and sent in chunks that are views of it.
+class InMessages final : public Answer {
  public:
-  InMessage(Core& core, std::optional<std::uint64_t> stream_id)
+  InMessages(Core& core, std::optional<std::uint64_t> stream_id)
       : core_(core), stream_id_(stream_id) {}
 
   void place(requests::PreparedAttend& prepared) override {
     const requests::AttendPlan& plan = prepared.plan;
-    Lease lease(core_.budget);
-    lease.grow_or_throw(plan.response_bytes);
     answer_.emplace(plan.model->facts.name, plan.model->version_text, plan.variant->name(),
-                    plan.results, stream_id_);
-    answer_->bytes().lease = std::move(lease);
+                    plan.results, stream_id_, stream_id_ ? kInlineBytes : SIZE_MAX);
+    answer_->bytes().lease = Lease(core_.budget);
     for (std::size_t index = 0; index < plan.results.size(); ++index) {
-      slot(prepared, plan.results[index].output) =
-          result_tensor(plan.results[index], answer_->places[index]);
+      const wire::ResultSpec& spec = plan.results[index];
+      std::byte* place = answer_->places[index];
+      chunked_.emplace_back();
+      if (place) {
+        answer_->bytes().lease.grow_or_throw(spec.byte_size);
+      } else {
+        Lease lease(core_.budget);
+        lease.grow_or_throw(spec.byte_size);
+        chunked_.back() = std::make_shared<Bytes>(Bytes::allocate(spec.byte_size));
+        chunked_.back()->lease = std::move(lease);
+        place = chunked_.back()->data();
+      }
+      slot(prepared, spec.output) = result_tensor(spec, place);
     }
   }
 
-  std::vector<OutMessage> finish(requests::PreparedAttend&, const Spans& spans) override {
+  std::vector<OutMessage> finish(requests::PreparedAttend& prepared, const Spans& spans) override {
     std::vector<OutMessage> messages;
     messages.push_back(OutMessage::of(std::move(*answer_).finish(timings_of(spans, Clock::now()))));
+    for (std::size_t index = 0; index < chunked_.size(); ++index) {
+      if (!chunked_[index]) continue;
+      append_chunks(messages, *stream_id_, prepared.plan.results[index].output, chunked_[index],
+                    core_.limits.chunk_bytes);
+    }
     return messages;
   }
 
@@ -53,6 +68,7 @@ class InMessage final : public Answer {
   Core& core_;
   const std::optional<std::uint64_t> stream_id_;
   std::optional<wire::AttendAnswer> answer_;
+  std::vector<std::shared_ptr<Bytes>> chunked_;  // by result; empty for those in the message
 };
 
 // Computed in the caller's shared memory; the message says where each tensor lies.
@@ -85,41 +101,6 @@ class InRegion final : public Answer {
  private:
   const std::optional<std::uint64_t> stream_id_;
   std::vector<std::uint64_t> starts_;
-};
-
-// Computed in memory of its own, sent in chunks that are views of it.
-class InChunks final : public Answer {
- public:
-  InChunks(Core& core, std::uint64_t stream_id) : core_(core), stream_id_(stream_id) {}
-
-  void place(requests::PreparedAttend& prepared) override {
-    for (const wire::ResultSpec& spec : prepared.plan.results) {
-      Lease lease(core_.budget);
-      lease.grow_or_throw(spec.byte_size);
-      auto elements = std::make_shared<Bytes>(Bytes::allocate(spec.byte_size));
-      elements->lease = std::move(lease);
-      slot(prepared, spec.output) = result_tensor(spec, elements->data());
-      elements_.push_back(std::move(elements));
-    }
-  }
-
-  std::vector<OutMessage> finish(requests::PreparedAttend& prepared, const Spans& spans) override {
-    const requests::AttendPlan& plan = prepared.plan;
-    std::vector<OutMessage> messages;
-    messages.push_back(OutMessage::of(wire::encode_attend_response(
-        plan.model->facts.name, plan.model->version_text, plan.variant->name(), plan.results, {},
-        timings_of(spans, Clock::now()), stream_id_)));
-    for (std::size_t index = 0; index < plan.results.size(); ++index) {
-      append_chunks(messages, stream_id_, plan.results[index].output, elements_[index],
-                    core_.limits.chunk_bytes);
-    }
-    return messages;
-  }
-
- private:
-  Core& core_;
-  const std::uint64_t stream_id_;
-  std::vector<std::shared_ptr<Bytes>> elements_;
 };
 
 }  // namespace
@@ -194,17 +175,13 @@ wire::Timings timings_of(const Spans& spans, TimePoint now) {
 std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& plan,
                                       std::optional<std::uint64_t> stream_id) {
   if (plan.output_region) return std::make_unique<InRegion>(stream_id);
-  const bool small =
-      std::all_of(plan.results.begin(), plan.results.end(),
-                  [](const wire::ResultSpec& spec) { return spec.byte_size <= kInlineBytes; });
-  if (stream_id && !small) return std::make_unique<InChunks>(core, *stream_id);
-  if (plan.response_bytes > core.limits.max_message_bytes) {
+  if (!stream_id && plan.response_bytes > core.limits.max_message_bytes) {
     throw RequestError(Code::kResourceExhausted,
                        text("response size: its tensors take ", plan.response_bytes,
                             " bytes; allowed in one message: ", core.limits.max_message_bytes,
                             "; use AttendStream"));
   }
-  return std::make_unique<InMessage>(core, stream_id);
+  return std::make_unique<InMessages>(core, stream_id);
 }
 
 void append_chunks(std::vector<OutMessage>& messages, std::uint64_t stream_id, wire::Output output,

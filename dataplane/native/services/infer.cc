@@ -193,8 +193,8 @@ class InferStreamHandler final : public grpc::CallHandler {
       stream->answer(place, delivery.status.code,
                      delivery.status.ok()
                          ? std::move(delivery.messages.front())
-                         : OutMessage::of(wire::encode_infer_error(
-                               delivery.status.message, names->id, names->model_name)));
+                         : OutMessage::of(wire::encode_infer_error(delivery.status.message,
+                                                                   names->id, names->model_name)));
     };
     try {
       auto admitted = Admitted::admit(core_, request->arrived, request->deadline);

@@ -47,11 +47,7 @@ Router::Router(Core& core) : core_(core) {
 Accepted Router::accept(std::shared_ptr<grpc::Call> call) {
   const auto found = methods_.find(call->info().path);
   if (found == methods_.end()) return Status{Code::kUnimplemented, "Method not found!", {}};
-  Accepted accepted = found->second.accept(std::move(call));
-  if (const auto* refused = std::get_if<Status>(&accepted)) {
-    count(found->first, refused->code);
-  }
-  return accepted;
+  return found->second.accept(std::move(call));
 }
 
 void Router::count(std::string_view path, Code code) {

@@ -351,6 +351,38 @@ TEST_CASE("answers wait for the caller's window, and others do not wait for them
   CHECK(here.budget.lent() == 0);
 }
 
+TEST_CASE("answers of one connection take turns") {
+  Harness here({}, {.window = 8U << 20});
+  const std::string large = framed(std::string(3U << 20, 'x'));
+  const std::string small = framed(std::string(100'000, 'y'));
+  const auto first = here.caller.call("/echo", &large);
+  const auto second = here.caller.call("/echo", &small);
+  here.pump_to_server();
+  here.pump_to_caller();
+  here.pump_to_server();  // half a megabyte is what callers may send ahead
+  while (!here.caller.exchange(second).ended) {
+    here.pump_to_server();
+    REQUIRE(here.pump_to_caller(200'000));
+  }
+  CHECK_FALSE(here.caller.exchange(first).ended);
+  here.pump();
+  CHECK(here.caller.exchange(first).status() == "0");
+}
+
+TEST_CASE("a message may be as large as allowed, compressed or not, and no larger") {
+  for (const std::size_t size : {100'000, 100'001}) {
+    for (const bool gzip : {false, true}) {
+      Harness here;
+      here.service.max_message_bytes = 100'000;
+      const std::string message(size, 'x');
+      const std::string body = gzip ? framed(deflated(message, true), true) : framed(message);
+      const auto id = here.caller.call("/echo", &body, {{"grpc-encoding", "gzip"}});
+      here.pump();
+      CHECK(here.caller.exchange(id).status() == (size == 100'000 ? "0" : "8"));
+    }
+  }
+}
+
 TEST_CASE("a deadline is told even to a caller that reads nothing") {
   Harness here({}, {.reads = false, .window = 1000});
   const std::string body = framed(std::string(5000, 'x'));

@@ -21,8 +21,8 @@ std::string frame(int type, int flags, std::uint32_t stream, std::string_view pa
   return all.append(payload);
 }
 
-constexpr int kData = 0, kHeaders = 1, kPriority = 2, kReset = 3, kSettings = 4, kPush = 5,
-              kPing = 6, kWindowUpdate = 8, kContinuation = 9;
+constexpr int kData = 0, kHeaders = 1, kPriority = 2, kSettings = 4, kPush = 5, kPing = 6,
+              kWindowUpdate = 8, kContinuation = 9;
 
 // The frames of an own caller, made by hand, to a server that has been greeted.
 struct Raw : Harness {

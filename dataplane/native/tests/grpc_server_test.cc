@@ -254,6 +254,36 @@ TEST_CASE("a connection that has said all is closed once the caller has it") {
   CHECK(echo.record.lost == 0);
 }
 
+TEST_CASE("a slow reader has all of the last answer, though it takes longer than goodbyes do") {
+  Echo echo;
+  echo.record.most_unsent = 64U << 20;
+  Client slow(resolve(echo.address()).front(), 4096);
+  const std::string body = std::string((2U << 20) - 1, 'x') + '!';
+  std::thread sender([&] { slow.send(body); });
+  std::string got;
+  while (got.size() < body.size()) {
+    const std::string more = slow.receive(128 * 1024);
+    if (more.empty()) break;
+    got += more;
+    slow.send(".");  // as callers do who give window back; a closed socket would answer by a reset
+    std::this_thread::sleep_for(120ms);
+  }
+  sender.join();
+  CHECK(got == body);
+  CHECK(slow.at_end());
+}
+
+TEST_CASE("a caller who is given up while the socket is full is closed at once") {
+  Echo echo;
+  echo.record.most_unsent = 64U << 20;
+  echo.record.timer_milliseconds = 300;
+  echo.record.timer_gives_up = true;
+  Client stuck(resolve(echo.address()).front(), 4096);
+  stuck.send(std::string(16U << 20, 'x'));
+  CHECK(eventually([&] { return echo.server->connections() == 0; }));
+  CHECK(echo.record.lost == 1);
+}
+
 TEST_CASE("a caller who goes is noticed at once") {
   Echo echo;
   {

@@ -150,13 +150,15 @@ struct ResultSpec {
 
 // An AttendResponse that holds its tensors, laid out before they are computed: `bytes` is the whole
 // message, `places[i]` where the elements of results[i] go (multiples of kAlignment from its start,
-// in the stream's message too). `finish` writes the timings into the room left for them. With
-// `stream_id` it is an AttendStreamResponse around it.
+// in the stream's message too), or nullptr for one of more than `inline_bytes`, whose chunks follow.
+// `finish` writes the timings into the room left for them. With `stream_id` it is an
+// AttendStreamResponse around it.
 class AttendAnswer {
  public:
   AttendAnswer(std::string_view model, std::string_view version, std::string_view variant,
                std::span<const ResultSpec> results,
-               std::optional<std::uint64_t> stream_id = std::nullopt);
+               std::optional<std::uint64_t> stream_id = std::nullopt,
+               std::size_t inline_bytes = SIZE_MAX);
   std::vector<std::byte*> places;
   Bytes finish(const Timings& timings) &&;
   Bytes& bytes() { return bytes_; }

@@ -61,12 +61,6 @@ std::string stream_head(std::uint64_t request_id) {
   return head;
 }
 
-std::size_t bytes_of_elements(std::span<const ResultSpec> results) {
-  std::size_t size = 0;
-  for (const ResultSpec& result : results) size += result.byte_size;
-  return size;
-}
-
 Bytes stream_message(std::uint64_t request_id, std::uint32_t number, const std::string& body) {
   std::string message = stream_head(request_id);
   pbf_writer(message).add_message(number, body);
@@ -77,12 +71,24 @@ Bytes stream_message(std::uint64_t request_id, std::uint32_t number, const std::
 
 AttendAnswer::AttendAnswer(std::string_view model, std::string_view version,
                            std::string_view variant, std::span<const ResultSpec> results,
-                           std::optional<std::uint64_t> stream_id) {
+                           std::optional<std::uint64_t> stream_id, std::size_t inline_bytes) {
+  const auto is_inline = [inline_bytes](const ResultSpec& result) {
+    return result.byte_size <= inline_bytes;
+  };
+  std::size_t held = 0;  // bytes of elements within the message
+  for (const ResultSpec& result : results) held += is_inline(result) ? result.byte_size : 0;
   const auto lay_out = [&](std::size_t before) {
     Frame frame(kResponsePadding, before);
     append_names(frame.text(), model, version, variant);
     for (const ResultSpec& result : results) {
-      const std::string header = header_of(result);
+      std::string header = header_of(result);
+      if (!is_inline(result)) {
+        std::string content;
+        pbf_writer(content).add_uint64(1, result.byte_size);
+        pbf_writer(header).add_message(kChunked, content);
+        pbf_writer(frame.text()).add_message(field_of(result.output), header);
+        continue;
+      }
       const std::size_t content = length_bytes(kTensorData, result.byte_size) + result.byte_size;
       std::string head;
       append_length(head, field_of(result.output), header.size() + content);
@@ -95,9 +101,11 @@ AttendAnswer::AttendAnswer(std::string_view model, std::string_view version,
     return frame;
   };
   const Frame frame =
-      stream_id ? enclose(stream_head(*stream_id), kResponse, bytes_of_elements(results), lay_out)
-                : lay_out(0);
-  bytes_ = frame.write(places);
+      stream_id ? enclose(stream_head(*stream_id), kResponse, held, lay_out) : lay_out(0);
+  std::vector<std::byte*> rooms;
+  bytes_ = frame.write(rooms);
+  auto room = rooms.begin();
+  for (const ResultSpec& result : results) places.push_back(is_inline(result) ? *room++ : nullptr);
 }
 
 Bytes AttendAnswer::finish(const Timings& timings) && {
