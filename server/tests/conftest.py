@@ -113,7 +113,7 @@ def channel(address: str) -> Iterator[grpc.Channel]:
 @pytest.fixture
 def occupied(server: AttentionServer, channel: grpc.Channel) -> Iterator[None]:
     """The only slot to run in is taken, by a computation that nobody will wait for."""
-    shape = [8, HEADS, 4096, DIM]
+    shape = [16, HEADS, 4096, DIM]
     tensor = pb.Tensor(dtype=pb.FP32, shape=shape)
     tensor.chunked.byte_size = int(np.prod(shape)) * 4
     request = pb.AttendRequest(
@@ -121,7 +121,7 @@ def occupied(server: AttentionServer, channel: grpc.Channel) -> Iterator[None]:
         query=tensor,
         key=tensor,
         value=tensor,
-        returns=pb.ReturnOptions(no_output=True, entropy=True, mass_by_distance=4096, top_k=8),
+        returns=pb.ReturnOptions(no_output=True, entropy=True, mass_by_distance=4096, top_k=4),
     )
 
     def messages() -> Iterator[pb.AttendStreamRequest]:

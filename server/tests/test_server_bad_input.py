@@ -278,7 +278,8 @@ def test_an_expired_request_is_given_up_and_never_runs(
 def test_a_full_queue_refuses_at_once(channel: grpc.Channel, server: AttentionServer) -> None:
     stub = pb_grpc.AttentionServiceStub(channel)
     calls = [stub.Attend.future(good()) for _ in range(4)]
-    while server.plane.gauges()["waiting"] < 4:
+    deadline = time.monotonic() + 5
+    while server.plane.gauges()["waiting"] < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     refused(lambda: stub.Attend(good(), timeout=5), EXHAUSTED, "queue: 4 requests are waiting")
     for call in calls:
