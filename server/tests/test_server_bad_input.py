@@ -262,12 +262,18 @@ def test_decode_is_unimplemented_and_says_so(channel: grpc.Channel) -> None:
     refused(lambda: list(stub.Decode(iter([pb.DecodeRequest()]))), UNIMPLEMENTED, "no KV sessions")
 
 
+def longer() -> pb.AttendRequest:
+    """One that waits for its turn: what takes next to no time does not."""
+    q = tensor(1, 4, 1000, 8)
+    return pb.AttendRequest(model="causal", query=q, key=q, value=q)
+
+
 @pytest.mark.usefixtures("occupied")
 def test_an_expired_request_is_given_up_and_never_runs(
     channel: grpc.Channel, server: AttentionServer
 ) -> None:
     stub = pb_grpc.AttentionServiceStub(channel)
-    refused(lambda: stub.Attend(good(), timeout=0.2), DEADLINE, "[Dd]eadline")
+    refused(lambda: stub.Attend(longer(), timeout=0.2), DEADLINE, "[Dd]eadline")
     deadline = time.monotonic() + 5
     while server.plane.gauges()["waiting"] and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -277,11 +283,11 @@ def test_an_expired_request_is_given_up_and_never_runs(
 @pytest.mark.usefixtures("occupied")
 def test_a_full_queue_refuses_at_once(channel: grpc.Channel, server: AttentionServer) -> None:
     stub = pb_grpc.AttentionServiceStub(channel)
-    calls = [stub.Attend.future(good()) for _ in range(4)]
+    calls = [stub.Attend.future(longer()) for _ in range(4)]
     deadline = time.monotonic() + 5
     while server.plane.gauges()["waiting"] < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    refused(lambda: stub.Attend(good(), timeout=5), EXHAUSTED, "queue: 4 requests are waiting")
+    refused(lambda: stub.Attend(longer(), timeout=5), EXHAUSTED, "queue: 4 requests are waiting")
     for call in calls:
         call.cancel()
     deadline = time.monotonic() + 5

@@ -3,6 +3,7 @@
 The data plane waits for none of them: a method that hangs holds one thread of its own queue.
 """
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -41,15 +42,18 @@ class HandlerThreads:
         ]
         self._threads.append(threading.Thread(target=self._log, name="log"))
         for thread in self._threads:
-            thread.daemon = True  # one that hangs does not keep the process
+            thread.daemon = True  # one that hangs does not keep the process for ever
 
     def start(self) -> None:
         """Begin to answer."""
+        # No thread may be within the data plane when the interpreter goes.
+        atexit.register(self.stop)
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """End once the requests under way are answered, or have had a moment for it."""
+        atexit.unregister(self.stop)
         self._stopped.set()
         for thread in self._threads:
             thread.join(2 * _PATIENCE_SECONDS)
