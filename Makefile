@@ -8,18 +8,19 @@ STAMP := $(VENV)/.ready
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check-all bench lint format clean
+.PHONY: help setup demo test check-all bench lint format clean wheels fuzz native-tests
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP) ## make .venv with the six distributions and the tools
+setup: $(STAMP) ## make .venv with the seven distributions and the tools
 
-$(STAMP): constraints.txt requirements-dev.txt requirements-nodeps.txt proto/setup.py kernels/setup.py $(wildcard kernels/native/*) $(wildcard proto/*/*.proto proto/*/*/*.proto) $(wildcard */pyproject.toml)
+$(STAMP): constraints.txt requirements-dev.txt requirements-nodeps.txt proto/setup.py kernels/setup.py scripts/system-packages $(wildcard kernels/native/*) dataplane/CMakeLists.txt $(wildcard dataplane/native/*/*.cc dataplane/native/*/*.h) $(wildcard proto/*/*.proto proto/*/*/*.proto) $(wildcard */pyproject.toml)
+	scripts/system-packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt \
-		-e ./proto -e ./kernels -e ./client -e './export[transformers]' -e ./server -e ./loadtest
+		-e ./proto -e ./kernels -e ./dataplane -e ./client -e './export[transformers]' -e ./server -e ./loadtest
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt -r requirements-nodeps.txt
 	@$(BIN)/python -c "import attnserve_kernels as k; print('kernels:', k.instruction_set() or 'without operators: a C++ compiler is needed to build them')"
 	@touch $@
@@ -32,6 +33,15 @@ test: $(STAMP) ## the tests, in two processes (under 5 minutes on 2 cores)
 
 check-all: lint test ## lint, all tests, the longest included
 	$(BIN)/python -m pytest -m slow
+
+native-tests: $(STAMP) ## the C++ tests, plain and under the sanitizers
+	scripts/native-tests
+
+fuzz: $(STAMP) ## the fuzz targets, FUZZ_SECONDS each (60)
+	scripts/fuzz
+
+wheels: ## self-contained wheels of all distributions, in dist/
+	scripts/wheels
 
 bench: $(STAMP) ## the benchmarks; figures in reports/
 	$(BIN)/python benchmarks/serving.py --json reports/serving.json --plots reports/serving

@@ -1,14 +1,19 @@
 """Real models, written once, and a real server over them in this process."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import torch
 from attnserve_client import AttentionClient
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig
 from attnserve_export.models import seeded, seeded_multihead
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import attention_pb2_grpc as pb_grpc
 from attnserve_server.app import AttentionServer
 from attnserve_server.settings import MIB, Limits, Settings
 from handmade import attention, write_core, write_layer
@@ -103,3 +108,39 @@ def channel(address: str) -> Iterator[grpc.Channel]:
         address, options=[("grpc.max_receive_message_length", -1)]
     ) as opened:
         yield opened
+
+
+@pytest.fixture
+def occupied(server: AttentionServer, channel: grpc.Channel) -> Iterator[None]:
+    """The only slot to run in is taken, by a computation that nobody will wait for."""
+    shape = [16, HEADS, 4096, DIM]
+    tensor = pb.Tensor(dtype=pb.FP32, shape=shape)
+    tensor.chunked.byte_size = int(np.prod(shape)) * 4
+    request = pb.AttendRequest(
+        model="causal",
+        query=tensor,
+        key=tensor,
+        value=tensor,
+        returns=pb.ReturnOptions(no_output=True, entropy=True, mass_by_distance=4096, top_k=4),
+    )
+
+    def messages() -> Iterator[pb.AttendStreamRequest]:
+        yield pb.AttendStreamRequest(request_id=1, request=request)
+        data = bytes(1 << 20)
+        for field in (4, 5, 6):
+            for offset in range(0, tensor.chunked.byte_size, len(data)):
+                chunk = pb.TensorChunk(tensor=field, offset=offset, data=data)
+                yield pb.AttendStreamRequest(request_id=1, chunk=chunk)
+        until.wait(30)
+
+    until = threading.Event()
+    call = pb_grpc.AttentionServiceStub(channel).AttendStream(messages())
+    deadline = time.monotonic() + 20
+    while not server.plane.gauges()["running"] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert server.plane.gauges()["running"]
+    yield
+    until.set()
+    call.cancel()
+    while server.plane.gauges()["running"] and time.monotonic() < deadline:
+        time.sleep(0.005)

@@ -1,8 +1,7 @@
 """Every bad input gets its own gRPC status, and a message that names the field."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -11,7 +10,6 @@ from attnserve_client import AttentionClient
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 from attnserve_server.app import AttentionServer
-from attnserve_server.scheduler import Job, Ticket
 from google.protobuf.message import Message
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
@@ -264,23 +262,10 @@ def test_decode_is_unimplemented_and_says_so(channel: grpc.Channel) -> None:
     refused(lambda: list(stub.Decode(iter([pb.DecodeRequest()]))), UNIMPLEMENTED, "no KV sessions")
 
 
-@pytest.fixture
-def occupied(server: AttentionServer) -> Iterator[None]:
-    """The only place to run is taken."""
-    release, taken = threading.Event(), threading.Event()
-
-    def hold(works: Sequence[None]) -> Sequence[None]:
-        taken.set()
-        release.wait(20)
-        return works
-
-    job = Job(None, hold, "hold", joinable=False, sequences=1, tensor_bytes=0)
-    holder = threading.Thread(target=lambda: server._scheduler.run(Ticket(), job))
-    holder.start()
-    taken.wait(5)
-    yield
-    release.set()
-    holder.join()
+def longer() -> pb.AttendRequest:
+    """One that waits for its turn: what takes next to no time does not."""
+    q = tensor(1, 4, 1000, 8)
+    return pb.AttendRequest(model="causal", query=q, key=q, value=q)
 
 
 @pytest.mark.usefixtures("occupied")
@@ -288,26 +273,27 @@ def test_an_expired_request_is_given_up_and_never_runs(
     channel: grpc.Channel, server: AttentionServer
 ) -> None:
     stub = pb_grpc.AttentionServiceStub(channel)
-    refused(lambda: stub.Attend(good(), timeout=0.2), DEADLINE, "[Dd]eadline")
+    refused(lambda: stub.Attend(longer(), timeout=0.2), DEADLINE, "[Dd]eadline")
     deadline = time.monotonic() + 5
-    while server._scheduler.waiting and time.monotonic() < deadline:
+    while server.plane.gauges()["waiting"] and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert server._scheduler.waiting == 0
+    assert server.plane.gauges()["waiting"] == 0
 
 
 @pytest.mark.usefixtures("occupied")
 def test_a_full_queue_refuses_at_once(channel: grpc.Channel, server: AttentionServer) -> None:
     stub = pb_grpc.AttentionServiceStub(channel)
-    calls = [stub.Attend.future(good()) for _ in range(4)]
-    while server._scheduler.waiting < 4:
+    calls = [stub.Attend.future(longer()) for _ in range(4)]
+    deadline = time.monotonic() + 5
+    while server.plane.gauges()["waiting"] < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    refused(lambda: stub.Attend(good(), timeout=5), EXHAUSTED, "queue: 4 requests are waiting")
+    refused(lambda: stub.Attend(longer(), timeout=5), EXHAUSTED, "queue: 4 requests are waiting")
     for call in calls:
         call.cancel()
     deadline = time.monotonic() + 5
-    while server._scheduler.waiting and time.monotonic() < deadline:
+    while server.plane.gauges()["waiting"] and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert server._scheduler.waiting == 0
+    assert server.plane.gauges()["waiting"] == 0
 
 
 def test_the_server_is_well_after_all_that(client: AttentionClient) -> None:

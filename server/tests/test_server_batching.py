@@ -1,40 +1,49 @@
 """Requests that run together get what they would get alone."""
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from attnserve_client import AttendResult, AttentionClient
-from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import wire
-from attnserve_server import validation
 from attnserve_server.app import AttentionServer
-from attnserve_server.engine import joining
-from attnserve_server.engine.models import ModelStore
-from attnserve_server.engine.work import AttendWork
-from attnserve_server.scheduler import Job, Ticket
-from attnserve_server.settings import Limits
-from attnserve_server.wire import tensors
-from hypothesis import given, settings
+from attnserve_server.settings import Settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 HEADS, DIM = 4, 8
 KV_HEADS = {"causal": 4, "grouped": 2, "half": 4, "capped": 4}
 
 
-def work_of(store: ModelStore, model: str, arrays: dict[str, Any], **fields: Any) -> AttendWork:
-    """A checked request."""
-    message = pb.AttendRequest(model=model, **fields)
-    for name, array in arrays.items():
-        getattr(message, name).CopyFrom(tensors.message(array))
-    kept, views = wire.split(message.SerializeToString(), pb.AttendRequest, wire.REQUEST_TENSORS)
-    sizes = {name: view.nbytes for name, view in views.items()}
-    plan = validation.plan(kept, sizes, store, Limits(), chunks_allowed=False)
-    return validation.complete(plan, {n: s.array(views[n]) for n, s in plan.specs.items()})
+@pytest.fixture(scope="module")
+def waiting(repository: Path) -> Iterator[AttentionClient]:
+    """Of a server whose batches wait a moment for others to join."""
+    server = AttentionServer(
+        Settings(repository, port=0, metrics_port=None, provider="cpu", batch_delay=0.04)
+    )
+    server.start()
+    with AttentionClient(f"127.0.0.1:{server.port}") as client:
+        yield client
+    server.drain()
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def together(
+    client: AttentionClient, threads: ThreadPoolExecutor, requests: list[dict[str, Any]]
+) -> list[AttendResult]:
+    """All requests at once; their answers."""
+    futures: list[Future[AttendResult]] = [
+        threads.submit(client.attend, **request) for request in requests
+    ]
+    return [future.result(30) for future in futures]
 
 
 def core_arrays(
@@ -61,7 +70,9 @@ shapes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     model=st.sampled_from(sorted(KV_HEADS)),
     drawn=shapes,
@@ -69,7 +80,9 @@ shapes = st.lists(
     weights=st.booleans(),
 )
 def test_ragged_requests_run_together_as_they_would_alone(
-    server: AttentionServer,
+    client: AttentionClient,
+    waiting: AttentionClient,
+    threads: ThreadPoolExecutor,
     model: str,
     drawn: list[tuple[int, int, int, int]],
     variant: str,
@@ -77,127 +90,107 @@ def test_ragged_requests_run_together_as_they_would_alone(
 ) -> None:
     if model == "capped" and variant == "fused":
         variant = "softcap"
-    works = []
+    requests = []
     for batch, query_less, key_less, seed in drawn:
         lengths = [
             max(1, length - less % max(1, length // 8))
             for length, less in zip(drawn[0][1:3], (query_less, key_less), strict=True)
         ]
         arrays = core_arrays(model, batch, *lengths, seed)
-        returns = pb.ReturnOptions(weights=weights and variant in ("", "reference"))
-        works.append(work_of(server.store, model, arrays, variant=variant, returns=returns))
-    first = works[0].kind
-    together = [work for work in works if work.kind == first]
-    joint = joining.attend_together(together)
-    for work, results in zip(together, joint, strict=True):
-        alone = joining.attend_together([work])[0]
-        assert results.keys() == alone.keys()
-        for name, array in results.items():
-            assert array.shape == alone[name].shape
-            assert array.dtype == alone[name].dtype
-            if work.variant.entry.native:
-                assert array.tobytes() == alone[name].tobytes()
+        options = {"return_weights": weights and variant in ("", "reference")}
+        requests.append(arrays | options | {"model": model, "variant": variant})
+    for request, result in zip(requests, together(waiting, threads, requests), strict=True):
+        alone = client.attend(**request)
+        assert result.variant == alone.variant
+        for name in ("output", "weights"):
+            array, expected = getattr(result, name), getattr(alone, name)
+            if expected is None:
+                assert array is None
+                continue
+            assert array.shape == expected.shape
+            assert array.dtype == expected.dtype
+            if result.variant == "native":
+                assert array.tobytes() == expected.tobytes()
             else:
                 tolerance = 2e-3 if model == "half" else 2e-5
-                np.testing.assert_allclose(array, alone[name], atol=tolerance, rtol=0)
+                np.testing.assert_allclose(array, expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(
     "returns",
     [
-        pb.ReturnOptions(entropy=True),
-        pb.ReturnOptions(top_k=2, no_output=True),
-        pb.ReturnOptions(mass_per_key=True, mass_by_distance=3, weights=True),
+        {"return_entropy": True},
+        {"top_k": 2, "return_output": False},
+        {"return_mass_per_key": True, "mass_by_distance": 3, "return_weights": True},
     ],
 )
 def test_diagnostics_are_joined_for_equal_lengths_only(
-    server: AttentionServer, returns: pb.ReturnOptions
+    client: AttentionClient,
+    waiting: AttentionClient,
+    threads: ThreadPoolExecutor,
+    returns: dict[str, Any],
 ) -> None:
-    works = [
-        work_of(server.store, "causal", core_arrays("causal", 1, n, n, seed), returns=returns)
+    requests = [
+        core_arrays("causal", 1, n, n, seed) | returns | {"model": "causal"}
         for n, seed in ((11, 1), (11, 3), (12, 2))
     ]
-    assert works[0].kind == works[1].kind != works[2].kind
-    for work, results in zip(works[:2], joining.attend_together(works[:2]), strict=True):
-        alone = joining.attend_together([work])[0]
-        for name, array in alone.items():
-            np.testing.assert_allclose(results[name], array, atol=2e-5, rtol=0)
+    results = together(waiting, threads, requests)
+    assert results[2].timings.batch_size == 1
+    for request, result in zip(requests, results, strict=True):
+        alone = client.attend(**request)
+        for name in ("output", "weights", "entropy", "top_k_weights", "mass_per_key"):
+            expected = getattr(alone, name)
+            if expected is not None:
+                np.testing.assert_allclose(getattr(result, name), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model", ["self", "cross"])
-def test_layers_are_joined(server: AttentionServer, model: str) -> None:
-    works = []
+def test_layers_are_joined(
+    client: AttentionClient, waiting: AttentionClient, threads: ThreadPoolExecutor, model: str
+) -> None:
+    requests = []
     for seed, length in enumerate((31, 32, 30)):
         generator = np.random.default_rng(seed)
         hidden = generator.standard_normal((2, length, 32)).astype(np.float32)
-        arrays = {"hidden_states": hidden}
+        request: dict[str, Any] = {"hidden_states": hidden, "model": model}
         if model == "cross":
             context = generator.standard_normal((2, length - 1 + seed % 2, 24))
-            arrays["context"] = context.astype(np.float32)
-        works.append(work_of(server.store, model, arrays))
-    works = [work for work in works if work.kind == works[0].kind]
-    assert len(works) > 1
-    for work, results in zip(works, joining.attend_together(works), strict=True):
-        alone = joining.attend_together([work])[0]
-        assert results["output"].shape == alone["output"].shape
-        np.testing.assert_allclose(results["output"], alone["output"], atol=2e-5, rtol=0)
+            request["context"] = context.astype(np.float32)
+        requests.append(request)
+    results = together(waiting, threads, requests)
+    assert max(result.timings.batch_size for result in results) > 2
+    for request, result in zip(requests, results, strict=True):
+        alone = client.attend(**request)
+        assert result.output is not None
+        assert alone.output is not None
+        assert result.output.shape == alone.output.shape
+        np.testing.assert_allclose(result.output, alone.output, atol=2e-5, rtol=0)
 
 
-def test_a_request_with_a_bias_of_its_own_runs_alone(server: AttentionServer) -> None:
-    arrays = core_arrays("causal", 1, 5, 5, 0)
-    biased = work_of(server.store, "causal", arrays | {"bias": np.ones((1, 1, 1, 5), np.float32)})
-    plain = work_of(server.store, "causal", arrays)
-    assert plain.joinable
-    assert not biased.joinable
-    assert plain.kind != biased.kind
-
-
-@given(st.integers(1, 100_000))
-def test_a_bucket_wastes_less_than_a_quarter_of_its_rows(length: int) -> None:
-    end = joining.bucket(length)
-    assert end >= length
-    assert end - length < end / 4
-    assert joining.bucket(end) == end
-
-
-@pytest.fixture
-def held(server: AttentionServer) -> Iterator[threading.Event]:
-    """The only place to run is taken until the event is set."""
-    release, taken = threading.Event(), threading.Event()
-
-    def hold(works: Sequence[None]) -> Sequence[None]:
-        taken.set()
-        release.wait(20)
-        return works
-
-    job = Job(None, hold, "hold", joinable=False, sequences=1, tensor_bytes=0)
-    holder = threading.Thread(target=lambda: server._scheduler.run(Ticket(), job))
-    holder.start()
-    taken.wait(5)
-    yield release
-    release.set()
-    holder.join()
-
-
-def test_callers_over_the_wire_are_batched_and_get_their_own(
-    server: AttentionServer, client: AttentionClient, held: threading.Event
+def test_a_request_with_a_bias_of_its_own_runs_alone(
+    waiting: AttentionClient, threads: ThreadPoolExecutor
 ) -> None:
-    lengths = (29, 32, 30, 31)
-    requests = [core_arrays("causal", 1, n, n, 2 * n) for n in lengths]
+    arrays = core_arrays("causal", 1, 5, 5, 0) | {"model": "causal"}
+    biased = arrays | {"bias": np.ones((1, 1, 1, 5), np.float32)}
+    results = together(waiting, threads, [biased, arrays, biased, arrays])
+    assert [result.timings.batch_size for result in results[0::2]] == [1, 1]
 
-    def send(arrays: dict[str, np.ndarray]) -> AttendResult:
-        return client.attend(arrays["query"], arrays["key"], arrays["value"], model="causal")
 
-    with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(send, arrays) for arrays in requests]
-        deadline = time.monotonic() + 10
-        while server._scheduler.waiting < 4 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        held.set()
-        together = [future.result(20) for future in futures]
-    assert [result.timings.batch_size for result in together] == [4, 4, 4, 4]
-    for arrays, result in zip(requests, together, strict=True):
-        alone = send(arrays)
+@pytest.mark.usefixtures("occupied")
+def test_callers_over_the_wire_are_batched_and_get_their_own(
+    server: AttentionServer, client: AttentionClient, threads: ThreadPoolExecutor
+) -> None:
+    # Long enough to wait for a slot: what takes next to no time does not.
+    lengths = (1021, 1024, 1022, 1023)
+    requests = [core_arrays("causal", 1, n, n, 2 * n) | {"model": "causal"} for n in lengths]
+    futures = [threads.submit(client.attend, **request) for request in requests]
+    deadline = time.monotonic() + 10
+    while server.plane.gauges()["waiting"] < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    results = [future.result(30) for future in futures]
+    assert [result.timings.batch_size for result in results] == [4, 4, 4, 4]
+    for request, result in zip(requests, results, strict=True):
+        alone = client.attend(**request)
         assert alone.timings.batch_size == 1
         assert result.output is not None
         assert alone.output is not None

@@ -16,9 +16,6 @@ from attnserve_export.attention.positions import Rotary
 from attnserve_export.models import seeded
 from attnserve_export.reference import CAUSAL, Scheme, attention_reference, diagnostics_reference
 from attnserve_server.app import AttentionServer
-from attnserve_server.engine import models, providers
-from attnserve_server.engine.memory import working_bytes
-from attnserve_server.repository.manifest import VariantEntry
 from attnserve_server.settings import MIB, Limits, Settings
 from handmade import attention, write_core, write_layer
 
@@ -218,10 +215,9 @@ def test_without_the_operators_the_other_variants_serve(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attnserve_kernels, "library_path", lambda: None)
-    store = models.load_all(folder, providers.choose("cpu"), intra_op_threads=1, spinning=False)
-    names = {variant.name for variant in store.get("alibi", "").variants}
-    assert names == {"blocked", "reference", "softcap"}
     server = start(folder)
+    names = {variant.name for variant in server.store.get("alibi", "").variants}
+    assert names == {"blocked", "reference", "softcap"}
     try:
         with AttentionClient(f"127.0.0.1:{server.port}") as client:
             q, k, v = tensors(60, 8)
@@ -245,11 +241,3 @@ def test_a_models_description_says_who_sees_whom(client: AttentionClient) -> Non
     assert described["brain"].dtype == "BF16"
     quadratic = {v.name for v in described["causal"].variants if v.quadratic_memory}
     assert quadratic == {"fused", "reference", "softcap"}
-
-
-def test_blocks_that_grow_are_counted_on_cuda() -> None:
-    entry = VariantEntry("blocked", "x.onnx", (), (), (), False, False, 0.0, 0.0)
-    sizes = (1, 8, 16_384, 16_384, 64 << 20)
-    # docs/kernels/gpu-h100.json: 8,778 MiB.
-    assert working_bytes(entry, *sizes) < 512 * MIB
-    assert 8000 * MIB < working_bytes(entry, *sizes, growing_blocks=True) < 10_000 * MIB

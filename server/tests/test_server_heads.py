@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from attnserve_export.reference import Scheme, attention_reference
-from attnserve_server.engine import heads
-from attnserve_server.engine.work import HeadsWanted
 from attnserve_server.repository.transformer import TransformerAttention, TransformerLayer
+from attnserve_server.tokens import heads
+from attnserve_server.tokens.work import HeadsWanted
 
 DISTANCES, FIRST = 40, 3
 ATTENTION = TransformerAttention(

@@ -1,6 +1,5 @@
 """PutTensor, RenewTensor, DropTensor, and requests that name kept tensors."""
 
-import threading
 import time
 
 import grpc
@@ -14,9 +13,6 @@ from attnserve_client import (
 )
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
-from attnserve_server.errors import ExhaustedError
-from attnserve_server.errors import NotFoundError as NotKeptError
-from attnserve_server.kept_tensors import KeptTensors
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -175,46 +171,3 @@ def test_wrong_messages_are_refused_and_leave_nothing_behind(
     with pytest.raises(grpc.RpcError, match=match) as caught:
         pb_grpc.AttentionServiceStub(channel).PutTensor(iter(messages), timeout=10)
     assert caught.value.code() == INVALID
-
-
-def test_room_is_bounded_and_comes_back() -> None:
-    kept = KeptTensors(100, 10.0, 20.0)
-    kept.reserve(80)
-    first = kept.put(np.zeros(80, np.uint8), 0)
-    assert first.lease == 10
-    with pytest.raises(ExhaustedError, match=r"30 bytes, beside 80.*allowed: 100") as error:
-        kept.reserve(30)
-    assert error.value.retry_after is not None
-    with pytest.raises(ExhaustedError) as error:
-        kept.reserve(101)
-    assert error.value.retry_after is None
-    kept.drop(first.handle)
-    kept.reserve(100)
-    kept.release(100)
-    assert kept.bytes == 0
-
-
-def test_what_ran_out_makes_room() -> None:
-    kept = KeptTensors(100, 10.0, 20.0)
-    kept.reserve(100)
-    stored = kept.put(np.zeros(100, np.uint8), 0.01)
-    time.sleep(0.02)
-    kept.reserve(100)
-    with pytest.raises(NotKeptError):
-        kept.get(stored.handle, "key.stored")
-
-
-def test_many_threads_leave_the_books_balanced() -> None:
-    kept = KeptTensors(10_000, 10.0, 20.0)
-
-    def work() -> None:
-        for _ in range(200):
-            kept.reserve(10)
-            stored = kept.put(np.zeros(10, np.uint8), 0)
-            kept.get(stored.handle, "x")
-            kept.drop(stored.handle)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert kept.bytes == 0

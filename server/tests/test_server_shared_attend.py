@@ -130,7 +130,7 @@ def test_an_answer_that_comes_too_late_overwrites_nothing(
         gc.collect()
         others = [sharing.shared(np.ones(1 << 20, np.float32)) for _ in range(2)]
         deadline = time.monotonic() + 20
-        while server._scheduler._running:
+        while server.plane.gauges()["running"]:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert all((other == 1).all() for other in others)
@@ -170,7 +170,7 @@ def test_a_server_that_was_started_anew_maps_the_memory_again(repository: Path) 
             except ConnectionError:
                 assert time.monotonic() < deadline
         np.testing.assert_array_equal(before, after)
-        assert second.regions.mapped_bytes == 1 << 30
+        assert second.plane.gauges()["shared_bytes"] > 0
     second.drain()
 
 

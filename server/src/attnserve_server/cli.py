@@ -1,34 +1,63 @@
 """The `attnserve-server` command."""
 
 import argparse
+import signal
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve_server import __version__, logs
-from attnserve_server.processes import Assignment, StartError
 from attnserve_server.settings import MIB, Limits, Settings
-from attnserve_server.supervisor import supervise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if it cannot start."""
     options = _parser().parse_args(arguments)
     logs.configure(options.log_format, options.log_level)
-    settings = _settings(options)
     try:
-        if settings.workers > 1:
-            supervise(Assignment(settings, options.log_format, options.log_level))
-        else:
-            # Brings in grpc and ONNX Runtime, which a supervisor does without.
-            from attnserve_server.worker import serve
-
-            serve(settings, threading.Event(), lambda line: print(line, flush=True))
+        serve(_settings(options))
     except StartError as error:
         print(f"attnserve-server: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        StartError: it cannot start.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        from attnserve_server.app import AttentionServer
+        from attnserve_server.models.providers import ProviderError
+        from attnserve_server.onnxruntime_library import LibraryError
+        from attnserve_server.repository import ManifestError
+    except ImportError as error:
+        raise StartError(
+            f"{error}; the server needs attnserve-dataplane: `pip install attnserve-dataplane`"
+        ) from error
+    try:
+        server = AttentionServer(settings)
+        server.start()
+    except (LibraryError, ProviderError, ManifestError, OSError) as error:
+        raise StartError(str(error)) from error
+    names = ", ".join(sorted({model.manifest.name for model in server.store})) or "none"
+    print(
+        f"attnserve-server {__version__} listening on {server.address} "
+        f"({server.providers.names[0]}; models: {names})",
+        flush=True,
+    )
+    stop.wait()
+    server.drain()
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -44,10 +73,20 @@ def _settings(options: argparse.Namespace) -> Settings:
         max_batch_size=options.max_batch_size,
         max_batch_bytes=options.max_batch_kib << 10 if options.max_batch_kib else None,
         batch_delay=options.batch_delay_us / 1e6,
-        grpc_threads=options.grpc_threads,
+        io_threads=options.io_threads,
+        max_connections=options.max_connections,
+        max_connections_per_address=options.max_connections_per_address,
+        idle_timeout=options.idle_timeout,
+        keepalive_interval=options.keepalive_interval,
+        keepalive_timeout=options.keepalive_timeout,
+        keepalive_min_ping_interval=options.keepalive_min_ping_interval,
+        max_connection_age=options.max_connection_age,
+        max_connection_age_grace=options.max_connection_age_grace,
+        tls_certificate=options.tls_certificate,
+        tls_key=options.tls_key,
+        tls_client_authorities=options.tls_client_authorities,
         drain_seconds=options.drain_seconds,
         model_control=options.model_control,
-        workers=options.workers,
         limits=Limits(
             max_message_bytes=options.max_message_mib * MIB,
             max_request_bytes=options.max_request_mib * MIB,
@@ -60,9 +99,9 @@ def _settings(options: argparse.Namespace) -> Settings:
             max_stream_requests=options.max_stream_requests,
             chunk_bytes=options.chunk_kib << 10,
             max_queue_seconds=options.max_queue_ms / 1e3,
-            max_kept_bytes=options.max_kept_mib * MIB,
-            kept_lease=options.kept_lease_seconds,
-            max_kept_lease=options.max_kept_lease_seconds,
+            max_stored_bytes=options.max_kept_mib * MIB,
+            stored_lease=options.kept_lease_seconds,
+            max_stored_lease=options.max_kept_lease_seconds,
             max_shared_regions=options.max_shared_regions,
             max_shared_bytes=options.max_shared_mib * MIB,
         ),
@@ -92,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--intra-op-threads",
         type=_at_least(0),
         default=defaults.intra_op_threads,
-        help="CPU threads of one computation; 0: the cores, shared out to the workers",
+        help="CPU threads of one computation; 0: as many as there are cores",
     )
     add(
         "--spinning",
@@ -124,7 +163,60 @@ def _parser() -> argparse.ArgumentParser:
         default=round(defaults.batch_delay * 1e6),
         help="how long a batch waits for others to join; 0: not at all",
     )
-    add("--grpc-threads", type=_at_least(1), default=defaults.grpc_threads, help="calls at once")
+    add(
+        "--io-threads",
+        type=_at_least(0),
+        default=defaults.io_threads,
+        help="threads that move bytes; 0: one for each core, four at the most",
+    )
+    add(
+        "--max-connections",
+        type=_at_least(0),
+        default=defaults.max_connections,
+        help="at once; 0: as many as the limit of descriptors allows, but for a reserve",
+    )
+    add(
+        "--max-connections-per-address",
+        type=_at_least(0),
+        default=defaults.max_connections_per_address,
+        help="at once from one address; 0: no bound of its own",
+    )
+    for name, default, text in (
+        (
+            "idle-timeout",
+            defaults.idle_timeout,
+            "until an unused connection is closed; 0: never",
+        ),
+        (
+            "keepalive-interval",
+            defaults.keepalive_interval,
+            "between pings of silence; 0: none",
+        ),
+        ("keepalive-timeout", defaults.keepalive_timeout, "that a ping's answer may take"),
+        (
+            "keepalive-min-ping-interval",
+            defaults.keepalive_min_ping_interval,
+            "between a caller's own pings; one that sends more is disconnected",
+        ),
+        (
+            "max-connection-age",
+            defaults.max_connection_age,
+            "until a connection takes no more calls; 0: never",
+        ),
+        (
+            "max-connection-age-grace",
+            defaults.max_connection_age_grace,
+            "that its calls then have to end",
+        ),
+    ):
+        add(f"--{name}", type=_seconds, default=default, help=f"seconds {text}")
+    add("--tls-certificate", type=Path, help="PEM file: certificate chain; turns TLS on")
+    add("--tls-key", type=Path, help="PEM file: its private key")
+    add(
+        "--tls-client-authorities",
+        type=Path,
+        help="PEM file: callers must show a certificate that one of these has signed",
+    )
     add(
         "--drain-seconds",
         type=float,
@@ -142,12 +234,6 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(0),
         default=limits.max_shared_regions,
         help="shared-memory regions registered at once; 0 turns shared memory off",
-    )
-    add(
-        "--workers",
-        type=_at_least(1),
-        default=defaults.workers,
-        help="processes that share the port, each with models, limits and threads of its own",
     )
     for name, default, text in (
         ("message", limits.max_message_bytes, "one gRPC message"),
@@ -175,19 +261,19 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-kept-mib",
         type=_at_least(0),
-        default=limits.max_kept_bytes // MIB,
+        default=limits.max_stored_bytes // MIB,
         help="tensors kept by PutTensor",
     )
     add(
         "--kept-lease-seconds",
         type=float,
-        default=limits.kept_lease,
+        default=limits.stored_lease,
         help="how long a tensor is kept after its last use, unless its caller says otherwise",
     )
     add(
         "--max-kept-lease-seconds",
         type=float,
-        default=limits.max_kept_lease,
+        default=limits.max_stored_lease,
         help="the longest that a caller may ask for",
     )
     add(
@@ -205,6 +291,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-format", choices=("json", "text"), default="json")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: 0 or more, in seconds")
+    return seconds
 
 
 class _at_least:  # noqa: N801 (used as an argparse type, whose name shows in messages)

@@ -1,22 +1,37 @@
 """What can go wrong with a request, each kind with its gRPC status.
 
-Raised where the fact is known; turned into a status once, in `services`. Messages name the field,
+Raised where the fact is known; turned into a status once, in `handlers`. Messages name the field,
 what was given and what is allowed.
 """
 
-import grpc
+from enum import IntEnum
+
+
+class Code(IntEnum):
+    """google.rpc.Code."""
+
+    OK = 0
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
 
 
 class RequestError(Exception):
     """A request cannot be answered; `code` is the gRPC status."""
 
-    code = grpc.StatusCode.INTERNAL
+    code = Code.INTERNAL
 
 
 class InvalidRequestError(RequestError):
     """The request is wrong in itself."""
 
-    code = grpc.StatusCode.INVALID_ARGUMENT
+    code = Code.INVALID_ARGUMENT
 
     @classmethod
     def of(cls, field: str, given: object, allowed: object) -> "InvalidRequestError":
@@ -25,69 +40,30 @@ class InvalidRequestError(RequestError):
 
 
 class NotFoundError(RequestError):
-    """No such model, version, variant, kept tensor, region or shared-memory object."""
+    """No such model, version or variant."""
 
-    code = grpc.StatusCode.NOT_FOUND
+    code = Code.NOT_FOUND
 
 
 class PreconditionError(RequestError):
     """The request is well formed, but this model cannot do it."""
 
-    code = grpc.StatusCode.FAILED_PRECONDITION
+    code = Code.FAILED_PRECONDITION
 
 
 class ExhaustedError(RequestError):
-    """Over a limit of this server, or its queue is full.
+    """Over a limit of this server."""
 
-    Attributes:
-        retry_after: seconds after which the same request may be taken; None: not known, or
-            never: it is too large.
-    """
-
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class DeadlineError(RequestError):
-    """The caller's deadline has passed."""
-
-    code = grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-class CancelledError(RequestError):
-    """The caller has gone."""
-
-    code = grpc.StatusCode.CANCELLED
-
-
-class DrainingError(RequestError):
-    """The server is shutting down."""
-
-    code = grpc.StatusCode.UNAVAILABLE
+    code = Code.RESOURCE_EXHAUSTED
 
 
 class UnimplementedError(RequestError):
     """This server does not have it, or has it turned off."""
 
-    code = grpc.StatusCode.UNIMPLEMENTED
-
-
-class ForbiddenError(RequestError):
-    """The caller may not do this."""
-
-    code = grpc.StatusCode.PERMISSION_DENIED
-
-
-class TakenError(RequestError):
-    """A name is in use already."""
-
-    code = grpc.StatusCode.ALREADY_EXISTS
+    code = Code.UNIMPLEMENTED
 
 
 class UnloadedError(RequestError):
     """The model is in the repository, but not loaded now."""
 
-    code = grpc.StatusCode.UNAVAILABLE
+    code = Code.UNAVAILABLE

@@ -24,8 +24,8 @@ class Limits:
         max_stream_requests: requests in flight on one stream; more are not read until some end.
         chunk_bytes: size of the chunks that the server sends.
         max_queue_seconds: a request that would wait longer, by estimate, is refused.
-        max_kept_bytes: tensors kept by PutTensor, all callers' together.
-        kept_lease, max_kept_lease: seconds that a tensor is kept after its last use: unless its
+        max_stored_bytes: tensors stored by PutTensor, all callers' together.
+        stored_lease, max_stored_lease: seconds that a tensor is kept after its last use: unless its
             caller says otherwise, and at most.
         max_shared_regions: shared-memory regions registered at once; 0 turns shared memory off.
         max_shared_bytes: of shared memory mapped at once.
@@ -42,9 +42,9 @@ class Limits:
     max_stream_requests: int = 32
     chunk_bytes: int = MIB
     max_queue_seconds: float = 0.5
-    max_kept_bytes: int = 1024 * MIB
-    kept_lease: float = 300.0
-    max_kept_lease: float = 3600.0
+    max_stored_bytes: int = 1024 * MIB
+    stored_lease: float = 300.0
+    max_stored_lease: float = 3600.0
     max_shared_regions: int = 256
     max_shared_bytes: int = 16_384 * MIB
 
@@ -58,8 +58,7 @@ class Settings:
         host, port: where gRPC listens; port 0 takes a free one.
         metrics_port: Prometheus over HTTP on the same host; 0 takes a free one, None is off.
         provider: "auto", "cuda" or "cpu".
-        intra_op_threads: threads that one computation may use; 0: as many as there are cores,
-            shared out to the workers.
+        intra_op_threads: threads that one computation may use; 0: as many as there are cores.
         spinning: whether idle computation threads spin. Lower latency for the next computation,
             at the cost of whatever else needs the cores, the transport first of all.
         concurrency: computations that run at once.
@@ -69,10 +68,20 @@ class Settings:
             256 MiB on CUDA.
         batch_delay: seconds that a batch waits for others to join; 0: it runs at once, and requests
             that come meanwhile are the next one.
-        grpc_threads: calls handled at once, waiting ones included.
+        io_threads: threads that move bytes, each with connections of its own; 0: one for each core,
+            four at the most.
+        max_connections: at once; 0: as many as the limit of descriptors allows, but for a reserve.
+        max_connections_per_address: of one caller's address; 0: no bound of its own.
+        idle_timeout: seconds after which a connection without calls is closed; 0: never.
+        keepalive_interval, keepalive_timeout: seconds between pings of ours on a silent connection
+            (0: none), and for their answer.
+        keepalive_min_ping_interval: seconds; callers that ping more often are told to calm down.
+        max_connection_age, max_connection_age_grace: seconds after which a connection takes no more
+            calls (0: never), and that its calls then have to end.
+        tls_certificate, tls_key: PEM files; with them all connections are TLS.
+        tls_client_authorities: PEM file; callers must show a certificate that these have signed.
         drain_seconds: how long SIGTERM waits for calls under way.
         model_control: whether callers may load and unload models.
-        workers: processes that share the port, each a whole server with all that is set here.
         limits: what is accepted.
     """
 
@@ -87,10 +96,20 @@ class Settings:
     max_batch_size: int = 64
     max_batch_bytes: int | None = None
     batch_delay: float = 0.0
-    grpc_threads: int = 320
+    io_threads: int = 0
+    max_connections: int = 0
+    max_connections_per_address: int = 0
+    idle_timeout: float = 300.0
+    keepalive_interval: float = 7200.0
+    keepalive_timeout: float = 20.0
+    keepalive_min_ping_interval: float = 0.5
+    max_connection_age: float = 0.0
+    max_connection_age_grace: float = 30.0
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_authorities: Path | None = None
     drain_seconds: float = 30.0
     model_control: bool = True
-    workers: int = 1
     limits: Limits = Limits()
 
 

@@ -1,1 +1,0 @@
-"""ONNX Runtime: providers, sessions, loaded models, running them."""

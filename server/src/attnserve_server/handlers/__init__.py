@@ -1,0 +1,1 @@
+"""The methods of the control plane: decode, call, encode."""

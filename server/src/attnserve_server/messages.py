@@ -1,0 +1,91 @@
+"""Loaded models, limits and arrays to messages."""
+
+import numpy as np
+from attnserve_proto import attention_pb2 as pb
+
+from attnserve_server import dtypes
+from attnserve_server.dtypes import Array
+from attnserve_server.models.store import LoadedModel
+from attnserve_server.settings import Limits
+
+
+def model_message(model: LoadedModel) -> pb.Model:
+    """A model's description."""
+    manifest, attention = model.manifest, model.manifest.attention
+    message = pb.Model(
+        name=manifest.name,
+        version=str(manifest.version),
+        kind=pb.ModelKind.Value(manifest.kind.upper()),
+        dtype=dtypes.number_of(manifest.dtype),
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        value_head_dim=attention.value_head_dim,
+        mask=pb.MaskKind.Value(attention.mask.upper()),
+        window=attention.window or 0,
+        scale=attention.scale,
+        softcap=attention.softcap,
+        takes_text=model.tokenizer is not None,
+        source=manifest.source,
+        window_right=attention.window_right or 0,
+        has_window_right=attention.window_right is not None,
+        bottom_right=attention.alignment == "bottom-right",
+        alibi=attention.alibi,
+        rotary=attention.rotary or "",
+    )
+    if manifest.layer is not None:
+        message.embed_dim = manifest.layer.embed_dim
+    if manifest.transformer is not None:
+        message.embed_dim = manifest.transformer.hidden_size
+        message.num_layers = manifest.transformer.num_layers
+        message.vocab_size = manifest.transformer.vocab_size
+        message.max_seq_len = manifest.transformer.max_seq_len
+        for described in manifest.transformer.attentions:
+            message.attentions.add(
+                name=described.name,
+                num_layers=len(described.layers),
+                num_heads=described.num_heads,
+                num_kv_heads=described.num_kv_heads,
+                head_dim=described.head_dim,
+                mask=pb.MaskKind.Value(described.mask.upper()),
+                windows=[layer.window or 0 for layer in described.layers],
+            )
+    for variant in model.variants:
+        entry = variant.entry
+        message.variants.add(
+            name=entry.name,
+            inputs=entry.inputs,
+            outputs=entry.outputs,
+            providers=entry.providers,
+            max_abs_error=entry.max_abs_error,
+            tolerance=entry.tolerance,
+            quadratic_memory=entry.quadratic,
+        )
+    return message
+
+
+def limits_message(limits: Limits) -> pb.Limits:
+    """What the server accepts."""
+    return pb.Limits(
+        max_message_bytes=limits.max_message_bytes,
+        max_request_bytes=limits.max_request_bytes,
+        max_response_bytes=limits.max_response_bytes,
+        max_seq_len=limits.max_seq_len,
+        max_batch=limits.max_batch,
+        chunk_bytes=limits.chunk_bytes,
+        max_queue=limits.max_queue,
+        max_stored_bytes=limits.max_stored_bytes,
+    )
+
+
+def data(array: Array) -> memoryview:
+    """The elements of an array as bytes, without a copy if it is contiguous."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return memoryview(flat.view(np.uint8))  # type: ignore[arg-type]
+
+
+def tensor_message(array: Array) -> pb.Tensor:
+    """A whole tensor, elements included."""
+    return pb.Tensor(
+        dtype=dtypes.from_numpy(array.dtype), shape=array.shape, data=data(array).tobytes()
+    )

@@ -1,0 +1,1 @@
+"""Loaded models, and loading and unloading them while the server runs."""

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol, as far as the control plane speaks it."""

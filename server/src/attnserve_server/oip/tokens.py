@@ -1,0 +1,251 @@
+"""`ModelInfer` for token models: turned into the request that `AttendTokens` would have."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto.inference import open_inference_pb2 as oip
+
+from attnserve_server import dtypes
+from attnserve_server.dtypes import Array
+from attnserve_server.errors import InvalidRequestError, PreconditionError
+from attnserve_server.models import ports
+from attnserve_server.models.store import LoadedModel
+from attnserve_server.oip.tensors import InputTensor, Output, check_answer_size, value
+from attnserve_server.settings import Limits
+from attnserve_server.tokens.work import SequenceOutput
+
+_MOST = 2**32 - 1
+_LONGEST_TIMEOUT = 2**63 - 1
+_LAYER = "weights_"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The parameters of a request.
+
+    Attributes:
+        scale, softcap: None: the model's own.
+        top_k, mass_by_distance: 0: not given.
+        variant: empty: the server picks.
+        priority: 1 high, 2 normal, 3 low; 0: normal.
+        timeout: microseconds that it may wait and run; 0: for ever.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    top_k: int = 0
+    mass_by_distance: int = 0
+    variant: str = ""
+    priority: int = 0
+    timeout: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokensCall:
+    """A token request, and what its answer is padded to."""
+
+    message: pb.AttendTokensRequest
+    layers: Sequence[int]
+    padded_len: int
+
+
+def options(message: oip.ModelInferRequest) -> Options:
+    """The parameters of a request.
+
+    Raises:
+        InvalidRequestError: a value is out of range.
+    """
+    known: dict[str, float | int | str] = {}
+    for name, parameter in message.parameters.items():
+        given = value(parameter)
+        if name in ("scale", "softcap"):
+            if isinstance(given, bool) or not isinstance(given, int | float):
+                raise _wrong(name, given, "a number, as double_param or int64_param")
+            known[name] = float(given)
+        elif name == "variant":
+            if not isinstance(given, str):
+                raise _wrong(name, given, "a name, as string_param")
+            known[name] = given
+        elif name in _INTEGERS:
+            if type(given) is not int or not 0 <= given <= _INTEGERS[name]:
+                raise _wrong(name, given, f"0..{_INTEGERS[name]}, as int64_param")
+            known[name] = given
+        # Others are ignored, as Triton does: clients send what other servers know.
+    return Options(**known)  # type: ignore[arg-type]
+
+
+def tokens_call(
+    model: LoadedModel,
+    tensors: Mapping[str, InputTensor],
+    asked: Sequence[Output],
+    given: Options,
+    limits: Limits,
+) -> TokensCall:
+    """The request of a transformer as `AttendTokens` would have it.
+
+    Raises:
+        InvalidRequestError: a tensor is not as the model takes it, or there is none such.
+        PreconditionError: the model is an encoder-decoder.
+        ExhaustedError: the padded answer would be too large.
+    """
+    transformer = model.manifest.transformer
+    assert transformer is not None
+    if transformer.has_target:
+        raise PreconditionError(
+            f"model_name: {model.manifest.name} is an encoder-decoder, which this protocol does "
+            "not serve; use AttendTokens"
+        )
+    for name in ("scale", "softcap", "top_k", "mass_by_distance"):
+        if getattr(given, name):
+            raise _wrong(name, getattr(given, name), "nothing for transformer models")
+    ids, lengths = _sequences(model, tensors, limits)
+    names = {output.name for output in asked}
+    there = {port.name for port in ports.outputs(model)}
+    if not names <= there:
+        raise _no_output(model, min(names - there))
+    layers = sorted(int(name.removeprefix(_LAYER)) for name in names if name.startswith(_LAYER))
+    message = pb.AttendTokensRequest(
+        model=model.manifest.name,
+        version=str(model.manifest.version),
+        variant=given.variant,
+        priority=given.priority,
+        returns=pb.TokenReturnOptions(
+            no_hidden="last_hidden_state" not in names,
+            pooled="pooled" in names,
+            weights=bool(layers),
+            layers=layers,
+        ),
+    )
+    for row, length in zip(ids, lengths, strict=True):
+        message.tokens.sequences.add(ids=row[:length].tolist())
+    padded_len = ids.shape[1]
+    item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
+    rows = ids.size * item
+    size = rows * transformer.hidden_size if "last_hidden_state" in names else 0
+    size += rows * padded_len * transformer.attentions[0].num_heads * len(layers)
+    check_answer_size(size, min(limits.max_message_bytes, limits.max_response_bytes))
+    return TokensCall(message, layers, padded_len)
+
+
+def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, Array]:
+    """The answer to a token request as the protocol has it, 0 where there is padding.
+
+    Returns:
+        last_hidden_state [B, S, E], pooled [B, E], weights_<layer> [B, H, S, S]; what was wanted.
+    """
+    arrays: dict[str, Array] = {}
+    batch, most = len(sequences), call.padded_len
+    for row, sequence in enumerate(sequences):
+        own = sequence.arrays
+        if "hidden" in own:
+            length, width = own["hidden"].shape
+            hidden = arrays.setdefault(
+                "last_hidden_state", np.zeros((batch, most, width), own["hidden"].dtype)
+            )
+            hidden[row, :length] = own["hidden"]
+        if "weights" in own:
+            _, heads, length, _ = own["weights"].shape
+            for layer, weights in zip(call.layers, own["weights"], strict=True):
+                all_weights = arrays.setdefault(
+                    f"{_LAYER}{layer}", np.zeros((batch, heads, most, most), weights.dtype)
+                )
+                all_weights[row, :, :length, :length] = weights
+    if sequences and "pooled" in sequences[0].arrays:
+        arrays["pooled"] = np.stack([sequence.arrays["pooled"] for sequence in sequences])
+    return arrays
+
+
+def _sequences(
+    model: LoadedModel, tensors: Mapping[str, InputTensor], limits: Limits
+) -> tuple[Array, Array]:
+    """Ids [B, S] and their lengths [B]."""
+    transformer = model.manifest.transformer
+    assert transformer is not None
+    for name in tensors:
+        if name not in ("input_ids", "attention_mask"):
+            raise _no_input(model, name)
+    if "input_ids" not in tensors:
+        raise InvalidRequestError.of("input_ids", "nothing", "[B, S] INT64")
+    ids = _integers(tensors["input_ids"])
+    batch, padded_len = ids.shape
+    most = min(transformer.max_seq_len or limits.max_seq_len, limits.max_seq_len)
+    if batch > limits.max_batch or padded_len > most:
+        raise InvalidRequestError.of(
+            "input_ids.shape", list(ids.shape), f"up to [{limits.max_batch}, {most}]"
+        )
+    lengths = np.full(batch, padded_len, np.int64)
+    if "attention_mask" in tensors:
+        mask = _integers(tensors["attention_mask"])
+        if mask.shape != ids.shape:
+            raise InvalidRequestError.of(
+                "attention_mask.shape", list(mask.shape), f"{list(ids.shape)}, as input_ids has"
+            )
+        lengths = (mask != 0).sum(axis=1)
+        _check_mask(mask, lengths)
+    real = np.arange(padded_len) < lengths[:, None]
+    wrong = real & ((ids < 0) | (ids >= transformer.vocab_size))
+    if wrong.any():
+        row, position = (int(index) for index in np.argwhere(wrong)[0])
+        raise InvalidRequestError.of(
+            f"input_ids[{row}, {position}]",
+            int(ids[row, position]),
+            f"0..{transformer.vocab_size - 1}, the vocabulary",
+        )
+    return ids, lengths
+
+
+def _check_mask(mask: Array, lengths: Array) -> None:
+    """Padding comes after the tokens: each row is ones, then zeros."""
+    wrong = mask != (np.arange(mask.shape[1]) < lengths[:, None])
+    if wrong.any():
+        row, position = (int(index) for index in np.argwhere(wrong)[0])
+        raise InvalidRequestError.of(
+            f"attention_mask[{row}, {position}]",
+            int(mask[row, position]),
+            "ones for tokens, then zeros for padding on the right",
+        )
+    if not lengths.all():
+        row = int(lengths.argmin())
+        raise InvalidRequestError.of(f"attention_mask[{row}]", "no ones", "at least one token")
+
+
+def _integers(tensor: InputTensor) -> Array:
+    """A copy of [B, S] INT64."""
+    name, shape = tensor.name, tensor.shape
+    if tensor.dtype != pb.INT64:
+        raise InvalidRequestError.of(f"{name}.datatype", dtypes.name_of(tensor.dtype), "INT64")
+    if len(shape) != 2 or min(shape) < 1:
+        raise InvalidRequestError.of(f"{name}.shape", list(shape), "[B, S], each at least 1")
+    wanted = math.prod(shape) * 8
+    if tensor.elements.nbytes != wanted:
+        raise InvalidRequestError.of(
+            name, f"{tensor.elements.nbytes} bytes", f"{wanted} bytes, as shape {list(shape)} takes"
+        )
+    return np.frombuffer(bytes(tensor.elements), "<i8").reshape(shape)
+
+
+def _wrong(name: str, given: object, allowed: str) -> InvalidRequestError:
+    return InvalidRequestError.of(f"parameters[{name!r}]", repr(given), allowed)
+
+
+def _no_input(model: LoadedModel, name: str) -> InvalidRequestError:
+    allowed = ", ".join(port.name for port in ports.inputs(model))
+    return InvalidRequestError.of("inputs", repr(name[:80]), f"{allowed} for {model.manifest.name}")
+
+
+def _no_output(model: LoadedModel, name: str) -> InvalidRequestError:
+    allowed = ", ".join(port.name for port in ports.outputs(model))
+    return InvalidRequestError.of(
+        "outputs", repr(name[:80]), f"{allowed} for {model.manifest.name}"
+    )
+
+
+_INTEGERS = {
+    "top_k": _MOST,
+    "mass_by_distance": _MOST,
+    "priority": 3,
+    "timeout": _LONGEST_TIMEOUT,
+}

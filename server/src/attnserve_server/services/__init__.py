@@ -1,1 +1,0 @@
-"""The gRPC methods: decode, call, encode."""

@@ -1,0 +1,294 @@
+"""Checks of `AttendTokensRequest`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from attnserve_proto import attention_pb2 as pb
+
+from attnserve_server import dtypes
+from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
+from attnserve_server.models.store import LoadedModel, ModelStore
+from attnserve_server.repository.transformer import Transformer
+from attnserve_server.settings import Limits
+from attnserve_server.tokens.run import needed_outputs
+from attnserve_server.tokens.work import HeadsWanted, TokenBatch, TokensWanted, TokensWork
+
+HIGH, NORMAL, LOW = 1, 2, 3
+
+# Bytes of a text for each token that a model takes: a longer text is cut, or refused, before its
+# tokens are counted. Longer words than that are rare, and tokenizers have their bounds for those.
+_BYTES_A_TOKEN = 64
+
+
+def priority(given: int) -> int:
+    """A request's priority; 0 is NORMAL.
+
+    Raises:
+        InvalidRequestError: there is no such priority.
+    """
+    if given > LOW:
+        raise InvalidRequestError.of(
+            "priority", given, f"{HIGH} (high), {NORMAL} (normal), {LOW} (low), 0 (normal)"
+        )
+    return given or NORMAL
+
+
+def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limits) -> TokensWork:
+    """Check a token request, and tokenize its texts.
+
+    Raises:
+        RequestError: with the field, what was given and what is allowed.
+    """
+    if not message.model:
+        raise InvalidRequestError.of("model", "nothing", "a name that ListModels gives")
+    model = store.get(message.model, message.version)
+    transformer = model.manifest.transformer
+    if transformer is None:
+        raise PreconditionError(
+            f"model: {message.model} is a {model.manifest.kind} and takes tensors; use Attend"
+        )
+    wanted = _wanted(message.returns, model, transformer, limits)
+    source = _source(message, model, transformer, limits)
+    target = _target(message, model, transformer, limits, len(source.sequences))
+    given = {name for variant in model.variants for name in variant.outputs}
+    longest = max(batch.longest for batch in (source, target) if batch is not None)
+    outputs = needed_outputs(wanted, transformer, given)
+    variant = model.variant(model.core.choose(message.variant, [], outputs, longest))
+    work = TokensWork(model, variant, source, target, wanted, priority(message.priority))
+    return replace(work, working_bytes=_check_sizes(work, transformer, limits))
+
+
+def _source(
+    message: pb.AttendTokensRequest, model: LoadedModel, transformer: Transformer, limits: Limits
+) -> TokenBatch:
+    kind = message.WhichOneof("input")
+    if kind is None:
+        raise InvalidRequestError.of("input", "nothing", "text or tokens")
+    if kind == "text":
+        _check_batch("text.texts", len(message.text.texts), limits)
+        return _encoded("text", message.text, model, transformer, limits)
+    _check_batch("tokens.sequences", len(message.tokens.sequences), limits)
+    return _given("tokens", message.tokens, transformer, limits)
+
+
+def _target(
+    message: pb.AttendTokensRequest,
+    model: LoadedModel,
+    transformer: Transformer,
+    limits: Limits,
+    count: int,
+) -> TokenBatch | None:
+    """What the decoder reads; None for a model that has no decoder besides its encoder."""
+    kind = message.WhichOneof("target")
+    start = transformer.decoder_start_token_id
+    if start is None:
+        if kind is not None:
+            raise PreconditionError(
+                f"{kind}: model {model.manifest.name} is no encoder-decoder and takes no target"
+            )
+        return None
+    if kind is None:
+        return TokenBatch([[start]] * count, [False] * count)
+    if kind == "target_text":
+        _check_targets("target_text.texts", len(message.target_text.texts), count)
+        return _encoded("target_text", message.target_text, model, transformer, limits, start)
+    _check_targets("target_tokens.sequences", len(message.target_tokens.sequences), count)
+    return _given("target_tokens", message.target_tokens, transformer, limits)
+
+
+def _check_batch(field: str, count: int, limits: Limits) -> None:
+    if not 1 <= count <= limits.max_batch:
+        raise InvalidRequestError.of(field, f"{count} sequences", f"1..{limits.max_batch}")
+
+
+def _check_targets(field: str, count: int, expected: int) -> None:
+    if count != expected:
+        raise InvalidRequestError.of(
+            field, f"{count} sequences", f"{expected}, one for each sequence of the input"
+        )
+
+
+def _encoded(
+    field: str,
+    batch: pb.TextBatch,
+    model: LoadedModel,
+    transformer: Transformer,
+    limits: Limits,
+    start: int | None = None,
+) -> TokenBatch:
+    """Token ids of texts.
+
+    Args:
+        field: of the request.
+        batch: its content.
+        model, transformer: to run.
+        limits: of the server.
+        start: for targets: the token to put first; the last one then goes, since a decoder is to
+            tell each token from those before it.
+    """
+    if model.tokenizer is None:
+        instead = "tokens" if start is None else "target_tokens"
+        raise PreconditionError(
+            f"{field}: model {model.manifest.name} has no tokenizer; allowed: {instead}"
+        )
+    most = _max_len(transformer, limits)
+    cut_at = most if batch.truncate else None
+    texts = [
+        _bounded(f"{field}.texts[{row}]", text, most * _BYTES_A_TOKEN, cut=batch.truncate)
+        for row, text in enumerate(batch.texts)
+    ]
+    encoded = [model.tokenizer.encode(text, cut_at) for text in texts]
+    sequences = [ids if start is None else [start, *ids[:-1]] for ids, _ in encoded]
+    _check_lengths(f"{field}.texts", sequences, most)
+    # A tokenizer may know more tokens than its model.
+    _check_ids(f"{field}.texts", "token", sequences, transformer)
+    return TokenBatch(sequences, [cut for _, cut in encoded])
+
+
+def _bounded(field: str, text: str, most: int, *, cut: bool) -> str:
+    """A text that takes no longer to tokenize than the model could make use of.
+
+    Raises:
+        InvalidRequestError: it is longer and may not be cut.
+    """
+    if len(text) <= most:
+        return text
+    if not cut:
+        raise InvalidRequestError.of(field, f"{len(text)} characters", f"up to {most}")
+    return text[:most]
+
+
+def _given(
+    field: str, batch: pb.TokenBatch, transformer: Transformer, limits: Limits
+) -> TokenBatch:
+    sequences = [list(sequence.ids) for sequence in batch.sequences]
+    _check_ids(f"{field}.sequences", "ids", sequences, transformer)
+    _check_lengths(f"{field}.sequences", sequences, _max_len(transformer, limits))
+    return TokenBatch(sequences, [False] * len(sequences))
+
+
+def _max_len(transformer: Transformer, limits: Limits) -> int:
+    return min(transformer.max_seq_len or limits.max_seq_len, limits.max_seq_len)
+
+
+def _check_lengths(field: str, sequences: Sequence[Sequence[int]], max_len: int) -> None:
+    for row, sequence in enumerate(sequences):
+        if not 1 <= len(sequence) <= max_len:
+            raise InvalidRequestError.of(
+                f"{field}[{row}]", f"{len(sequence)} tokens", f"1..{max_len} tokens"
+            )
+
+
+def _check_ids(
+    field: str, part: str, sequences: Sequence[Sequence[int]], transformer: Transformer
+) -> None:
+    for row, sequence in enumerate(sequences):
+        for position, token_id in enumerate(sequence):
+            if not 0 <= token_id < transformer.vocab_size:
+                raise InvalidRequestError.of(
+                    f"{field}[{row}].{part}[{position}]",
+                    token_id,
+                    f"0..{transformer.vocab_size - 1}, the vocabulary",
+                )
+
+
+def _wanted(
+    returns: pb.TokenReturnOptions, model: LoadedModel, transformer: Transformer, limits: Limits
+) -> TokensWanted:
+    if returns.pooled and transformer.pooling is None:
+        raise PreconditionError(
+            f"returns.pooled: checkpoint {model.manifest.name} says nothing about pooling"
+        )
+    names = [attention.name for attention in transformer.attentions]
+    if returns.attention not in ("", *names):
+        raise InvalidRequestError.of("returns.attention", returns.attention, ", ".join(names))
+    for field in ("mass_by_distance", "mass_on_first"):
+        number = getattr(returns, field)
+        if number > limits.max_seq_len:
+            raise InvalidRequestError.of(f"returns.{field}", number, f"0..{limits.max_seq_len}")
+    attention = transformer.attention(returns.attention or names[0])
+    heads = HeadsWanted(
+        attention=attention,
+        layers=_chosen("returns.layers", returns.layers, len(attention.layers)),
+        heads=_chosen("returns.heads", returns.heads, attention.num_heads),
+        weights=returns.weights,
+        entropy=returns.entropy,
+        effective_context=returns.effective_context,
+        mass_by_distance=returns.mass_by_distance,
+        mass_on_first=returns.mass_on_first,
+    )
+    return TokensWanted(
+        hidden=not returns.no_hidden,
+        pooled=returns.pooled,
+        heads=heads if heads.names else None,
+    )
+
+
+def _chosen(field: str, given: Sequence[int], count: int) -> list[int]:
+    for index, number in enumerate(given):
+        if number >= count:
+            raise InvalidRequestError.of(f"{field}[{index}]", number, f"0..{count - 1}")
+    if len(set(given)) != len(given):
+        raise InvalidRequestError.of(field, list(given), "each number once")
+    return list(given) or list(range(count))
+
+
+def _check_sizes(work: TokensWork, transformer: Transformer, limits: Limits) -> int:
+    """The memory that the work will take while it runs, estimated.
+
+    Raises:
+        ExhaustedError: that, or the answer, is more than is allowed.
+    """
+    wanted, model = work.wanted, work.model
+    item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
+    batches = [batch for batch in (work.source, work.target) if batch is not None]
+    count, longest = len(work.sequences), max(batch.longest for batch in batches)
+    num_heads = max(attention.num_heads for attention in transformer.attentions)
+    response = sum(
+        _response_bytes(wanted, transformer, len(source), len(target), item)
+        for source, target in zip(
+            work.source.sequences, (work.target or work.source).sequences, strict=True
+        )
+    )
+    needed = response + model.core.working_bytes(
+        work.variant.name, count, num_heads, longest, longest, 0
+    )
+    if wanted.heads is not None and "weights_0" in work.variant.outputs:
+        needed += len(wanted.heads.layers) * count * num_heads * longest * longest * item
+    # The widest of a block's intermediate results is about four times the hidden states. Query and
+    # key of all layers are kept until the run ends.
+    kept = sum(
+        len(attention.layers) * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+        for attention in transformer.attentions
+    )
+    needed += count * longest * (8 * transformer.hidden_size + kept) * 4
+    if needed > limits.max_working_bytes:
+        raise ExhaustedError(
+            f"sequences: {count} padded to {longest} tokens would take about {needed} bytes of "
+            f"working memory; allowed: {limits.max_working_bytes} (--max-working-mib)"
+        )
+    allowed = min(limits.max_message_bytes, limits.max_response_bytes)
+    if response > allowed:
+        raise ExhaustedError(
+            f"response size: its tensors would take {response} bytes; allowed: {allowed} "
+            "(--max-message-mib); ask for fewer layers, heads or sequences"
+        )
+    return needed
+
+
+def _response_bytes(
+    wanted: TokensWanted, transformer: Transformer, source_len: int, target_len: int, item: int
+) -> int:
+    """Of the tensors of one sequence."""
+    size = 0
+    if wanted.hidden:
+        size += target_len * transformer.hidden_size * item
+        size += source_len * transformer.hidden_size * item if transformer.has_target else 0
+    heads = wanted.heads
+    if heads is None:
+        return size
+    query_len = source_len if heads.attention.name == "encoder" else target_len
+    key_len = target_len if heads.attention.name == "decoder" else source_len
+    by_query = heads.entropy + heads.effective_context + bool(heads.mass_on_first)
+    each = query_len * (by_query + heads.weights * key_len) + heads.mass_by_distance
+    return size + len(heads.layers) * len(heads.heads) * each * item

@@ -1,0 +1,99 @@
+"""Requests of token models once they are checked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from attnserve_server.dtypes import Array
+from attnserve_server.models.store import LoadedModel, Variant
+from attnserve_server.repository.transformer import TransformerAttention
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsWanted:
+    """What to return of a transformer's attention; layers and heads are never empty.
+
+    Attributes:
+        attention: which of the model's.
+        layers, heads: in the order asked for.
+        weights, entropy, effective_context: whether.
+        mass_by_distance, mass_on_first: N; 0: not.
+    """
+
+    attention: TransformerAttention
+    layers: Sequence[int]
+    heads: Sequence[int]
+    weights: bool
+    entropy: bool
+    effective_context: bool
+    mass_by_distance: int
+    mass_on_first: int
+
+    @property
+    def names(self) -> list[str]:
+        """What is wanted, by the names of fields of `SequenceResult`."""
+        asked = {
+            "weights": self.weights,
+            "entropy": self.entropy,
+            "effective_context": self.effective_context,
+            "mass_by_distance": self.mass_by_distance,
+            "mass_on_first": self.mass_on_first,
+        }
+        return [name for name, value in asked.items() if value]
+
+
+@dataclass(frozen=True, slots=True)
+class TokensWanted:
+    """What to return of a transformer's run; `heads` is None if nothing of its attention is."""
+
+    hidden: bool
+    pooled: bool
+    heads: HeadsWanted | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Sequences of token ids, and whether each was cut."""
+
+    sequences: Sequence[Sequence[int]]
+    truncated: Sequence[bool]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one."""
+        return max(len(sequence) for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class TokensWork:
+    """Sequences to run through a transformer: checked, complete, ready to run.
+
+    Attributes:
+        source: what it reads.
+        target: what the decoder of an encoder-decoder reads; None: it is none.
+        priority: as the scheduler has it.
+        working_bytes: estimated memory that it takes while it runs.
+    """
+
+    model: LoadedModel
+    variant: Variant
+    source: TokenBatch
+    target: TokenBatch | None
+    wanted: TokensWanted
+    priority: int
+    working_bytes: int = 0
+
+    @property
+    def sequences(self) -> Sequence[Sequence[int]]:
+        """Of the source."""
+        return self.source.sequences
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """One sequence's share of a transformer's run, without padding.
+
+    Attributes:
+        arrays: by their names in `SequenceResult`.
+    """
+
+    arrays: Mapping[str, Array]

@@ -1,1 +1,0 @@
-"""Messages to arrays and arrays to messages."""
