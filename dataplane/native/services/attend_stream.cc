@@ -213,8 +213,10 @@ class AttendStreamHandler final : public grpc::CallHandler {
       incoming_.erase(found);
       const std::size_t left = incoming.missing - std::min(incoming.missing, chunk.data.size());
       if (left > 0) discarded_[id] = left;
+      // Before its parts are told that they are cancelled: the first to fail says why.
+      const bool unsaid = !incoming.early || incoming.early->fail();
       core_.scheduler.cancel(incoming.request);
-      if (!incoming.early || incoming.early->fail()) {
+      if (unsaid) {
         state_->answer(id, incoming.request, {status_of(std::current_exception()), {}});
       }
       return;
