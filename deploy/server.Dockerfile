@@ -1,19 +1,26 @@
 # attnserve-server. Build from the root of the repository:
 #   docker build -f deploy/server.Dockerfile --target cpu -t attnserve-server:cpu .
 #   docker build -f deploy/server.Dockerfile --target gpu -t attnserve-server:gpu .
-# The operators in kernels are compiled once, where there is a compiler.
-FROM python:3.11 AS kernels
-COPY kernels /kernels
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /kernels
+# What is compiled is compiled here, once. Both stages are of one Debian, so that the libraries that
+# the data plane was linked with are those that it finds.
+FROM python:3.11-bookworm AS build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ libnghttp2-dev libssl-dev zlib1g-dev libprotozero-dev
+COPY proto /src/proto
+COPY kernels /src/kernels
+COPY dataplane /src/dataplane
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src/proto /src/kernels /src/dataplane
 
-FROM python:3.11-slim AS cpu
+FROM python:3.11-slim-bookworm AS cpu
 WORKDIR /app
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libnghttp2-14 libssl3 zlib1g libstdc++6 \
+    && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt ./
-COPY proto ./proto
 COPY server ./server
 COPY deploy/healthcheck.py ./
-COPY --from=kernels /wheels /wheels
-RUN pip install --no-cache-dir -c constraints.txt /wheels/*.whl ./proto ./server \
+COPY --from=build /wheels /wheels
+RUN pip install --no-cache-dir -c constraints.txt /wheels/*.whl ./server \
     && useradd --create-home attnserve
 USER attnserve
 EXPOSE 8001 8002

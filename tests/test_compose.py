@@ -102,6 +102,26 @@ def test_a_stop_leaves_time_for_the_drain() -> None:
     assert int(grace.removesuffix("s")) > Settings(Path()).drain_seconds
 
 
+def test_a_server_that_crashed_is_started_again() -> None:
+    for name in ("server-cpu", "server-gpu"):
+        assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+def test_the_image_has_what_the_data_plane_is_built_from_and_runs_with() -> None:
+    script = (ROOT / "scripts/system-packages").read_text().split("if [")[0]
+    needed = set(re.findall(r"\[(lib[a-z0-9+-]+-dev|zlib1g-dev)\]", script))
+    assert needed
+    build, cpu, _ = re.split(
+        r"^FROM ", (ROOT / "deploy/server.Dockerfile").read_text(), flags=re.M
+    )[1:]
+    assert needed <= set(build.split())
+    assert {"libnghttp2-14", "libssl3", "zlib1g"} <= set(cpu.split())
+    # Of one Debian, so that both have the same versions of them.
+    assert build.split()[0].removeprefix("python:3.11-") == cpu.split()[0].removeprefix(
+        "python:3.11-slim-"
+    )
+
+
 def test_every_option_is_one_that_the_commands_take() -> None:
     for dockerfile in DOCKERFILES:
         entry = next(json.loads(v) for k, v in instructions(dockerfile) if k == "ENTRYPOINT")
