@@ -1,0 +1,272 @@
+"""What one caller does, by mistake or by intent, delays no other and takes bounded memory."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import http2
+import numpy as np
+import pytest
+import serving
+from attnserve_client import AttentionClient
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import attention_pb2_grpc as pb_grpc
+from attnserve_server.app import AttentionServer
+from attnserve_server.settings import MIB, Limits
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.grpc import service_pb2 as oip
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return serving.write_causal(tmp_path_factory.mktemp("overload"))
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[AttentionServer]:
+    with serving.serving(repository) as running:
+        yield running
+
+
+@pytest.fixture
+def channel(server: AttentionServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened:
+        yield opened
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> pb_grpc.AttentionServiceStub:
+    return pb_grpc.AttentionServiceStub(channel)
+
+
+def healthy(channel: grpc.Channel) -> bool:
+    check = health_pb2_grpc.HealthStub(channel).Check
+    return check(health_pb2.HealthCheckRequest(), timeout=10).status == SERVING
+
+
+def infer_request(length: int = 8) -> oip.ModelInferRequest:
+    request = oip.ModelInferRequest(model_name="causal")
+    shape = [1, serving.HEADS, length, serving.DIM]
+    for name in ("query", "key", "value"):
+        request.inputs.add(name=name, datatype="FP32", shape=shape)
+        request.raw_input_contents.append(np.ones(shape, np.float32).tobytes())
+    return request
+
+
+def test_idle_streams_are_not_noticed(server: AttentionServer, channel: grpc.Channel) -> None:
+    paths = [
+        serving.ATTEND_STREAM,
+        serving.MODEL_STREAM_INFER,
+        serving.PUT_TENSOR,
+        serving.ATTEND,
+        serving.LIST_MODELS,
+        serving.REFLECTION,
+    ]
+    with http2.Http2Connection(server.port) as idle:
+        for number in range(330):
+            idle.send(http2.headers(2 * number + 1, paths[number % len(paths)]))
+        attend = serving.attend_request().SerializeToString()
+        idle.send(http2.headers(1001, serving.HEALTH_CHECK), http2.message(1001, b""))
+        assert idle.answer(1001) == b"\0\0\0\0\2\x08\1"
+        idle.send(http2.headers(1003, serving.ATTEND), http2.message(1003, attend))
+        assert pb.AttendResponse.FromString(idle.answer(1003)[5:]).model == "causal"
+        assert healthy(channel)
+        stub = pb_grpc.AttentionServiceStub(channel)
+        assert stub.Attend(serving.attend_request(), timeout=10).model == "causal"
+        assert stub.ListModels(pb.ListModelsRequest(), timeout=10).models
+
+
+def test_a_body_that_does_not_come_holds_no_place(
+    server: AttentionServer, stub: pb_grpc.AttentionServiceStub
+) -> None:
+    with http2.Http2Connection(server.port) as waiting:
+        for number in range(60):
+            waiting.send(http2.headers(2 * number + 1, serving.ATTEND))
+        assert serving.eventually(lambda: server.plane.gauges()["arriving"] == 60)
+        calls = [stub.Attend.future(serving.attend_request(32), timeout=20) for _ in range(100)]
+        assert [call.code() for call in calls] == [grpc.StatusCode.OK] * 100
+        assert server.plane.gauges()["arriving"] == 60
+    assert serving.eventually(lambda: server.plane.gauges()["arriving"] == 0)
+
+
+async def streams_of_both_protocols(port: int) -> list[int]:
+    """Answers on busy ModelStreamInfer streams, by the time that all AttendStream have theirs."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        inference = oip_grpc.GRPCInferenceServiceStub(channel)
+        attention = pb_grpc.AttentionServiceStub(channel)
+        health = health_pb2_grpc.HealthStub(channel)
+        enough = asyncio.Event()
+
+        async def infer() -> int:
+            async def requests() -> AsyncIterator[oip.ModelInferRequest]:
+                for _ in range(2):
+                    yield infer_request(64)
+                while not enough.is_set():
+                    await answered.acquire()
+                    yield infer_request(64)
+
+            count, answered = 0, asyncio.Semaphore(0)
+            async for answer in inference.ModelStreamInfer(requests()):
+                assert not answer.error_message
+                count += 1
+                answered.release()
+            return count
+
+        async def attend() -> None:
+            call = attention.AttendStream()
+            for request_id in range(1, 6):
+                request = serving.attend_request(64)
+                await call.write(pb.AttendStreamRequest(request_id=request_id, request=request))
+                answer = await call.read()
+                assert (answer.request_id, answer.WhichOneof("body")) == (request_id, "response")
+            await call.done_writing()
+
+        async def check() -> None:
+            for _ in range(10):
+                answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+                assert answer.status == SERVING
+
+        busy = [asyncio.create_task(infer()) for _ in range(40)]
+        await asyncio.wait_for(asyncio.gather(check(), *(attend() for _ in range(8))), 60)
+        enough.set()
+        return await asyncio.wait_for(asyncio.gather(*busy), 60)
+
+
+def test_busy_streams_of_one_protocol_leave_room_for_the_other(server: AttentionServer) -> None:
+    assert min(asyncio.run(streams_of_both_protocols(server.port))) > 0
+
+
+def test_a_slow_upload_is_not_computing(
+    server: AttentionServer, stub: pb_grpc.AttentionServiceStub
+) -> None:
+    for _ in range(8):
+        stub.Attend(serving.attend_request(32), timeout=10)
+    content = serving.attend_request(32).SerializeToString()
+    with http2.Http2Connection(server.port) as slow:
+        framed = b"\0" + len(content).to_bytes(4, "big") + content
+        slow.send(http2.headers(1, serving.ATTEND))
+        for part in range(10):
+            cut = slice(part * len(framed) // 10, (part + 1) * len(framed) // 10)
+            slow.send(http2.data(1, framed[cut], end=part == 9))
+            time.sleep(0.15)
+        assert slow.answer(1)
+    burst = [stub.Attend.future(serving.attend_request(32), timeout=20) for _ in range(64)]
+    assert [call.code() for call in burst] == [grpc.StatusCode.OK] * 64
+
+
+def test_long_requests_of_a_few_callers_are_all_served(
+    stub: pb_grpc.AttentionServiceStub,
+) -> None:
+    calls = [stub.Attend.future(serving.attend_request(4096), timeout=60) for _ in range(6)]
+    assert [call.code() for call in calls] == [grpc.StatusCode.OK] * 6
+
+
+@pytest.mark.parametrize("timeout", [2.0, None], ids=["deadline", "cancelled"])
+def test_a_computation_that_nobody_waits_for_is_stopped(
+    repository: Path, stub: pb_grpc.AttentionServiceStub, timeout: float | None
+) -> None:
+    wanted = pb.ReturnOptions(no_output=True, mass_by_distance=4096)
+    started = time.monotonic()
+    stub.Attend(serving.attend_request(4096, returns=wanted), timeout=60)
+    batch = min(32, max(4, round(6 / (time.monotonic() - started))))  # about 6 seconds
+    request = serving.attend_request(4096, batch, returns=wanted)
+    # One that has computed nothing yet, and cannot say beforehand that the time is too short.
+    with (
+        serving.serving(repository) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = pb_grpc.AttentionServiceStub(channel).Attend.future(request, timeout=timeout)
+        assert serving.eventually(lambda: server.plane.gauges()["running"] == 1)
+        if timeout is None:
+            call.cancel()
+        else:
+            assert call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert serving.eventually(lambda: server.plane.gauges()["running"] == 0, 1.5)
+
+
+def test_rapid_resets_cost_others_nothing(
+    server: AttentionServer, stub: pb_grpc.AttentionServiceStub
+) -> None:
+    over = threading.Event()
+    told: list[int] = []
+
+    def reset_all() -> None:
+        request = http2.message(1, serving.attend_request(32).SerializeToString())
+        while not over.is_set():
+            with http2.Http2Connection(server.port) as rude:
+                try:
+                    for stream in range(1, 4001, 2):
+                        body = request[:5] + stream.to_bytes(4, "big") + request[9:]
+                        rude.send(http2.headers(stream, serving.ATTEND), body, http2.reset(stream))
+                except OSError:
+                    pass
+                goodbyes = (frame for frame in rude.frames() if frame.kind == http2.GOAWAY)
+                told.extend(int.from_bytes(frame.payload[4:8], "big") for frame in goodbyes)
+
+    with ThreadPoolExecutor(1) as pool:
+        resetting = pool.submit(reset_all)
+        try:
+            calls = 0
+            while calls < 100 or not (told or resetting.done()):
+                assert stub.Attend(serving.attend_request(), timeout=10).model == "causal"
+                calls += 1
+        finally:
+            over.set()
+        resetting.result(30)
+    assert http2.ENHANCE_YOUR_CALM in told
+
+
+def test_announced_bytes_that_do_not_come_are_nobodys(repository: Path) -> None:
+    limits = Limits(
+        max_stored_bytes=64 * MIB, max_bytes_in_flight=64 * MIB, max_request_bytes=64 * MIB
+    )
+    until = threading.Event()
+
+    def put() -> Iterator[pb.PutTensorRequest]:
+        tensor = pb.Tensor(dtype=pb.FP32, shape=[16 << 20])
+        tensor.chunked.byte_size = 64 * MIB
+        yield pb.PutTensorRequest(header=pb.PutTensorHeader(tensor=tensor))
+        until.wait(30)
+
+    def attend() -> Iterator[pb.AttendStreamRequest]:
+        for request_id in range(1, 9):
+            request = serving.announced(4096, 40)  # 60 MiB
+            yield pb.AttendStreamRequest(request_id=request_id, request=request)
+        until.wait(30)
+
+    with serving.serving(repository, limits=limits) as server:
+        address = f"127.0.0.1:{server.port}"
+        with grpc.insecure_channel(address) as channel, AttentionClient(address) as client:
+            stub = pb_grpc.AttentionServiceStub(channel)
+            calls = [stub.PutTensor.future(put()), stub.AttendStream(attend())]
+            assert serving.eventually(lambda: server.plane.gauges()["arriving"] == 8)
+            client.put_tensor(np.zeros(1 << 20, np.float32))
+            assert stub.Attend(serving.attend_request(4096), timeout=10).model == "causal"
+            until.set()
+            for call in calls:
+                call.cancel()
+
+
+def test_a_full_store_says_when_to_come_again(repository: Path) -> None:
+    limits = Limits(max_stored_bytes=MIB)
+    with (
+        serving.serving(repository, limits=limits) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        tensor = pb.Tensor(dtype=pb.FP32, shape=[3 << 16], data=bytes(768 << 10))
+        header = pb.PutTensorRequest(header=pb.PutTensorHeader(tensor=tensor))
+        stub = pb_grpc.AttentionServiceStub(channel)
+        stored = stub.PutTensor(iter([header]), timeout=10)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.PutTensor(iter([header]), timeout=10)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert float(dict(refused.value.trailing_metadata())["retry-after"]) > 0
+        stub.DropTensor(pb.DropTensorRequest(handle=stored.handle))
+        stub.PutTensor(iter([header]), timeout=10)
