@@ -64,6 +64,13 @@ def causal_core(num_heads: int, head_dim: int) -> Iterator[Path]:
         yield Path(folder)
 
 
+def graph_file(folder: Path, variant: str) -> Path:
+    """The file of a variant in the folder of a version."""
+    manifest = json.loads((folder / "model.json").read_text())
+    (file,) = (v["file"] for v in manifest["variants"] if v["name"] == variant)
+    return folder / str(file)
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which `share` of the values lie."""
     if len(values) < 2:

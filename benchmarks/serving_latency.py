@@ -5,15 +5,17 @@ within rounds, and their medians count. Computation threads do not spin, neither
 default) nor in process: spinning threads of one contender would slow whichever runs next to it.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import numpy as np
+import onnxruntime
 from attnserve_client import AttentionClient
-from attnserve_server.engine.models import load_all
-from attnserve_server.engine.providers import choose
+from attnserve_export.sessions import open_session
 from attnserve_server.settings import usable_cores
 from echo_server import EchoClient, request
 from numpy.typing import NDArray
@@ -46,17 +48,24 @@ class Lengths:
 
 
 class InProcess:
-    """The session that the server would pick, called without a server."""
+    """The graph that the server picks, in a session of this process.
 
-    def __init__(self, repository: Path, model: str = "causal") -> None:
-        store = load_all(repository, choose("cpu"), intra_op_threads=usable_cores(), spinning=False)
-        self._model = store.get(model, "")
+    Args:
+        repository: where the graph is.
+        client: of the server, which says which variant it picked.
+        model: its name.
+    """
+
+    def __init__(self, repository: Path, client: AttentionClient, model: str = "causal") -> None:
+        self._folder = repository / model / "1"
+        self._client = client
+        self._model = model
+        self._session = functools.cache(self._open)
 
     def call(self, q: Array, k: Array, v: Array) -> Callable[[], object]:
         """A call of it; what is not given is given neutrally, as the server does."""
-        length = max(q.shape[2], k.shape[2])
-        variant = self._model.choose("", {"query", "key", "value"}, {"output"}, length)
-        feeds = {
+        session = self._session(self._client.attend(q, k, v, model=self._model).variant)
+        known = {
             "query": q,
             "key": k,
             "value": v,
@@ -64,7 +73,11 @@ class InProcess:
             "bias": np.zeros((1, 1, 1, 1), np.float32),
             "softcap": np.array([-1], np.float32),
         }
-        return lambda: variant.session.run(feeds, ["output"])
+        feeds = {entry.name: known[entry.name] for entry in session.get_inputs()}
+        return lambda: session.run(["output"], feeds)
+
+    def _open(self, variant: str) -> onnxruntime.InferenceSession:
+        return open_session(common.graph_file(self._folder, variant), threads=usable_cores())
 
 
 def floor(repository: Path, lengths: Lengths) -> Section:
@@ -75,7 +88,7 @@ def floor(repository: Path, lengths: Lengths) -> Section:
         AttentionClient(server.address, stream_threshold_bytes=_NEVER) as unary,
         AttentionClient(server.address, stream_threshold_bytes=_ALWAYS) as streamed,
     ):
-        session, bare = InProcess(repository), EchoClient(echo_server.address)
+        session, bare = InProcess(repository, unary), EchoClient(echo_server.address)
 
         def measure(seq_len: int, rounds: int) -> Row:
             q, k, v = tensors(seq_len)
@@ -130,7 +143,7 @@ def shared_memory(repository: Path, lengths: Lengths) -> Section:
         attnserve(repository) as server,
         AttentionClient(server.address, shared_memory=True) as client,
     ):
-        session = InProcess(repository)
+        session = InProcess(repository, client)
 
         def measure(seq_len: int, rounds: int) -> Row:
             q, k, v = tensors(seq_len)
@@ -171,7 +184,7 @@ def kept(repository: Path, query_len: int, key_len: int, rounds: int) -> Section
             {
                 "kept": lambda: client.attend(q, kept_key, kept_value, model="causal"),
                 "sent": lambda: client.attend(q, k, v, model="causal"),
-                "in_process": InProcess(repository).call(q, k, v),
+                "in_process": InProcess(repository, client).call(q, k, v),
             },
             rounds,
         )

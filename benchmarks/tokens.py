@@ -32,8 +32,7 @@ import onnxruntime
 import torch
 from attnserve_client import AttentionClient
 from attnserve_export import graphs
-from attnserve_server.engine.providers import choose
-from attnserve_server.engine.session import GraphSession
+from attnserve_export.sessions import open_session
 from attnserve_server.settings import usable_cores
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -132,13 +131,8 @@ def hidden_states(
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     sequences = ids.tolist()
     variant = client.attend_tokens(sequences, model="minilm").variant
-    file = "model.onnx" if variant == "fused" else f"model.{variant}.onnx"
-    own = GraphSession(
-        repository / "minilm/1" / file,
-        choose("cpu"),
-        intra_op_threads=usable_cores(),
-        spinning=False,
-    )
+    own = open_session(common.graph_file(repository / "minilm/1", variant), threads=usable_cores())
+    known = {entry.name: feeds[entry.name] for entry in own.get_inputs()}
     plain = plain_session(checkpoint, scratch)
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
 
@@ -151,7 +145,7 @@ def hidden_states(
 
     contenders: dict[str, Call] = {
         "attend_tokens": lambda: client.attend_tokens(sequences, model="minilm"),
-        f"in process ({variant})": lambda: own.run(feeds, ["last_hidden_state"]),
+        f"in process ({variant})": lambda: own.run(["last_hidden_state"], known),
         "plain onnxruntime": lambda: plain.run(None, feeds),
         "torch eager": in_torch(load(checkpoint, "eager")),
         "torch sdpa": in_torch(load(checkpoint, "sdpa")),
