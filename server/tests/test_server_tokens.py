@@ -1,11 +1,12 @@
 """AttendTokens over real gRPC, against Hugging Face transformers."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from attnserve_client import AttentionClient, AttnserveError
+from attnserve_client import AttentionClient, AttnserveError, InvalidArgumentError
 from tokenizers import Tokenizer
 from transformers import BertModel
 
@@ -74,3 +75,12 @@ def test_text_and_its_ids_give_the_same(client: AttentionClient, repository: Pat
     by_text = client.attend_tokens(["w3 w9"], model="bert")
     by_ids = client.attend_tokens([ids], model="bert")
     np.testing.assert_array_equal(by_text.hidden[0], by_ids.hidden[0])
+
+
+def test_a_long_text_is_cut_or_refused_before_it_is_tokenized(client: AttentionClient) -> None:
+    text = "w1 " * (1 << 20)
+    started = time.monotonic()
+    assert client.attend_tokens([text], model="bert", truncate=True).truncated == [True]
+    with pytest.raises(InvalidArgumentError, match=r"text\.texts\[0\]: given"):
+        client.attend_tokens([text], model="bert")
+    assert time.monotonic() - started < 5

@@ -70,7 +70,8 @@ class AttentionServer:
         """
         settings = self._settings
         if settings.metrics_port is not None:
-            self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
+            host = _metrics_host(settings.host)
+            self.metrics_port = self.metrics.serve(host, settings.metrics_port)
         self._handlers.start()
         try:
             self.plane.start()
@@ -105,6 +106,11 @@ def _address(host: str, port: int) -> str:
     if host.startswith("unix"):
         return host
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _metrics_host(host: str) -> str:
+    """Where /metrics is served: this machine alone, where gRPC has a socket of its file system."""
+    return "127.0.0.1" if host.startswith("unix") else host.removeprefix("[").removesuffix("]")
 
 
 def _data_plane(settings: Settings, provider: providers.Providers) -> DataPlane:
