@@ -74,10 +74,6 @@ struct Context {
 AttendPlan plan_attend(const wire::AttendRequest& message, const Context& context,
                        bool chunks_allowed);
 
-// Throws RequestError RESOURCE_EXHAUSTED: the answer's tensors would go into one message, and are
-// too large for it. For methods whose answer is one message of attnserve.v1.
-void check_fits_message(const AttendPlan& plan, const Limits& limits);
-
 // Where tensors lie that follow one another from 0 on, each at the next multiple of kAlignment; the
 // last entry is where the last one ends.
 std::vector<std::uint64_t> offsets(const std::vector<wire::ResultSpec>& results);

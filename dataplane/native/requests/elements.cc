@@ -4,8 +4,8 @@
 #include <cstring>
 #include <limits>
 #include <optional>
-#include <span>
 #include <string>
+#include <type_traits>
 
 #include "base/half.h"
 #include "base/text.h"
@@ -14,32 +14,45 @@
 namespace attnserve::requests {
 namespace {
 
-// A block's elements are looked at without a branch between them, so that the compiler can look at
-// many at once.
-constexpr std::size_t kBlock = 256;
+// Calls `each(start, size)` for all elements. Most sizes are one constant, which makes compilers do
+// many elements at once.
+template <class Each>
+void for_each_block(std::size_t count, Each each) {
+  constexpr std::integral_constant<std::size_t, 256> kBlock;
+  std::size_t start = 0;
+  for (; count - start >= kBlock; start += kBlock) each(start, kBlock);
+  if (start < count) each(start, count - start);
+}
 
-// How an element type of this many bits says NaN and infinity; elements as unsigned integers.
+// How an element type says infinity; its elements as signed integers of its size.
 struct Fp32 {
-  using Bits = std::uint32_t;
-  static constexpr Bits kInfinity = 0x7F800000U, kSign = 0x80000000U;
+  using Bits = std::int32_t;
+  static constexpr Bits kInfinity = 0x7F800000;
 };
 struct Fp16 {
-  using Bits = std::uint16_t;
-  static constexpr Bits kInfinity = 0x7C00U, kSign = 0x8000U;
+  using Bits = std::int16_t;
+  static constexpr Bits kInfinity = 0x7C00;
 };
 struct Bf16 {
-  using Bits = std::uint16_t;
-  static constexpr Bits kInfinity = 0x7F80U, kSign = 0x8000U;
+  using Bits = std::int16_t;
+  static constexpr Bits kInfinity = 0x7F80;
 };
+
+template <class Bits>
+constexpr Bits kSign = std::numeric_limits<Bits>::min();
 
 template <class Type>
 bool is_nan(typename Type::Bits element) {
-  return (element & (Type::kSign - 1)) > Type::kInfinity;
+  return (element & ~kSign<typename Type::Bits>) > Type::kInfinity;
 }
 
+// +infinity or NaN of either sign: all that lies above, with the sign as it is or turned, for
+// floats of one sign are ordered as the integers.
 template <class Type>
 bool is_wrong(typename Type::Bits element) {
-  return is_nan<Type>(element) | (element == Type::kInfinity);
+  using Bits = typename Type::Bits;
+  const auto turned = static_cast<Bits>(element ^ kSign<Bits>);
+  return (element >= Type::kInfinity) | (turned > Type::kInfinity);
 }
 
 struct Wrong {
@@ -50,23 +63,21 @@ struct Wrong {
 // The first NaN or, if there is none, the first +infinity.
 template <class Type>
 std::optional<Wrong> find_wrong(const std::byte* data, std::size_t count) {
-  const auto* elements = reinterpret_cast<const typename Type::Bits*>(data);
-  std::optional<Wrong> infinite;
-  for (std::size_t start = 0; start < count; start += kBlock) {
-    const std::size_t size = std::min(kBlock, count - start);
-    bool any = false;
-    if (size == kBlock) {
-      for (std::size_t i = 0; i < kBlock; ++i) any |= is_wrong<Type>(elements[start + i]);
-    } else {
-      for (std::size_t i = 0; i < size; ++i) any |= is_wrong<Type>(elements[start + i]);
+  using Bits = typename Type::Bits;
+  const auto* elements = reinterpret_cast<const Bits*>(data);
+  std::optional<Wrong> nan, infinite;
+  for_each_block(count, [&](std::size_t start, auto size) {
+    Bits any = 0;
+    for (std::size_t i = 0; i < size; ++i) {
+      any = static_cast<Bits>(any | is_wrong<Type>(elements[start + i]));
     }
-    if (!any) continue;
+    if (any == 0 || nan) return;
     for (std::size_t i = start; i < start + size; ++i) {
-      if (is_nan<Type>(elements[i])) return Wrong{i, true};
+      if (!nan && is_nan<Type>(elements[i])) nan = Wrong{i, true};
       if (!infinite && is_wrong<Type>(elements[i])) infinite = Wrong{i, false};
     }
-  }
-  return infinite;
+  });
+  return nan ? nan : infinite;
 }
 
 std::optional<Wrong> find_wrong(const Tensor& tensor) {
@@ -84,12 +95,14 @@ std::optional<Wrong> find_wrong(const Tensor& tensor) {
 template <class Element, class Scale>
 void scale_each(ByteSpan from, MutableByteSpan to, Scale scale) {
   auto* scaled = reinterpret_cast<Element*>(to.data());
-  const std::size_t count = from.size() / sizeof(Element);
-  for (std::size_t i = 0; i < count; ++i) {
-    Element element;
-    std::memcpy(&element, from.data() + i * sizeof(Element), sizeof(Element));
-    scaled[i] = scale(element);
-  }
+  for_each_block(from.size() / sizeof(Element), [&](std::size_t start, auto size) {
+    const std::byte* bytes = from.data() + start * sizeof(Element);
+    for (std::size_t i = 0; i < size; ++i) {
+      Element element;
+      std::memcpy(&element, bytes + i * sizeof(Element), sizeof(Element));
+      scaled[start + i] = scale(element);
+    }
+  });
 }
 
 }  // namespace

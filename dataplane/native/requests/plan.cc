@@ -244,12 +244,4 @@ float softcap_feed(const AttendPlan& plan) {
   return static_cast<float>(own);
 }
 
-void check_fits_message(const AttendPlan& plan, const Limits& limits) {
-  if (plan.output_region || plan.response_bytes <= limits.max_message_bytes) return;
-  throw RequestError(
-      Code::kResourceExhausted,
-      text("response size: its tensors take ", plan.response_bytes,
-           " bytes; allowed in one message: ", limits.max_message_bytes, "; use AttendStream"));
-}
-
 }  // namespace attnserve::requests

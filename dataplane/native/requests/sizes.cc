@@ -1,7 +1,5 @@
 #include "requests/sizes.h"
 
-#include <algorithm>
-#include <limits>
 #include <string>
 
 #include "base/status.h"
@@ -11,8 +9,6 @@
 
 namespace attnserve::requests {
 namespace {
-
-constexpr std::size_t kMostBytes = std::numeric_limits<std::size_t>::max();
 
 void check(std::string_view what, Wide given, std::size_t allowed, std::string_view option) {
   if (given <= allowed) return;

@@ -353,14 +353,6 @@ const std::vector<Refusal> kRefusals{
      Code::kResourceExhausted,
      "lengths: B=1, H=4, Sq=2100, Sk=2100 would take about 423360000 bytes of working memory with "
      "variant 'fused'; allowed: 402653184 (--max-working-mib)"},
-    {"answer too large for a message",
-     [](Request& r, World&) {
-       r.all({1, 4, 600, 8});
-       r.message.returns.weights = true;
-     },
-     Code::kResourceExhausted,
-     "response size: its tensors take 5836800 bytes; allowed in one message: 4194304; use "
-     "AttendStream"},
     {"output region without a name", [](Request& r, World&) { r.message.output_region.emplace(); },
      Code::kInvalidArgument,
      "output_region.name: given nothing; allowed: a name that RegisterSharedMemory answered"},
@@ -406,9 +398,8 @@ TEST_CASE("a bad request is refused: what is wrong, what was given, what is allo
     Request request;
     refusal.change(request, world);
     const Status status = status_thrown([&] {
-      AttendPlan plan = plan_attend(request.message, world.context(), false);
-      check_fits_message(plan, world.limits);
-      prepare(std::move(plan), request.elements(), world.context(), kPeer);
+      prepare(plan_attend(request.message, world.context(), false), request.elements(),
+              world.context(), kPeer);
     });
     CHECK(name_of(status.code) == name_of(refusal.code));
     CHECK(status.message == refusal.message);

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -21,25 +22,23 @@ class SharedObject {
  public:
   static constexpr std::size_t kBytes = 8192, kRegionBytes = 4096;
 
-  explicit SharedObject(World& world) : key_("attnserve-requests-" + std::to_string(getpid())) {
-    const int descriptor = shm_open(("/" + key_).c_str(), O_CREAT | O_RDWR, 0600);
+  explicit SharedObject(World& world) {
+    const std::string key = "attnserve-requests-" + std::to_string(getpid());
+    const int descriptor = shm_open(("/" + key).c_str(), O_CREAT | O_RDWR, 0600);
     if (descriptor < 0 || ftruncate(descriptor, kBytes) != 0) throw std::runtime_error("shm_open");
     memory_ = static_cast<std::byte*>(
         mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0));
     close(descriptor);
-    world.regions.add("r", key_, 0, kRegionBytes, sessions::owner_of(kPeer));
+    world.regions.add("r", key, 0, kRegionBytes, sessions::owner_of(kPeer));
+    shm_unlink(("/" + key).c_str());  // it lives while it is mapped
   }
   SharedObject(const SharedObject&) = delete;
   SharedObject& operator=(const SharedObject&) = delete;
-  ~SharedObject() {
-    munmap(memory_, kBytes);
-    shm_unlink(("/" + key_).c_str());
-  }
+  ~SharedObject() { munmap(memory_, kBytes); }
 
   std::byte* at(std::size_t offset) { return memory_ + offset; }
 
  private:
-  std::string key_;
   std::byte* memory_ = nullptr;
 };
 
