@@ -185,7 +185,7 @@ def test_a_changed_file_is_refused_at_start(repository: Path, tmp_path: Path) ->
 
 
 def test_asking_for_cuda_without_it_says_what_is_missing(repository: Path) -> None:
-    from attnserve_server.engine.providers import missing_for_cuda
+    from attnserve_server.models.providers import missing_for_cuda
 
     if missing_for_cuda() is None:
         pytest.skip("CUDA works here")
