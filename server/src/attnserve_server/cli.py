@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attnserve-server {__version__}")
     add = parser.add_argument
     add("--repository", type=Path, required=True, help="folder of models")
-    add("--host", default=defaults.host, help="address to listen on")
+    add("--host", default=defaults.host, help="address to listen on, or unix:PATH")
     add("--port", type=_at_least(0), default=defaults.port, help="gRPC; 0 takes a free one")
     add(
         "--metrics-port",
@@ -262,13 +262,13 @@ def _parser() -> argparse.ArgumentParser:
         "--max-kept-mib",
         type=_at_least(0),
         default=limits.max_stored_bytes // MIB,
-        help="tensors kept by PutTensor",
+        help="tensors stored by PutTensor",
     )
     add(
         "--kept-lease-seconds",
         type=float,
         default=limits.stored_lease,
-        help="how long a tensor is kept after its last use, unless its caller says otherwise",
+        help="how long a tensor is stored after its last use, unless its caller says otherwise",
     )
     add(
         "--max-kept-lease-seconds",

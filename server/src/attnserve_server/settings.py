@@ -25,8 +25,8 @@ class Limits:
         chunk_bytes: size of the chunks that the server sends.
         max_queue_seconds: a request that would wait longer, by estimate, is refused.
         max_stored_bytes: tensors stored by PutTensor, all callers' together.
-        stored_lease, max_stored_lease: seconds that a tensor is kept after its last use: unless its
-            caller says otherwise, and at most.
+        stored_lease, max_stored_lease: seconds that a tensor is stored after its last use: unless
+            its caller says otherwise, and at most.
         max_shared_regions: shared-memory regions registered at once; 0 turns shared memory off.
         max_shared_bytes: of shared memory mapped at once.
     """
@@ -55,8 +55,10 @@ class Settings:
 
     Attributes:
         repository: the folder of models.
-        host, port: where gRPC listens; port 0 takes a free one.
-        metrics_port: Prometheus over HTTP on the same host; 0 takes a free one, None is off.
+        host, port: where gRPC listens; port 0 takes a free one. A host "unix:PATH" or
+            "unix-abstract:NAME" is a socket of this machine and has no port.
+        metrics_port: Prometheus over HTTP on the same host, on 127.0.0.1 where that is such a
+            socket; 0 takes a free one, None is off.
         provider: "auto", "cuda" or "cpu".
         intra_op_threads: threads that one computation may use; 0: as many as there are cores.
         spinning: whether idle computation threads spin. Lower latency for the next computation,
