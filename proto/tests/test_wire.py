@@ -6,7 +6,6 @@ import pytest
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import buffers, wire
 from attnserve_proto.frames import ALIGNMENT, REQUEST_PADDING, lay_out
-from attnserve_proto.layouts import Layouts
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,38 +97,6 @@ def test_cut_covers_the_tensor_once_in_order() -> None:
 def test_a_length_beyond_the_message_is_refused() -> None:
     with pytest.raises(DecodeError, match="cut off"):
         wire.split(b"\x22\x7fabc", pb.AttendRequest, wire.REQUEST_TENSORS)
-
-
-@given(st.text(max_size=20), st.dictionaries(numbers, blobs, min_size=1), st.data())
-def test_a_known_layout_is_found_only_for_messages_that_mean_the_same(
-    model: str, tensors: dict, draw: st.DataObject
-) -> None:
-    message = pb.AttendRequest(model=model)
-    for number, data in tensors.items():
-        field = getattr(message, wire.REQUEST_TENSORS[number])
-        field.CopyFrom(pb.Tensor(dtype=pb.FP32, shape=[len(data)], data=data))
-    buffer = message.SerializeToString()
-    layouts: Layouts[str] = Layouts()
-    _, rooms = wire.locate(buffer, pb.AttendRequest, wire.REQUEST_TENSORS)
-    layouts.remember(buffer, rooms, "known")
-    at = draw.draw(st.integers(0, len(buffer) - 1))
-    changed = bytearray(buffer)
-    changed[at] ^= draw.draw(st.integers(1, 255))
-    inside = any(start <= at < end for start, end in rooms.values())
-    found = layouts.find(bytes(changed))
-    assert (found is not None) == inside
-    if found is not None:
-        value, views = found
-        assert value == "known"
-        _, apart = wire.split(bytes(changed), pb.AttendRequest, wire.REQUEST_TENSORS)
-        assert {n: bytes(v) for n, v in views.items()} == {n: bytes(v) for n, v in apart.items()}
-
-
-def test_only_so_many_layouts_are_remembered() -> None:
-    layouts: Layouts[int] = Layouts(most=2)
-    for size in (1, 2, 3):
-        layouts.remember(bytes(size), {}, size)
-    assert [layouts.find(bytes(size)) is not None for size in (1, 2, 3)] == [False, True, True]
 
 
 def test_a_blank_message_outlives_its_name() -> None:

@@ -18,13 +18,12 @@ class InferResponse final : public Answer {
  public:
   // `message` is what the views in `decoded` and `plan` look into.
   InferResponse(Core& core, const wire::InferRequest& decoded, requests::InferPlan& plan,
-                std::string peer, bool stream)
+                bool stream)
       : core_(core),
         model_(plan.attend.model),
         results_(requests::answer_outputs(plan, core.limits)),
         outputs_(std::move(plan.outputs)),
         id_(decoded.id),
-        peer_(std::move(peer)),
         stream_(stream) {}
 
   void place(requests::PreparedAttend& prepared) override {
@@ -42,8 +41,7 @@ class InferResponse final : public Answer {
       Tensor& tensor = prepared.work.results[static_cast<std::size_t>(spec.output)];
       tensor.dtype = spec.dtype;
       tensor.shape = spec.shape;
-      tensor.data = outputs_[index].region ? shared(prepared, *outputs_[index].region)
-                                           : answer_->places[index];
+      tensor.data = outputs_[index].region ? outputs_[index].place.data() : answer_->places[index];
     }
     // What is computed along with what was asked for goes nowhere that is sent.
     for (const wire::ResultSpec& spec : prepared.plan.results) {
@@ -66,18 +64,11 @@ class InferResponse final : public Answer {
   }
 
  private:
-  std::byte* shared(requests::PreparedAttend& prepared, const requests::Region& region) {
-    prepared.regions.push_back(core_.regions.view(region.name, region.offset, region.byte_size,
-                                                  sessions::owner_of(peer_)));
-    return prepared.regions.back().bytes.data();
-  }
-
   Core& core_;
   const engine::ModelPtr model_;
   const std::vector<wire::InferResult> results_;
   const std::vector<requests::AskedOutput> outputs_;
   const std::string_view id_;
-  const std::string peer_;
   const bool stream_;
   std::optional<wire::InferAnswer> answer_;
 };
@@ -268,7 +259,7 @@ void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
     const requests::Context context = core.context();
     requests::InferPlan plan = requests::plan_infer(decoded, model, context, info.peer);
     request->shorten(plan.timeout, request->arrived);
-    auto answer = std::make_unique<InferResponse>(core, decoded, plan, info.peer, stream);
+    auto answer = std::make_unique<InferResponse>(core, decoded, plan, stream);
     auto prepared = requests::prepare(std::move(plan.attend), plan.elements, context, info.peer);
     prepared->owners.push_back(message);
     for (Bytes& contents : plan.contents) prepared->copies.push_back(std::move(contents));
