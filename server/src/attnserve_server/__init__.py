@@ -1,11 +1,12 @@
-"""The attnserve server: wire -> validate -> schedule -> run -> wire.
+"""The attnserve server: the control plane over the data plane (attnserve_dataplane).
 
-services/    the gRPC methods: decode, call, encode
-wire/        messages to requests and results to messages
-validation/  every check on a request, before anything is queued
-scheduler/   which request runs when; deadlines, admission
-engine/      ONNX Runtime: providers, sessions, models, diagnostics
+app          a whole server, built from settings, started and drained
+handlers/    the gRPC methods that are answered in Python, and the threads that answer them
+tokens/      requests of token models: checks, the run, weights, answers
+oip/         the Open Inference Protocol: metadata, and requests of token models
+models/      what is loaded: providers, tokenizers, loading and unloading
 repository/  the model repository on disk
+metrics      the data plane's counts, for Prometheus
 """
 
 import os
