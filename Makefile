@@ -31,16 +31,18 @@ demo: $(STAMP) ## export two models, serve them, call them, load-test them
 test: $(STAMP) ## the tests, in two processes (under 5 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
-check-all: lint test ## lint, all tests, the longest included
+check-all: lint test ## lint, all tests, the longest included, and the C++ under sanitizers
+	scripts/native-tests all
+	scripts/sanitized-server-tests
 	$(BIN)/python -m pytest -m slow
 
-native-tests: $(STAMP) ## the C++ tests, plain and under the sanitizers
-	scripts/native-tests
+native-tests: $(STAMP) ## the C++ tests
+	scripts/native-tests plain
 
 fuzz: $(STAMP) ## the fuzz targets, FUZZ_SECONDS each (60)
 	scripts/fuzz
 
-wheels: ## self-contained wheels of all distributions, in dist/
+wheels: $(STAMP) ## self-contained wheels of all distributions, in dist/
 	scripts/wheels
 
 bench: $(STAMP) ## the benchmarks; figures in reports/
@@ -48,14 +50,16 @@ bench: $(STAMP) ## the benchmarks; figures in reports/
 	$(BIN)/python benchmarks/kernels.py --json reports/kernels.json --plots reports/kernels
 	$(BIN)/python benchmarks/tokens.py --json reports/tokens.json
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, clang-format and clang-tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	scripts/lint-native
 
-format: $(STAMP) ## let ruff format and fix
+format: $(STAMP) ## let ruff and clang-format format, and ruff fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	find dataplane/native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 clean: ## remove everything made here
-	rm -rf $(VENV) models reports .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dataplane/build dist models reports .pytest_cache .mypy_cache .ruff_cache .hypothesis

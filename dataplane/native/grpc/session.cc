@@ -173,9 +173,11 @@ struct Setup {
     nghttp2_session_callbacks_set_data_source_read_length_callback(callbacks, most_data);
     nghttp2_session_callbacks_set_send_data_callback(callbacks, send_data);
     nghttp2_option_set_no_auto_window_update(options, 1);
+#ifdef ATTNSERVE_NGHTTP2_COUNTS_RESETS
     // Resets are counted by Manners, which knows how to say why.
     constexpr std::uint64_t kNoLimit = std::numeric_limits<std::uint32_t>::max();
     nghttp2_option_set_stream_reset_rate_limit(options, kNoLimit, kNoLimit);
+#endif
   }
 
   nghttp2_session_callbacks* callbacks = nullptr;
