@@ -28,7 +28,7 @@ class Loop final : public Waker {
   // std::system_error.
   Loop(Service& service, const ConnectionFactory& factory, Duration handshake_timeout,
        std::function<void()> housekeeping);
-  ~Loop();  // stops
+  ~Loop() override;  // stops
 
   // Throws std::runtime_error that says which thread and why.
   void start(const std::string& name);

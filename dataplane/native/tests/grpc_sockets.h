@@ -27,6 +27,7 @@ struct EchoRecord {
   std::atomic<std::size_t> drained{0};
   std::atomic<std::size_t> timers{0};
   std::atomic<std::size_t> mails{0};
+  std::atomic<std::size_t> received{0};             // bytes
   std::atomic<bool> timer_gives_up{false};          // instead of saying "timer"
   std::atomic<std::int64_t> timer_milliseconds{0};  // after the first byte; 0: no timer
   std::mutex mutex;                                 // guards the rest
@@ -36,8 +37,8 @@ struct EchoRecord {
   Waker* waker = nullptr;
 };
 
-// Sends back every byte; ends after a '!', or once drained and all is written. A '?' is a call that
-// is never answered.
+// Sends back every byte; ends after a '!', whatever follows it, or once drained and all is written.
+// A '?' is a call that is never answered.
 class EchoConnection final : public Connection {
  public:
   EchoConnection(EchoRecord& record, std::uint64_t number) : record_(record), number_(number) {}
@@ -47,9 +48,13 @@ class EchoConnection final : public Connection {
   }
 
   void receive(ByteSpan bytes, TimePoint now) override {
-    if (over_) return;
-    unsent_.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-    if (unsent_.ends_with('!')) over_ = true;
+    record_.received += bytes.size();
+    if (heard_all_) return;
+    const std::string_view fresh(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    const std::size_t end = fresh.find('!');
+    heard_all_ = end != std::string_view::npos;
+    over_ |= heard_all_;
+    unsent_.append(heard_all_ ? fresh.substr(0, end + 1) : fresh);
     if (unsent_.ends_with('?')) asked_ = true;
     const std::int64_t wait = record_.timer_milliseconds;
     if (wait > 0) due_ = now + std::chrono::milliseconds(wait);
@@ -90,7 +95,8 @@ class EchoConnection final : public Connection {
   const std::uint64_t number_;
   std::string unsent_;
   TimePoint due_ = kNever;
-  bool over_ = false;
+  bool over_ = false;       // ends once all is written
+  bool heard_all_ = false;  // after a '!'
   bool asked_ = false;
 };
 
