@@ -3,12 +3,11 @@
 import logging
 import os
 from functools import partial
-from pathlib import Path
 
 import attnserve_kernels
 from attnserve_dataplane import DataPlane, collect_logs
 
-from attnserve_server import onnxruntime_library
+from attnserve_server import certificates, onnxruntime_library
 from attnserve_server.handlers import reflection
 from attnserve_server.handlers.attention import AttentionHandlers
 from attnserve_server.handlers.inference import InferenceHandlers
@@ -34,7 +33,7 @@ class AttentionServer:
         LibraryError: ONNX Runtime is not there.
         ProviderError: the provider asked for does not work.
         ManifestError: the model repository is not as it should be.
-        OSError: a file of a certificate cannot be read.
+        CertificateError: TLS cannot be had as the settings ask.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -119,6 +118,7 @@ def _data_plane(settings: Settings, provider: providers.Providers) -> DataPlane:
     if batch_bytes is None:
         batch_bytes = (256 if provider.on_cuda else 2) * MIB
     operators = attnserve_kernels.library_path()
+    tls = certificates.read(settings)
     return DataPlane(
         addresses=[_address(settings.host, settings.port)],
         io_threads=settings.io_threads or min(usable_cores(), _MOST_IO_THREADS),
@@ -150,16 +150,12 @@ def _data_plane(settings: Settings, provider: providers.Providers) -> DataPlane:
         keepalive_min_ping_interval=settings.keepalive_min_ping_interval,
         max_connection_age=settings.max_connection_age,
         max_connection_age_grace=settings.max_connection_age_grace,
-        tls_certificate_chain=_text(settings.tls_certificate),
-        tls_private_key=_text(settings.tls_key),
-        tls_client_authorities=_text(settings.tls_client_authorities),
+        tls_certificate_chain=tls.certificate_chain,
+        tls_private_key=tls.private_key,
+        tls_client_authorities=tls.client_authorities,
         cuda=provider.on_cuda,
         intra_op_threads=settings.intra_op_threads or usable_cores(),
         spinning=settings.spinning,
         onnxruntime_library=str(onnxruntime_library.path()),
         operators_library="" if operators is None else str(operators),
     )
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else path.read_text(encoding="utf-8")

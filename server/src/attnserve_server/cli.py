@@ -38,6 +38,7 @@ def serve(settings: Settings) -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         from attnserve_server.app import AttentionServer
+        from attnserve_server.certificates import CertificateError
         from attnserve_server.models.providers import ProviderError
         from attnserve_server.onnxruntime_library import LibraryError
         from attnserve_server.repository import ManifestError
@@ -48,7 +49,7 @@ def serve(settings: Settings) -> None:
     try:
         server = AttentionServer(settings)
         server.start()
-    except (LibraryError, ProviderError, ManifestError, OSError) as error:
+    except (LibraryError, ProviderError, CertificateError, ManifestError, OSError) as error:
         raise StartError(str(error)) from error
     names = ", ".join(sorted({model.manifest.name for model in server.store})) or "none"
     print(

@@ -1,0 +1,50 @@
+"""The PEM files of TLS, read before anything listens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from attnserve_server.settings import Settings
+
+
+class CertificateError(Exception):
+    """TLS cannot be had as it was asked for; the message names the option."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsTexts:
+    """Contents of the files; all None: no TLS."""
+
+    certificate_chain: str | None = None
+    private_key: str | None = None
+    client_authorities: str | None = None
+
+
+def read(settings: Settings) -> TlsTexts:
+    """What the settings name.
+
+    Raises:
+        CertificateError: a file cannot be read, or one is named without those that it needs: the
+            server would talk in the clear, or to anybody, though it was told not to.
+    """
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate is None and key is None and settings.tls_client_authorities is None:
+        return TlsTexts()
+    if certificate is None or key is None:
+        missing = "--tls-certificate" if certificate is None else "--tls-key"
+        raise CertificateError(f"{missing}: given nothing; TLS needs a certificate and its key")
+    return TlsTexts(
+        _text("--tls-certificate", certificate),
+        _text("--tls-key", key),
+        _text("--tls-client-authorities", settings.tls_client_authorities)
+        if settings.tls_client_authorities
+        else None,
+    )
+
+
+def _text(option: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CertificateError(f"{option}: {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CertificateError(f"{option}: {path}: given bytes; allowed: a PEM file") from None

@@ -1,0 +1,96 @@
+"""`attnserve-server` where it cannot start: exit code 1 and one line that says why."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import certificates
+import pytest
+import serving
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return serving.write_causal(tmp_path_factory.mktemp("cli"))
+
+
+def start(repository: Path, *options: str | Path, before: str = "") -> str:
+    """What the command says before it ends with 1."""
+    code = f"{before}\nimport sys\nfrom attnserve_server import cli\nsys.exit(cli.main())"
+    command = [sys.executable, "-c", code, "--repository", repository, "--port", "0"]
+    done = subprocess.run(
+        [*command, "--metrics-port", "-1", "--provider", "cpu", "--log-level", "error", *options],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("attnserve-server: ")
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> certificates.Authority:
+    return certificates.Authority(tmp_path_factory.mktemp("authority"))
+
+
+def test_a_certificate_that_is_not_there(
+    repository: Path, authority: certificates.Authority, tmp_path: Path
+) -> None:
+    own = authority.issue("server")
+    absent = tmp_path / "absent.pem"
+    for option in ("--tls-certificate", "--tls-key", "--tls-client-authorities"):
+        given = {"--tls-certificate": own.certificate, "--tls-key": own.key} | {option: absent}
+        options = [word for pair in given.items() for word in pair]
+        assert str(absent) in start(repository, *options)
+
+
+def test_files_that_are_no_certificates(
+    repository: Path, authority: certificates.Authority, tmp_path: Path
+) -> None:
+    own = authority.issue("server")
+    text, binary = tmp_path / "text.pem", tmp_path / "binary.pem"
+    text.write_text("no certificate\n")
+    binary.write_bytes(bytes(range(256)))
+    for wrong in (text, binary):
+        for option in ("--tls-certificate", "--tls-key", "--tls-client-authorities"):
+            given = {"--tls-certificate": own.certificate, "--tls-key": own.key} | {option: wrong}
+            options = [word for pair in given.items() for word in pair]
+            said = start(repository, *options)
+            assert "TLS" in said or f"{option}: {wrong}" in said
+
+
+def test_a_key_of_another_certificate(repository: Path, authority: certificates.Authority) -> None:
+    own, other = authority.issue("server"), authority.issue("other")
+    options = ("--tls-certificate", own.certificate, "--tls-key", other.key)
+    assert "private_key" in start(repository, *options)
+
+
+def test_half_of_what_tls_needs(repository: Path, authority: certificates.Authority) -> None:
+    own = authority.issue("server")
+    assert "--tls-key" in start(repository, "--tls-certificate", own.certificate)
+    assert "--tls-certificate" in start(repository, "--tls-key", own.key)
+    assert "--tls-certificate" in start(
+        repository, "--tls-client-authorities", authority.certificate
+    )
+
+
+def test_a_port_that_is_taken(repository: Path) -> None:
+    with serving.serving(repository) as server:
+        assert str(server.port) in start(repository, "--port", str(server.port))
+        assert str(server.port) in start(repository, "--metrics-port", str(server.port))
+
+
+def test_without_the_data_plane_it_says_what_to_install(repository: Path) -> None:
+    before = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "attnserve_dataplane":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+    said = start(repository, before=before)
+    assert "attnserve_dataplane" in said
+    assert "pip install attnserve-dataplane" in said
