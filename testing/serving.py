@@ -73,6 +73,11 @@ class ServerProcess:
         """The memory that it has."""
         return self._status("VmRSS")
 
+    @property
+    def virtual_bytes(self) -> int:
+        """The addresses that it has, of memory or not."""
+        return self._status("VmSize")
+
     def _status(self, name: str) -> int:
         lines = Path(f"/proc/{self.popen.pid}/status").read_text().splitlines()
         found = next(line for line in lines if line.startswith(f"{name}:"))

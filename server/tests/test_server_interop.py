@@ -96,6 +96,20 @@ def test_cancel_after_begin(stub: pb_grpc.AttentionServiceStub, server: Attentio
     assert nothing_is_left(server)
 
 
+def test_a_cancelled_call_is_counted_as_one(server: AttentionServer, channel: grpc.Channel) -> None:
+    def counts() -> dict[str, int]:
+        return {code: n for method, code, n in server.plane.requests() if method == "Attend"}
+
+    before = counts()
+    requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    call = channel.stream_unary(serving.ATTEND).future(iter(requests.get, None), timeout=30)
+    assert serving.eventually(lambda: server.plane.gauges()["arriving"] == 1)
+    call.cancel()
+    requests.put(None)
+    expected = before | {"CANCELLED": before.get("CANCELLED", 0) + 1}
+    assert serving.eventually(lambda: counts() == expected)
+
+
 def test_cancel_after_first_response(
     stub: pb_grpc.AttentionServiceStub, server: AttentionServer
 ) -> None:

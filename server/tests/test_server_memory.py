@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import secrets
 import signal
 import subprocess
@@ -14,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import http2
 import numpy as np
 import pytest
 import serving
+from attnserve_client import AttentionClient
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
-from attnserve_server.settings import MIB
+from attnserve_server.settings import MIB, Limits
 from tritonclient.grpc import service_pb2 as oip
 
 FOLDER = Path("/dev/shm")
@@ -95,6 +98,51 @@ def test_millions_of_tiny_fields_are_refused_quickly(small: Path, path: str, fie
         assert time.monotonic() - started < 1
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert process.peak_bytes - before < 5 * len(content)
+
+
+def test_unread_answers_are_within_the_bound_and_go_with_their_streams(small: Path) -> None:
+    limits = Limits(max_bytes_in_flight=32 * MIB)
+    with serving.serving(small, limits=limits) as server:
+        lent = lambda: server.plane.gauges()["bytes_in_flight"]  # noqa: E731
+        keys = np.ones((1, serving.HEADS, 4096, serving.DIM), np.float32)
+        with (
+            grpc.insecure_channel(server.address) as channel,
+            AttentionClient(server.address) as client,
+        ):
+            stub = pb_grpc.AttentionServiceStub(channel)
+            stored = pb.Tensor(stored=client.put_tensor(keys).handle)
+            request = serving.attend_request(32, returns=pb.ReturnOptions(weights=True))
+            request.key.CopyFrom(stored)
+            request.value.CopyFrom(stored)  # 4 KiB of request, 2 MiB of answer
+            message = pb.AttendStreamRequest(request=request)
+            with http2.Http2Connection(server.port) as deaf:  # it opens no window
+                for stream in range(1, 33, 2):
+                    deaf.send(http2.headers(stream, serving.ATTEND_STREAM))
+                    for request_id in range(1, 9):
+                        message.request_id = request_id
+                        content = message.SerializeToString()
+                        deaf.send(http2.message(stream, content, end=False))
+                assert serving.eventually(lambda: lent() > 16 * MIB)
+                for _ in range(20):
+                    assert lent() <= 32 * MIB
+                    assert stub.ListModels(pb.ListModelsRequest(), timeout=10).models
+            assert serving.eventually(lambda: lent() == 0)
+            assert stub.Attend(serving.attend_request(), timeout=10).model == "causal"
+
+
+def test_without_memory_a_request_fails_and_the_server_lives(small: Path) -> None:
+    with serving.process(small) as process, grpc.insecure_channel(process.address) as channel:
+        stub = pb_grpc.AttentionServiceStub(channel)
+        assert stub.Attend(serving.attend_request(), timeout=10).model == "causal"
+        most = process.virtual_bytes + 64 * MIB
+        resource.prlimit(process.popen.pid, resource.RLIMIT_AS, (most, most))
+        large = serving.attend_request(4096, 60).SerializeToString()  # 90 MiB
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError) as refused:
+                serving.raw_call(channel, serving.ATTEND)(large, timeout=30)
+            assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert stub.Attend(serving.attend_request(), timeout=10).model == "causal"
+        assert process.popen.poll() is None
 
 
 def shared_bytes(metrics_port: int) -> float:
