@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "base/copy.h"
 #include "base/text.h"
 #include "services/attend.h"
 #include "services/early_heads.h"
@@ -267,7 +267,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
                            left > 0 ? text("1..", left, " bytes") : std::string("no more")));
     }
     target.lease.grow_or_throw(chunk.data.size());
-    std::memcpy(target.data() + received, chunk.data.data(), chunk.data.size());
+    copy_bytes(target.data() + received, chunk.data.data(), chunk.data.size());
     received += chunk.data.size();
     incoming.missing -= chunk.data.size();
   }

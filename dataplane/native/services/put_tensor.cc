@@ -1,10 +1,10 @@
 #include "services/put_tensor.h"
 
-#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "base/copy.h"
 #include "base/text.h"
 
 namespace attnserve::services {
@@ -102,7 +102,7 @@ class PutTensorHandler final : public grpc::CallHandler {
   // Room is claimed as bytes come: what was announced and never comes takes nobody's.
   void append(ByteSpan elements) {
     room_.claim(elements.size());
-    std::memcpy(tensor_.elements.data() + received_, elements.data(), elements.size());
+    copy_bytes(tensor_.elements.data() + received_, elements.data(), elements.size());
     received_ += elements.size();
   }
 
