@@ -40,7 +40,7 @@ std::vector<const Variant*> preferred(const Model& model, std::int64_t length) {
   return order;
 }
 
-std::string joined(std::vector<std::string> parts, std::string_view separator) {
+std::string joined(const std::vector<std::string>& parts, std::string_view separator) {
   std::string whole;
   for (const std::string& part : parts) {
     if (!whole.empty()) whole += separator;
@@ -124,7 +124,7 @@ const Variant& Model::choose(std::string_view forced, Names inputs, Names output
                      text(which, " cannot do this: ", lacking(candidates, inputs, outputs)));
 }
 
-std::shared_ptr<Model> load_model(std::shared_ptr<Runtime> runtime, ModelFacts facts,
+std::shared_ptr<Model> load_model(const std::shared_ptr<Runtime>& runtime, ModelFacts facts,
                                   std::vector<VariantFacts> variants, std::vector<Pick> picks,
                                   const SessionOptions& options) {
   auto model = std::make_shared<Model>();

@@ -86,7 +86,7 @@ class Model {
 using ModelPtr = std::shared_ptr<const Model>;
 
 // Loads every variant. Throws std::runtime_error "PATH: does not load: REASON".
-std::shared_ptr<Model> load_model(std::shared_ptr<Runtime> runtime, ModelFacts facts,
+std::shared_ptr<Model> load_model(const std::shared_ptr<Runtime>& runtime, ModelFacts facts,
                                   std::vector<VariantFacts> variants, std::vector<Pick> picks,
                                   const SessionOptions& options);
 

@@ -19,11 +19,11 @@ namespace attnserve::grpc {
 
 // What is known of a call from its headers alone.
 struct CallInfo {
-  std::string path;               // "/attnserve.v1.AttentionService/Attend"
-  std::string peer;               // as gRPC writes it: "ipv4:127.0.0.1:4242", "ipv6:[::1]:4242", "unix:"
-  std::uint64_t connection = 0;   // number of its connection, never used again
-  TimePoint arrived{};            // when its headers had come
-  TimePoint deadline = kNever;    // grpc-timeout, counted from then
+  std::string path;  // "/attnserve.v1.AttentionService/Attend"
+  std::string peer;  // as gRPC writes it: "ipv4:127.0.0.1:4242", "ipv6:[::1]:4242", "unix:"
+  std::uint64_t connection = 0;  // number of its connection, never used again
+  TimePoint arrived{};           // when its headers had come
+  TimePoint deadline = kNever;   // grpc-timeout, counted from then
   std::vector<std::pair<std::string, std::string>> metadata;  // the caller's own, lower-case names
 };
 
@@ -57,9 +57,10 @@ class CallHandler {
   virtual void on_half_close() = 0;
   // The last message queued has left for the socket: unsent() is 0.
   virtual void on_all_sent() {}
-  // The call is over; the last event. kOk: finish() was carried out. kCancelled: the caller reset it
-  // or its connection is gone. Any other: the transport has answered so itself, kDeadlineExceeded
-  // for the deadline or a slow body, kResourceExhausted or kInternal for a message it cannot take.
+  // The call is over; the last event. kOk: finish() was carried out. kCancelled: the caller reset
+  // it or its connection is gone. Any other: the transport has answered so itself,
+  // kDeadlineExceeded for the deadline or a slow body, kResourceExhausted or kInternal for a
+  // message it cannot take.
   virtual void on_end(Code reason) = 0;
 };
 
@@ -76,8 +77,8 @@ class Service {
   // The headers of a call have come and not a byte of its body has been looked at: a handler, or
   // the status that refuses it. UNIMPLEMENTED for an unknown path.
   virtual std::variant<Reception, Status> accept(std::shared_ptr<Call> call) = 0;
-  // Everything that one round of reading brought has been delivered: the moment to run what is short
-  // on this very thread, as one batch, before its answers are written.
+  // Everything that one round of reading brought has been delivered: the moment to run what is
+  // short on this very thread, as one batch, before its answers are written.
   virtual void after_events() {}
   // A round of events is over: for how long its thread was busy with it, waiting for none.
   virtual void after_round(Duration busy) { (void)busy; }

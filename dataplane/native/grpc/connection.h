@@ -1,5 +1,5 @@
-// One HTTP/2 connection that carries gRPC: bytes in, events out, and the other way round. It knows no
-// socket, no thread and no clock but the times it is given, so its tests need none.
+// One HTTP/2 connection that carries gRPC: bytes in, events out, and the other way round. It knows
+// no socket, no thread and no clock but the times it is given, so its tests need none.
 //
 // Owned by one thread, which calls everything here. Only `Call`s (grpc/call.h) are used from other
 // threads: what they ask for is posted to the mailbox, and `Waker::wake` is called once.
@@ -21,25 +21,26 @@ namespace attnserve::grpc {
 
 struct ConnectionOptions {
   std::uint32_t max_concurrent_streams = 1024;
-  std::uint32_t stream_window = 1U << 19;       // bytes that a caller may send ahead on one stream
-  std::uint32_t connection_window = 1U << 24;   // on all streams together
-  std::uint32_t max_frame_size = 1U << 20;      // that callers may send
-  std::size_t max_header_bytes = 16U << 10;     // of one call
-  std::size_t max_unsent_bytes = 64U << 20;     // answers that wait for one connection's socket
+  std::uint32_t stream_window = 1U << 19;      // bytes that a caller may send ahead on one stream
+  std::uint32_t connection_window = 1U << 24;  // on all streams together
+  std::uint32_t max_frame_size = 1U << 20;     // that callers may send
+  std::size_t max_header_bytes = 16U << 10;    // of one call
+  std::size_t max_unsent_bytes = 64U << 20;    // answers that wait for one connection's socket
   Duration header_timeout = std::chrono::seconds(10);  // preface and SETTINGS; each header block
   // A message under way must bring at least so many bytes a second, after the grace.
   double min_bytes_per_second = 16.0 * 1024;
   Duration body_grace = std::chrono::seconds(10);
   // A caller that reads nothing of what waits for it for so long is cut off.
   Duration write_timeout = std::chrono::seconds(30);
-  Duration idle_timeout = std::chrono::minutes(5);     // no call open; 0: never
-  Duration max_age = Duration::zero();                 // GOAWAY after so long; 0: never
+  Duration idle_timeout = std::chrono::minutes(5);  // no call open; 0: never
+  Duration max_age = Duration::zero();              // GOAWAY after so long; 0: never
   Duration max_age_grace = std::chrono::seconds(30);
-  Duration keepalive_interval = std::chrono::hours(2); // pings of ours; 0: none
+  Duration keepalive_interval = std::chrono::hours(2);  // pings of ours; 0: none
   Duration keepalive_timeout = std::chrono::seconds(20);
-  Duration min_ping_interval = std::chrono::milliseconds(500);  // of callers'; more often: GOAWAY, after strikes
-  // Of streams younger than 100 ms, by the caller or by its fault (rapid reset, CVE-2023-44487), and
-  // changes of settings; beyond: GOAWAY.
+  Duration min_ping_interval =
+      std::chrono::milliseconds(500);  // of callers'; more often: GOAWAY, after strikes
+  // Of streams younger than 100 ms, by the caller or by its fault (rapid reset, CVE-2023-44487),
+  // and changes of settings; beyond: GOAWAY.
   std::uint32_t max_resets = 1000;
   std::uint32_t resets_per_second = 200;  // by which the number above fills up again
 };
@@ -47,7 +48,8 @@ struct ConnectionOptions {
 class Connection;
 
 // Tells the thread that owns a connection that its mailbox is not empty. Any thread; the mailbox's
-// lock is held, so that the connection cannot go meanwhile: nothing of the connection may be called.
+// lock is held, so that the connection cannot go meanwhile: nothing of the connection may be
+// called.
 class Waker {
  public:
   virtual ~Waker() = default;
@@ -65,8 +67,8 @@ class Connection {
   // Takes bytes that the peer sent. Never throws; what breaks the protocol is answered by GOAWAY or
   // RST_STREAM, see `finished`.
   virtual void receive(ByteSpan bytes, TimePoint now) = 0;
-  // What is to be written next, without copying; the number of entries filled. They stay valid until
-  // `written` or `receive` is called.
+  // What is to be written next, without copying; the number of entries filled. They stay valid
+  // until `written` or `receive` is called.
   virtual std::size_t output(std::span<iovec> into) = 0;
   // The socket took so many of those bytes.
   virtual void written(std::size_t size, TimePoint now) = 0;

@@ -14,7 +14,8 @@
 
 namespace attnserve::grpc {
 
-// PEM texts. With `client_authorities` callers must show a certificate that they signed (mutual TLS).
+// PEM texts. With `client_authorities` callers must show a certificate that they signed (mutual
+// TLS).
 struct TlsOptions {
   std::string certificate_chain;
   std::string private_key;
@@ -35,15 +36,17 @@ struct ServerOptions {
 class Server {
  public:
   // Throws std::runtime_error whose message names the address or the TLS file and the reason.
-  static std::unique_ptr<Server> create(Service& service, ByteBudget& budget, ServerOptions options);
+  static std::unique_ptr<Server> create(Service& service, ByteBudget& budget,
+                                        ServerOptions options);
   virtual ~Server() = default;  // stops at once
 
   // Binds and listens, then serves from threads of its own.
   virtual void start() = 0;
   // The addresses bound, ports filled in: "127.0.0.1:41231".
   virtual std::vector<std::string> addresses() const = 0;
-  // Stops listening and lets calls under way end: returns when all connections have closed or at the
-  // timeout, when the rest is reset (kUnavailable is what their callers see: GOAWAY came before).
+  // Stops listening and lets calls under way end: returns when all connections have closed or at
+  // the timeout, when the rest is reset (kUnavailable is what their callers see: GOAWAY came
+  // before).
   virtual bool drain(Duration timeout) = 0;
   virtual std::size_t connections() const = 0;
   virtual std::size_t open_calls() const = 0;

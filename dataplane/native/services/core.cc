@@ -3,15 +3,16 @@
 namespace attnserve::services {
 
 std::uint64_t OpenStreams::add(std::function<void()> drain) {
-  bool now = false;
   std::uint64_t number = 0;
   {
     const std::lock_guard lock(mutex_);
     number = ++last_;
-    now = draining_;
-    if (!now) open_.emplace(number, std::move(drain));
+    if (!draining_) {
+      open_.emplace(number, std::move(drain));
+      return number;
+    }
   }
-  if (now) drain();
+  drain();
   return number;
 }
 

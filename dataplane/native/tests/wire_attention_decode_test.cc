@@ -179,10 +179,10 @@ TEST_CASE("a refusal says which method's request it is not, and why") {
 
 TEST_CASE("a message of more fields than allowed is refused at once") {
   const std::vector<std::string> parts{
-      std::string("\xf8\x07\0", 3),              // a number that is not known
-      field(1000, ""),                           // likewise, bytes
-      "\xfb\x07\xfc\x07",                        // a group
-      field(4, ""),                              // a tensor, again and again
+      std::string("\xf8\x07\0", 3),  // a number that is not known
+      field(1000, ""),               // likewise, bytes
+      "\xfb\x07\xfc\x07",            // a group
+      field(4, ""),                  // a tensor, again and again
       field(4, field(4, "")),
       std::string("\x80\x01\0", 3),  // the same number again and again
   };

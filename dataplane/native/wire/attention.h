@@ -150,8 +150,8 @@ struct ResultSpec {
 
 // An AttendResponse that holds its tensors, laid out before they are computed: `bytes` is the whole
 // message, `places[i]` where the elements of results[i] go (multiples of kAlignment from its start,
-// in the stream's message too), or nullptr for one of more than `inline_bytes`, whose chunks follow.
-// `finish` writes the timings into the room left for them. With `stream_id` it is an
+// in the stream's message too), or nullptr for one of more than `inline_bytes`, whose chunks
+// follow. `finish` writes the timings into the room left for them. With `stream_id` it is an
 // AttendStreamResponse around it.
 class AttendAnswer {
  public:
