@@ -1,12 +1,15 @@
 """`attnserve-server` where it cannot start: exit code 1 and one line that says why."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import certificates
 import pytest
 import serving
+from attnserve_server import cli
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +31,41 @@ def start(repository: Path, *options: str | Path, before: str = "") -> str:
     return done.stderr
 
 
+@pytest.fixture
+def refusal(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What stands in that line, without a process of its own."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def refuse(*options: str | Path) -> str:
+        words = ["--repository", repository, "--port", "0", "--metrics-port", "-1", *options]
+        parsed = cli._parser().parse_args([*map(str, words), "--provider", "cpu"])
+        with pytest.raises(cli.StartError) as refused:
+            cli.serve(cli._settings(parsed))
+        said = str(refused.value)
+        assert len(said.splitlines()) == 1
+        return said
+
+    return refuse
+
+
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> certificates.Authority:
     return certificates.Authority(tmp_path_factory.mktemp("authority"))
 
 
 def test_a_certificate_that_is_not_there(
-    repository: Path, authority: certificates.Authority, tmp_path: Path
+    refusal: Callable[..., str], authority: certificates.Authority, tmp_path: Path
 ) -> None:
     own = authority.issue("server")
     absent = tmp_path / "absent.pem"
     for option in ("--tls-certificate", "--tls-key", "--tls-client-authorities"):
         given = {"--tls-certificate": own.certificate, "--tls-key": own.key} | {option: absent}
         options = [word for pair in given.items() for word in pair]
-        assert str(absent) in start(repository, *options)
+        assert str(absent) in refusal(*options)
 
 
 def test_files_that_are_no_certificates(
-    repository: Path, authority: certificates.Authority, tmp_path: Path
+    refusal: Callable[..., str], authority: certificates.Authority, tmp_path: Path
 ) -> None:
     own = authority.issue("server")
     text, binary = tmp_path / "text.pem", tmp_path / "binary.pem"
@@ -55,7 +75,7 @@ def test_files_that_are_no_certificates(
         for option in ("--tls-certificate", "--tls-key", "--tls-client-authorities"):
             given = {"--tls-certificate": own.certificate, "--tls-key": own.key} | {option: wrong}
             options = [word for pair in given.items() for word in pair]
-            said = start(repository, *options)
+            said = refusal(*options)
             assert "TLS" in said or f"{option}: {wrong}" in said
 
 
@@ -65,13 +85,13 @@ def test_a_key_of_another_certificate(repository: Path, authority: certificates.
     assert "private_key" in start(repository, *options)
 
 
-def test_half_of_what_tls_needs(repository: Path, authority: certificates.Authority) -> None:
+def test_half_of_what_tls_needs(
+    refusal: Callable[..., str], authority: certificates.Authority
+) -> None:
     own = authority.issue("server")
-    assert "--tls-key" in start(repository, "--tls-certificate", own.certificate)
-    assert "--tls-certificate" in start(repository, "--tls-key", own.key)
-    assert "--tls-certificate" in start(
-        repository, "--tls-client-authorities", authority.certificate
-    )
+    assert "--tls-key" in refusal("--tls-certificate", own.certificate)
+    assert "--tls-certificate" in refusal("--tls-key", own.key)
+    assert "--tls-certificate" in refusal("--tls-client-authorities", authority.certificate)
 
 
 def test_a_port_that_is_taken(repository: Path) -> None:
