@@ -73,7 +73,7 @@ std::string lacking(const std::vector<const Variant*>& candidates, Names inputs,
   if (!taken.empty()) parts.push_back(text("it takes no ", joined(taken, ", ")));
   if (!given.empty()) parts.push_back(text("it gives no ", joined(given, ", ")));
   if (parts.empty()) return "no single variant takes and gives all of it";
-  return joined(std::move(parts), "; ");
+  return joined(parts, "; ");
 }
 
 }  // namespace
