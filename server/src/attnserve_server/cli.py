@@ -1,6 +1,7 @@
 """The `attnserve-server` command."""
 
 import argparse
+import resource
 import signal
 import sys
 import threading
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from attnserve_server import __version__, logs
 from attnserve_server.settings import MIB, Limits, Settings
+
+_DESCRIPTORS = 65_536
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +36,7 @@ def serve(settings: Settings) -> None:
     Raises:
         StartError: it cannot start.
     """
+    _allow_descriptors()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -59,6 +63,14 @@ def serve(settings: Settings) -> None:
     )
     stop.wait()
     server.drain()
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets this process have, within reason: each connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, _DESCRIPTORS) if hard != resource.RLIM_INFINITY else _DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _settings(options: argparse.Namespace) -> Settings:
