@@ -12,6 +12,10 @@ namespace {
 
 constexpr std::uint32_t kEnhanceYourCalm = NGHTTP2_ENHANCE_YOUR_CALM;
 
+// What callers may send ahead of being admitted, while some are refused; small calls fit.
+constexpr std::uint32_t kNarrowWindow = 4U << 10;
+constexpr Duration kNarrowFor = std::chrono::seconds(1);  // after the last refusal
+
 }  // namespace
 
 // ---- Requests
@@ -44,6 +48,7 @@ void Http2Connection::on_request(std::int32_t stream_id) {
     return refuse(*stream, {200, {Code::kDeadlineExceeded, "the deadline had passed", {}}});
   }
   schedule(stream->info().deadline);
+  if (narrow_ && now_ - narrow_since_ > kNarrowFor) widen();
   admit(stream);
 }
 
@@ -56,8 +61,10 @@ void Http2Connection::admit(const StreamRef& stream) {
     verdict = status_of(std::current_exception());
   }
   if (Status* status = std::get_if<Status>(&verdict)) {
+    if (status->code == Code::kResourceExhausted) narrow();
     return refuse(*stream, {200, std::move(*status)});
   }
+  if (narrow_) session_.open_window(*stream, options_.stream_window);
   Reception& reception = std::get<Reception>(verdict);
   stream->handler = std::move(reception.handler);
   stream->body.emplace(budget_, reception.max_message_bytes, stream->encoding);
@@ -76,6 +83,29 @@ void Http2Connection::refuse(Stream& stream, const Refusal& refusal) {
   drop_answer(stream);
   submit_end(stream);
   end_call(stream, refusal.status.code);
+}
+
+// A body that is sent ahead delays the headers behind it, in the caller's queue as in the socket's,
+// and costs both sides as much for a call that is refused as for one that is answered. So, while
+// calls are refused, bodies come once their calls are admitted: a round trip more for those. Nobody
+// pays it otherwise.
+void Http2Connection::narrow() {
+  narrow_since_ = now_;
+  if (std::exchange(narrow_, true)) return;
+  session_.set_initial_window(std::min(kNarrowWindow, options_.stream_window));
+}
+
+void Http2Connection::widen() {
+  narrow_ = false;
+  session_.set_initial_window(options_.stream_window);
+}
+
+// What was admitted before has lost the difference.
+void Http2Connection::on_settings_acknowledged() {
+  if (!narrow_) return;
+  for (const StreamRef& stream : calls_) {
+    if (stream->handler) session_.open_window(*stream, options_.stream_window);
+  }
 }
 
 // ---- Bodies

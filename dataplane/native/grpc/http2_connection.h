@@ -70,6 +70,8 @@ class Http2Connection final : public Connection, private SessionEvents, private 
 
   void admit(const StreamRef& stream);
   void refuse(Stream& stream, const Refusal& refusal);
+  void narrow();
+  void widen();
   bool held(const Stream& stream) const { return stream.pauses > 0 || choked_; }
   bool deliverable(const Stream& stream) const;
   void deliver(Stream& stream, ByteSpan fresh);
@@ -93,6 +95,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
 
   // connection_timers.cc
   void on_settings() override;
+  void on_settings_acknowledged() override;
   void on_ping(bool is_answer, const PingData& data) override;
   void on_reset_received(Stream* stream) override;
   void on_reset_sent(std::uint32_t error_code) override;
@@ -136,6 +139,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   bool events_ = false;             // the service has heard something since its after_events
   bool closing_ = false;            // a last GOAWAY is on its way; what comes is discarded
   bool dead_ = false;
+  bool narrow_ = false;  // bodies are sent once their calls are admitted, see `narrow`
 
   TimePoint now_;
   const TimePoint created_;
@@ -146,6 +150,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   TimePoint last_written_;             // or when there was something to write again
   TimePoint keepalive_sent_ = kNever;  // and nothing has come since
   TimePoint choked_since_{};
+  TimePoint narrow_since_{};  // or the last refusal since
   TimePoint closing_since_{};
   Drain drain_ = Drain::kNot;
   TimePoint drain_since_{};

@@ -83,8 +83,8 @@ void received(nghttp2_session* session, const nghttp2_frame& frame, SessionEvent
       return;
     }
     case NGHTTP2_SETTINGS:
-      if ((frame.hd.flags & NGHTTP2_FLAG_ACK) == 0) events.on_settings();
-      return;
+      if ((frame.hd.flags & NGHTTP2_FLAG_ACK) != 0) return events.on_settings_acknowledged();
+      return events.on_settings();
     case NGHTTP2_PING: {
       PingData data;
       std::copy_n(frame.ping.opaque_data, data.size(), data.begin());
@@ -262,6 +262,16 @@ void Session::submit_goaway(std::uint32_t error_code, std::string_view why) {
   check(nghttp2_submit_goaway(session_.get(), NGHTTP2_FLAG_NONE,
                               nghttp2_session_get_last_proc_stream_id(session_.get()), error_code,
                               reinterpret_cast<const std::uint8_t*>(why.data()), why.size()));
+}
+
+void Session::set_initial_window(std::uint32_t size) {
+  const nghttp2_settings_entry setting{NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, size};
+  check(nghttp2_submit_settings(session_.get(), NGHTTP2_FLAG_NONE, &setting, 1));
+}
+
+void Session::open_window(const Stream& stream, std::uint32_t size) {
+  check(nghttp2_session_set_local_window_size(session_.get(), NGHTTP2_FLAG_NONE, stream.id,
+                                              static_cast<std::int32_t>(size)));
 }
 
 void Session::consume_connection(std::size_t size) {

@@ -26,6 +26,7 @@ class SessionEvents {
   virtual ~SessionEvents() = default;
 
   virtual void on_settings() = 0;
+  virtual void on_settings_acknowledged() = 0;
   virtual void on_ping(bool is_answer, const PingData& data) = 0;
   virtual void on_reset_received(Stream* stream) = 0;  // before on_closed; nullptr: none was open
   virtual void on_headers_begin() = 0;                 // of a request, or trailers
@@ -75,6 +76,11 @@ class Session {
   void submit_shutdown_notice();
   void submit_goaway(std::uint32_t error_code, std::string_view why);
 
+  // How much callers may send ahead on streams that they open once they have heard of it; of those
+  // that are open it changes by the difference, on_settings_acknowledged.
+  void set_initial_window(std::uint32_t size);
+  // Lets the caller send so much ahead on one stream.
+  void open_window(const Stream& stream, std::uint32_t size);
   // Gives window back for bytes that came.
   void consume_connection(std::size_t size);
   void consume_stream(const Stream& stream, std::size_t size);

@@ -118,6 +118,49 @@ TEST_CASE("bodies that are not read give the connection's window back") {
   CHECK(here.caller.exchange(id).status() == "0");
 }
 
+TEST_CASE("while calls are refused, bodies come once their calls are admitted") {
+  ConnectionOptions options;
+  options.stream_window = 1U << 17;
+  Harness here(options);
+  const auto ahead = [&] {
+    return nghttp2_session_get_remote_settings(here.caller.session(),
+                                               NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE);
+  };
+  const std::string large = framed(std::string(1U << 20, 'y'));
+  const auto begun = here.caller.call("/echo");
+  here.caller.write(begun, large.substr(0, 100'000));
+  here.pump();
+  CHECK(ahead() == options.stream_window);
+
+  here.caller.call("/refused", &large);
+  here.pump();
+  CHECK(ahead() == 4U << 10);
+  const auto refused = here.caller.call("/refused", &large);
+  const std::string sent = here.caller.outgoing();
+  CHECK(sent.size() < 5000);
+  here.connection->receive(bytes_of(sent), here.now);
+  const auto admitted = here.caller.call("/echo", &large);
+  here.pump();
+  CHECK(here.caller.exchange(admitted).messages().size() == 1);
+  here.caller.write(begun, large.substr(100'000), true);
+  here.pump();
+  CHECK(here.caller.exchange(begun).messages().size() == 1);
+  CHECK(here.caller.exchange(refused).status() == "8");
+
+  here.at(std::chrono::milliseconds(900));
+  here.caller.call("/echo", &large);
+  here.pump();
+  CHECK(ahead() == 4U << 10);
+  here.at(std::chrono::milliseconds(1100));
+  here.caller.call("/echo", &large);
+  here.pump();
+  CHECK(ahead() == options.stream_window);
+  const auto last = here.caller.call("/echo", &large);
+  here.pump();
+  CHECK(here.caller.exchange(last).messages().size() == 1);
+  CHECK(here.budget.lent() == 0);
+}
+
 TEST_CASE("an unknown method is UNIMPLEMENTED") {
   Harness here;
   const std::string body = framed("");
