@@ -21,20 +21,12 @@ std::variant<AdmissionController::Place, Status> AdmissionController::enter(Time
                                                                             TimePoint deadline) {
   const std::lock_guard lock(mutex_);
   expected_.erase(expected_.begin(), expected_.lower_bound({now - kArrivingSoon, 0}));
-  const std::int64_t answers = answers_.load(std::memory_order_relaxed);
-  if (answers >= kAnswersForAnUpdate && now - updated_ >= kBetweenUpdates) {
-    answers_.fetch_sub(answers, std::memory_order_relaxed);
-    const auto moving = static_cast<double>(moving_nanoseconds_.exchange(0));
-    const auto computing = static_cast<double>(computing_nanoseconds_.exchange(0));
-    const double busier = std::max(moving / static_cast<double>(io_threads_),
-                                   computing / static_cast<double>(slots_));
-    const double newest = busier * 1e-9 / static_cast<double>(answers);
-    seconds_per_answer_ = seconds_per_answer_ > 0
-                              ? seconds_per_answer_ + kNewest * (newest - seconds_per_answer_)
-                              : newest;
-    updated_ = now;
-  }
   const std::size_t before = inside() + expected_.size();
+  if (before == 0) {
+    forget();
+  } else {
+    learn(now);
+  }
   if (before >= patience_) {
     const double expected = static_cast<double>(before) * seconds_per_answer_;
     double allowed = max_seconds_;
@@ -59,6 +51,29 @@ std::variant<AdmissionController::Place, Status> AdmissionController::enter(Time
   expected_.emplace(place.entered, place.number);
   arriving_.fetch_add(1, std::memory_order_relaxed);
   return place;
+}
+
+// Nobody is before anybody: what earlier requests took says nothing of those that come.
+void AdmissionController::forget() {
+  seconds_per_answer_ = 0.0;
+  answers_ = moving_nanoseconds_ = computing_nanoseconds_ = 0;
+}
+
+// The pace of the server from what happened since the last time. The lock is held.
+void AdmissionController::learn(TimePoint now) {
+  const std::int64_t answers = answers_.load(std::memory_order_relaxed);
+  if (answers >= kAnswersForAnUpdate && now - updated_ >= kBetweenUpdates) {
+    answers_.fetch_sub(answers, std::memory_order_relaxed);
+    const auto moving = static_cast<double>(moving_nanoseconds_.exchange(0));
+    const auto computing = static_cast<double>(computing_nanoseconds_.exchange(0));
+    const double busier = std::max(moving / static_cast<double>(io_threads_),
+                                   computing / static_cast<double>(slots_));
+    const double newest = busier * 1e-9 / static_cast<double>(answers);
+    seconds_per_answer_ = seconds_per_answer_ > 0
+                              ? seconds_per_answer_ + kNewest * (newest - seconds_per_answer_)
+                              : newest;
+    updated_ = now;
+  }
 }
 
 void AdmissionController::received(Place& place) {

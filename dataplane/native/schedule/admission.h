@@ -49,6 +49,9 @@ class AdmissionController {
   std::size_t arriving() const { return arriving_.load(std::memory_order_relaxed); }
 
  private:
+  void forget();
+  void learn(TimePoint now);
+
   const double max_seconds_;
   const std::size_t patience_, io_threads_, slots_;
   std::atomic<std::size_t> arriving_{0};  // headers have come, the body has not

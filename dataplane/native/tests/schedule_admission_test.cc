@@ -29,12 +29,15 @@ std::vector<Place> receive(AdmissionController& admission, int count, TimePoint 
   return places;
 }
 
-// The controller learns that an answer takes `each` of computing.
+// The controller learns that an answer takes `each` of computing. One request stays, so that it
+// does not forget.
 void learn(AdmissionController& admission, Duration each, TimePoint& now) {
+  receive(admission, 1, now);
   for (int round = 0; round < 20; ++round) {
-    const auto places = receive(admission, 4, now);
+    const auto places = receive(admission, 2, now);
     admission.computed(each * 4);
     for (const Place& place : places) admission.leave(place, true);
+    for (const Place& place : receive(admission, 2, now)) admission.leave(place, true);
     now += 60 * kMillisecond;
   }
 }
@@ -51,7 +54,7 @@ TEST_CASE("who would wait too long is refused, and told when to come back") {
   AdmissionController admission(0.5, 4, 1, 1);
   TimePoint now = Clock::now();
   learn(admission, 10 * kMillisecond, now);
-  receive(admission, 51, now);  // half a second's worth
+  receive(admission, 50, now);  // half a second's worth
   const auto entered = admission.enter(now, kNever);
   REQUIRE(refused(entered));
   const auto* surely = std::get_if<Status>(&entered);
@@ -65,7 +68,7 @@ TEST_CASE("callers of long contexts wait for a few whatever they take") {
   AdmissionController admission(0.5, 32, 1, 1);
   TimePoint now = Clock::now();
   learn(admission, 1000 * kMillisecond, now);
-  receive(admission, 32, now);
+  receive(admission, 31, now);
   CHECK(refused(admission.enter(now, kNever)));
 }
 
@@ -78,6 +81,18 @@ TEST_CASE("who cannot be answered before its deadline is refused at once") {
   const auto entered = admission.enter(now, now + 200 * kMillisecond);
   REQUIRE(refused(entered));
   CHECK(std::get<Status>(entered).message.find("for its deadline") != std::string::npos);
+}
+
+TEST_CASE("an idle server forgets what earlier requests took") {
+  AdmissionController admission(0.5, 4, 1, 1);
+  TimePoint now = Clock::now();
+  for (int round = 0; round < 20; ++round) {
+    const auto places = receive(admission, 4, now);
+    admission.computed(4 * 1000 * kMillisecond);  // long ones
+    for (const Place& place : places) admission.leave(place, true);
+    now += std::chrono::seconds(4);
+  }
+  receive(admission, 100, now);
 }
 
 TEST_CASE("calls whose bodies do not come keep nobody out") {
