@@ -270,7 +270,9 @@ void Http2Connection::on_headers_sent(Stream& stream, bool end) {
   if (!end) return;
   stream.trailers_out = true;
   output_.mark({calls_[stream.index], 0, true, {}});
-  if (!stream.half_closed) session_.reset(stream, NGHTTP2_NO_ERROR);
+  if (stream.half_closed) return;
+  session_.reset(stream, NGHTTP2_NO_ERROR);
+  ++early_ends_;
 }
 
 // ---- Ends

@@ -54,6 +54,11 @@ void Http2Connection::on_ping(bool is_answer, const PingData& data) {
 }
 
 void Http2Connection::on_reset_received(Stream* stream) {
+  // gRPC's callers reset a stream whose trailers came before they had ended it.
+  if (stream == nullptr && early_ends_ > 0) {
+    --early_ends_;
+    return;
+  }
   if (stream == nullptr || now_ - stream->info().arrived < kRapid) nuisance();
 }
 

@@ -139,7 +139,8 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   bool events_ = false;             // the service has heard something since its after_events
   bool closing_ = false;            // a last GOAWAY is on its way; what comes is discarded
   bool dead_ = false;
-  bool narrow_ = false;  // bodies are sent once their calls are admitted, see `narrow`
+  std::size_t early_ends_ = 0;  // calls ended before their callers had: resets may cross ours
+  bool narrow_ = false;         // bodies are sent once their calls are admitted, see `narrow`
 
   TimePoint now_;
   const TimePoint created_;

@@ -266,4 +266,19 @@ TEST_CASE("frames longer than allowed are refused") {
   check_goes_away(here, NGHTTP2_FRAME_SIZE_ERROR);
 }
 
+TEST_CASE("resets that cross refusals are no nuisance") {
+  Harness here;
+  for (int i = 0; i < 3000; ++i) {
+    const auto id = here.caller.call("/refused");
+    here.pump_to_server();
+    here.caller.reset(id);
+    const std::string crossing = here.caller.outgoing();
+    here.pump_to_caller();
+    here.connection->receive(bytes_of(crossing), here.now);
+  }
+  here.pump();
+  CHECK(here.service.counted.size() == 3000);
+  CHECK(here.caller.goaways.empty());
+}
+
 }  // namespace attnserve::grpc::test
