@@ -336,6 +336,9 @@ def main() -> int:
     sizes = QUICK if options.quick else Sizes()
     if options.seconds:
         sizes = replace(sizes, overload_seconds=options.seconds)
+    if options.lengths:
+        lengths = tuple(int(length) for length in options.lengths.split(","))
+        sizes = replace(sizes, lengths=lengths, callers_lengths=lengths, overload_lengths=lengths)
     done: list[Section] = []
     failed: dict[str, str] = {}
     with _models(options.repository) as repository, native.loads() as loads:
@@ -377,6 +380,7 @@ def _options() -> argparse.Namespace:
     add("--sections", default=",".join(names), help="which, separated by commas (default: all)")
     add("--quick", action="store_true", help="short rounds, and 5 s of each overload")
     add("--seconds", type=float, help="of each overload (default 60; with --quick 5)")
+    add("--lengths", help="only these sequence lengths, separated by commas")
     add("--deadline", type=float, default=0.5, help="of calls in overload, seconds (default 0.5)")
     add("--repository", type=Path, help="take `causal` from there instead of exporting it")
     add("--markdown", type=Path, help="also write the tables to this file")
