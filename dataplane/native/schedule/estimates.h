@@ -23,7 +23,6 @@ class Estimates {
   // What so many sequences of a kind will take; 0 for a kind never seen.
   double seconds(const engine::BatchKey& key, std::int64_t sequences) const;
   void observe(const engine::BatchKey& key, std::int64_t sequences, double seconds);
-  bool knows(const engine::BatchKey& key) const { return means_.contains(key); }
 
  private:
   struct Entry {

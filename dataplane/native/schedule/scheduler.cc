@@ -163,11 +163,6 @@ std::size_t Scheduler::running() const {
   return running_.size();
 }
 
-double Scheduler::seconds_ahead(std::uint32_t priority) const {
-  const std::lock_guard lock(mutex_);
-  return ahead(priority, Clock::now());
-}
-
 std::optional<Status> Scheduler::refusal(const RequestContext& request,
                                          std::optional<double> seconds, TimePoint now) const {
   if (draining_) return kShuttingDown;

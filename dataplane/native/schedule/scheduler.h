@@ -52,8 +52,6 @@ class Scheduler {
   bool draining() const;
   std::size_t waiting() const;
   std::size_t running() const;
-  // Computing that is queued or under way, seconds.
-  double seconds_ahead(std::uint32_t priority) const;
 
  private:
   // A batch that runs.
