@@ -45,8 +45,8 @@ from attnserve_export.attention.variants import (
 )
 from attnserve_export.exporting import Description, Exported, write_version
 from attnserve_export.models import attention_info
-from attnserve_export.repository import LayerInfo
 from attnserve_export.verification import Case
+from attnserve_proto.manifest import Layer
 from onnx import numpy_helper
 from torch.nn import MultiheadAttention
 
@@ -105,7 +105,7 @@ def write_layer(
             "FP32",
             attention_info(config.attention),
             {"description": "random", "module": "attnserve" if is_own else "multihead"},
-            layer=LayerInfo(config.embed_dim, config.context_dim),
+            layer=Layer(config.embed_dim, config.context_dim),
         ),
         specs,
         lambda spec, _: _layer_graph(layer, spec),

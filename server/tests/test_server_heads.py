@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 from attnserve_export.reference import Scheme, attention_reference
-from attnserve_server.repository.transformer import TransformerAttention, TransformerLayer
+from attnserve_proto.manifest import TransformerAttention, TransformerLayer
 from attnserve_server.tokens import heads
 from attnserve_server.tokens.work import HeadsWanted
 
 DISTANCES, FIRST = 40, 3
 ATTENTION = TransformerAttention(
-    "decoder", 2, 2, 8, "causal", False, (TransformerLayer(0.4, None),)
+    name="decoder",
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    mask="causal",
+    layers=(TransformerLayer(0.4),),
 )
 EVERYTHING = HeadsWanted(
     attention=ATTENTION,

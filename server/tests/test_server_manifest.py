@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from attnserve_client import AttentionClient, NotFoundError
-from attnserve_server.repository import read
-from attnserve_server.repository.manifest import ManifestError
+from attnserve_proto.manifest import ManifestError, read
 
 Change = Callable[[dict], object]
 CPU = "CPUExecutionProvider"

@@ -6,19 +6,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnserve_proto.manifest import ALIGNMENTS, MASKS, STYLES, Manifest
 from torch.nn import MultiheadAttention
 
 from attnserve_export import __version__, models, repository, tuning
 from attnserve_export.attention.core import AttentionConfig, default_scale
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig
-from attnserve_export.attention.masks import ALIGNMENTS, MASKS
 from attnserve_export.attention.positions import Rotary
 from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.checkpoints.checkpoint import read_checkpoint
 from attnserve_export.checkpoints.export import export_transformer
 from attnserve_export.errors import ExportError, VerificationError
 from attnserve_export.graphs import MAX_OPSET, MIN_OPSET
-from attnserve_export.repository import Manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,9 +64,9 @@ def _tune(options: argparse.Namespace) -> None:
         seconds=options.seconds,
         progress=_progress,
     )
-    for pick in repository.read(folder)["picks"][options.provider]:
-        length = "longer" if pick["up_to"] is None else f"up to {pick['up_to']}"
-        print(f"{options.provider}, {length}: {', '.join(pick['variants'])}")
+    for pick in repository.read(folder).picks[options.provider]:
+        length = "longer" if pick.up_to is None else f"up to {pick.up_to}"
+        print(f"{options.provider}, {length}: {', '.join(pick.variants)}")
 
 
 def _layer(options: argparse.Namespace, target: Path) -> Manifest:
@@ -297,7 +296,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--softcap", type=_above_zero, default=0.0, help="default: none")
     parser.add_argument("--alibi", action="store_true", help="scores fall with distance")
-    parser.add_argument("--rotary", choices=("half", "interleaved"), help="default: none")
+    parser.add_argument("--rotary", choices=STYLES, help="default: none")
     parser.add_argument("--rotary-dims", type=_positive, help="default: head_dim")
     parser.add_argument("--rotary-base", type=_above_zero, default=10_000.0)
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")

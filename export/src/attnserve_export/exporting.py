@@ -12,18 +12,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from attnserve_proto.manifest import Attention, Layer, Manifest, Transformer, VariantEntry
 
 import attnserve_export
 from attnserve_export import graphs, repository, storage
 from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.errors import VerificationError
-from attnserve_export.repository import (
-    AttentionInfo,
-    LayerInfo,
-    Manifest,
-    TransformerInfo,
-    VariantInfo,
-)
 from attnserve_export.tuning import default_picks
 from attnserve_export.verification import Case, verify
 
@@ -59,10 +53,10 @@ class Description:
     version: int
     kind: str
     dtype: str
-    attention: AttentionInfo
+    attention: Attention
     source: Mapping[str, Any]
-    layer: LayerInfo | None = None
-    transformer: TransformerInfo | None = None
+    layer: Layer | None = None
+    transformer: Transformer | None = None
     tokenizer: str | None = None
 
 
@@ -99,7 +93,7 @@ def write_version(
         storage.save(folder, graph_of)
         for name, content in extra_files.items():
             (folder / name).write_bytes(content)
-        infos = []
+        entries = []
         for name, file in storage.file_names(graph_of).items():
             model = onnx.load(folder / file, load_external_data=False)
             if not variants[name].native:  # the checker knows no operators of ours
@@ -119,16 +113,16 @@ def write_version(
                     )
             except VerificationError as error:
                 raise VerificationError(f"variant {name}: {error}") from None
-            infos.append(
-                VariantInfo(
-                    name,
-                    file,
-                    storage.tensor_infos(list(model.graph.input)),
-                    storage.tensor_infos(list(model.graph.output)),
-                    variants[name].providers,
-                    variants[name].memory,
-                    variants[name].native,
-                    verification,
+            entries.append(
+                VariantEntry(
+                    name=name,
+                    file=file,
+                    inputs=storage.tensor_entries(list(model.graph.input)),
+                    outputs=storage.tensor_entries(list(model.graph.output)),
+                    providers=variants[name].providers,
+                    memory=variants[name].memory,
+                    native=variants[name].native,
+                    verification=verification,
                 )
             )
         manifest = Manifest(
@@ -141,8 +135,8 @@ def write_version(
             layer=description.layer,
             transformer=description.transformer,
             tokenizer=description.tokenizer,
-            variants=tuple(infos),
-            picks=default_picks(infos),
+            variants=tuple(entries),
+            picks=default_picks(entries),
             source=description.source,
             created_by={
                 "attnserve_export": attnserve_export.__version__,

@@ -10,6 +10,7 @@ import attnserve_kernels
 import numpy as np
 import onnx
 import torch
+from attnserve_proto.manifest import Attention, Layer, Manifest, RotaryEmbedding
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -38,7 +39,6 @@ from attnserve_export.attention.variants import (
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Input
-from attnserve_export.repository import AttentionInfo, LayerInfo, Manifest
 from attnserve_export.verification import Case
 
 TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
@@ -168,7 +168,7 @@ def export_layer(
             dtype=dtype,
             attention=attention_info(config.attention),
             source=source,
-            layer=LayerInfo(config.embed_dim, config.context_dim),
+            layer=Layer(config.embed_dim, config.context_dim),
         ),
         variants,
         target,
@@ -231,9 +231,9 @@ def load_parameters(module: nn.Module, path: Path) -> None:
     module.load_state_dict({name: tensor.float() for name, tensor in given.items()})
 
 
-def attention_info(config: AttentionConfig) -> AttentionInfo:
+def attention_info(config: AttentionConfig) -> Attention:
     """An attention for the manifest."""
-    return AttentionInfo(
+    return Attention(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -243,7 +243,7 @@ def attention_info(config: AttentionConfig) -> AttentionInfo:
         window_right=config.window_right,
         alignment=config.alignment,
         alibi=config.alibi,
-        rotary=None if config.rotary is None else asdict(config.rotary),
+        rotary=None if config.rotary is None else RotaryEmbedding(**asdict(config.rotary)),
         scale=config.scale,
         softcap=config.softcap,
     )

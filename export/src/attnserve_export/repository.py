@@ -6,135 +6,17 @@ The format is described in docs/model-repository.md.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnserve_proto import manifest as manifests
+from attnserve_proto.manifest import FILE, MOST_VERSION, NAME, FileEntry, Manifest, ManifestError
+
 from attnserve_export.errors import ExportError
-from attnserve_export.verification import Verification
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """An input or output of a graph; a dimension is an integer or a symbol's name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class VariantInfo:
-    """One graph of a model."""
-
-    name: str
-    file: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-    providers: tuple[str, ...]
-    memory: str
-    native: bool
-    verification: Verification
-
-
-@dataclass(frozen=True)
-class Pick:
-    """Which variants to prefer up to a length (the longer of Sq and Sk; None: any), best first."""
-
-    up_to: int | None
-    variants: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AttentionInfo:
-    """The attention that a model computes."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
-    mask: str
-    window: int | None
-    window_right: int | None
-    alignment: str
-    alibi: bool
-    rotary: Mapping[str, Any] | None
-    scale: float
-    softcap: float
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """What a layer has besides."""
-
-    embed_dim: int
-    context_dim: int | None
-
-
-@dataclass(frozen=True)
-class TransformerLayerInfo:
-    """What may differ from layer to layer: the scale, and keys that a query sees (None: all)."""
-
-    scale: float
-    window: int | None
-
-
-@dataclass(frozen=True)
-class TransformerAttentionInfo:
-    """One attention of a transformer: an encoder's, a decoder's, or the one between them."""
-
-    name: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mask: str
-    position_bias: bool
-    layers: tuple[TransformerLayerInfo, ...]
-
-
-@dataclass(frozen=True)
-class TransformerInfo:
-    """What a transformer has besides."""
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    max_seq_len: int
-    pad_token_id: int
-    pooling: str | None
-    normalize_pooled: bool
-    decoder_start_token_id: int | None
-    attentions: tuple[TransformerAttentionInfo, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """`model.json`, but for `files`, which are known once they are written."""
-
-    name: str
-    version: int
-    kind: str
-    dtype: str
-    opset: int
-    attention: AttentionInfo
-    layer: LayerInfo | None
-    transformer: TransformerInfo | None
-    tokenizer: str | None
-    variants: tuple[VariantInfo, ...]
-    picks: Mapping[str, tuple[Pick, ...]]
-    source: Mapping[str, Any]
-    created_by: Mapping[str, str]
-    tuned: Mapping[str, Any] | None = None
-    manifest_version: int = 1
 
 
 def folder_of(repository: Path, name: str, version: int) -> Path:
@@ -145,8 +27,8 @@ def folder_of(repository: Path, name: str, version: int) -> Path:
     """
     if not NAME.fullmatch(name):
         raise ExportError(f"--name: given {name!r}; allowed: {NAME.pattern}")
-    if not 1 <= version < 2**63:
-        raise ExportError(f"--version: given {version}; allowed: 1..{2**63 - 1}")
+    if not 1 <= version <= MOST_VERSION:
+        raise ExportError(f"--version: given {version}; allowed: 1..{MOST_VERSION}")
     return repository / name / str(version)
 
 
@@ -183,14 +65,17 @@ def commit(folder: Path, target: Path, manifest: Manifest) -> None:
 
     A version that is there already (`--overwrite`) is renamed away first: between the two renames
     there is no version at all for a moment, but never half of one.
+
+    Raises:
+        ExportError: a server would refuse the manifest; nothing is written.
     """
-    content = dataclasses.asdict(manifest)
-    content["files"] = {
-        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
+    files = {
+        path.name: FileEntry(sha256(path), path.stat().st_size) for path in sorted(folder.iterdir())
     }
-    path = folder / "model.json"
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = manifests.encode(dataclasses.replace(manifest, files=files))
+    with _export_errors():
+        manifests.parse(target, text)
+    (folder / FILE).write_text(text, encoding="utf-8")
     for file in [*folder.iterdir(), folder]:
         _sync(file)
     if target.exists():
@@ -209,27 +94,33 @@ def rewrite(folder: Path, changes: Mapping[str, Any]) -> None:
     Raises:
         ExportError: there is no manifest.
     """
-    path = folder / "model.json"
-    content = read(folder) | dict(changes)
-    beside = path.with_name(".model.json.new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = folder / FILE
+    beside = path.with_name(f".{FILE}.new")
+    text = manifests.as_text(read_content(folder) | dict(changes))
+    beside.write_text(text, encoding="utf-8")
     _sync(beside)
     beside.rename(path)
     _sync(folder)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """A version's manifest as it is written.
+def read(folder: Path) -> Manifest:
+    """A version's manifest.
+
+    Raises:
+        ExportError: there is none, or it is not as it should be.
+    """
+    with _export_errors():
+        return manifests.read(folder)
+
+
+def read_content(folder: Path) -> dict[str, Any]:
+    """A version's manifest as it is written, with keys that nobody knows.
 
     Raises:
         ExportError: there is none, or it is not JSON.
     """
-    try:
-        content: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExportError(f"{folder}/model.json: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{folder}/model.json: not JSON: {error}") from None
+    with _export_errors():
+        content: dict[str, Any] = manifests.decode(folder, manifests.read_text(folder))
     return content
 
 
@@ -245,3 +136,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _export_errors() -> Iterator[None]:
+    try:
+        yield
+    except ManifestError as error:
+        raise ExportError(str(error)) from None

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+from attnserve_proto.manifest import TensorEntry
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import set_external_data
-
-from attnserve_export.repository import TensorInfo
 
 DATA_FILE = "model.onnx.data"
 
@@ -56,10 +55,10 @@ def save(folder: Path, variants: Mapping[str, onnx.ModelProto]) -> None:
         (folder / file).write_bytes(variants[name].SerializeToString())
 
 
-def tensor_infos(values: "list[onnx.ValueInfoProto]") -> tuple[TensorInfo, ...]:
+def tensor_entries(values: "list[onnx.ValueInfoProto]") -> tuple[TensorEntry, ...]:
     """Inputs or outputs of a graph, for the manifest."""
     return tuple(
-        TensorInfo(
+        TensorEntry(
             value.name,
             _DTYPES[value.type.tensor_type.elem_type],
             tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),

@@ -13,12 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnxruntime
+from attnserve_proto.manifest import Manifest, Pick, VariantEntry
 from numpy.typing import NDArray
 
 from attnserve_export import repository, sessions
 from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.errors import ExportError
-from attnserve_export.repository import Pick, VariantInfo
 
 Array = NDArray[Any]
 
@@ -50,11 +50,11 @@ class Measurement:
     milliseconds: float
 
 
-def default_picks(variants: Sequence[VariantInfo]) -> dict[str, tuple[Pick, ...]]:
+def default_picks(variants: Sequence[VariantEntry]) -> dict[str, tuple[Pick, ...]]:
     """The default table, by provider, of the variants that there are."""
     picks = {}
     for provider, rows in _DEFAULTS.items():
-        suited = {v.name for v in variants if provider in v.providers and _gives_output(v.outputs)}
+        suited = {v.name for v in variants if provider in v.providers and _gives_output(v)}
         own = [Pick(up_to, tuple(n for n in names if n in suited)) for up_to, names in rows]
         picks[provider] = _joined(own)
     return picks
@@ -85,23 +85,23 @@ def tune(
     Raises:
         ExportError: not a core model, or the provider is not there or does not work.
     """
-    manifest = repository.read(folder)
-    kind = manifest.get("kind")
+    kind = repository.read_content(folder).get("kind")
     if kind != "core":
         raise ExportError(f"--name: {folder} is of kind {kind!r}; allowed: a core model")
     if provider not in onnxruntime.get_available_providers():
         known = ", ".join(onnxruntime.get_available_providers())
         raise ExportError(f"--provider: given {provider}; available here: {known}")
+    manifest = repository.read(folder)
     candidates = {
-        entry["name"]: entry
-        for entry in manifest["variants"]
-        if provider in entry["providers"]
-        and "output" in {o["name"] for o in entry["outputs"]}
+        entry.name: entry
+        for entry in manifest.variants
+        if provider in entry.providers
+        and "output" in entry.output_names
         # `softcap` is `reference` with one more input.
-        and entry["name"] != "softcap"
+        and entry.name != "softcap"
     }
     opened = {
-        name: sessions.open_session(folder / entry["file"], tuple(dict.fromkeys((provider, CPU))))
+        name: sessions.open_session(folder / entry.file, tuple(dict.fromkeys((provider, CPU))))
         for name, entry in candidates.items()
     }
     for session in opened.values():
@@ -112,11 +112,11 @@ def tune(
             )
     measurements: list[Measurement] = []
     for seq_len in sorted(seq_lens):
-        score_bytes = 4 * batch * manifest["attention"]["num_heads"] * seq_len**2
+        score_bytes = 4 * batch * manifest.attention.num_heads * seq_len**2
         tried = [
             name
             for name, entry in candidates.items()
-            if entry["memory"] == "linear" or score_bytes <= _MOST_SCORE_BYTES
+            if entry.memory == "linear" or score_bytes <= _MOST_SCORE_BYTES
         ]
         try:
             contenders = [(name, opened[name]) for name in tried]
@@ -130,8 +130,8 @@ def tune(
         measurements += found
         said = ", ".join(f"{m.variant} {m.milliseconds:.3f} ms" for m in found)
         progress(f"{provider}, {seq_len} positions: {said}")
-    picks = dict(manifest["picks"]) | {provider: [asdict(p) for p in picks_from(measurements)]}
-    tuned = dict(manifest.get("tuned") or {})
+    picks = {**manifest.picks, provider: picks_from(measurements)}
+    tuned = dict(manifest.tuned or {})
     tuned[provider] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": platform.machine(),
@@ -140,7 +140,8 @@ def tune(
         "batch": batch,
         "measurements": [asdict(m) for m in measurements],
     }
-    repository.rewrite(folder, {"picks": picks, "tuned": tuned})
+    rows = {name: [asdict(pick) for pick in given] for name, given in picks.items()}
+    repository.rewrite(folder, {"picks": rows, "tuned": tuned})
     return measurements
 
 
@@ -175,30 +176,30 @@ def _joined(rows: Sequence[Pick]) -> tuple[Pick, ...]:
 
 
 def _times(
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     contenders: Sequence[tuple[str, onnxruntime.InferenceSession]],
     batch: int,
     seq_len: int,
     seconds: float,
 ) -> dict[str, list[float]]:
-    attention = manifest["attention"]
+    attention = manifest.attention
     generator = np.random.default_rng(0)
     dtypes: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
-    dtype = dtypes[manifest["dtype"]]
+    dtype = dtypes[manifest.dtype]
 
-    def normal(heads: str, width: str) -> Array:
-        shape = (batch, attention[heads], seq_len, attention[width])
+    def normal(num_heads: int, width: int) -> Array:
+        shape = (batch, num_heads, seq_len, width)
         return generator.standard_normal(shape, np.float32).astype(dtype)
 
     feeds = {
-        "query": normal("num_heads", "head_dim"),
-        "key": normal("num_kv_heads", "head_dim"),
-        "value": normal("num_kv_heads", "value_head_dim"),
+        "query": normal(attention.num_heads, attention.head_dim),
+        "key": normal(attention.num_kv_heads, attention.head_dim),
+        "value": normal(attention.num_kv_heads, attention.value_head_dim),
         "key_lengths": np.full(batch, seq_len, np.int64),
         "bias": np.zeros((1, 1, 1, 1), dtype),
         "softcap": np.array([-1], np.float32),
     }
-    shape = (batch, attention["num_heads"], seq_len, attention["value_head_dim"])
+    shape = (batch, attention.num_heads, seq_len, attention.value_head_dim)
     for _, session in contenders:  # the first run allocates
         sessions.run(session, feeds, {"output": shape})
     times: dict[str, list[float]] = {name: [] for name, _ in contenders}
@@ -214,5 +215,5 @@ def _times(
     return times
 
 
-def _gives_output(outputs: Sequence[repository.TensorInfo]) -> bool:
-    return any(output.name in ("output", "last_hidden_state") for output in outputs)
+def _gives_output(variant: VariantEntry) -> bool:
+    return any(name in ("output", "last_hidden_state") for name in variant.output_names)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attnserve_proto.manifest import CaseResult, Verification
 from numpy.typing import NDArray
 
 from attnserve_export import sessions
@@ -41,27 +42,6 @@ class Case:
     looked_up: Mapping[str, Array] = field(default_factory=dict)
     derive: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None
     magnitudes: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """The largest absolute error of one case, over all outputs."""
-
-    case: str
-    dims: Mapping[str, int]
-    max_abs_error: float
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How far a graph is from its reference."""
-
-    reference: str
-    seed: int
-    tolerance: float
-    max_abs_error: Mapping[str, float]
-    cases: tuple[CaseResult, ...]
 
 
 def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
@@ -121,7 +101,11 @@ def verify(
         worst = {name: max(worst.get(name, 0.0), error) for name, error in errors.items()}
         results.append(CaseResult(case.name, case.dims, largest, case.tolerance))
     return Verification(
-        reference, seed, max(case.tolerance for case in cases), worst, tuple(results)
+        reference=reference,
+        seed=seed,
+        tolerance=max(case.tolerance for case in cases),
+        max_abs_error=worst,
+        cases=tuple(results),
     )
 
 

@@ -26,12 +26,12 @@ def model_message(model: LoadedModel) -> pb.Model:
         scale=attention.scale,
         softcap=attention.softcap,
         takes_text=model.tokenizer is not None,
-        source=manifest.source,
+        source=manifest.source["description"],
         window_right=attention.window_right or 0,
         has_window_right=attention.window_right is not None,
         bottom_right=attention.alignment == "bottom-right",
         alibi=attention.alibi,
-        rotary=attention.rotary or "",
+        rotary=attention.rotary.style if attention.rotary else "",
     )
     if manifest.layer is not None:
         message.embed_dim = manifest.layer.embed_dim
@@ -54,12 +54,12 @@ def model_message(model: LoadedModel) -> pb.Model:
         entry = variant.entry
         message.variants.add(
             name=entry.name,
-            inputs=entry.inputs,
-            outputs=entry.outputs,
+            inputs=entry.input_names,
+            outputs=entry.output_names,
             providers=entry.providers,
-            max_abs_error=entry.max_abs_error,
-            tolerance=entry.tolerance,
-            quadratic_memory=entry.quadratic,
+            max_abs_error=entry.verification.largest_error,
+            tolerance=entry.verification.tolerance,
+            quadratic_memory=entry.memory == "quadratic",
         )
     return message
 

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MASKS = ("bidirectional", "causal", "cross")
-ALIGNMENTS = ("top-left", "bottom-right")
-
 
 @dataclass(frozen=True)
 class Mask:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from attnserve_proto.manifest import Transformer, TransformerAttention
 from numpy.typing import NDArray
 from torch import nn
 
@@ -15,7 +16,6 @@ from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECO
 from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN
 from attnserve_export.checkpoints.tracing import CROSS
 from attnserve_export.reference import Scheme, attention_reference
-from attnserve_export.repository import TransformerAttentionInfo, TransformerInfo
 from attnserve_export.verification import Case
 
 Array = NDArray[Any]
@@ -63,7 +63,7 @@ _MAPS: Mapping[str, Mapping[str, str]] = {
 
 
 def transformer_cases(
-    exact: nn.Module, checkpoint: Checkpoint, info: TransformerInfo, generator: np.random.Generator
+    exact: nn.Module, checkpoint: Checkpoint, info: Transformer, generator: np.random.Generator
 ) -> Iterator[Case]:
     """Ragged batches of random ids.
 
@@ -81,7 +81,7 @@ def transformer_cases(
         yield _case(case.name, exact, checkpoint.family.kind, info, feeds)
 
 
-def _longest(checkpoint: Checkpoint, info: TransformerInfo) -> int:
+def _longest(checkpoint: Checkpoint, info: Transformer) -> int:
     maps = sum(len(attention.layers) * attention.num_heads for attention in info.attentions)
     bound = _LONGEST if checkpoint.family.positions_in_table else _LONGEST_WITHOUT_TABLE
     most = min(bound, math.isqrt(_MOST_WEIGHTS // maps))
@@ -104,7 +104,7 @@ def _feeds(
 
 
 def _case(
-    name: str, exact: nn.Module, kind: str, info: TransformerInfo, feeds: Mapping[str, Array]
+    name: str, exact: nn.Module, kind: str, info: Transformer, feeds: Mapping[str, Array]
 ) -> Case:
     queries = "decoder_attention_mask" if kind == ENCODER_DECODER else "attention_mask"
     masks = {ENCODER: feeds["attention_mask"], DECODER: feeds[queries], CROSS: feeds[queries]}
@@ -179,7 +179,7 @@ def _by_stack(kind: str, by_input: Mapping[str, int]) -> dict[str, int]:
 
 
 def _deriver(
-    info: TransformerInfo, feeds: Mapping[str, Array]
+    info: Transformer, feeds: Mapping[str, Array]
 ) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
     def derive(outputs: Mapping[str, Array]) -> Mapping[str, Array]:
         derived = {name: outputs[name] for name in (HIDDEN, ENCODER_HIDDEN) if name in outputs}
@@ -195,7 +195,7 @@ def _deriver(
 
 
 def _weights(
-    attention: TransformerAttentionInfo, layer: int, outputs: Mapping[str, Array], lengths: Array
+    attention: TransformerAttention, layer: int, outputs: Mapping[str, Array], lengths: Array
 ) -> Array:
     """The weights that query and key of a layer stand for, in float64: [B, H, Sq, Sk]."""
     query = outputs[f"{attention.name}_query_{layer}"]

@@ -7,6 +7,13 @@ import attnserve_kernels
 import numpy as np
 import onnx
 import torch
+from attnserve_proto.manifest import (
+    Attention,
+    Manifest,
+    Transformer,
+    TransformerAttention,
+    TransformerLayer,
+)
 
 from attnserve_export import graphs
 from attnserve_export.attention.variants import CPU
@@ -22,13 +29,6 @@ from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, TARGET,
 from attnserve_export.checkpoints.tracing import ATTENTIONS, CROSS, IMPLEMENTATION, Call, Tracer
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Input
-from attnserve_export.repository import (
-    AttentionInfo,
-    Manifest,
-    TransformerAttentionInfo,
-    TransformerInfo,
-    TransformerLayerInfo,
-)
 from attnserve_export.verification import Case
 
 SEQ_LEN, TARGET_LEN = "seq_len", "target_len"
@@ -116,13 +116,13 @@ def export_transformer(
     )
 
 
-def _observed(checkpoint: Checkpoint, tracer: Tracer) -> tuple[list[str], TransformerInfo]:
+def _observed(checkpoint: Checkpoint, tracer: Tracer) -> tuple[list[str], Transformer]:
     """What a small run in PyTorch tells: the names of all outputs, and the manifest's part."""
     module = module_for(tracer)
     with torch.no_grad():
         module(*(_tokens(name).example for name in module.inputs))
     config = checkpoint.config
-    info = TransformerInfo(
+    info = Transformer(
         family=checkpoint.family.name,
         num_layers=len(tracer.calls[ATTENTIONS[tracer.kind][0]]),
         hidden_size=int(config.hidden_size),
@@ -137,16 +137,16 @@ def _observed(checkpoint: Checkpoint, tracer: Tracer) -> tuple[list[str], Transf
     return [*module.hidden, *tracer.outputs()], info
 
 
-def _described(name: str, calls: Sequence[Call]) -> TransformerAttentionInfo:
+def _described(name: str, calls: Sequence[Call]) -> TransformerAttention:
     _, num_heads, _, head_dim = calls[0].query.shape
-    return TransformerAttentionInfo(
+    return TransformerAttention(
         name=name,
         num_heads=num_heads,
         num_kv_heads=calls[0].key.shape[1],
         head_dim=head_dim,
         mask=_MASKS[name],
         position_bias=calls[0].bias is not None,
-        layers=tuple(TransformerLayerInfo(call.scale, call.window) for call in calls),
+        layers=tuple(TransformerLayer(call.scale, call.window) for call in calls),
     )
 
 
@@ -174,10 +174,10 @@ def _dims(output: str, kind: str) -> dict[int, str]:
     return {0: "batch", 2: SEQ_LEN if of_source else own}
 
 
-def _attention_info(attention: TransformerAttentionInfo) -> AttentionInfo:
+def _attention_info(attention: TransformerAttention) -> Attention:
     """The attention of a transformer's main stack, as every model describes one."""
     windows = {layer.window for layer in attention.layers}
-    return AttentionInfo(
+    return Attention(
         num_heads=attention.num_heads,
         num_kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,

@@ -62,7 +62,7 @@ class AttentionHandlers:
             raise InvalidRequestError.of("name", "nothing", "a name that ListModels gives")
         model = self._store.get(asked.name, asked.version)
         return pb.GetModelResponse(
-            model=messages.model_message(model), manifest_json=model.manifest.text
+            model=messages.model_message(model), manifest_json=model.manifest_json
         ).SerializeToString()
 
     def server_info(self, message: bytes, request: Request) -> bytes:

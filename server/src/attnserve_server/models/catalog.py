@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from attnserve_proto.manifest import ManifestError
+
 from attnserve_server.errors import NotFoundError, PreconditionError, UnimplementedError
 from attnserve_server.models.store import LoadedModel, ModelStore
-from attnserve_server.repository import ManifestError, find
+from attnserve_server.repository import find
 
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import attnserve_kernels
 from attnserve_dataplane import DataPlane, Model, ModelFacts, Pick, VariantFacts
+from attnserve_proto.manifest import Manifest, ManifestError, VariantEntry, parse, read_text
 
 from attnserve_server.models.providers import Providers
 from attnserve_server.models.tokenizer import TextTokenizer
-from attnserve_server.repository import check_files, find, read
-from attnserve_server.repository.manifest import Manifest, ManifestError, VariantEntry
+from attnserve_server.repository import check_files, find
 
 _log = logging.getLogger(__name__)
 
@@ -39,11 +39,13 @@ class LoadedModel:
     """One version of a model, ready to run.
 
     Attributes:
+        manifest_json: its manifest as it is written.
         core: the same in the data plane, which runs it.
         provider: of ONNX Runtime, preferred.
     """
 
     manifest: Manifest
+    manifest_json: str
     core: Model
     variants: tuple[Variant, ...]
     tokenizer: TextTokenizer | None
@@ -120,7 +122,8 @@ def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | 
         ManifestError: its files are not what its manifest says, or do not load.
     """
     started = time.monotonic()
-    manifest = read(folder)
+    manifest_json = read_text(folder)
+    manifest = parse(folder, manifest_json)
     check_files(folder, manifest)
     entries = [entry for entry in manifest.variants if _can_run(entry, manifest, providers)]
     if not entries:
@@ -132,7 +135,7 @@ def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | 
                 VariantFacts(
                     name=entry.name,
                     path=str(folder / entry.file),
-                    quadratic=entry.quadratic,
+                    quadratic=entry.memory == "quadratic",
                     native=entry.native,
                 )
                 for entry in entries
@@ -158,7 +161,7 @@ def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | 
             "seconds": round(time.monotonic() - started, 3),
         },
     )
-    return LoadedModel(manifest, core, variants, tokenizer, providers.names[0])
+    return LoadedModel(manifest, manifest_json, core, variants, tokenizer, providers.names[0])
 
 
 def _can_run(entry: VariantEntry, manifest: Manifest, providers: Providers) -> bool:

@@ -9,7 +9,6 @@ from attnserve_server.oip import tensors, tokens
 from attnserve_server.oip.tensors import Output
 from attnserve_server.settings import Limits
 from attnserve_server.tokens import run
-from attnserve_server.tokens.checks import tokens_work
 
 
 class TokenInference:
@@ -47,12 +46,11 @@ class TokenInference:
             given = tensors.inputs(message, raw, shared)
             options = tokens.options(message)
             call = tokens.tokens_call(model, given, asked, options, self._limits)
-            work = tokens_work(call.message, self._store, self._limits)
-            ran = run.attend(self._plane, request, work, options.timeout)
+            ran = run.attend(self._plane, request, call.work, options.timeout)
             arrays = tokens.padded(call, ran.outputs)
             limit = self._limits.max_message_bytes
             response, contents = tensors.answer(
-                message, model, work.variant.name, asked, arrays, limit
+                message, model, call.work.variant.name, asked, arrays, limit
             )
         except Exception:
             self._plane.count_failed_inference(name, version, request.arrived)
@@ -60,7 +58,7 @@ class TokenInference:
         self._plane.count_inference(
             name,
             version,
-            len(work.sequences),
+            len(call.work.sequences),
             ran.arrived,
             ran.validated,
             ran.started,

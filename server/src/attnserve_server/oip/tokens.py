@@ -1,4 +1,4 @@
-"""`ModelInfer` for token models: turned into the request that `AttendTokens` would have."""
+"""`ModelInfer` for token models: turned into the work that `AttendTokens` would give."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,8 @@ from attnserve_server.models import ports
 from attnserve_server.models.store import LoadedModel
 from attnserve_server.oip.tensors import InputTensor, Output, check_answer_size, value
 from attnserve_server.settings import Limits
-from attnserve_server.tokens.work import SequenceOutput
+from attnserve_server.tokens.checks import complete, tokens_wanted
+from attnserve_server.tokens.work import SequenceOutput, TokenBatch, TokensWork
 
 _MOST = 2**32 - 1
 _LONGEST_TIMEOUT = 2**63 - 1
@@ -45,9 +46,9 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class TokensCall:
-    """A token request, and what its answer is padded to."""
+    """What is to run, and what the answer is padded to."""
 
-    message: pb.AttendTokensRequest
+    work: TokensWork
     layers: Sequence[int]
     padded_len: int
 
@@ -84,12 +85,12 @@ def tokens_call(
     given: Options,
     limits: Limits,
 ) -> TokensCall:
-    """The request of a transformer as `AttendTokens` would have it.
+    """The work that a request to a transformer is.
 
     Raises:
         InvalidRequestError: a tensor is not as the model takes it, or there is none such.
         PreconditionError: the model is an encoder-decoder.
-        ExhaustedError: the padded answer would be too large.
+        ExhaustedError: it, or its padded answer, would be too large.
     """
     transformer = model.manifest.transformer
     assert transformer is not None
@@ -107,27 +108,29 @@ def tokens_call(
     if not names <= there:
         raise _no_output(model, min(names - there))
     layers = sorted(int(name.removeprefix(_LAYER)) for name in names if name.startswith(_LAYER))
-    message = pb.AttendTokensRequest(
-        model=model.manifest.name,
-        version=str(model.manifest.version),
-        variant=given.variant,
-        priority=given.priority,
-        returns=pb.TokenReturnOptions(
-            no_hidden="last_hidden_state" not in names,
-            pooled="pooled" in names,
-            weights=bool(layers),
-            layers=layers,
-        ),
+    returns = pb.TokenReturnOptions(
+        no_hidden="last_hidden_state" not in names,
+        pooled="pooled" in names,
+        weights=bool(layers),
+        layers=layers,
     )
-    for row, length in zip(ids, lengths, strict=True):
-        message.tokens.sequences.add(ids=row[:length].tolist())
     padded_len = ids.shape[1]
     item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
     rows = ids.size * item
     size = rows * transformer.hidden_size if "last_hidden_state" in names else 0
     size += rows * padded_len * transformer.attentions[0].num_heads * len(layers)
     check_answer_size(size, min(limits.max_message_bytes, limits.max_response_bytes))
-    return TokensCall(message, layers, padded_len)
+    sequences = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    work = complete(
+        model,
+        TokenBatch(sequences, [False] * len(sequences)),
+        None,
+        tokens_wanted(returns, model, transformer, limits),
+        variant=given.variant,
+        priority=given.priority,
+        limits=limits,
+    )
+    return TokensCall(work, layers, padded_len)
 
 
 def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, Array]:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from attnserve_proto import attention_pb2 as pb
+from attnserve_proto.manifest import Transformer
 
 from attnserve_server import dtypes
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
 from attnserve_server.models.store import LoadedModel, ModelStore
-from attnserve_server.repository.transformer import Transformer
 from attnserve_server.settings import Limits
 from attnserve_server.tokens.run import needed_outputs
 from attnserve_server.tokens.work import HeadsWanted, TokenBatch, TokensWanted, TokensWork
@@ -18,19 +18,6 @@ HIGH, NORMAL, LOW = 1, 2, 3
 # Bytes of a text for each token that a model takes: a longer text is cut, or refused, before its
 # tokens are counted. Longer words than that are rare, and tokenizers have their bounds for those.
 _BYTES_A_TOKEN = 64
-
-
-def priority(given: int) -> int:
-    """A request's priority; 0 is NORMAL.
-
-    Raises:
-        InvalidRequestError: there is no such priority.
-    """
-    if given > LOW:
-        raise InvalidRequestError.of(
-            "priority", given, f"{HIGH} (high), {NORMAL} (normal), {LOW} (low), 0 (normal)"
-        )
-    return given or NORMAL
 
 
 def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limits) -> TokensWork:
@@ -47,15 +34,96 @@ def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limi
         raise PreconditionError(
             f"model: {message.model} is a {model.manifest.kind} and takes tensors; use Attend"
         )
-    wanted = _wanted(message.returns, model, transformer, limits)
+    wanted = tokens_wanted(message.returns, model, transformer, limits)
     source = _source(message, model, transformer, limits)
     target = _target(message, model, transformer, limits, len(source.sequences))
-    given = {name for variant in model.variants for name in variant.outputs}
+    return complete(
+        model,
+        source,
+        target,
+        wanted,
+        variant=message.variant,
+        priority=message.priority,
+        limits=limits,
+    )
+
+
+def complete(
+    model: LoadedModel,
+    source: TokenBatch,
+    target: TokenBatch | None,
+    wanted: TokensWanted,
+    *,
+    variant: str,
+    priority: int,
+    limits: Limits,
+) -> TokensWork:
+    """What is to run, of sequences and wishes that have been checked each by itself.
+
+    Args:
+        model: a transformer.
+        source, target, wanted: as `TokensWork` has them.
+        variant: asked for; empty: the server picks.
+        priority: asked for; 0: normal.
+        limits: of the server.
+
+    Raises:
+        RequestError: no variant can do it, it is too large, or there is no such priority.
+    """
+    transformer = model.manifest.transformer
+    assert transformer is not None
+    given = {name for each in model.variants for name in each.outputs}
     longest = max(batch.longest for batch in (source, target) if batch is not None)
     outputs = needed_outputs(wanted, transformer, given)
-    variant = model.variant(model.core.choose(message.variant, [], outputs, longest))
-    work = TokensWork(model, variant, source, target, wanted, priority(message.priority))
+    chosen = model.variant(model.core.choose(variant, [], outputs, longest))
+    work = TokensWork(model, chosen, source, target, wanted, _priority(priority))
     return replace(work, working_bytes=_check_sizes(work, transformer, limits))
+
+
+def tokens_wanted(
+    returns: pb.TokenReturnOptions, model: LoadedModel, transformer: Transformer, limits: Limits
+) -> TokensWanted:
+    """Check what is to be returned.
+
+    Raises:
+        RequestError: with the field, what was given and what is allowed.
+    """
+    if returns.pooled and transformer.pooling is None:
+        raise PreconditionError(
+            f"returns.pooled: checkpoint {model.manifest.name} says nothing about pooling"
+        )
+    names = [attention.name for attention in transformer.attentions]
+    if returns.attention not in ("", *names):
+        raise InvalidRequestError.of("returns.attention", returns.attention, ", ".join(names))
+    for field in ("mass_by_distance", "mass_on_first"):
+        number = getattr(returns, field)
+        if number > limits.max_seq_len:
+            raise InvalidRequestError.of(f"returns.{field}", number, f"0..{limits.max_seq_len}")
+    attention = transformer.attention(returns.attention or names[0])
+    heads = HeadsWanted(
+        attention=attention,
+        layers=_chosen("returns.layers", returns.layers, len(attention.layers)),
+        heads=_chosen("returns.heads", returns.heads, attention.num_heads),
+        weights=returns.weights,
+        entropy=returns.entropy,
+        effective_context=returns.effective_context,
+        mass_by_distance=returns.mass_by_distance,
+        mass_on_first=returns.mass_on_first,
+    )
+    return TokensWanted(
+        hidden=not returns.no_hidden,
+        pooled=returns.pooled,
+        heads=heads if heads.names else None,
+    )
+
+
+def _priority(given: int) -> int:
+    """0 is NORMAL."""
+    if given > LOW:
+        raise InvalidRequestError.of(
+            "priority", given, f"{HIGH} (high), {NORMAL} (normal), {LOW} (low), 0 (normal)"
+        )
+    return given or NORMAL
 
 
 def _source(
@@ -190,38 +258,6 @@ def _check_ids(
                     token_id,
                     f"0..{transformer.vocab_size - 1}, the vocabulary",
                 )
-
-
-def _wanted(
-    returns: pb.TokenReturnOptions, model: LoadedModel, transformer: Transformer, limits: Limits
-) -> TokensWanted:
-    if returns.pooled and transformer.pooling is None:
-        raise PreconditionError(
-            f"returns.pooled: checkpoint {model.manifest.name} says nothing about pooling"
-        )
-    names = [attention.name for attention in transformer.attentions]
-    if returns.attention not in ("", *names):
-        raise InvalidRequestError.of("returns.attention", returns.attention, ", ".join(names))
-    for field in ("mass_by_distance", "mass_on_first"):
-        number = getattr(returns, field)
-        if number > limits.max_seq_len:
-            raise InvalidRequestError.of(f"returns.{field}", number, f"0..{limits.max_seq_len}")
-    attention = transformer.attention(returns.attention or names[0])
-    heads = HeadsWanted(
-        attention=attention,
-        layers=_chosen("returns.layers", returns.layers, len(attention.layers)),
-        heads=_chosen("returns.heads", returns.heads, attention.num_heads),
-        weights=returns.weights,
-        entropy=returns.entropy,
-        effective_context=returns.effective_context,
-        mass_by_distance=returns.mass_by_distance,
-        mass_on_first=returns.mass_on_first,
-    )
-    return TokensWanted(
-        hidden=not returns.no_hidden,
-        pooled=returns.pooled,
-        heads=heads if heads.names else None,
-    )
 
 
 def _chosen(field: str, given: Sequence[int], count: int) -> list[int]:

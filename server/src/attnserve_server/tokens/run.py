@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from attnserve_dataplane import DataPlane, Request
+from attnserve_proto.manifest import Transformer
 
 from attnserve_server.dtypes import Array
-from attnserve_server.repository.transformer import Transformer
 from attnserve_server.settings import usable_cores
 from attnserve_server.tokens import heads
 from attnserve_server.tokens.work import HeadsWanted, SequenceOutput, TokensWanted, TokensWork

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from attnserve_proto.manifest import TransformerAttention
+
 from attnserve_server.dtypes import Array
 from attnserve_server.models.store import LoadedModel, Variant
-from attnserve_server.repository.transformer import TransformerAttention
 
 
 @dataclass(frozen=True, slots=True)

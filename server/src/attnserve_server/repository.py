@@ -5,11 +5,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from attnserve_server.repository.manifest import NAME, Manifest, ManifestError, read
+from attnserve_proto.manifest import FILE, NAME, Manifest, ManifestError
 
 _VERSION = re.compile(r"[1-9][0-9]*")
-
-__all__ = ["Manifest", "ManifestError", "check_files", "find", "read"]
 
 
 def find(repository: Path) -> Iterator[Path]:
@@ -35,18 +33,16 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """
     if (manifest.name, str(manifest.version)) != (folder.parent.name, folder.name):
         raise ManifestError(
-            f"{folder}/model.json: is for {manifest.name} version {manifest.version}, "
+            f"{folder}/{FILE}: is for {manifest.name} version {manifest.version}, "
             "which differs from its folders"
         )
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise ManifestError(f"{path}: listed in model.json, but missing")
+            raise ManifestError(f"{path}: listed in {FILE}, but missing")
         if path.stat().st_size != entry.bytes:
-            raise ManifestError(
-                f"{path}: {path.stat().st_size} bytes; model.json says {entry.bytes}"
-            )
+            raise ManifestError(f"{path}: {path.stat().st_size} bytes; {FILE} says {entry.bytes}")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry.sha256:
-            raise ManifestError(f"{path}: SHA-256 {digest}; model.json says {entry.sha256}")
+            raise ManifestError(f"{path}: SHA-256 {digest}; {FILE} says {entry.sha256}")

@@ -1,0 +1,71 @@
+"""`model.json`, which the exporter writes and the server reads: its one schema.
+
+Keys that the schema does not list and variants of any name are let through, so that a server reads
+what newer exporters write.
+"""
+
+from attnserve_proto.manifest.schema import (
+    ALIGNMENTS,
+    ATTENTIONS,
+    DTYPES,
+    KINDS,
+    MASKS,
+    MOST_VERSION,
+    NAME,
+    STYLES,
+    Attention,
+    CaseResult,
+    FileEntry,
+    Layer,
+    Manifest,
+    Pick,
+    RotaryEmbedding,
+    TensorEntry,
+    Transformer,
+    TransformerAttention,
+    TransformerLayer,
+    VariantEntry,
+    Verification,
+)
+from attnserve_proto.manifest.text import (
+    FILE,
+    ManifestError,
+    as_text,
+    decode,
+    encode,
+    parse,
+    read,
+    read_text,
+)
+
+__all__ = [
+    "ALIGNMENTS",
+    "ATTENTIONS",
+    "DTYPES",
+    "FILE",
+    "KINDS",
+    "MASKS",
+    "MOST_VERSION",
+    "NAME",
+    "STYLES",
+    "Attention",
+    "CaseResult",
+    "FileEntry",
+    "Layer",
+    "Manifest",
+    "ManifestError",
+    "Pick",
+    "RotaryEmbedding",
+    "TensorEntry",
+    "Transformer",
+    "TransformerAttention",
+    "TransformerLayer",
+    "VariantEntry",
+    "Verification",
+    "as_text",
+    "decode",
+    "encode",
+    "parse",
+    "read",
+    "read_text",
+]

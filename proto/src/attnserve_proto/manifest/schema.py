@@ -1,0 +1,285 @@
+"""What `model.json` holds. Each field says how it is read and checked (`fields`);
+docs/model-repository.md says what it means.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from attnserve_proto.manifest.fields import (
+    above_zero,
+    anything,
+    by_name,
+    integer,
+    listed,
+    number,
+    one_of,
+    optional,
+    record,
+    text,
+    yes_or_no,
+    zero_or_more,
+)
+
+# Of models and variants.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+MOST_VERSION = 2**63 - 1
+
+KINDS = ("core", "layer", "transformer")
+DTYPES = ("FP32", "FP16", "BF16")
+MASKS = ("bidirectional", "causal", "cross")
+ALIGNMENTS = ("top-left", "bottom-right")
+STYLES = ("half", "interleaved")
+MEMORY = ("linear", "quadratic")
+POOLINGS = ("mean", "cls", "last")
+ATTENTIONS = ("encoder", "decoder", "cross")
+
+Size = Annotated[int, integer()]
+Text = Annotated[str, text]
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryEmbedding:
+    """A rotary embedding of the first `dims` elements of each query and key."""
+
+    style: Annotated[str, one_of(*STYLES)]
+    dims: Size
+    base: Annotated[float, above_zero]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """The attention that a model computes; of a transformer, its first one."""
+
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    value_head_dim: Size
+    mask: Annotated[str, one_of(*MASKS)]
+    window: Annotated[int | None, optional(integer())] = None
+    window_right: Annotated[int | None, optional(integer(0))] = None
+    alignment: Annotated[str, one_of(*ALIGNMENTS)] = "top-left"
+    alibi: Annotated[bool, yes_or_no] = False
+    rotary: Annotated[RotaryEmbedding | None, optional(record(RotaryEmbedding))] = None
+    scale: Annotated[float, above_zero]
+    softcap: Annotated[float, zero_or_more] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a layer model has besides: E, and E of the context (None: self-attention)."""
+
+    embed_dim: Size
+    context_dim: Annotated[int | None, optional(integer())]
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerLayer:
+    """What may differ from layer to layer: the scale, and keys that a query sees (None: all)."""
+
+    scale: Annotated[float, above_zero]
+    window: Annotated[int | None, optional(integer())] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerAttention:
+    """One attention of a transformer.
+
+    Attributes:
+        name: "encoder", "decoder" or, between the two, "cross".
+        mask: as the name says: "bidirectional", "causal", "cross".
+        position_bias: whether the graph gives a bias by the distance of key and query.
+        layers: one entry each.
+    """
+
+    name: Annotated[str, one_of(*ATTENTIONS)]
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    mask: Annotated[str, one_of(*MASKS)]
+    position_bias: Annotated[bool, yes_or_no] = False
+    layers: Annotated[tuple[TransformerLayer, ...], listed(record(TransformerLayer))]
+
+
+def _transformer_attention(where: str, content: Any) -> TransformerAttention:
+    name = one_of(*ATTENTIONS)(f"{where} name", content["name"])
+    return record(TransformerAttention)(f"{where} {name}", content)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transformer:
+    """What a transformer model has besides.
+
+    Attributes:
+        num_layers: of its first attention.
+        max_seq_len: 0 where positions have no end.
+        pooling: None: its checkpoint says nothing.
+        decoder_start_token_id: what a target starts with; None: the model has no targets.
+        attentions: one or, of an encoder-decoder, three.
+    """
+
+    family: Text
+    num_layers: Size
+    hidden_size: Size
+    vocab_size: Size
+    max_seq_len: Annotated[int, integer(0)]
+    pad_token_id: Annotated[int, lambda where, value: integer(0)(where, value or 0)]
+    pooling: Annotated[str | None, optional(one_of(*POOLINGS))] = None
+    normalize_pooled: Annotated[bool, lambda _, value: bool(value)] = False
+    decoder_start_token_id: Annotated[int | None, optional(integer(0))] = None
+    attentions: Annotated[tuple[TransformerAttention, ...], listed(_transformer_attention)]
+
+    @property
+    def has_target(self) -> bool:
+        """Whether it is an encoder-decoder."""
+        return self.decoder_start_token_id is not None
+
+    def attention(self, name: str) -> TransformerAttention:
+        """An attention by its name, which must be one of the model's."""
+        return next(attention for attention in self.attentions if attention.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """An input or output of a graph; a dimension is an integer or a symbol's name."""
+
+    name: Text
+    dtype: Text
+    shape: Annotated[tuple[int | str, ...], listed(anything)]
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """The largest absolute error of one case, over all outputs."""
+
+    case: Text
+    dims: Annotated[Mapping[str, int], anything]
+    max_abs_error: Annotated[float, number]
+    tolerance: Annotated[float, number]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """How far a graph is from its reference.
+
+    Attributes:
+        reference: what it was compared with, in words.
+        seed: of the inputs.
+        tolerance: the largest of its cases'.
+        max_abs_error: by output.
+    """
+
+    reference: Text = ""
+    seed: Annotated[int, anything] = 0
+    tolerance: Annotated[float, number]
+    max_abs_error: Annotated[Mapping[str, float], by_name(number)]
+    cases: Annotated[tuple[CaseResult, ...], listed(record(CaseResult))] = ()
+
+    @property
+    def largest_error(self) -> float:
+        """Of all outputs."""
+        return max(self.max_abs_error.values(), default=0.0)
+
+
+def _variant_name(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError(f"{where}: {value!r}; allowed: {NAME.pattern}")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantEntry:
+    """One ONNX graph of a model.
+
+    Attributes:
+        providers: of ONNX Runtime, that it suits.
+        memory: how what it holds while it runs grows with the length.
+        native: whether it needs the operators of attnserve-kernels.
+    """
+
+    name: Annotated[str, _variant_name]
+    file: Text
+    inputs: Annotated[tuple[TensorEntry, ...], listed(record(TensorEntry))]
+    outputs: Annotated[tuple[TensorEntry, ...], listed(record(TensorEntry))]
+    providers: Annotated[tuple[str, ...], listed(text)]
+    memory: Annotated[str, one_of(*MEMORY)] = "quadratic"
+    native: Annotated[bool, yes_or_no] = False
+    verification: Annotated[Verification, record(Verification)]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """In the order of the graph."""
+        return tuple(tensor.name for tensor in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """In the order of the graph."""
+        return tuple(tensor.name for tensor in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Which variants to prefer up to a length (the longer of Sq and Sk; None: any), best first."""
+
+    up_to: Annotated[int | None, optional(integer())]
+    variants: Annotated[tuple[str, ...], listed(text)]
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size and SHA-256 (hex) of one file."""
+
+    sha256: Text
+    bytes: Annotated[int, lambda _, value: int(value)]
+
+
+def _picks(where: str, content: Any) -> dict[str, tuple[Pick, ...]]:
+    """By provider; rows of rising lengths."""
+    picks = {}
+    for provider, rows in (content or {}).items():
+        last: int | None = 0
+        picks[str(provider)] = listed(record(Pick))(where, rows)
+        for pick in picks[str(provider)]:
+            if last is None or (pick.up_to is not None and pick.up_to <= last):
+                given = f"{pick.up_to} after {last}"
+                raise ValueError(f"{where}: up_to: {given}; allowed: rising, null last")
+            last = pick.up_to
+    return picks
+
+
+def _source(where: str, content: Any) -> dict[str, Any]:
+    return content | {"description": str(content["description"])}  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One version of one model.
+
+    Attributes:
+        opset: of the first variant.
+        tokenizer: its file.
+        picks: by execution provider.
+        tuned: by execution provider: what was measured, when and where.
+        files: all of the version but the manifest, by name; empty before they are written.
+        source: `description` (one line), and what else is known of where it comes from.
+        created_by: versions of tools.
+    """
+
+    name: Text
+    version: Annotated[int, integer(highest=MOST_VERSION)]
+    kind: Annotated[str, one_of(*KINDS)]
+    dtype: Annotated[str, one_of(*DTYPES)]
+    opset: Size
+    attention: Annotated[Attention, record(Attention)]
+    layer: Annotated[Layer | None, optional(record(Layer))] = None
+    transformer: Annotated[Transformer | None, optional(record(Transformer))] = None
+    tokenizer: Annotated[str | None, optional(text)] = None
+    variants: Annotated[tuple[VariantEntry, ...], listed(record(VariantEntry))]
+    picks: Annotated[Mapping[str, tuple[Pick, ...]], _picks] = field(default_factory=dict)
+    tuned: Annotated[Mapping[str, Any] | None, anything] = None
+    files: Annotated[Mapping[str, FileEntry], by_name(record(FileEntry))] = field(
+        default_factory=dict
+    )
+    source: Annotated[Mapping[str, Any], _source]
+    created_by: Annotated[Mapping[str, str], anything] = field(default_factory=dict)
