@@ -113,49 +113,21 @@ def _metrics_host(host: str) -> str:
 
 
 def _data_plane(settings: Settings, provider: providers.Providers) -> DataPlane:
-    limits = settings.limits
     batch_bytes = settings.max_batch_bytes
     if batch_bytes is None:
         batch_bytes = (256 if provider.on_cuda else 2) * MIB
     operators = attnserve_kernels.library_path()
     tls = certificates.read(settings)
     return DataPlane(
+        **settings.plane_keywords,
         addresses=[_address(settings.host, settings.port)],
         io_threads=settings.io_threads or min(usable_cores(), _MOST_IO_THREADS),
-        concurrency=settings.concurrency,
-        max_message_bytes=limits.max_message_bytes,
-        max_request_bytes=limits.max_request_bytes,
-        max_response_bytes=limits.max_response_bytes,
-        max_bytes_in_flight=limits.max_bytes_in_flight,
-        max_working_bytes=limits.max_working_bytes,
-        max_seq_len=limits.max_seq_len,
-        max_batch=limits.max_batch,
-        max_stream_requests=limits.max_stream_requests,
-        chunk_bytes=limits.chunk_bytes,
-        max_queue=limits.max_queue,
-        max_queue_seconds=limits.max_queue_seconds,
-        max_batch_size=settings.max_batch_size,
         max_batch_bytes=batch_bytes,
-        batch_delay=settings.batch_delay,
-        max_stored_bytes=limits.max_stored_bytes,
-        stored_lease=limits.stored_lease,
-        max_stored_lease=limits.max_stored_lease,
-        max_shared_regions=limits.max_shared_regions,
-        max_shared_bytes=limits.max_shared_bytes,
-        max_connections=settings.max_connections,
-        max_connections_per_address=settings.max_connections_per_address,
-        idle_timeout=settings.idle_timeout,
-        keepalive_interval=settings.keepalive_interval,
-        keepalive_timeout=settings.keepalive_timeout,
-        keepalive_min_ping_interval=settings.keepalive_min_ping_interval,
-        max_connection_age=settings.max_connection_age,
-        max_connection_age_grace=settings.max_connection_age_grace,
         tls_certificate_chain=tls.certificate_chain,
         tls_private_key=tls.private_key,
         tls_client_authorities=tls.client_authorities,
         cuda=provider.on_cuda,
         intra_op_threads=settings.intra_op_threads or usable_cores(),
-        spinning=settings.spinning,
         onnxruntime_library=str(onnxruntime_library.path()),
         operators_library="" if operators is None else str(operators),
     )

@@ -1,118 +1,227 @@
-"""Everything about a server that can be set, with its default."""
+"""Everything about a server that can be set, with its default and its option."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-MIB = 1 << 20
+from attnserve_server.options import Option, at_least, seconds
+
+KIB, MIB = 1 << 10, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the server accepts; sizes in bytes.
+    """What the server accepts; sizes in bytes, times in seconds."""
 
-    Attributes:
-        max_message_bytes: one gRPC message. Tensors above about 4 MB are better sent in chunks.
-        max_request_bytes: all tensors of one request.
-        max_response_bytes: all tensors of one answer.
-        max_bytes_in_flight: tensors of all requests that are received, wait or run.
-        max_working_bytes: estimated memory of one request's computation; also of all that run at
-            once.
-        max_seq_len: Sq and Sk.
-        max_batch: sequences of one request.
-        max_queue: requests waiting to run.
-        max_stream_requests: requests in flight on one stream; more are not read until some end.
-        chunk_bytes: size of the chunks that the server sends.
-        max_queue_seconds: a request that would wait longer, by estimate, is refused.
-        max_stored_bytes: tensors stored by PutTensor, all callers' together.
-        stored_lease, max_stored_lease: seconds that a tensor is stored after its last use: unless
-            its caller says otherwise, and at most.
-        max_shared_regions: shared-memory regions registered at once; 0 turns shared memory off.
-        max_shared_bytes: of shared memory mapped at once.
-    """
+    max_message_bytes: Annotated[
+        int,
+        Option(
+            "one gRPC message; large tensors come in chunks",
+            at_least(1),
+            "max-message-mib",
+            unit=MIB,
+        ),
+    ] = 128 * MIB
+    max_request_bytes: Annotated[
+        int, Option("all tensors of a request", at_least(1), "max-request-mib", unit=MIB)
+    ] = 1024 * MIB
+    max_response_bytes: Annotated[
+        int, Option("all tensors of an answer", at_least(1), "max-response-mib", unit=MIB)
+    ] = 1024 * MIB
+    max_bytes_in_flight: Annotated[
+        int,
+        Option(
+            "tensors of all requests together, that arrive, wait or run",
+            at_least(1),
+            "max-in-flight-mib",
+            unit=MIB,
+        ),
+    ] = 4096 * MIB
+    max_working_bytes: Annotated[
+        int,
+        Option(
+            "estimated memory of what runs, one request or all",
+            at_least(1),
+            "max-working-mib",
+            unit=MIB,
+        ),
+    ] = 8192 * MIB
+    max_seq_len: Annotated[int, Option("longest sequence: Sq and Sk", at_least(1))] = 65_536
+    max_batch: Annotated[int, Option("sequences of a request", at_least(1))] = 1024
+    max_queue: Annotated[int, Option("requests that may wait to run", at_least(0))] = 256
+    max_queue_seconds: Annotated[
+        float,
+        Option(
+            "a request that would wait longer, by estimate, is refused at once",
+            at_least(1),
+            "max-queue-ms",
+            unit=1e-3,
+        ),
+    ] = 0.5
+    max_stream_requests: Annotated[
+        int,
+        Option("requests in flight on one stream; more are not read until some end", at_least(1)),
+    ] = 32
+    chunk_bytes: Annotated[
+        int, Option("chunks that the server sends", at_least(1), "chunk-kib", unit=KIB)
+    ] = MIB
+    max_stored_bytes: Annotated[
+        int,
+        Option(
+            "tensors stored by PutTensor, all callers' together",
+            at_least(0),
+            "max-stored-mib",
+            unit=MIB,
+        ),
+    ] = 1024 * MIB
+    stored_lease: Annotated[
+        float,
+        Option(
+            "how long a tensor is stored after its last use, unless its caller says otherwise",
+            seconds,
+            "stored-lease-seconds",
+        ),
+    ] = 300.0
+    max_stored_lease: Annotated[
+        float, Option("the longest that a caller may ask for", seconds, "max-stored-lease-seconds")
+    ] = 3600.0
+    max_shared_regions: Annotated[
+        int,
+        Option("shared-memory regions registered at once; 0 turns shared memory off", at_least(0)),
+    ] = 256
+    max_shared_bytes: Annotated[
+        int,
+        Option("shared memory of callers, mapped at once", at_least(1), "max-shared-mib", unit=MIB),
+    ] = 16_384 * MIB
 
-    max_message_bytes: int = 128 * MIB
-    max_request_bytes: int = 1024 * MIB
-    max_response_bytes: int = 1024 * MIB
-    max_bytes_in_flight: int = 4096 * MIB
-    max_working_bytes: int = 8192 * MIB
-    max_seq_len: int = 65_536
-    max_batch: int = 1024
-    max_queue: int = 256
-    max_stream_requests: int = 32
-    chunk_bytes: int = MIB
-    max_queue_seconds: float = 0.5
-    max_stored_bytes: int = 1024 * MIB
-    stored_lease: float = 300.0
-    max_stored_lease: float = 3600.0
-    max_shared_regions: int = 256
-    max_shared_bytes: int = 16_384 * MIB
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneSettings:
+    """What the data plane takes as it is given, by these names; times in seconds."""
+
+    concurrency: Annotated[int, Option("computations that run at once", at_least(1))] = 1
+    spinning: Annotated[
+        bool,
+        Option(
+            "let idle computation threads spin: the next computation starts sooner, at the cost of "
+            "whatever else needs the cores, the transport first of all"
+        ),
+    ] = False
+    max_batch_size: Annotated[
+        int,
+        Option("sequences, of all requests, that run together; 1 is no batching", at_least(1)),
+    ] = 64
+    batch_delay: Annotated[
+        float,
+        Option(
+            "how long a batch waits for others to join; 0: not at all, and requests that come "
+            "meanwhile are the next batch",
+            at_least(0),
+            "batch-delay-us",
+            unit=1e-6,
+        ),
+    ] = 0.0
+    max_connections: Annotated[
+        int,
+        Option(
+            "at once; 0: as many as the limit of descriptors allows, but for a reserve", at_least(0)
+        ),
+    ] = 0
+    max_connections_per_address: Annotated[
+        int, Option("at once from one address; 0: no bound of its own", at_least(0))
+    ] = 0
+    idle_timeout: Annotated[
+        float, Option("seconds until an unused connection is closed; 0: never", seconds)
+    ] = 300.0
+    upload_grace: Annotated[
+        float,
+        Option(
+            "seconds that a message under way, or chunks that were announced, may stay behind "
+            "16 KiB a second; 0: for ever",
+            seconds,
+        ),
+    ] = 10.0
+    keepalive_interval: Annotated[
+        float, Option("seconds of silence between pings; 0: none", seconds)
+    ] = 7200.0
+    keepalive_timeout: Annotated[
+        float, Option("seconds that a ping's answer may take", seconds)
+    ] = 20.0
+    keepalive_min_ping_interval: Annotated[
+        float,
+        Option(
+            "seconds between a caller's own pings; one that sends more is disconnected", seconds
+        ),
+    ] = 0.5
+    max_connection_age: Annotated[
+        float, Option("seconds until a connection takes no more calls; 0: never", seconds)
+    ] = 0.0
+    max_connection_age_grace: Annotated[
+        float, Option("seconds that its calls then have to end", seconds)
+    ] = 30.0
+    limits: Limits = Limits()
+
+    @property
+    def plane_keywords(self) -> dict[str, Any]:
+        """All that, the limits included, by name."""
+        names = {field.name for field in dataclasses.fields(PlaneSettings)} - {"limits"}
+        return {name: getattr(self, name) for name in names} | dataclasses.asdict(self.limits)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """How to run a server.
+class Settings(PlaneSettings):
+    """How to run a server."""
 
-    Attributes:
-        repository: the folder of models.
-        host, port: where gRPC listens; port 0 takes a free one. A host "unix:PATH" or
-            "unix-abstract:NAME" is a socket of this machine and has no port.
-        metrics_port: Prometheus over HTTP on the same host, on 127.0.0.1 where that is such a
-            socket; 0 takes a free one, None is off.
-        provider: "auto", "cuda" or "cpu".
-        intra_op_threads: threads that one computation may use; 0: as many as there are cores.
-        spinning: whether idle computation threads spin. Lower latency for the next computation,
-            at the cost of whatever else needs the cores, the transport first of all.
-        concurrency: computations that run at once.
-        max_batch_size: sequences, of however many requests, that run together; 1 is no batching.
-        max_batch_bytes: tensors of requests that run together; larger requests run alone. None: 2
-            MiB on a CPU, where joining saves a small request's fixed cost but copies its tensors,
-            256 MiB on CUDA.
-        batch_delay: seconds that a batch waits for others to join; 0: it runs at once, and requests
-            that come meanwhile are the next one.
-        io_threads: threads that move bytes, each with connections of its own; 0: one for each core,
-            four at the most.
-        max_connections: at once; 0: as many as the limit of descriptors allows, but for a reserve.
-        max_connections_per_address: of one caller's address; 0: no bound of its own.
-        idle_timeout: seconds after which a connection without calls is closed; 0: never.
-        keepalive_interval, keepalive_timeout: seconds between pings of ours on a silent connection
-            (0: none), and for their answer.
-        keepalive_min_ping_interval: seconds; callers that ping more often are told to calm down.
-        max_connection_age, max_connection_age_grace: seconds after which a connection takes no more
-            calls (0: never), and that its calls then have to end.
-        tls_certificate, tls_key: PEM files; with them all connections are TLS.
-        tls_client_authorities: PEM file; callers must show a certificate that these have signed.
-        drain_seconds: how long SIGTERM waits for calls under way.
-        model_control: whether callers may load and unload models.
-        limits: what is accepted.
-    """
-
-    repository: Path
-    host: str = "127.0.0.1"
-    port: int = 8001
-    metrics_port: int | None = 8002
-    provider: str = "auto"
-    intra_op_threads: int = 0
-    spinning: bool = False
-    concurrency: int = 1
-    max_batch_size: int = 64
-    max_batch_bytes: int | None = None
-    batch_delay: float = 0.0
-    io_threads: int = 0
-    max_connections: int = 0
-    max_connections_per_address: int = 0
-    idle_timeout: float = 300.0
-    keepalive_interval: float = 7200.0
-    keepalive_timeout: float = 20.0
-    keepalive_min_ping_interval: float = 0.5
-    max_connection_age: float = 0.0
-    max_connection_age_grace: float = 30.0
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    tls_client_authorities: Path | None = None
-    drain_seconds: float = 30.0
-    model_control: bool = True
-    limits: Limits = Limits()
+    repository: Annotated[Path, Option("folder of models", Path)]
+    host: Annotated[
+        str,
+        Option("address to listen on; unix:PATH or unix-abstract:NAME is a socket of this machine"),
+    ] = "127.0.0.1"
+    port: Annotated[int, Option("gRPC; 0 takes a free one", at_least(0))] = 8001
+    metrics_port: Annotated[
+        int | None,
+        Option(
+            "Prometheus /metrics, on the same host; 0 takes a free one, -1 is off",
+            at_least(-1),
+            none=-1,
+        ),
+    ] = 8002
+    provider: Annotated[
+        str, Option("what computes; auto: CUDA where it works", choices=("auto", "cuda", "cpu"))
+    ] = "auto"
+    intra_op_threads: Annotated[
+        int,
+        Option("CPU threads of one computation; 0: as many as there are cores", at_least(0)),
+    ] = 0
+    io_threads: Annotated[
+        int,
+        Option("threads that move bytes; 0: one for each core, four at the most", at_least(0)),
+    ] = 0
+    max_batch_bytes: Annotated[
+        int | None,
+        Option(
+            "tensors of requests that run together, larger ones run alone; 0: 2048 on a CPU, where "
+            "joining copies them, 262144 on CUDA",
+            at_least(0),
+            "max-batch-kib",
+            unit=KIB,
+            none=0,
+        ),
+    ] = None
+    tls_certificate: Annotated[
+        Path | None, Option("PEM file: certificate chain; turns TLS on", Path)
+    ] = None
+    tls_key: Annotated[Path | None, Option("PEM file: its private key", Path)] = None
+    tls_client_authorities: Annotated[
+        Path | None,
+        Option("PEM file: callers must show a certificate that one of these has signed", Path),
+    ] = None
+    drain_seconds: Annotated[
+        float, Option("how long SIGTERM waits for calls under way", seconds)
+    ] = 30.0
+    model_control: Annotated[bool, Option("let callers load and unload models")] = True
 
 
 def usable_cores() -> int:
