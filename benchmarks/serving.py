@@ -5,7 +5,7 @@ are as many queries as keys), on the CPU. Figures and what they are held to come
 
     floor          end to end / (bare grpcio echo of the same bytes + in process)
     shared-memory  through shared memory / in process
-    kept           keys and values kept by the server / sent with each request
+    stored         keys and values stored in the server / sent with each request
     callers        many callers of short requests / the same server without batching
     peers          / KServe, MLServer and PyTriton with the same ONNX file by the same calls
     overload       open loop, up to twice the capacity: goodput, refusals, memory
@@ -48,7 +48,7 @@ class Sizes:
 
     floor: latency.Lengths
     shared: latency.Lengths
-    kept: tuple[int, int, int]
+    stored: tuple[int, int, int]
     callers: int
     callers_effort: throughput.Effort
     peer_lengths: tuple[int, ...]
@@ -63,7 +63,7 @@ class Sizes:
 FULL = Sizes(
     floor=latency.Lengths((64, 256, 1024, 4096), 400),
     shared=latency.Lengths((64, 4096), 400),
-    kept=(latency.KEPT_QUERIES, latency.KEPT_KEYS, 60),
+    stored=(latency.STORED_QUERIES, latency.STORED_KEYS, 60),
     callers=64,
     callers_effort=throughput.Effort(3.0, 0.5, 7),
     peer_lengths=(32, 64, 256),
@@ -78,7 +78,7 @@ FULL = Sizes(
 QUICK = Sizes(
     floor=latency.Lengths((16, 32), 3),
     shared=latency.Lengths((16, 32), 3),
-    kept=(4, 64, 3),
+    stored=(4, 64, 3),
     callers=4,
     callers_effort=throughput.Effort(0.3, 0.1, 1),
     peer_lengths=(16,),
@@ -98,7 +98,7 @@ def sections(
     return {
         "floor": lambda: latency.floor(repository, sizes.floor),
         "shared-memory": lambda: latency.shared_memory(repository, sizes.shared),
-        "kept": lambda: latency.kept(repository, *sizes.kept),
+        "stored": lambda: latency.stored(repository, *sizes.stored),
         "callers": lambda: throughput.callers(
             repository, load, count=sizes.callers, seq_len=32, effort=sizes.callers_effort
         ),
@@ -176,7 +176,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    names = ["floor", "shared-memory", "kept", "callers", "peers", "overload"]
+    names = ["floor", "shared-memory", "stored", "callers", "peers", "overload"]
     parser = common.arguments(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument

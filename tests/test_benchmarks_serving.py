@@ -31,7 +31,7 @@ def test_all_sections(repository: Path, tmp_path: Path) -> None:
     figures = json.loads(report.read_text())
     assert figures["failed"] == {}
     sections = figures["sections"]
-    assert list(sections) == ["floor", "shared-memory", "kept", "callers", "peers", "overload"]
+    assert list(sections) == ["floor", "shared-memory", "stored", "callers", "peers", "overload"]
     for name, section in sections.items():
         assert section["rows"], name
         for bar in section["bars"]:
@@ -55,9 +55,9 @@ def _check_latency(sections: dict[str, Any]) -> None:
     for row in sections["shared-memory"]["rows"]:
         assert row["shared_ratio"] > 0
     assert len(sections["shared-memory"]["bars"]) == 4
-    (kept,) = sections["kept"]["rows"]
-    assert kept["in_process_ms"] > 0
-    assert kept["ratio"] > 0
+    (stored,) = sections["stored"]["rows"]
+    assert stored["in_process_ms"] > 0
+    assert stored["ratio"] > 0
 
 
 def _check_load(sections: dict[str, Any]) -> None:

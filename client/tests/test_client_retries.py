@@ -26,7 +26,7 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
 Q = np.ones((1, 2, 3, 4), np.float32)
-KEPT = StoredTensor("handle", 60.0, Q.shape, Q.dtype)
+STORED = StoredTensor("handle", 60.0, Q.shape, Q.dtype)
 
 # Every call that the SDK repeats; the second goes over AttendStream.
 CALLS: dict[str, Callable[[Any], Any]] = {
@@ -34,8 +34,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "chunked": lambda client: client.attend(Q, Q, Q, model="chunked", return_weights=True),
     "attend_tokens": lambda client: client.attend_tokens([[1, 2]], model="m"),
     "put_tensor": lambda client: client.put_tensor(Q),
-    "renew_tensor": lambda client: client.renew_tensor(KEPT),
-    "drop_tensor": lambda client: client.drop_tensor(KEPT),
+    "renew_tensor": lambda client: client.renew_tensor(STORED),
+    "drop_tensor": lambda client: client.drop_tensor(STORED),
     "list_models": lambda client: client.list_models(),
     "get_model": lambda client: client.get_model("m"),
     "server_info": lambda client: client.server_info(),

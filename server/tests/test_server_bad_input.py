@@ -92,7 +92,7 @@ ATTEND = {
         ),
         NOT_FOUND, "shared_memory region: given 'a'",
     ),
-    "no kept tensor": (changed(key=pb.Tensor(stored="x")), NOT_FOUND, "key.stored: given 'x'"),
+    "no stored tensor": (changed(key=pb.Tensor(stored="x")), NOT_FOUND, "key.stored: given 'x'"),
     "empty handle": (changed(key=pb.Tensor(stored="")), INVALID, "key.stored: given nothing"),
     "priority": (changed(priority=4), INVALID, "priority: given 4; allowed: 1 .high., 2"),
     "NaN bias": (changed(bias=number(np.nan, 1, 1, 3, 3)), INVALID, "bias.*given nan"),

@@ -59,7 +59,7 @@ def test_shared_memory_gives_what_messages_give(
             assert getattr(shared, name).dtype == getattr(sent, name).dtype
 
 
-def test_layers_and_kept_tensors_work_beside_it(
+def test_layers_and_stored_tensors_work_beside_it(
     sharing: AttentionClient, client: AttentionClient
 ) -> None:
     hidden = np.random.default_rng(1).standard_normal((2, 5, 32)).astype(np.float32)

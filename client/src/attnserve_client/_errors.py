@@ -4,7 +4,7 @@ AttnserveError
 ├── CancelledError            the call was cancelled (by the server: already retried)
 ├── InvalidArgumentError      the request is wrong in itself; the message names the field
 ├── DeadlineExceededError     no answer within `timeout`
-├── NotFoundError             no such model, version, variant or kept tensor
+├── NotFoundError             no such model, version, variant or stored tensor
 ├── PermissionDeniedError     shared memory that this caller may not use
 ├── ResourceExhaustedError    over a limit, or the queue is full: the message says which
 ├── FailedPreconditionError   the model cannot do what is asked
@@ -78,7 +78,7 @@ class DeadlineExceededError(AttnserveError, TimeoutError):
 
 
 class NotFoundError(AttnserveError, LookupError):
-    """NOT_FOUND: no such model, version, variant or kept tensor."""
+    """NOT_FOUND: no such model, version, variant or stored tensor."""
 
     code = grpc.StatusCode.NOT_FOUND
 

@@ -96,10 +96,11 @@ struct StoredTensors::State {
   void check_room(std::size_t claimed, std::size_t more, TimePoint now) const {
     if (bytes <= max_bytes && more <= max_bytes - bytes) return;
     const bool could_fit = claimed <= max_bytes && more <= max_bytes - claimed;
-    throw RequestError({Code::kResourceExhausted,
-                        text("tensor: ", claimed + more, " bytes, beside ", bytes - claimed,
-                             " that are kept; allowed: ", max_bytes, " together (--max-kept-mib)"),
-                        could_fit ? retry_after(now) : std::chrono::microseconds{0}});
+    throw RequestError(
+        {Code::kResourceExhausted,
+         text("tensor: ", claimed + more, " bytes, beside ", bytes - claimed,
+              " that are kept; allowed: ", max_bytes, " together (--max-stored-mib)"),
+         could_fit ? retry_after(now) : std::chrono::microseconds{0}});
   }
 
   Entry& find(std::string_view handle, std::string_view field) {

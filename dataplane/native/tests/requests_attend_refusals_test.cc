@@ -150,7 +150,7 @@ const std::vector<Refusal> kRefusals{
      Code::kInvalidArgument,
      "key.shared_memory.byte_size: given 380 bytes; allowed: 384 bytes, as shape [1, 4, 3, 8] of "
      "FP32 takes"},
-    {"no kept tensor", [](Request& r, World&) { r.key() = r.stored("x"); }, Code::kNotFound,
+    {"no stored tensor", [](Request& r, World&) { r.key() = r.stored("x"); }, Code::kNotFound,
      "key.stored: given 'x'; no such tensor is kept: never put here, dropped, or its lease ran "
      "out"},
     {"empty handle", [](Request& r, World&) { r.key() = r.stored(""); }, Code::kInvalidArgument,

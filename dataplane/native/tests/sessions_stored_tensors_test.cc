@@ -94,7 +94,7 @@ TEST_CASE("room is bounded and comes back") {
   const Status full = refusal([&] { put(store, 30); });
   CHECK(full.code == Code::kResourceExhausted);
   CHECK(full.message ==
-        "tensor: 30 bytes, beside 80 that are kept; allowed: 100 together (--max-kept-mib)");
+        "tensor: 30 bytes, beside 80 that are kept; allowed: 100 together (--max-stored-mib)");
   CHECK(full.retry_after > 9s);
   CHECK(full.retry_after <= 10s);
   CHECK(refusal([&] { store.check_fits(30); }).message == full.message);
@@ -118,7 +118,7 @@ TEST_CASE("room is claimed as bytes come, and given back unless the tensor was s
     other.claim(20);
     const Status full = refusal([&] { other.claim(30); });
     CHECK(full.message ==
-          "tensor: 50 bytes, beside 70 that are kept; allowed: 100 together (--max-kept-mib)");
+          "tensor: 50 bytes, beside 70 that are kept; allowed: 100 together (--max-stored-mib)");
     CHECK(full.retry_after > 0s);  // though nothing is kept whose lease could end
     CHECK(store.bytes() == 90);
   }

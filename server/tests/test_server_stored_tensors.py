@@ -1,4 +1,4 @@
-"""PutTensor, RenewTensor, DropTensor, and requests that name kept tensors."""
+"""PutTensor, RenewTensor, DropTensor, and requests that name stored tensors."""
 
 import time
 
@@ -26,20 +26,24 @@ def tensors(key_len: int = 9) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return query, key, value
 
 
-def test_kept_keys_and_values_give_what_sending_them_gives(client: AttentionClient) -> None:
+def test_stored_keys_and_values_give_what_sending_them_gives(client: AttentionClient) -> None:
     query, key, value = tensors()
-    kept_key, kept_value = client.put_tensor(key), client.put_tensor(value)
-    assert (kept_key.shape, kept_key.dtype, kept_key.nbytes) == (key.shape, key.dtype, key.nbytes)
+    stored_key, stored_value = client.put_tensor(key), client.put_tensor(value)
+    assert (stored_key.shape, stored_key.dtype, stored_key.nbytes) == (
+        key.shape,
+        key.dtype,
+        key.nbytes,
+    )
     sent = client.attend(query, key, value, model="causal")
     for _ in range(2):
-        kept = client.attend(query, kept_key, kept_value, model="causal")
-        np.testing.assert_array_equal(kept.output, sent.output)
+        stored = client.attend(query, stored_key, stored_value, model="causal")
+        np.testing.assert_array_equal(stored.output, sent.output)
     with client.stream() as stream:
-        streamed = stream.submit(query, kept_key, value, model="causal").result(10)
+        streamed = stream.submit(query, stored_key, value, model="causal").result(10)
     np.testing.assert_array_equal(streamed.output, sent.output)
 
 
-def test_large_tensors_come_in_chunks_and_are_kept_as_one(client: AttentionClient) -> None:
+def test_large_tensors_come_in_chunks_and_are_stored_as_one(client: AttentionClient) -> None:
     query, key, value = tensors(4096)
     big = np.repeat(key, 5, axis=0)  # 2.6 MB
     stored = client.put_tensor(big)
@@ -101,7 +105,7 @@ def test_a_lease_is_bounded_by_the_server(client: AttentionClient) -> None:
     client.drop_tensor(stored)
 
 
-def test_a_kept_tensor_that_does_not_fit_is_refused_like_any_other(
+def test_a_stored_tensor_that_does_not_fit_is_refused_like_any_other(
     client: AttentionClient,
 ) -> None:
     query, key, value = tensors()
