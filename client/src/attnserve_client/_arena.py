@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attnserve_proto import buffers
 
 from attnserve_client._results import Array
 
@@ -68,37 +69,44 @@ class Arena:
         Raises:
             MemoryError: no piece of that size is free, or the system has no pages for it.
         """
-        return np.asarray(self._piece(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
+        return self.place(shape, dtype)[0]
+
+    def place(self, shape: tuple[int, ...], dtype: "np.dtype[Any]") -> tuple[Array, int]:
+        """As `empty`, and where in the object the array lies."""
+        byte_size = math.prod(shape) * dtype.itemsize
+        start, end = self._take(byte_size)
+        memory = buffers.view_at(self._address + start, byte_size, _Piece(self, start, end))
+        return np.ndarray(shape, dtype, memory), start
 
     def offset_of(self, array: Array) -> int | None:
         """Where in the object a contiguous array lies; None if it is not in it, or not aligned."""
-        offset = array.ctypes.data - self._address
+        offset: int = array.__array_interface__["data"][0] - self._address
         inside = offset >= 0 and offset + array.nbytes <= self._size
         return offset if inside and offset % ALIGNMENT == 0 else None
+
+    def give_back(self, start: int, end: int) -> None:
+        """A piece is free again; called by finalizers, it takes no lock."""
+        self._returned.append((start, end))
 
     def close(self) -> None:
         """Remove the object's name; its memory lasts as long as arrays in it do."""
         self._memory.unlink()
 
-    def _piece(self, byte_size: int) -> "_Piece":
+    def _take(self, byte_size: int) -> tuple[int, int]:
+        """Where a free piece lies, which is then no longer free."""
         taken = -(-max(1, byte_size) // ALIGNMENT) * ALIGNMENT
         with self._lock:
             while self._returned:
-                self._give_back(*self._returned.popleft())
+                self._insert(*self._returned.popleft())
             for index, (start, end) in enumerate(self._free):
                 if end - start >= taken:
                     self._claim(start + taken, byte_size)
                     self._free[index : index + 1] = [(start + taken, end)] * (end - start > taken)
-                    break
-            else:
-                raise MemoryError(
-                    f"shared memory: no {byte_size} bytes are free of {self._size}; keep fewer "
-                    "results, or give AttentionClient more shared_memory_bytes"
-                )
-        piece = _Piece(self, self._address + start, byte_size)
-        finalizer = weakref.finalize(piece, self._returned.append, (start, start + taken))
-        finalizer.atexit = False
-        return piece
+                    return start, start + taken
+        raise MemoryError(
+            f"shared memory: no {byte_size} bytes are free of {self._size}; keep fewer results, or "
+            "give AttentionClient more shared_memory_bytes"
+        )
 
     def _claim(self, end: int, byte_size: int) -> None:
         """Have the system set pages aside for all up to `end`."""
@@ -121,7 +129,7 @@ class Arena:
             "of medium Memory), keep fewer results, or share no memory"
         ) from failure
 
-    def _give_back(self, start: int, end: int) -> None:
+    def _insert(self, start: int, end: int) -> None:
         at = bisect.bisect(self._free, (start, end))
         if at < len(self._free) and self._free[at][0] == end:
             end = self._free.pop(at)[1]
@@ -140,13 +148,14 @@ def _open(name: str) -> int | None:
 
 
 class _Piece:
-    """What an array is made over; it lives as long as any array or view over it."""
+    """What an array's memory belongs to; it lives as long as any array or view over it."""
 
-    def __init__(self, arena: Arena, address: int, byte_size: int) -> None:
+    __slots__ = ("_arena", "_end", "_start")
+
+    def __init__(self, arena: Arena, start: int, end: int) -> None:
         self._arena = arena
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, False),
-            "shape": (byte_size,),
-            "typestr": "|u1",
-        }
+        self._start = start
+        self._end = end
+
+    def __del__(self) -> None:
+        self._arena.give_back(self._start, self._end)

@@ -1,59 +1,81 @@
 """Puts the answers of an AttendStream together from their messages."""
 
-from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import wire
+import dataclasses
+import math
+from typing import Any
 
-from attnserve_client import _errors, _messages, _tensors
-from attnserve_client._results import Array, AttendResult
+import numpy as np
+from attnserve_proto import attention_pb2 as pb
+from attnserve_proto import buffers, wire
+
+from attnserve_client import _errors, _tensors
+from attnserve_client._answers import AnswerReader, Kinds
+from attnserve_client._results import AttendResult
 
 
 class Assembler:
     """Collects the messages of a stream; says which request each completed answer belongs to."""
 
     def __init__(self) -> None:
-        self._open: dict[int, _Answer] = {}
+        self._readers: dict[int, AnswerReader] = {}
+        self._open: dict[int, _Unfinished] = {}
+
+    def expect(self, request_id: int, reader: AnswerReader) -> None:
+        """A request is about to be sent; `reader` reads what answers it. Callable by any thread."""
+        self._readers[request_id] = reader
 
     def add(self, message: bytes) -> tuple[int, AttendResult | _errors.AttnserveError] | None:
-        """Take one message; the request id and its result or error if it completes one."""
-        chunk = wire.decode_chunk(message)
-        if chunk is not None:
-            answer = self._open[chunk.request_id]
-            answer.add(chunk)
-            return self._finish(chunk.request_id) if answer.missing == 0 else None
-        parsed = pb.AttendStreamResponse.FromString(message)
-        if parsed.HasField("error"):
-            return parsed.request_id, _errors.from_stream_error(parsed.error, "AttendStream")
-        self._open[parsed.request_id] = _Answer(parsed.response)
-        return (
-            self._finish(parsed.request_id) if self._open[parsed.request_id].missing == 0 else None
-        )
+        """Take one message that nobody else holds.
 
-    def _finish(self, request_id: int) -> tuple[int, AttendResult]:
-        answer = self._open.pop(request_id)
-        return request_id, _messages.attend_result(answer.response, answer.arrays)
+        Returns:
+            The request id and its result or error, if the message completes one.
+        """
+        view = buffers.adopt(message)
+        request_id, body, start, end = wire.stream_body(view)
+        if body == wire.STREAM_CHUNK:
+            unfinished = self._open[request_id]
+            unfinished.add(*wire.read_chunk(view[start:end]))
+            return (request_id, self._open.pop(request_id).result()) if unfinished.done else None
+        reader = self._readers.pop(request_id)
+        if body == wire.STREAM_ERROR:
+            error = pb.Error.FromString(message[start:end])
+            return request_id, _errors.from_stream_error(error, "AttendStream")
+        result, chunked = reader.read(message, start, end)
+        if not chunked:
+            return request_id, result
+        self._open[request_id] = _Unfinished(result, chunked)
+        return None
 
 
-class _Answer:
-    """One answer under way."""
+class _Unfinished:
+    """An answer whose chunks are coming."""
 
-    def __init__(self, response: pb.AttendResponse) -> None:
-        self.response = response
-        self.arrays: dict[str, Array] = {}
-        self.missing = 0
-        self._targets: dict[int, memoryview] = {}
-        for number, name in wire.RESPONSE_TENSORS.items():
-            if not response.HasField(name):  # type: ignore[arg-type]
-                continue
-            tensor: pb.Tensor = getattr(response, name)
-            if tensor.WhichOneof("content") == "chunked":
-                array = _tensors.empty(tensor)
-                self._targets[number] = _tensors.data(array)
-                self.missing += array.nbytes
-            else:
-                array = _tensors.copy_of(tensor, tensor.data)
-            self.arrays[name] = array
+    def __init__(self, result: AttendResult, chunked: Kinds) -> None:
+        self._result = result
+        self._chunked = chunked
+        self._arrays: dict[str, Any] = {}  # those that have come
+        self._missing = sum(_byte_size(*kind) for kind in chunked.values())
 
-    def add(self, chunk: wire.Chunk) -> None:
-        end = chunk.offset + chunk.data.nbytes
-        self._targets[chunk.tensor][chunk.offset : end] = chunk.data
-        self.missing -= chunk.data.nbytes
+    @property
+    def done(self) -> bool:
+        """Whether all are there."""
+        return self._missing == 0
+
+    def add(self, number: int, offset: int, data: memoryview) -> None:
+        name = wire.RESPONSE_TENSORS[number]
+        shape, dtype = self._chunked[name]
+        if data.nbytes == _byte_size(shape, dtype):
+            self._arrays[name] = _tensors.lying_in(shape, dtype, data)
+        else:
+            if name not in self._arrays:
+                self._arrays[name] = np.empty(shape, dtype)
+            _tensors.data(self._arrays[name])[offset : offset + data.nbytes] = data
+        self._missing -= data.nbytes
+
+    def result(self) -> AttendResult:
+        """It, once it is done."""
+        return dataclasses.replace(self._result, **self._arrays)
+
+
+def _byte_size(shape: tuple[int, ...], dtype: "np.dtype[Any]") -> int:
+    return math.prod(shape) * dtype.itemsize

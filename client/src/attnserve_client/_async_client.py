@@ -11,9 +11,10 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from attnserve_client import _channel, _errors, _messages, _retries, _tensors
+from attnserve_client import _attend, _channel, _errors, _messages, _retries, _tensors
 from attnserve_client._assembly import Assembler
-from attnserve_client._messages import AttendCall, Tokens
+from attnserve_client._attend import AttendCall
+from attnserve_client._messages import Tokens
 from attnserve_client._results import AttendResult, Model, ServerInfo, StoredTensor, TokensResult
 
 
@@ -92,7 +93,7 @@ class AsyncAttentionClient:
         timeout: float | None = 60.0,
     ) -> AttendResult:
         """Compute attention; arguments, result and errors as those of `AttentionClient.attend`."""
-        call = _messages.attend_call(
+        call = _attend.attend_call(
             {
                 "query": query,
                 "key": key,
@@ -115,19 +116,22 @@ class AsyncAttentionClient:
             mass_by_distance=mass_by_distance,
             priority=priority,
         )
-        if call.request_bytes + call.response_bytes > self._threshold:
-            return await self._attend_in_chunks(call, timeout)
+        plan = call.plan
+        if plan.request_bytes + plan.response_bytes > self._threshold:
+            return await self._attend_streamed(call, timeout)
         answer = await self._retries.call(
             "Attend", lambda left: self._attend(call.to_bytes(), timeout=left), timeout
         )
-        return _messages.attend_result_from_bytes(answer)
+        result, _ = plan.answers.read(answer)
+        return result
 
-    async def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
+    async def _attend_streamed(self, call: AttendCall, timeout: float | None) -> AttendResult:
         async def send(left: float | None) -> AttendResult:
             assembler = Assembler()
+            assembler.expect(1, call.plan.answers)
             finished = None
             stream = self._attend_stream(None, timeout=left)
-            async with _sending(stream, call.to_stream(1, None, _channel.CHUNK_BYTES)):
+            async with _sending(stream, call.to_stream(1, None)):
                 async for message in stream:
                     done = assembler.add(message)
                     if done is not None:
@@ -159,7 +163,7 @@ class AsyncAttentionClient:
     async def renew_tensor(
         self, tensor: StoredTensor, *, lease: float | None = None, timeout: float | None = 10.0
     ) -> StoredTensor:
-        """Start a kept tensor's lease anew; as `AttentionClient.renew_tensor`."""
+        """Start a stored tensor's lease anew; as `AttentionClient.renew_tensor`."""
         request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
         answer = await self._retries.call(
             "RenewTensor", lambda left: self._stub.RenewTensor(request, timeout=left), timeout
@@ -167,7 +171,7 @@ class AsyncAttentionClient:
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
 
     async def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
-        """Give a kept tensor up; as `AttentionClient.drop_tensor`."""
+        """Give a stored tensor up; as `AttentionClient.drop_tensor`."""
         await self._retries.call(
             "DropTensor",
             lambda left: self._stub.DropTensor(

@@ -6,13 +6,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import grpc.experimental
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
-from attnserve_client import _channel, _errors, _messages, _retries, _tensors
+from attnserve_client import _attend, _channel, _errors, _messages, _retries, _tensors
 from attnserve_client._assembly import Assembler
-from attnserve_client._messages import AttendCall, Tokens
+from attnserve_client._attend import AttendCall
+from attnserve_client._messages import Tokens
 from attnserve_client._results import (
     Array,
     AttendResult,
@@ -26,6 +28,11 @@ from attnserve_client._stream import AttendStream
 
 # That a server may take to map shared memory, for callers without a timeout.
 _REGISTER_SECONDS = 10.0
+
+# The answers to a single message are read by the thread that sent it, not by one that wakes it.
+_ANSWERS_READ_BY_CALLER: list[tuple[str, str | int]] = [
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
+]
 
 
 class AttentionClient:
@@ -58,7 +65,7 @@ class AttentionClient:
         shared_memory: bool = False,
         shared_memory_bytes: int = _channel.SHARED_MEMORY_BYTES,
     ) -> None:
-        options = _channel.options(target)
+        options = [*_channel.options(target), *_ANSWERS_READ_BY_CALLER]
         self._channel = (
             grpc.secure_channel(target, credentials, options=options)
             if credentials
@@ -70,6 +77,10 @@ class AttentionClient:
         # Raw bytes: the SDK places tensors in messages, and finds them there, without copies.
         self._attend = self._channel.unary_unary(_channel.method_path("Attend"), None, None)
         self._attend_stream = self._channel.stream_stream(
+            _channel.method_path("AttendStream"), None, None
+        )
+        # The same method for requests of one message, which need no thread that sends them.
+        self._attend_stream_of_one = self._channel.unary_stream(
             _channel.method_path("AttendStream"), None, None
         )
         self._put_tensor = self._channel.stream_unary(_channel.method_path("PutTensor"), None, None)
@@ -177,7 +188,7 @@ class AttentionClient:
             ValueError: a count or the priority is below 0.
             MemoryError: not enough of the memory shared with the server is free.
         """
-        call = _messages.attend_call(
+        call = _attend.attend_call(
             {
                 "query": query,
                 "key": key,
@@ -200,24 +211,28 @@ class AttentionClient:
             mass_by_distance=mass_by_distance,
             priority=priority,
         )
-        if self._sharing is not None and self._sharing.takes(call):
-            return self._attend_shared(self._sharing, call, timeout)
-        if call.request_bytes + call.response_bytes > self._threshold:
-            return self._attend_in_chunks(call, timeout)
+        if self._sharing is not None:
+            answer_bytes = self._sharing.answer_bytes(call)
+            if answer_bytes is not None:
+                return self._attend_shared(self._sharing, call, answer_bytes, timeout)
+        plan = call.plan
+        if plan.request_bytes + plan.response_bytes > self._threshold:
+            return self._attend_streamed(call, timeout)
         answer = self._retries.call(
-            "Attend", lambda left: self._attend(call.to_bytes(), timeout=left), timeout
+            "Attend", lambda left: self._attend(call.to_bytes(), left), timeout
         )
-        return _messages.attend_result_from_bytes(answer)
+        result, _ = plan.answers.read(answer)
+        return result
 
     def _attend_shared(
-        self, sharing: Sharing, call: AttendCall, timeout: float | None
+        self, sharing: Sharing, call: AttendCall, answer_bytes: int, timeout: float | None
     ) -> AttendResult:
         shared: SharedCall | None = None  # where the request lies, from try to try
 
         def send(left: float | None) -> tuple[SharedCall, bytes]:
             nonlocal shared
             if shared is None:
-                shared = sharing.call(call, left)
+                shared = sharing.call(call, answer_bytes, left)
             try:
                 return shared, self._attend(shared.message, timeout=left)
             except BaseException as error:  # an interrupt leaves the server computing, too
@@ -258,12 +273,15 @@ class AttentionClient:
             request = pb.UnregisterSharedMemoryRequest(name=name)
             self._stub.UnregisterSharedMemory(request, timeout=1.0)
 
-    def _attend_in_chunks(self, call: AttendCall, timeout: float | None) -> AttendResult:
+    def _attend_streamed(self, call: AttendCall, timeout: float | None) -> AttendResult:
         def send(left: float | None) -> AttendResult:
             assembler = Assembler()
+            assembler.expect(1, call.plan.answers)
             finished = None
-            stream = self._attend_stream(
-                call.to_stream(1, None, _channel.CHUNK_BYTES), timeout=left
+            stream = (
+                self._attend_stream(call.to_stream(1, None), timeout=left)
+                if call.plan.streamed.chunks
+                else self._attend_stream_of_one(call.announcement(1, None), timeout=left)
             )
             for message in stream:
                 done = assembler.add(message)
@@ -317,7 +335,7 @@ class AttentionClient:
     def renew_tensor(
         self, tensor: StoredTensor, *, lease: float | None = None, timeout: float | None = 10.0
     ) -> StoredTensor:
-        """Start a kept tensor's lease anew, with another length if one is given.
+        """Start a stored tensor's lease anew, with another length if one is given.
 
         Raises:
             NotFoundError: the lease has run out.
@@ -329,7 +347,7 @@ class AttentionClient:
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
 
     def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
-        """Give a kept tensor up.
+        """Give a stored tensor up.
 
         Raises:
             NotFoundError: the lease has run out, or the server was started anew.

@@ -1,238 +1,25 @@
-"""Requests from arguments and results from answers: what the two clients share."""
+"""Requests from arguments and results from answers, of all methods but `attend`."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import buffers, encoding, wire
-from attnserve_proto.frames import REQUEST_PADDING, Frame, lay_out
+from attnserve_proto import wire
 
-from attnserve_client import _tensors
+from attnserve_client import _answers, _tensors
 from attnserve_client._results import (
     Array,
-    AttendResult,
     Limits,
     Model,
     ServerInfo,
     StoredTensor,
-    Timings,
     TokensResult,
     TransformerAttention,
     Variant,
 )
 
-# Requests from this size on go some heads at a time, in about so many parts.
-_INTERLEAVED_BYTES = 4 << 20
-_PARTS = 2
-
-_REQUEST_FIELD = {name: number for number, name in wire.REQUEST_TENSORS.items()}
-
 Tokens = Sequence[str] | Sequence[Sequence[int]] | Array
-
-
-@dataclass(frozen=True, slots=True)
-class AttendCall:
-    """One attend request.
-
-    Attributes:
-        head: everything but the tensors, serialised.
-        tensors: those that are sent, by field name.
-        no_output, return_weights: as in `ReturnOptions`.
-        stored: those that the server keeps.
-    """
-
-    head: bytes
-    tensors: dict[str, Array]
-    no_output: bool
-    return_weights: bool
-    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
-
-    @property
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Shape and bytes of an element of each tensor, sent or kept."""
-        every: dict[str, Array | StoredTensor] = {**self.tensors, **self.stored}
-        return {name: (tensor.shape, tensor.dtype.itemsize) for name, tensor in every.items()}
-
-    @property
-    def request_bytes(self) -> int:
-        """Bytes of all tensors that are sent."""
-        return sum(array.nbytes for array in self.tensors.values())
-
-    @property
-    def response_bytes(self) -> int:
-        """Bytes of the tensors asked for, near enough to choose a transport by."""
-        first = self.tensors.get("query", self.tensors.get("hidden_states"))
-        if first is None or first.ndim < 2:
-            return 0
-        total = 0 if self.no_output else first.nbytes
-        if self.return_weights:
-            other = self.tensors.get("key", self.tensors.get("context", first))
-            # A layer's heads are not known here: one is assumed.
-            rows = first.size // first.shape[-1]
-            total += rows * (other.shape[-2] if other.ndim > 1 else 1) * first.itemsize
-        return total
-
-    def to_bytes(self) -> bytes:
-        """The whole request as one message."""
-        kinds = tuple(
-            (_REQUEST_FIELD[name], array.dtype, array.shape, array.nbytes)
-            for name, array in self.tensors.items()
-        )
-        return _frame(self.head, kinds).fill([_tensors.data(a) for a in self.tensors.values()])
-
-    def to_stream(
-        self, request_id: int, timeout: float | None, chunk_bytes: int
-    ) -> Iterator[bytes]:
-        """The request as stream messages: the announcement, then each tensor in chunks."""
-        request = pb.AttendRequest.FromString(self.head)
-        for name, array in self.tensors.items():
-            tensor = _tensors.header(array.dtype, array.shape)
-            tensor.chunked.byte_size = array.nbytes
-            getattr(request, name).CopyFrom(tensor)
-        first = pb.AttendStreamRequest(
-            request_id=request_id,
-            request=request,
-            timeout=0 if timeout is None else max(1, round(timeout * 1e6)),
-        )
-        yield first.SerializeToString()
-        for name, start, end in self._order(chunk_bytes):
-            view = _tensors.data(self.tensors[name])[start:end]
-            yield from wire.cut(request_id, _REQUEST_FIELD[name], view, chunk_bytes, start)
-
-    def _order(self, chunk_bytes: int) -> Iterator[tuple[str, int, int]]:
-        """What to send one after another: bytes [start, end) of a tensor.
-
-        Large query, key and value of one sequence go some heads of each at a time: the server
-        computes those while the others are on their way.
-        """
-        names = sorted(self.tensors, key=_REQUEST_FIELD.__getitem__)
-        core = {"query", "key", "value"}
-        heads = {self.tensors[n].shape[1] for n in ("key", "value") if self._interleaves(n)}
-        if (
-            not core <= self.tensors.keys()
-            or not self._interleaves("query")
-            or len(heads) != 1
-            or self.request_bytes < _INTERLEAVED_BYTES
-        ):
-            yield from ((name, 0, self.tensors[name].nbytes) for name in names)
-            return
-        yield from ((name, 0, self.tensors[name].nbytes) for name in names if name not in core)
-        (num_heads,) = heads
-        head_bytes = self.tensors["key"].nbytes // num_heads
-        together = max(1, min(chunk_bytes // head_bytes, num_heads // _PARTS))
-        for first in range(0, num_heads, together):
-            last = min(first + together, num_heads)
-            for name in ("query", "key", "value"):
-                size = self.tensors[name].nbytes
-                yield name, size * first // num_heads, size * last // num_heads
-
-    def _interleaves(self, name: str) -> bool:
-        array = self.tensors.get(name)
-        return array is not None and array.ndim == 4 and array.shape[0] == 1
-
-
-@lru_cache(maxsize=256)
-def _frame(
-    head: bytes, kinds: tuple[tuple[int, "np.dtype[Any]", tuple[int, ...], int], ...]
-) -> Frame:
-    """A request laid out; callers send the same one again and again with other elements."""
-    parts = [
-        (number, _tensors.header(dtype, shape).SerializeToString(), size)
-        for number, dtype, shape, size in kinds
-    ]
-    return lay_out(head, parts, REQUEST_PADDING)
-
-
-def attend_call(
-    tensors: dict[str, Any],
-    *,
-    model: str,
-    version: str,
-    variant: str,
-    scale: float | None,
-    softcap: float | None,
-    no_output: bool,
-    return_weights: bool,
-    return_entropy: bool,
-    top_k: int,
-    return_mass_per_key: bool,
-    mass_by_distance: int,
-    priority: int,
-) -> AttendCall:
-    """Build a request from the arguments of `attend`; tensors that are None are left out."""
-    if top_k < 0:
-        raise ValueError(f"top_k: {top_k}; allowed: 0 (off) or more")
-    if mass_by_distance < 0:
-        raise ValueError(f"mass_by_distance: {mass_by_distance}; allowed: 0 (off) or more")
-    if priority < 0:
-        raise ValueError(f"priority: {priority}; allowed: 0 (normal) or more")
-    head = _head(
-        model,
-        version,
-        variant,
-        scale,
-        softcap,
-        no_output,
-        return_weights,
-        return_entropy,
-        top_k,
-        return_mass_per_key,
-        mass_by_distance,
-        priority,
-    )
-    arrays: dict[str, Array] = {}
-    stored: dict[str, StoredTensor] = {}
-    for name, value in tensors.items():
-        if value is None:
-            continue
-        if isinstance(value, StoredTensor):
-            stored[name] = value
-            head += encoding.embedded(
-                _REQUEST_FIELD[name], pb.Tensor(stored=value.handle).SerializeToString()
-            )
-            continue
-        array = _tensors.as_array(value, name)
-        if name == "key_lengths":
-            array = array.astype(np.int64, casting="same_kind")
-        arrays[name] = array
-    return AttendCall(head, arrays, no_output, return_weights, stored)
-
-
-@lru_cache(maxsize=256)
-def _head(
-    model: str,
-    version: str,
-    variant: str,
-    scale: float | None,
-    softcap: float | None,
-    no_output: bool,
-    return_weights: bool,
-    return_entropy: bool,
-    top_k: int,
-    return_mass_per_key: bool,
-    mass_by_distance: int,
-    priority: int,
-) -> bytes:
-    message = pb.AttendRequest(
-        model=model,
-        version=version,
-        variant=variant,
-        scale=scale,
-        softcap=softcap,
-        priority=priority,
-        returns=pb.ReturnOptions(
-            no_output=no_output,
-            weights=return_weights,
-            entropy=return_entropy,
-            top_k=top_k,
-            mass_per_key=return_mass_per_key,
-            mass_by_distance=mass_by_distance,
-        ),
-    )
-    return message.SerializeToString()
 
 
 def put_messages(array: Array, lease: float | None, chunk_bytes: int) -> Iterator[bytes]:
@@ -251,28 +38,6 @@ def stored_from(
 ) -> StoredTensor:
     """What the server keeps."""
     return StoredTensor(answer.handle, answer.lease / 1e6, shape, dtype)
-
-
-def attend_result(response: pb.AttendResponse, arrays: dict[str, Array]) -> AttendResult:
-    """The result of an answer whose tensors lie in `arrays`, by field name."""
-    return AttendResult(
-        model=response.model,
-        version=response.version,
-        variant=response.variant,
-        timings=_timings(response.timings),
-        **arrays,
-    )
-
-
-def attend_result_from_bytes(answer: bytes) -> AttendResult:
-    """The result of a unary answer that nobody else holds: its arrays lie in it, writable."""
-    response, rooms = wire.locate(answer, pb.AttendResponse, wire.RESPONSE_TENSORS)
-    view = buffers.adopt(answer)
-    arrays = {
-        name: _tensors.lying_in(getattr(response, name), view[start:end])
-        for name, (start, end) in rooms.items()
-    }
-    return attend_result(response, arrays)
 
 
 def tokens_request(
@@ -356,7 +121,7 @@ def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:
         model=response.model,
         version=response.version,
         variant=response.variant,
-        timings=_timings(response.timings),
+        timings=_answers.timings_from(response.timings),
         ids=[list(sequence.ids) for sequence in response.sequences],
         tokens=[list(sequence.tokens) for sequence in response.sequences],
         truncated=[sequence.truncated for sequence in response.sequences],
@@ -442,14 +207,4 @@ def server_info_from(message: pb.ServerInfoResponse) -> ServerInfo:
             **{field.name: getattr(limits, field.name) for field in limits.DESCRIPTOR.fields}
         ),
         state=message.state,
-    )
-
-
-def _timings(message: pb.Timings) -> Timings:
-    return Timings(
-        deserialize=message.deserialize,
-        queue=message.queue,
-        compute=message.compute,
-        serialize=message.serialize,
-        batch_size=message.batch_size,
     )

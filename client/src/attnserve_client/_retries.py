@@ -55,9 +55,10 @@ class Retries:
             AttnserveError: how the last try failed.
         """
         tries = _Tries(timeout)
+        left = timeout
         while True:
             try:
-                return function(tries.left())
+                return function(left)
             except (grpc.RpcError, AttnserveError) as error:
                 failure = _errors.from_call(error, method)
             delay = None if self._closed.is_set() else tries.delay(failure)
@@ -65,6 +66,7 @@ class Retries:
                 raise failure
             if self._closed.wait(delay):
                 raise _closed(method)
+            left = tries.left()
 
 
 class AsyncRetries:

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import wire
 
-from attnserve_client import _errors, _messages, _tensors
+from attnserve_client import _attend, _errors, _tensors
+from attnserve_client._answers import AnswerReader, Region
 from attnserve_client._arena import ALIGNMENT, Arena
-from attnserve_client._messages import AttendCall
+from attnserve_client._attend import AttendCall
 from attnserve_client._results import Array, AttendResult
 
 # Tensors smaller than this travel within the message: they cost less than a look-up.
 _INLINE_BYTES = 4096
+_BYTE = np.dtype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,15 @@ class SharedCall:
         message: it, serialised.
         held: its tensors in shared memory.
         output: where the answer's tensors go.
-        offset: of that in the shared memory.
+        answers: reads what comes back.
         arena: the shared memory.
         region: the server's name for it.
     """
 
     message: bytes
     held: list[Array]
-    output: Array
-    offset: int
+    output: Region
+    answers: AnswerReader
     arena: Arena
     region: str
 
@@ -84,25 +85,24 @@ class Sharing:
             unregister(self._name)
         self.arena.close()
 
-    def takes(self, call: AttendCall) -> bool:
-        """Whether a request can be placed: what it answers is known beforehand."""
-        return _answer_bytes(call.head, tuple(call.shapes.items())) is not None
+    def answer_bytes(self, call: AttendCall) -> int | None:
+        """Bytes to set aside for what a request answers; None if that is not known beforehand."""
+        return _answer_bytes(call.plan.head, tuple(call.shapes.items()))
 
-    def call(self, call: AttendCall, timeout: float | None) -> SharedCall:
-        """Place a request that `takes` allows; register the memory if the server does not know it.
+    def call(self, call: AttendCall, answer_bytes: int, timeout: float | None) -> SharedCall:
+        """Place a request; register the memory if the server does not know it.
 
         Tensors that lie in shared memory already are not copied.
 
         Args:
             call: the request.
+            answer_bytes: of it.
             timeout: seconds left; None: any.
 
         Raises:
             AttnserveError: the memory was not registered.
             MemoryError: there is no room.
         """
-        needed = _answer_bytes(call.head, tuple(call.shapes.items()))
-        assert needed is not None
         with self._lock:
             if self._name is None:
                 self._name = self._register(self.arena.key, self.arena.byte_size, timeout)
@@ -115,24 +115,15 @@ class Sharing:
                 shared, offset = _shared(arena, array)
                 held.append(shared)
                 places.append((field, array.dtype, array.shape, offset))
-        output = arena.empty((needed,), np.dtype(np.uint8))
-        at = _offset(arena, output)
-        head = call.head + _placed(name, tuple(places), at, needed)
-        placed = AttendCall(head, inline, call.no_output, call.return_weights)
-        return SharedCall(placed.to_bytes(), held, output, at, arena, name)
+        output = Region(*arena.place((answer_bytes,), _BYTE))
+        head = call.plan.head + _placed(name, tuple(places), output.offset, answer_bytes)
+        plan = _attend.plan_of(head, inline)
+        message = plan.message.fill(list(inline.values()))
+        return SharedCall(message, held, output, plan.answers, arena, name)
 
     def result(self, call: SharedCall, answer: bytes) -> AttendResult:
         """The result of an answer: its arrays lie in shared memory, and keep it taken."""
-        response = pb.AttendResponse.FromString(answer)
-        arrays = {}
-        for field in wire.RESPONSE_TENSORS.values():
-            if not response.HasField(field):  # type: ignore[arg-type]
-                continue
-            tensor: pb.Tensor = getattr(response, field)
-            at = tensor.shared_memory.offset - call.offset
-            part = call.output[at : at + tensor.shared_memory.byte_size]
-            arrays[field] = _tensors.placed(tensor, part)
-        return _messages.attend_result(response, arrays)
+        return call.answers.read(answer, region=call.output)[0]
 
 
 def _shared(arena: Arena, array: Array) -> tuple[Array, int]:
@@ -140,15 +131,9 @@ def _shared(arena: Arena, array: Array) -> tuple[Array, int]:
     offset = arena.offset_of(array)
     if offset is not None:
         return array, offset
-    copy = arena.empty(array.shape, array.dtype)
+    copy, offset = arena.place(array.shape, array.dtype)
     copy[...] = array
-    return copy, _offset(arena, copy)
-
-
-def _offset(arena: Arena, array: Array) -> int:
-    offset = arena.offset_of(array)
-    assert offset is not None  # the arena made it
-    return offset
+    return copy, offset
 
 
 @lru_cache(maxsize=256)

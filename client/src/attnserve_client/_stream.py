@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import grpc
 
-from attnserve_client import _channel, _errors, _messages
+from attnserve_client import _attend, _errors
 from attnserve_client._assembly import Assembler
 from attnserve_client._results import AttendResult
 
@@ -27,6 +27,7 @@ class AttendStream:
 
     def __init__(self, start: Callable[..., Any], *, timeout: float | None = None) -> None:
         self._outgoing: SimpleQueue[Iterator[bytes] | None] = SimpleQueue()
+        self._assembler = Assembler()
         self._waiting: dict[int, Future[AttendResult]] = {}
         self._lock = threading.Lock()
         self._last_id = 0
@@ -83,7 +84,7 @@ class AttendStream:
             RuntimeError: the stream is closed.
             AttnserveError: the stream has failed.
         """
-        call = _messages.attend_call(
+        call = _attend.attend_call(
             {
                 "query": query,
                 "key": key,
@@ -116,7 +117,8 @@ class AttendStream:
                 raise RuntimeError("this stream is closed")
             self._last_id += 1
             self._waiting[self._last_id] = future
-            self._outgoing.put(call.to_stream(self._last_id, timeout, _channel.CHUNK_BYTES))
+            self._assembler.expect(self._last_id, call.plan.answers)
+            self._outgoing.put(call.to_stream(self._last_id, timeout))
         return future
 
     def close(self) -> None:
@@ -132,13 +134,12 @@ class AttendStream:
             yield from call
 
     def _read(self) -> None:
-        assembler = Assembler()
         failure: _errors.AttnserveError = _errors.CancelledError(
             "the stream ended without an answer", method="AttendStream"
         )
         try:
             for message in self._incoming:
-                done = assembler.add(message)
+                done = self._assembler.add(message)
                 if done is None:
                     continue
                 with self._lock:

@@ -32,6 +32,8 @@ def as_array(value: Any, name: str) -> Array:
     Raises:
         TypeError: it cannot be read, or its dtype has no place on the wire; says which argument.
     """
+    if type(value) is np.ndarray and value.dtype in _DTYPES and value.flags.c_contiguous:
+        return value if value.ndim > 0 else value.reshape(1)
     try:
         array = np.asarray(value)
     except Exception as error:  # whatever the foreign library raises
@@ -60,21 +62,15 @@ def data(array: Array) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
-def empty(tensor: pb.Tensor) -> Array:
-    """An array to receive a tensor's elements."""
-    shape: tuple[int, ...] = tuple(tensor.shape)
-    return np.empty(shape, _NUMPY[tensor.dtype])
+def kind(tensor: pb.Tensor) -> "tuple[tuple[int, ...], np.dtype[Any]]":
+    """Shape and dtype of a tensor."""
+    return tuple(tensor.shape), _NUMPY[tensor.dtype]
 
 
-def lying_in(tensor: pb.Tensor, elements: memoryview) -> Array:
-    """A tensor whose elements these are: not copied where they are aligned."""
-    array = np.frombuffer(elements, dtype=_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
+def lying_in(shape: tuple[int, ...], dtype: "np.dtype[Any]", elements: memoryview) -> Array:
+    """An array whose elements these are: not copied where they are aligned."""
+    array = np.frombuffer(elements, dtype).reshape(shape)
     return array if array.flags.aligned else array.copy()
-
-
-def placed(tensor: pb.Tensor, elements: Array) -> Array:
-    """A tensor whose elements are these bytes, where they lie."""
-    return elements.view(_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
 
 
 def copy_of(tensor: pb.Tensor, elements: bytes | memoryview) -> Array:

@@ -1,19 +1,16 @@
-"""Messages with room for tensors' elements, which are copied into them once or written in place."""
+"""Messages with room for tensors' elements, which are copied into them once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from attnserve_proto import buffers
 from attnserve_proto.attnserve.v1 import attention_pb2 as pb
 from attnserve_proto.encoding import tag, varint
-
-Buffer = bytes | bytearray | memoryview
 
 # Elements lie at multiples of this in a message: of the size of every dtype, and of what malloc
 # aligns a message to.
 ALIGNMENT = 16
 REQUEST_PADDING = pb.AttendRequest.PADDING_FIELD_NUMBER
-RESPONSE_PADDING = pb.AttendResponse.PADDING_FIELD_NUMBER
 
 _TENSOR_DATA = pb.Tensor.DATA_FIELD_NUMBER
 
@@ -23,58 +20,61 @@ class Frame:
     """A message laid out with room for its tensors' elements.
 
     Attributes:
-        size: of the whole message in bytes.
-        pieces: what stands between the elements: (offset, bytes) of each.
+        pieces: what stands before each tensor's elements; without tensors, the message.
         rooms: (start, end) of each tensor's elements.
-        end: where the last tensor ends; what follows is the tail.
+        end: where the message ends.
     """
 
-    size: int
-    pieces: tuple[tuple[int, bytes], ...]
+    pieces: tuple[bytes, ...]
     rooms: tuple[tuple[int, int], ...]
     end: int
 
-    def fill(self, elements: Sequence[Buffer]) -> bytes:
-        """The message with these elements, copied once."""
-        if not self.rooms:
-            return b"".join(piece for _, piece in self.pieces)
-        message, view = buffers.blank(self.size)
-        self.write_pieces(view)
-        for (start, end), data in zip(self.rooms, elements, strict=True):
-            view[start:end] = data
-        return message
+    def parts(self, elements: Sequence[Any]) -> list[Any]:
+        """The message with these elements, in parts to join.
 
-    def write_pieces(self, view: memoryview) -> None:
-        """Write everything but elements and tail."""
-        for offset, piece in self.pieces:
-            view[offset : offset + len(piece)] = piece
+        Args:
+            elements: contiguous, each of the bytes that its room has; anything whose memory
+                `bytes.join` can read, arrays of NumPy among it.
+        """
+        if not self.rooms:
+            return list(self.pieces)
+        parts: list[Any] = []
+        for piece, data in zip(self.pieces, elements, strict=True):
+            parts += (piece, data)
+        return parts
+
+    def fill(self, elements: Sequence[Any]) -> bytes:
+        """The message with these elements, copied once."""
+        return b"".join(self.parts(elements))
 
 
 def lay_out(
-    head: bytes, tensors: Sequence[tuple[int, bytes, int]], padding: int, tail: int = 0
+    head: bytes, tensors: Sequence[tuple[int, bytes, int]], padding: int, before: int = 0
 ) -> Frame:
-    """Plan a message: `head`, then tensors whose elements lie at multiples of 16, then a tail.
+    """Plan a message: `head`, then tensors whose elements lie at multiples of 16.
 
     Args:
         head: a serialised message without its tensors.
         tensors: (field number, serialised dtype and shape, bytes of elements) of each.
         padding: the number, below 16, of a `bytes` field that readers ignore.
-        tail: bytes to leave free at the end.
+        before: bytes that precede the message where it is sent; `rooms` and `end` count them.
     """
-    pieces = [(0, head)] if head else []
+    pieces = []
     rooms = []
-    at = len(head)
+    at = before
+    piece = head
     for number, header, size in tensors:
         inner = header + tag(_TENSOR_DATA) + varint(size)
-        piece = tag(number) + varint(len(inner) + size) + inner
-        missing = -(at + len(piece)) % ALIGNMENT
+        start = tag(number) + varint(len(inner) + size) + inner
+        missing = -(at + len(piece) + len(start)) % ALIGNMENT
         if missing:
-            piece = pad(padding, missing if missing > 1 else missing + ALIGNMENT) + piece
-        pieces.append((at, piece))
-        start = at + len(piece)
-        at = start + size
-        rooms.append((start, at))
-    return Frame(at + tail, tuple(pieces), tuple(rooms), at)
+            piece += pad(padding, missing if missing > 1 else missing + ALIGNMENT)
+        piece += start
+        pieces.append(piece)
+        rooms.append((at + len(piece), at + len(piece) + size))
+        at = rooms[-1][1]
+        piece = b""
+    return Frame(tuple(pieces) or (head,), tuple(rooms), at if rooms else at + len(head))
 
 
 def pad(number: int, size: int) -> bytes:

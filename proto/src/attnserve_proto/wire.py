@@ -20,7 +20,11 @@ Buffer = bytes | bytearray | memoryview
 
 _TENSOR_DATA = pb.Tensor.DATA_FIELD_NUMBER
 _REQUEST_ID = pb.AttendStreamRequest.REQUEST_ID_FIELD_NUMBER
-_CHUNK = pb.AttendStreamRequest.CHUNK_FIELD_NUMBER
+# Bodies of a stream message; request and response, and the chunks of both, have one number each.
+STREAM_MESSAGE = pb.AttendStreamResponse.RESPONSE_FIELD_NUMBER
+STREAM_CHUNK = pb.AttendStreamResponse.CHUNK_FIELD_NUMBER
+STREAM_ERROR = pb.AttendStreamResponse.ERROR_FIELD_NUMBER
+_BODIES = (STREAM_MESSAGE, STREAM_CHUNK, STREAM_ERROR)
 _PUT_CHUNK = pb.PutTensorRequest.CHUNK_FIELD_NUMBER
 _CHUNK_TENSOR = pb.TensorChunk.TENSOR_FIELD_NUMBER
 _CHUNK_OFFSET = pb.TensorChunk.OFFSET_FIELD_NUMBER
@@ -65,7 +69,7 @@ def split(
 
 
 def locate(
-    buffer: bytes, message_type: type[MessageT], tensor_fields: Mapping[int, str]
+    buffer: Buffer, message_type: type[MessageT], tensor_fields: Mapping[int, str]
 ) -> tuple[MessageT, dict[str, tuple[int, int]]]:
     """Parse a message but for the elements of its tensors, and say where those are.
 
@@ -108,28 +112,40 @@ def encode_chunk(chunk: Chunk) -> bytes:
 def chunk_head(request_id: int, tensor: int, offset: int, size: int) -> bytes:
     """What precedes the `size` bytes of a chunk in its message; they lie at a multiple of 16."""
     prefix = tag(_REQUEST_ID, 0) + varint(request_id)
-    return _chunk_head(prefix, _CHUNK, tensor, offset, size)
+    return _chunk_head(prefix, STREAM_CHUNK, tensor, offset, size)
 
 
-def decode_chunk(buffer: bytes) -> Chunk | None:
+def stream_body(view: memoryview) -> tuple[int, int, int, int]:
+    """Find what a stream message holds.
+
+    Args:
+        view: a serialised `AttendStreamRequest` or `AttendStreamResponse`.
+
+    Returns:
+        The request id, the field number of the body, and where in `view` that starts and ends.
+        0, 0 and 0 of the body if there is none.
+
+    Raises:
+        DecodeError: `view` is not a serialised stream message.
+    """
+    request_id = found = body_start = body_end = 0
+    for number, start, body, end in fields(view):
+        if number == _REQUEST_ID and body == start:
+            request_id = read_varint(view, skip_varint(view, start))[0]
+        elif number in _BODIES and body != start:
+            found, body_start, body_end = number, body, end
+    return request_id, found, body_start, body_end
+
+
+def decode_chunk(buffer: Buffer) -> Chunk | None:
     """Read a stream message that holds a chunk; None if it holds something else.
 
     Raises:
         DecodeError: `buffer` is not a serialised stream message.
     """
     view = memoryview(buffer)
-    request_id = tensor = offset = 0
-    data = view[:0]
-    found = False
-    for number, start, body, end in fields(view):
-        if number == _REQUEST_ID and body == start:
-            request_id = read_varint(view, skip_varint(view, start))[0]
-        elif number == _CHUNK and body != start:
-            found = True
-            tensor, offset, data = _chunk(view[body:end])
-        elif number in (_CHUNK - 1, _CHUNK + 1):
-            return None
-    return Chunk(request_id, tensor, offset, data) if found else None
+    request_id, number, start, end = stream_body(view)
+    return Chunk(request_id, *read_chunk(view[start:end])) if number == STREAM_CHUNK else None
 
 
 def encode_put_chunk(chunk: Chunk) -> bytes:
@@ -148,11 +164,11 @@ def decode_put_chunk(buffer: bytes) -> Chunk | None:
     found = None
     for number, start, body, end in fields(view):
         if number == _PUT_CHUNK and body != start:
-            found = Chunk(0, *_chunk(view[body:end]))
+            found = Chunk(0, *read_chunk(view[body:end]))
     return found
 
 
-def _chunk(view: memoryview) -> tuple[int, int, memoryview]:
+def read_chunk(view: memoryview) -> tuple[int, int, memoryview]:
     """Tensor, offset and data of a serialised `TensorChunk`."""
     tensor = offset = 0
     data = view[:0]
