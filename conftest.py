@@ -11,6 +11,11 @@ from pathlib import Path
 
 import attnserve_kernels
 import pytest
+from hypothesis import settings
+
+# No test fails because the machine is busy.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 ExportAll = Callable[[Sequence[Sequence[str]]], None]
 
