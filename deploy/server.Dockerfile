@@ -1,7 +1,7 @@
 # attnserve-server. Build from the root of the repository:
 #   docker build -f deploy/server.Dockerfile --target cpu -t attnserve-server:cpu .
 #   docker build -f deploy/server.Dockerfile --target gpu -t attnserve-server:gpu .
-# With TLS, the health check below does not fit: give the container one of your own, or none.
+# With TLS, the health check needs settings in its environment: docs/deployment.md.
 # What is compiled is compiled here, once. Both stages are of one Debian, so that the libraries that
 # the data plane was linked with are those that it finds.
 FROM python:3.11-bookworm AS build

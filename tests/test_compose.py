@@ -1,15 +1,19 @@
 """docker-compose.yml and the Dockerfiles as text: what they name exists and is accepted."""
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from attnserve_server.settings import Settings
+from certificates import Authority
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -139,13 +143,77 @@ def test_every_option_is_one_that_the_commands_take() -> None:
     subprocess.run([sys.executable, "-c", parse, *words], check=True)
 
 
-def test_the_health_check_tells_a_server_from_none(tmp_path: Path) -> None:
-    command = [BIN / "attnserve-server", "--repository", str(tmp_path), "--port", "0"]
-    server = subprocess.Popen([*command, "--metrics-port", "-1"], stdout=-1, stderr=-1, text=True)
-    assert server.stdout is not None
-    address = server.stdout.readline().split("listening on ")[1].split()[0]
+@contextlib.contextmanager
+def server(repository: Path, *options: str | Path) -> Iterator[str]:
+    """The address of a server that is drained afterwards."""
+    command = [BIN / "attnserve-server", "--repository", repository, "--port", "0", *options]
+    running = subprocess.Popen([*command, "--metrics-port", "-1"], stdout=-1, stderr=-1, text=True)
+    assert running.stdout is not None
+    try:
+        yield running.stdout.readline().split("listening on ")[1].split()[0]
+    finally:
+        running.terminate()
+        assert running.wait(timeout=30) == 0
+
+
+def healthy(address: str, **settings: str | Path) -> bool:
+    """What the health check says; `settings` are those of ATTNSERVE_HEALTH_."""
+    told = {f"ATTNSERVE_HEALTH_{name}": str(value) for name, value in settings.items()}
     check = [sys.executable, str(ROOT / "deploy/healthcheck.py"), address]
-    assert subprocess.run(check).returncode == 0
-    server.terminate()
-    assert server.wait(timeout=30) == 0
-    assert subprocess.run(check).returncode == 1
+    return subprocess.run(check, env=os.environ | told, capture_output=True).returncode == 0
+
+
+def test_the_health_check_tells_a_server_from_none(tmp_path: Path) -> None:
+    with server(tmp_path) as address:
+        assert healthy(address)
+        assert not healthy(address, AUTHORITIES=tmp_path / "none.pem")
+    assert not healthy(address)
+
+
+def test_the_health_check_of_a_server_with_tls(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    party = authority.issue("server")
+    tls = ("--tls-certificate", party.certificate, "--tls-key", party.key)
+    (tmp_path / "models").mkdir()
+    with server(tmp_path / "models", *tls) as address:
+        assert healthy(address, AUTHORITIES=authority.certificate)
+        assert healthy(address, AUTHORITIES=party.certificate)  # the certificate itself
+        assert healthy(address, AUTHORITIES=party.certificate, NAME="localhost")
+        assert not healthy(address, AUTHORITIES=party.certificate, NAME="elsewhere")
+        assert not healthy(address)
+    with server(
+        tmp_path / "models", *tls, "--tls-client-authorities", authority.certificate
+    ) as address:
+        shown = authority.issue("check")
+        trusted = {"AUTHORITIES": authority.certificate}
+        assert healthy(address, **trusted, CERTIFICATE=shown.certificate, KEY=shown.key)
+        assert not healthy(address, **trusted)
+
+
+def test_the_compose_file_for_tls_is_about_the_same_servers() -> None:
+    tls = yaml.safe_load((ROOT / "deploy/compose.tls.yml").read_text())["services"]
+    check = (ROOT / "deploy/healthcheck.py").read_text()
+    for name, service in tls.items():
+        assert set(service) <= KNOWN_KEYS
+        plain = SERVICES[name]["build"]
+        steps = instructions(ROOT / plain["context"] / plain["dockerfile"])
+        stage = [v.split(" AS ")[-1] for k, v in steps if k == "FROM"].index(plain["target"])
+        starts = [at for at, (key, _) in enumerate(steps) if key == "FROM"] + [len(steps)]
+        parts = steps[starts[stage] : starts[stage + 1]]
+        command = next(json.loads(value) for key, value in parts if key == "CMD")
+        # What it ran without TLS, and TLS.
+        assert service["command"][: len(command)] == command
+        assert given(service["command"]) <= options_of("attnserve-server")
+        assert set(service["environment"]) <= set(re.findall(r"ATTNSERVE_HEALTH_\w+", check))
+    assert set(tls) == {name for name in SERVICES if name.startswith("server-")}
+
+
+def test_what_is_said_of_probes_is_what_the_health_check_reads() -> None:
+    read = set(re.findall(r"ATTNSERVE_HEALTH_\w+", (ROOT / "deploy/healthcheck.py").read_text()))
+    said = (ROOT / "docs/deployment.md").read_text()
+    assert set(re.findall(r"ATTNSERVE_HEALTH_\w+", said)) == read - {"ATTNSERVE_HEALTH_"}
+    for block in re.findall(r"```yaml\n(.*?)```", said, re.DOTALL):
+        for key, probe in yaml.safe_load(block).items():
+            if key.endswith("Probe") and "exec" in probe:
+                command = probe["exec"]["command"]
+                assert command[1:] == ["/app/healthcheck.py", "127.0.0.1:8001"]
