@@ -57,6 +57,7 @@ def options() -> dict[str, Any]:
         "max_connections": 8,
         "max_connections_per_address": 0,
         "idle_timeout": 60.0,
+        "upload_grace": 10.0,
         "keepalive_interval": 0.0,
         "keepalive_timeout": 20.0,
         "keepalive_min_ping_interval": 0.5,

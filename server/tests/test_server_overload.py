@@ -6,13 +6,14 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import grpc
 import http2
 import numpy as np
 import pytest
 import serving
-from attnserve_client import AttentionClient
+from attnserve_client import AttentionClient, ResourceExhaustedError
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 from attnserve_server.app import AttentionServer
@@ -259,6 +260,155 @@ def test_announced_bytes_that_do_not_come_are_nobodys(repository: Path) -> None:
             until.set()
             for call in calls:
                 call.cancel()
+
+
+class Upload:
+    """A PutTensor, sent message by message until it is told to stop, and then no more."""
+
+    def __init__(self, stub: pb_grpc.AttentionServiceStub, size: int) -> None:
+        self._messages: SimpleQueue[pb.PutTensorRequest | None] = SimpleQueue()
+        tensor = pb.Tensor(dtype=pb.FP32, shape=[size // 4])
+        tensor.chunked.byte_size = size
+        self._messages.put(pb.PutTensorRequest(header=pb.PutTensorHeader(tensor=tensor)))
+        self._sent = 0
+        self.call = stub.PutTensor.future(iter(self._messages.get, None))
+
+    def send(self, size: int) -> None:
+        """Go on with so many bytes."""
+        end = self._sent + size
+        while self._sent < end:
+            data = bytes(min(MIB, end - self._sent))
+            chunk = pb.TensorChunk(offset=self._sent, data=data)
+            self._messages.put(pb.PutTensorRequest(chunk=chunk))
+            self._sent += len(data)
+
+    def end(self) -> None:
+        """Say no more."""
+        self._messages.put(None)
+
+
+def told(call: grpc.Future) -> tuple[grpc.StatusCode, str]:
+    """How a call ended that the server was to end."""
+    with pytest.raises(grpc.RpcError) as refused:
+        call.result(30)
+    return refused.value.code(), refused.value.details()
+
+
+def test_an_upload_that_stops_is_given_up_and_its_room_is_free(repository: Path) -> None:
+    limits = Limits(max_stored_bytes=8 * MIB)
+    with (
+        serving.serving(repository, limits=limits, upload_grace=0.5) as server,
+        grpc.insecure_channel(server.address) as channel,
+        AttentionClient(server.address) as client,
+    ):
+        kept = lambda: server.plane.gauges()["stored_bytes"]  # noqa: E731
+        stalled = Upload(pb_grpc.AttentionServiceStub(channel), 8 * MIB)
+        stalled.send(7 * MIB)
+        assert serving.eventually(lambda: kept() == 7 * MIB)
+        code, details = told(stalled.call)
+        assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert details.startswith("stream: given less than 16384.0 bytes a second")
+        assert serving.eventually(lambda: kept() == 0)
+        client.put_tensor(np.zeros(2 * MIB, np.float32))
+        stalled.end()
+
+
+def test_an_upload_that_goes_on_slowly_enough_is_served(repository: Path) -> None:
+    with (
+        serving.serving(repository, upload_grace=1) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        slow = Upload(pb_grpc.AttentionServiceStub(channel), 6 << 16)
+        for _ in range(6):
+            slow.send(1 << 16)  # at four seconds' worth, twice a second
+            time.sleep(0.5)
+        slow.end()
+        assert slow.call.result(10).byte_size == 6 << 16
+
+
+def test_chunks_that_stop_fail_their_request_alone(repository: Path) -> None:
+    with (
+        serving.serving(repository, upload_grace=0.5) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        lent = lambda: server.plane.gauges()["bytes_in_flight"]  # noqa: E731
+        messages: SimpleQueue[pb.AttendStreamRequest | None] = SimpleQueue()
+        stub = pb_grpc.AttentionServiceStub(channel)
+        answers = stub.AttendStream(iter(messages.get, None), timeout=60)
+        request = serving.announced(4096)  # half a MiB each of query, key and value
+        messages.put(pb.AttendStreamRequest(request_id=1, request=request))
+        chunk = pb.TensorChunk(tensor=4, data=bytes(400_000))
+        messages.put(pb.AttendStreamRequest(request_id=1, chunk=chunk))
+        late = next(answers)
+        assert (late.request_id, late.error.code) == (1, grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+        assert late.error.message.startswith("chunks: given less than 16384.0 bytes a second")
+        assert serving.eventually(lambda: lent() == 0)
+        assert server.plane.gauges()["arriving"] == 0
+        # What comes of it after all is thrown away; the stream goes on.
+        chunk.offset = 400_000
+        messages.put(pb.AttendStreamRequest(request_id=1, chunk=chunk))
+        messages.put(pb.AttendStreamRequest(request_id=2, request=serving.attend_request()))
+        assert next(answers).response.model == "causal"
+        messages.put(None)
+        assert list(answers) == []
+
+
+def test_a_deadline_passes_while_chunks_are_missing(
+    server: AttentionServer, stub: pb_grpc.AttentionServiceStub
+) -> None:
+    messages: SimpleQueue[pb.AttendStreamRequest | None] = SimpleQueue()
+    answers = stub.AttendStream(iter(messages.get, None), timeout=60)
+    request = serving.announced(32)
+    messages.put(pb.AttendStreamRequest(request_id=1, request=request, timeout=200_000))
+    late = next(answers)
+    assert (late.request_id, late.error.code) == (1, grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+    assert late.error.message == "the deadline passed before all chunks had come"
+    messages.put(None)
+    assert list(answers) == []
+
+
+def test_one_callers_uploads_leave_room_for_anothers(repository: Path) -> None:
+    limits = Limits(max_stored_bytes=8 * MIB)
+    with (
+        serving.serving(repository, limits=limits, host="::") as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        AttentionClient(f"[::1]:{server.port}") as other,
+    ):
+        kept = lambda: server.plane.gauges()["stored_bytes"]  # noqa: E731
+        stub = pb_grpc.AttentionServiceStub(channel)
+        uploads = [Upload(stub, 4 * MIB) for _ in range(3)]
+        for upload in uploads[:2]:
+            upload.send(2 * MIB)
+        assert serving.eventually(lambda: kept() == 4 * MIB)
+        uploads[2].send(MIB)
+        code, details = told(uploads[2].call)
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "half of --max-stored-mib" in details
+        assert float(dict(uploads[2].call.trailing_metadata())["retry-after"]) > 0
+        other.put_tensor(np.zeros(MIB, np.float32))
+        for upload in uploads:
+            upload.call.cancel()
+            upload.end()
+
+
+def test_one_large_upload_gives_way_to_another_caller(repository: Path) -> None:
+    limits = Limits(max_stored_bytes=8 * MIB)
+    with (
+        serving.serving(repository, limits=limits, host="::") as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        AttentionClient(f"[::1]:{server.port}") as other,
+    ):
+        kept = lambda: server.plane.gauges()["stored_bytes"]  # noqa: E731
+        large = Upload(pb_grpc.AttentionServiceStub(channel), 8 * MIB)
+        large.send(6 * MIB)
+        assert serving.eventually(lambda: kept() == 6 * MIB)
+        tensor = np.zeros(MIB, np.float32)
+        with pytest.raises(ResourceExhaustedError, match="max-stored-mib"):
+            other.put_tensor(tensor)
+        large.send(1)
+        assert told(large.call)[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+        other.put_tensor(tensor)
+        large.end()
 
 
 def test_a_full_store_says_when_to_come_again(repository: Path) -> None:

@@ -37,15 +37,11 @@ void Body::drop_taken() {
 
 std::optional<Bytes> Body::read(ByteSpan& bytes, TimePoint now) {
   if (bytes.empty()) return std::nullopt;
-  if (!reader_.under_way()) began_ = now;
-  return reader_.next(bytes);
-}
-
-TimePoint Body::due(double bytes_per_second, Duration grace) const {
-  if (!under_way() || bytes_per_second <= 0) return kNever;
-  const std::chrono::duration<double> earned(static_cast<double>(reader_.received()) /
-                                             bytes_per_second);
-  return began_ + grace + std::chrono::duration_cast<Duration>(earned);
+  if (!reader_.under_way()) pace_.begin(now);
+  const std::size_t given = bytes.size();
+  std::optional<Bytes> message = reader_.next(bytes);
+  pace_.took(given - bytes.size(), now);
+  return message;
 }
 
 }  // namespace attnserve::grpc

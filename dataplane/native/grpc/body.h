@@ -7,6 +7,7 @@
 
 #include "base/clock.h"
 #include "base/memory.h"
+#include "base/pace.h"
 #include "grpc/message_reader.h"
 
 namespace attnserve::grpc {
@@ -16,8 +17,8 @@ namespace attnserve::grpc {
 // Errors are those of MessageReader.
 class Body {
  public:
-  Body(ByteBudget& budget, std::size_t max_message_bytes, Encoding encoding)
-      : reader_(budget, max_message_bytes, encoding), charge_(budget) {}
+  Body(ByteBudget& budget, std::size_t max_message_bytes, Encoding encoding, const PaceRule& rule)
+      : reader_(budget, max_message_bytes, encoding), pace_(rule), charge_(budget) {}
 
   // The next message, out of what was kept or from the front of `fresh`; nothing: all was taken.
   std::optional<Bytes> next(ByteSpan& fresh, TimePoint now);
@@ -28,16 +29,17 @@ class Body {
   bool under_way() const { return reader_.under_way(); }
   bool drained() const { return !ready_ && kept_.empty(); }  // all whole messages are delivered
   // When the message under way will have been too slow, unless more of it comes before.
-  TimePoint due(double bytes_per_second, Duration grace) const;
+  TimePoint due() const { return under_way() ? pace_.due() : kNever; }
+  Status late() const { return pace_.late("body"); }
   // Time in which the caller could not send does not count.
-  void forgive(Duration pause) { began_ += pause; }
+  void forgive(Duration pause) { pace_.forgive(pause); }
 
  private:
   std::optional<Bytes> read(ByteSpan& bytes, TimePoint now);
   void drop_taken();
 
   MessageReader reader_;
-  TimePoint began_{};  // of the message under way
+  Pace pace_;  // of the message under way
   std::optional<Bytes> ready_;
   std::vector<std::byte> kept_;  // from kept_taken_ on
   std::size_t kept_taken_ = 0;

@@ -57,6 +57,13 @@ class CallHandler {
   virtual void on_half_close() = 0;
   // The last message queued has left for the socket: unsent() is 0.
   virtual void on_all_sent() {}
+  // When the handler is to hear on_due, asked after each event; kNever: not at all. While the
+  // caller may not send, because of a pause or of answers that it does not read, nothing is due.
+  virtual TimePoint due() const { return kNever; }
+  // That time has come. Afterwards something else must be due.
+  virtual void on_due(TimePoint now) { (void)now; }
+  // The caller could not send for so long, and can again.
+  virtual void on_held(Duration held) { (void)held; }
   // The call is over; the last event. kOk: finish() was carried out. kCancelled: the caller reset
   // it or its connection is gone. Any other: the transport has answered so itself,
   // kDeadlineExceeded for the deadline or a slow body, kResourceExhausted or kInternal for a

@@ -15,6 +15,7 @@
 
 #include "base/clock.h"
 #include "base/memory.h"
+#include "base/pace.h"
 #include "grpc/call.h"
 
 namespace attnserve::grpc {
@@ -27,9 +28,7 @@ struct ConnectionOptions {
   std::size_t max_header_bytes = 16U << 10;    // of one call
   std::size_t max_unsent_bytes = 64U << 20;    // answers that wait for one connection's socket
   Duration header_timeout = std::chrono::seconds(10);  // preface and SETTINGS; each header block
-  // A message under way must bring at least so many bytes a second, after the grace.
-  double min_bytes_per_second = 16.0 * 1024;
-  Duration body_grace = std::chrono::seconds(10);
+  PaceRule body_pace;                                  // of a message under way
   // A caller that reads nothing of what waits for it for so long is cut off.
   Duration write_timeout = std::chrono::seconds(30);
   Duration idle_timeout = std::chrono::minutes(5);  // no call open; 0: never

@@ -67,7 +67,7 @@ void Http2Connection::admit(const StreamRef& stream) {
   if (narrow_) session_.open_window(*stream, options_.stream_window);
   Reception& reception = std::get<Reception>(verdict);
   stream->handler = std::move(reception.handler);
-  stream->body.emplace(budget_, reception.max_message_bytes, stream->encoding);
+  stream->body.emplace(budget_, reception.max_message_bytes, stream->encoding, options_.body_pace);
 }
 
 // What still comes of its body is discarded: its window is not opened again, and once the trailers
@@ -154,7 +154,7 @@ void Http2Connection::deliver_or_throw(Stream& stream, ByteSpan fresh) {
     stream.half_close_told = true;
     tell(stream, [](CallHandler& handler) { handler.on_half_close(); });
   }
-  schedule(body_due(stream));
+  schedule(std::min(body_due(stream), handler_due(stream)));
 }
 
 // After a pause: what was kept is delivered, and the caller may send on.
@@ -173,8 +173,13 @@ void Http2Connection::pause(Stream& stream) {
 
 void Http2Connection::resume(Stream& stream) {
   if (stream.pauses == 0 || --stream.pauses > 0) return;
-  if (stream.body) stream.body->forgive(now_ - stream.paused_since);
+  forgive(stream, now_ - stream.paused_since);
   resumed_.push_back(calls_[stream.index]);
+}
+
+void Http2Connection::forgive(Stream& stream, Duration held) {
+  if (stream.body) stream.body->forgive(held);
+  if (stream.handler) stream.handler->on_held(held);
 }
 
 void Http2Connection::choke() {
@@ -186,7 +191,7 @@ void Http2Connection::choke() {
 void Http2Connection::unchoke() {
   choked_ = false;
   for (const StreamRef& stream : calls_) {
-    if (stream->body) stream->body->forgive(now_ - choked_since_);
+    forgive(*stream, now_ - choked_since_);
     resumed_.push_back(stream);
   }
 }
@@ -207,6 +212,10 @@ void Http2Connection::tell(Stream& stream, Event event) {
 
 void Http2Connection::tell_all_sent(Stream& stream) {
   tell(stream, [](CallHandler& handler) { handler.on_all_sent(); });
+}
+
+void Http2Connection::tell_due(Stream& stream) {
+  tell(stream, [&](CallHandler& handler) { handler.on_due(now_); });
 }
 
 // ---- Answers

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "base/text.h"
 #include "grpc/http2_connection.h"
 
 namespace attnserve::grpc {
@@ -150,7 +149,11 @@ void Http2Connection::check_keepalive() {
 
 TimePoint Http2Connection::body_due(const Stream& stream) const {
   if (!stream.body || held(stream)) return kNever;
-  return stream.body->due(options_.min_bytes_per_second, options_.body_grace);
+  return stream.body->due();
+}
+
+TimePoint Http2Connection::handler_due(const Stream& stream) const {
+  return stream.handler && !stream.finishing && !held(stream) ? stream.handler->due() : kNever;
 }
 
 TimePoint Http2Connection::stall_due(const Stream& stream) const {
@@ -160,7 +163,7 @@ TimePoint Http2Connection::stall_due(const Stream& stream) const {
 TimePoint Http2Connection::call_due(const Stream& stream) const {
   if (stream.ended() || stream.trailers_out) return kNever;
   const TimePoint deadline = stream.trailers_submitted ? kNever : stream.info().deadline;
-  return std::min({deadline, body_due(stream), stall_due(stream)});
+  return std::min({deadline, body_due(stream), handler_due(stream), stall_due(stream)});
 }
 
 void Http2Connection::check_calls() {
@@ -176,13 +179,8 @@ void Http2Connection::check_call(Stream& stream) {
   if (!stream.trailers_submitted && now_ >= stream.info().deadline) {
     return fail(stream, {Code::kDeadlineExceeded, "the deadline passed before the call ended", {}});
   }
-  if (now_ >= body_due(stream)) {
-    return fail(stream, {Code::kDeadlineExceeded,
-                         text("body: given less than ", options_.min_bytes_per_second,
-                              " bytes a second for longer than ", seconds(options_.body_grace),
-                              " seconds; allowed: at least as much"),
-                         {}});
-  }
+  if (now_ >= body_due(stream)) return fail(stream, stream.body->late());
+  if (now_ >= handler_due(stream)) return tell_due(stream);
   if (now_ < stall_due(stream)) return;
   if (!session_.blocked_by_peer(stream)) {
     // Others' answers are before it. Looked at again soon.

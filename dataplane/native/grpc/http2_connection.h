@@ -80,6 +80,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   template <class Event>
   void tell(Stream& stream, Event event);
   void tell_all_sent(Stream& stream);
+  void tell_due(Stream& stream);
   void push(Stream& stream, OutMessage message);
   void finish(Stream& stream, Status status);
   void pause(Stream& stream);
@@ -92,6 +93,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   void forget_if_done(Stream& stream);
   void choke();
   void unchoke();
+  void forgive(Stream& stream, Duration held);
 
   // connection_timers.cc
   void on_settings() override;
@@ -115,6 +117,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   TimePoint linger_due() const;
   TimePoint call_due(const Stream& stream) const;
   TimePoint body_due(const Stream& stream) const;
+  TimePoint handler_due(const Stream& stream) const;
   TimePoint stall_due(const Stream& stream) const;
   void schedule(TimePoint due) { calls_due_ = std::min(calls_due_, due); }
 

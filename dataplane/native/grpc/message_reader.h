@@ -27,7 +27,6 @@ class MessageReader {
   std::optional<Bytes> next(ByteSpan& bytes);
 
   bool under_way() const { return prefix_size_ > 0; }  // a message has begun and not ended
-  std::size_t received() const { return prefix_size_ + received_; }  // bytes of it, as sent
 
  private:
   void take_prefix(ByteSpan& bytes);

@@ -85,6 +85,8 @@ services::DataPlaneOptions options_of(const nb::kwargs& given) {
   server.max_connections = size("max_connections");
   server.max_connections_per_address = size("max_connections_per_address");
   server.connection.idle_timeout = seconds("idle_timeout");
+  server.connection.body_pace.grace = seconds("upload_grace");
+  core.upload_pace = server.connection.body_pace;
   server.connection.keepalive_interval = seconds("keepalive_interval");
   server.connection.keepalive_timeout = seconds("keepalive_timeout");
   server.connection.min_ping_interval = seconds("keepalive_min_ping_interval");

@@ -18,6 +18,8 @@ namespace {
 
 // A request whose chunks are coming.
 struct Incoming {
+  explicit Incoming(const PaceRule& rule) : pace(rule) {}
+
   std::shared_ptr<schedule::RequestContext> request;
   Admitted admitted;
   TimePoint arrived{};
@@ -25,7 +27,10 @@ struct Incoming {
   std::array<ByteSpan, wire::kInputs> elements;  // of all inputs; chunked ones as they will be
   std::array<std::shared_ptr<Bytes>, wire::kInputs> arriving;  // of chunked inputs
   std::array<std::size_t, wire::kInputs> received{};
-  std::size_t missing = 0;                          // bytes
+  std::size_t missing = 0;  // bytes
+  bool touched = false;     // a chunk has come
+  Pace pace;
+  sessions::Upload upload;
   std::vector<std::shared_ptr<const void>> owners;  // of inline elements
   std::shared_ptr<EarlyHeads> early;
 };
@@ -90,7 +95,35 @@ class AttendStreamHandler final : public grpc::CallHandler {
     state_->ended(reason);
   }
 
+  TimePoint due() const override {
+    TimePoint first = kNever;
+    for (const auto& [id, incoming] : incoming_) first = std::min(first, due(incoming));
+    return first;
+  }
+
+  void on_due(TimePoint now) override {
+    for (auto each = incoming_.begin(); each != incoming_.end();) {
+      const auto late = each++;
+      if (now < due(late->second)) continue;
+      Status status = late->second.pace.late("chunks");
+      if (now >= late->second.request->deadline) {
+        status.message = "the deadline passed before all chunks had come";
+      }
+      give_up(late, late->second.missing, std::move(status));
+    }
+  }
+
+  void on_held(Duration held) override {
+    for (auto& [id, incoming] : incoming_) incoming.pace.forgive(held);
+  }
+
  private:
+  using Incomings = std::unordered_map<std::uint64_t, Incoming>;
+
+  static TimePoint due(const Incoming& incoming) {
+    return std::min(incoming.pace.due(), incoming.request->deadline);
+  }
+
   void fail(Status status) {
     over_ = true;
     forget_incoming();
@@ -131,7 +164,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
     if (state_->draining()) {
       throw RequestError(Code::kUnavailable, "the server is shutting down; try another one");
     }
-    Incoming incoming;
+    Incoming incoming(core_.upload_pace);
     incoming.arrived = Clock::now();
     incoming.request = request_context(state_->info());
     incoming.request->shorten(decoded.timeout, incoming.arrived);
@@ -164,6 +197,8 @@ class AttendStreamHandler final : public grpc::CallHandler {
     if (incoming.missing == 0) {
       submit(id, std::move(incoming));
     } else {
+      incoming.pace.begin(incoming.arrived);
+      incoming.upload = core_.stream_uploads.begin(state_->info().peer);
       incoming_.emplace(id, std::move(incoming));
     }
   }
@@ -201,6 +236,11 @@ class AttendStreamHandler final : public grpc::CallHandler {
   }
 
   void take_chunk(std::uint64_t id, const wire::TensorChunk& chunk) {
+    const TimePoint now = Clock::now();
+    // Those of one request after those of another: what has not begun is not slow.
+    for (auto& [other, incoming] : incoming_) {
+      if (!incoming.touched) incoming.pace.begin(now);
+    }
     const auto found = incoming_.find(id);
     if (found == incoming_.end()) {
       throw_away(id, chunk);
@@ -209,19 +249,15 @@ class AttendStreamHandler final : public grpc::CallHandler {
     try {
       add(found->second, chunk);
     } catch (...) {
-      Incoming incoming = std::move(found->second);
-      incoming_.erase(found);
-      const std::size_t left = incoming.missing - std::min(incoming.missing, chunk.data.size());
-      if (left > 0) discarded_[id] = left;
-      // Before its parts are told that they are cancelled: the first to fail says why.
-      const bool unsaid = !incoming.early || incoming.early->fail();
-      core_.scheduler.cancel(incoming.request);
-      if (unsaid) {
-        state_->answer(id, incoming.request, {status_of(std::current_exception()), {}});
-      }
+      Status status = status_of(std::current_exception());
+      if (status.code == Code::kResourceExhausted) found->second.upload.lacks_room();
+      const std::size_t missing = found->second.missing;
+      give_up(found, missing - std::min(missing, chunk.data.size()), std::move(status));
       return;
     }
     Incoming& incoming = found->second;
+    incoming.touched = true;
+    incoming.pace.took(chunk.data.size(), now);
     if (incoming.early) {
       incoming.early->take({incoming.received[0], incoming.received[1], incoming.received[2]});
     }
@@ -237,6 +273,18 @@ class AttendStreamHandler final : public grpc::CallHandler {
     } catch (...) {
       state_->answer(id, nullptr, {status_of(std::current_exception()), {}});
     }
+  }
+
+  // Its answer is this error; of its chunks `still_to_come` bytes are thrown away.
+  void give_up(Incomings::iterator found, std::size_t still_to_come, Status status) {
+    const std::uint64_t id = found->first;
+    const Incoming incoming = std::move(found->second);
+    incoming_.erase(found);
+    if (still_to_come > 0) discarded_[id] = still_to_come;
+    // Before its parts are told that they are cancelled: the first to fail says why.
+    const bool unsaid = !incoming.early || incoming.early->fail();
+    core_.scheduler.cancel(incoming.request);
+    if (unsaid) state_->answer(id, incoming.request, {std::move(status), {}});
   }
 
   void add(Incoming& incoming, const wire::TensorChunk& chunk) {
@@ -266,6 +314,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
           invalid_argument(text("chunk.data of ", name), text(chunk.data.size(), " bytes"),
                            left > 0 ? text("1..", left, " bytes") : std::string("no more")));
     }
+    incoming.upload.take(chunk.data.size());
     target.lease.grow_or_throw(chunk.data.size());
     copy_bytes(target.data() + received, chunk.data.data(), chunk.data.size());
     received += chunk.data.size();
@@ -289,7 +338,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
   Core& core_;
   const std::shared_ptr<grpc::Call> call_;
   const std::shared_ptr<StreamState> state_;
-  std::unordered_map<std::uint64_t, Incoming> incoming_;
+  Incomings incoming_;
   // Requests that failed while chunks of theirs are still to come: bytes to throw away.
   std::unordered_map<std::uint64_t, std::uint64_t> discarded_;
   std::uint64_t last_id_ = 0;

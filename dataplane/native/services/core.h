@@ -11,6 +11,7 @@
 #include <variant>
 
 #include "base/memory.h"
+#include "base/pace.h"
 #include "engine/model.h"
 #include "requests/attend.h"
 #include "requests/limits.h"
@@ -21,6 +22,7 @@
 #include "services/statistics.h"
 #include "sessions/shared_memory.h"
 #include "sessions/stored_tensors.h"
+#include "sessions/uploads.h"
 
 namespace attnserve::services {
 
@@ -42,6 +44,7 @@ class OpenStreams {
 struct CoreOptions {
   requests::Limits limits;
   schedule::Rules rules;
+  PaceRule upload_pace;
   std::size_t io_threads = 2;
   std::size_t max_stored_bytes = 1024U << 20;
   Duration stored_lease = std::chrono::minutes(5);
@@ -55,7 +58,10 @@ struct CoreOptions {
 struct Core {
   explicit Core(const CoreOptions& options)
       : limits(options.limits),
+        upload_pace(options.upload_pace),
         budget(options.limits.max_bytes_in_flight),
+        stream_uploads(options.limits.max_bytes_in_flight, "--max-in-flight-mib"),
+        stored_uploads(options.max_stored_bytes, "--max-stored-mib"),
         stored(options.max_stored_bytes, options.stored_lease, options.max_stored_lease),
         regions(options.max_shared_regions, options.max_shared_bytes),
         control(options.max_control_requests),
@@ -68,7 +74,10 @@ struct Core {
   requests::Context context() { return {models, limits, stored, regions}; }
 
   const requests::Limits limits;
+  const PaceRule upload_pace;  // of what comes in several messages
   ByteBudget budget;
+  sessions::Uploads stream_uploads;  // requests of AttendStream whose chunks are coming
+  sessions::Uploads stored_uploads;  // by PutTensor
   engine::ModelStore models;
   sessions::StoredTensors stored;
   sessions::SharedRegions regions;

@@ -17,7 +17,8 @@ class PutTensorHandler final : public grpc::CallHandler {
   PutTensorHandler(Core& core, std::shared_ptr<grpc::Call> call)
       : core_(core),
         reply_(std::make_shared<Reply>(core, std::move(call), kMethod)),
-        room_(core.stored.begin()) {}
+        room_(core.stored.begin()),
+        pace_(core.upload_pace) {}
 
   void on_message(Bytes message) override {
     if (over_) return;
@@ -31,16 +32,26 @@ class PutTensorHandler final : public grpc::CallHandler {
 
   void on_end(Code reason) override { reply_->ended(reason); }
 
+  // From the header on, which is followed by all else at once.
+  TimePoint due() const override { return over_ ? kNever : pace_.due(); }
+  void on_due(TimePoint) override {
+    attempt([&] { throw RequestError(pace_.late("stream")); });
+  }
+  void on_held(Duration held) override { pace_.forgive(held); }
+
  private:
   template <class Step>
   void attempt(const Step& step) {
     try {
       step();
     } catch (...) {
+      Status status = status_of(std::current_exception());
+      if (status.code == Code::kResourceExhausted) upload_.lacks_room();
       over_ = true;
       tensor_.elements = Bytes();
       room_ = core_.stored.begin();  // what was claimed is free again
-      reply_->deliver({status_of(std::current_exception()), {}});
+      upload_ = {};
+      reply_->deliver({std::move(status), {}});
     }
   }
 
@@ -65,6 +76,7 @@ class PutTensorHandler final : public grpc::CallHandler {
     const bool known = tensor.dtype > 0 && tensor.dtype <= 6;
     requests::TensorSpec spec = requests::check_tensor(
         "tensor", tensor, known ? attnserve::name_of(dtype) : "a dtype", {}, true, nullptr);
+    upload_ = core_.stored_uploads.begin(reply_->info().peer);
     core_.stored.check_fits(spec.byte_size);
     lease_ = lease_of(decoded.lease);
     tensor_.dtype = spec.dtype;
@@ -80,6 +92,7 @@ class PutTensorHandler final : public grpc::CallHandler {
       append(tensor.data);
     }
     spec_ = std::move(spec);
+    pace_.begin(Clock::now());
   }
 
   void take_chunk(const wire::PutTensorRequest& decoded) {
@@ -97,10 +110,12 @@ class PutTensorHandler final : public grpc::CallHandler {
                                           text("1..", left, " bytes")));
     }
     append(chunk.data);
+    pace_.took(chunk.data.size(), Clock::now());
   }
 
   // Room is claimed as bytes come: what was announced and never comes takes nobody's.
   void append(ByteSpan elements) {
+    upload_.take(elements.size());
     room_.claim(elements.size());
     copy_bytes(tensor_.elements.data() + received_, elements.data(), elements.size());
     received_ += elements.size();
@@ -113,6 +128,7 @@ class PutTensorHandler final : public grpc::CallHandler {
                                           text(spec_->byte_size, " bytes")));
     }
     over_ = true;
+    upload_ = {};
     const sessions::Stored stored = core_.stored.put(std::move(tensor_), std::move(room_), lease_);
     Delivery delivery;
     delivery.messages.push_back(OutMessage::of(wire::encode_stored_tensor(
@@ -123,6 +139,8 @@ class PutTensorHandler final : public grpc::CallHandler {
   Core& core_;
   const std::shared_ptr<Reply> reply_;
   sessions::Room room_;
+  sessions::Upload upload_;
+  Pace pace_;
   std::optional<requests::TensorSpec> spec_;  // once the header has come
   sessions::StoredTensor tensor_;
   std::size_t received_ = 0;

@@ -70,7 +70,7 @@ TEST_CASE("a deadline ends the call, and its handler hears so") {
 
 TEST_CASE("a slow body ends its call after the grace") {
   ConnectionOptions options = quiet();
-  options.min_bytes_per_second = 1000;
+  options.body_pace.bytes_per_second = 1000;
   Harness here(options);
   const auto slow = here.caller.call("/silent");
   const auto fast = here.caller.call("/silent");
@@ -94,6 +94,65 @@ TEST_CASE("a slow body ends its call after the grace") {
   CHECK_FALSE(here.caller.exchange(fast).ended);
   here.at(minutes(60));
   CHECK_FALSE(here.caller.exchange(idle).ended);
+}
+
+TEST_CASE("a body that stops is given up, however much of it had come fast") {
+  Harness here(quiet());
+  const auto id = here.caller.call("/silent");
+  here.caller.write(id, framed(std::string(3U << 20, 'x')).substr(0, 2U << 20));
+  here.pump();
+  here.at(seconds(19));
+  CHECK_FALSE(here.caller.exchange(id).ended);
+  CHECK(here.budget.lent() > 0);
+  here.at(seconds(20));
+  here.pump();
+  CHECK(here.caller.exchange(id).status() == "4");
+  CHECK(here.budget.lent() == 0);
+}
+
+TEST_CASE("a handler hears when its time has come, between messages too") {
+  Harness here(quiet());
+  here.service.prepare = [&](Recorder& handler) {
+    handler.message_hook = [&](Call&, Bytes) { handler.next = here.now + seconds(5); };
+    handler.due_hook = [](Call& call, TimePoint) { call.finish({Code::kAborted, "late", {}}); };
+  };
+  const auto id = here.caller.call("/silent");
+  here.pump();
+  here.at(seconds(100));
+  here.caller.write(id, framed("one"));
+  here.pump();
+  here.at(seconds(103));
+  here.caller.write(id, framed("two"));
+  here.pump();
+  here.at(seconds(107));
+  CHECK(here.service.log == Log{"message one", "message two"});
+  here.at(seconds(108));
+  here.pump();
+  CHECK(here.service.log.at(2) == "due");
+  CHECK(here.caller.exchange(id).status() == "10");
+  here.at(minutes(60));
+  CHECK(std::ranges::count(here.service.log, "due") == 1);
+}
+
+TEST_CASE("nothing is due while the caller may not send") {
+  Harness here(quiet());
+  here.service.prepare = [&](Recorder& handler) {
+    handler.message_hook = [&](Call& call, Bytes) {
+      handler.next = here.now + seconds(5);
+      call.pause();
+    };
+  };
+  const auto id = here.caller.call("/silent");
+  here.caller.write(id, framed("one"));
+  here.pump();
+  here.at(minutes(10));
+  CHECK(here.service.log == Log{"message one"});
+  here.service.calls[0]->resume();
+  here.connection->take_mail(here.now);
+  here.at(minutes(10) + seconds(4));
+  CHECK(here.service.log == Log{"message one"});
+  here.at(minutes(10) + seconds(5));
+  CHECK(here.service.log == Log{"message one", "due"});
 }
 
 TEST_CASE("a pause is not held against the caller") {

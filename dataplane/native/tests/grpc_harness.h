@@ -111,6 +111,15 @@ struct Recorder : CallHandler {
     log.push_back("all sent");
     if (all_sent_hook) all_sent_hook(*call);
   }
+  TimePoint due() const override { return next; }
+  void on_due(TimePoint now) override {
+    log.push_back("due");
+    next = kNever;
+    if (due_hook) due_hook(*call, now);
+  }
+  void on_held(Duration held) override {
+    if (next != kNever) next += held;
+  }
   void on_end(Code reason) override {
     log.push_back("end " + std::string(name_of(reason)));
     if (end_hook) end_hook(*call, reason);
@@ -118,9 +127,11 @@ struct Recorder : CallHandler {
 
   std::shared_ptr<Call> call;
   Log& log;
+  TimePoint next = kNever;
   std::function<void(Call&, Bytes)> message_hook;
   std::function<void(Call&)> half_close_hook;
   std::function<void(Call&)> all_sent_hook;
+  std::function<void(Call&, TimePoint)> due_hook;
   std::function<void(Call&, Code)> end_hook;
 };
 
