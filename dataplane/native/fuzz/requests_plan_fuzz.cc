@@ -98,7 +98,7 @@ void attend(ByteSpan message, bool chunks_allowed) {
 void infer(ByteSpan message) {
   const Context context = server().world.context();
   InferPlan plan = [&] {
-    const wire::InferRequest request = wire::decode_infer(message, "ModelInfer");
+    wire::InferRequest request = wire::decode_infer(message, "ModelInfer");
     return plan_infer(request, context.models.get(request.model_name, request.model_version),
                       context, kPeer);
   }();

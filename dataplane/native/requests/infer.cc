@@ -1,10 +1,10 @@
 #include "requests/infer.h"
 
 #include <algorithm>
-#include <cstring>
 #include <span>
 #include <utility>
 
+#include "base/copy.h"
 #include "base/status.h"
 #include "base/text.h"
 #include "requests/infer_parameters.h"
@@ -21,19 +21,23 @@ using wire::Output;
 
 constexpr std::size_t kMostNamed = 80;  // characters of a wrong name that are repeated
 
-// Copies what the plan may not look at where it is. Sizes are checked by now.
-void copy_fleeting(Inputs& inputs, std::vector<Bytes>& copies) {
-  for (std::size_t at = 0; at < wire::kInputs; ++at) {
-    if (inputs.tensors[at] == nullptr) continue;
-    // Gathered elements are the decoded message's, which the plan outlives. And kernels trust
-    // lengths that were checked, while the caller's memory may change after that.
-    const bool lengths = at == static_cast<std::size_t>(Input::kKeyLengths);
-    if (!inputs.tensors[at]->contents && !(lengths && inputs.shared[at])) continue;
-    Bytes copy = Bytes::allocate(inputs.elements[at].size());
-    std::memcpy(copy.data(), inputs.elements[at].data(), copy.size());
-    copies.push_back(std::move(copy));
-    inputs.elements[at] = copies.back().span();
+// Gathered elements are the decoded message's, which the plan outlives: they come with their
+// charge, and stay where they are.
+void take_contents(wire::InferRequest& message, std::vector<Bytes>& memory) {
+  for (wire::InferInput& tensor : message.inputs) {
+    if (tensor.contents) memory.push_back(std::move(tensor.contents->elements));
   }
+}
+
+// Kernels trust lengths that were checked, while the caller's memory may change after that. Sizes
+// are checked by now.
+void copy_shared_lengths(Inputs& inputs, std::vector<Bytes>& memory) {
+  const auto at = static_cast<std::size_t>(Input::kKeyLengths);
+  if (inputs.tensors[at] == nullptr || !inputs.shared[at]) return;
+  Bytes copy = Bytes::allocate(inputs.elements[at].size());
+  copy_bytes(copy.data(), inputs.elements[at].data(), copy.size());
+  memory.push_back(std::move(copy));
+  inputs.elements[at] = memory.back().span();
 }
 
 bool wishes_for(std::span<const Wish> wishes, Output output) {
@@ -128,8 +132,8 @@ void check_answer_size(std::size_t size, const Limits& limits) {
 
 }  // namespace
 
-InferPlan plan_infer(const wire::InferRequest& message, engine::ModelPtr model,
-                     const Context& context, std::string_view peer) {
+InferPlan plan_infer(wire::InferRequest& message, engine::ModelPtr model, const Context& context,
+                     std::string_view peer) {
   if (model->facts.kind == engine::Kind::kTransformer) {
     throw RequestError(
         Code::kFailedPrecondition,
@@ -145,7 +149,8 @@ InferPlan plan_infer(const wire::InferRequest& message, engine::ModelPtr model,
   for (std::size_t at = 0; at < wire::kInputs; ++at) {
     if (inputs.shared[at]) plan.attend.sent_bytes -= inputs.elements[at].size();
   }
-  copy_fleeting(inputs, plan.contents);
+  take_contents(message, plan.memory);
+  copy_shared_lengths(inputs, plan.memory);
   plan.elements = inputs.elements;
   plan.timeout = options.timeout;
   plan.outputs.reserve(wishes.size());

@@ -27,8 +27,8 @@ struct AskedOutput {
 struct InferPlan {
   AttendPlan attend;
   std::array<ByteSpan, wire::kInputs>
-      elements;                 // views into the message, `contents` or shared memory
-  std::vector<Bytes> contents;  // elements that came one by one
+      elements;               // views into the message, `memory` or shared memory
+  std::vector<Bytes> memory;  // elements that came one by one, with what they are charged
   std::vector<AskedOutput> outputs;
   std::uint64_t timeout = 0;                  // microseconds; 0: none
   std::vector<sessions::RegionView> regions;  // that elements lie in, or outputs go to
@@ -39,9 +39,10 @@ struct InferPlan {
 
 // For core and layer models; FAILED_PRECONDITION for others. `model` is what models.get answered
 // for it. Parameters that nobody here knows, of the request or of its tensors, are ignored, as
-// Triton does; known ones are checked. Throws RequestError.
-InferPlan plan_infer(const wire::InferRequest& message, engine::ModelPtr model,
-                     const Context& context, std::string_view peer);
+// Triton does; known ones are checked. Takes the elements of `contents` out of the message. Throws
+// RequestError.
+InferPlan plan_infer(wire::InferRequest& message, engine::ModelPtr model, const Context& context,
+                     std::string_view peer);
 
 // The results of a plan as the answer's outputs, in the order asked for: names, datatypes, shapes.
 // Throws RequestError RESOURCE_EXHAUSTED if those that go into the answer exceed max_message_bytes,

@@ -241,7 +241,7 @@ void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
                  InferNames* names, Deliver deliver) {
   const bool stream = names != nullptr;
   const auto message = std::make_shared<Bytes>(std::move(bytes));
-  const wire::InferRequest decoded =
+  wire::InferRequest decoded =
       wire::decode_infer(message->span(), stream ? "ModelStreamInfer" : "ModelInfer", &core.budget);
   if (names) *names = {std::string(decoded.id), std::string(decoded.model_name)};
   const engine::ModelPtr model = core.models.get(decoded.model_name, decoded.model_version);
@@ -262,7 +262,7 @@ void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
     auto answer = std::make_unique<InferResponse>(core, decoded, plan, stream);
     auto prepared = requests::prepare(std::move(plan.attend), plan.elements, context, info.peer);
     prepared->owners.push_back(message);
-    for (Bytes& contents : plan.contents) prepared->copies.push_back(std::move(contents));
+    for (Bytes& elements : plan.memory) prepared->copies.push_back(std::move(elements));
     for (sessions::RegionView& region : plan.regions) {
       prepared->regions.push_back(std::move(region));
     }

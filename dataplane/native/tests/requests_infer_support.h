@@ -111,7 +111,7 @@ class Infer {
     add("hidden_states", {1, 3, 32});
   }
 
-  InferPlan plan(World& world) const {
+  InferPlan plan(World& world) {
     return plan_infer(message, world.models.get(model, ""), world.context(), peer);
   }
 

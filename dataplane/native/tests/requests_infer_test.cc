@@ -14,13 +14,13 @@ std::size_t index(Input input) { return static_cast<std::size_t>(input); }
 
 TEST_CASE("a request that names no outputs gets the model's main one") {
   World world;
-  const Infer request;
+  Infer request;
   const InferPlan plan = request.plan(world);
   REQUIRE(plan.outputs.size() == 1);
   CHECK(plan.outputs[0].result == 0);
   CHECK(plan.attend.variant->name() == "native");
   CHECK(plan.elements[index(Input::kKey)].data() == request.message.raw_input_contents[1].data());
-  CHECK(plan.contents.empty());
+  CHECK(plan.memory.empty());
   CHECK(plan.timeout == 0);
   const auto outputs = answer_outputs(plan, world.limits);
   REQUIRE(outputs.size() == 1);
@@ -74,17 +74,21 @@ TEST_CASE("what the parameters ask for goes into the plan") {
   CHECK(plan.timeout == 5000);
 }
 
-TEST_CASE("elements that came one by one live in the plan") {
+TEST_CASE("elements that came one by one live in the plan, with what they are charged") {
   World world;
+  ByteBudget budget(1000);
   Infer request;
   const std::vector<float> ones(96, 1);
   request.message.raw_input_contents.clear();
   for (wire::InferInput& input : request.message.inputs) {
     input.contents = Infer::contents({"fp32_contents"}, DataType::kFp32, ones);
+    input.contents->elements.lease = Lease(budget);
+    input.contents->elements.lease.grow_or_throw(300);
   }
   const InferPlan plan = request.plan(world);
-  REQUIRE(plan.contents.size() == 3);
+  REQUIRE(plan.memory.size() == 3);
   request.message.inputs.clear();
+  CHECK(budget.lent() == 900);
   CHECK(std::memcmp(plan.elements[index(Input::kValue)].data(), ones.data(), 384) == 0);
 }
 
