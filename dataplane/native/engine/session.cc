@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/copy.h"
 #include "base/status.h"
 #include "base/text.h"
 #include "engine/onnxruntime.h"
@@ -217,7 +218,7 @@ void OrtSession::run(std::span<const Feed> feeds, std::span<Fetch> fetches, Stop
     Tensor tensor = feed->tensor;
     if (!tensor.aligned()) {
       Bytes& copy = copies.emplace_back(Bytes::allocate(tensor.byte_size()));
-      std::memcpy(copy.data(), tensor.data, tensor.byte_size());
+      copy_bytes(copy.data(), tensor.data, tensor.byte_size());
       tensor.data = copy.data();
     }
     view(tensor, inputs.add());
@@ -252,7 +253,7 @@ void OrtSession::run(std::span<const Feed> feeds, std::span<Fetch> fetches, Stop
     } else if (!fetch.into.aligned()) {
       void* data = nullptr;
       runtime_->check(api.tensor_data(outputs.data()[i], &data));
-      std::memcpy(fetch.into.data, data, fetch.into.byte_size());
+      copy_bytes(fetch.into.data, static_cast<const std::byte*>(data), fetch.into.byte_size());
     }
   }
 }

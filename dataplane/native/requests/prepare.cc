@@ -1,8 +1,8 @@
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <utility>
 
+#include "base/copy.h"
 #include "requests/attend.h"
 #include "requests/elements.h"
 #include "requests/plan.h"
@@ -52,7 +52,7 @@ MutableByteSpan room(PreparedAttend& prepared, std::size_t size) {
 
 std::byte* copied(PreparedAttend& prepared, ByteSpan elements) {
   const MutableByteSpan copy = room(prepared, elements.size());
-  std::memcpy(copy.data(), elements.data(), elements.size());
+  copy_bytes(copy.data(), elements.data(), elements.size());
   return copy.data();
 }
 

@@ -208,17 +208,6 @@ TEST_CASE("padding does not count, and costs little") {
   CHECK(decode_attend_stream(bytes_of(chunk)).chunk.has_value());
 }
 
-TEST_CASE("a model's name can be told without the rest") {
-  pb::AttendRequest request;
-  request.set_model("causal");
-  request.mutable_query()->set_data(std::string(1000, 'x'));
-  const std::string message = request.SerializeAsString();
-  CHECK(peek_model(bytes_of(message)) == "causal");
-  CHECK(peek_model(bytes_of(message + field(1, "other"))) == "other");
-  CHECK(peek_model(bytes_of(message.substr(0, 100))) == "");
-  CHECK(peek_model({}) == "");
-}
-
 TEST_CASE("inputs and outputs have the names and numbers of the .proto") {
   for (std::size_t index = 0; index < kInputs; ++index) {
     const auto input = static_cast<Input>(index);

@@ -116,52 +116,36 @@ TEST_CASE("a streamed answer holds its tensors at multiples of 64 whatever its l
   check_answer("", {}, kTimings, 7);
 }
 
-TEST_CASE("an answer in shared memory or in chunks is what protobuf writes") {
+TEST_CASE("an answer in shared memory is what protobuf writes") {
   const std::vector<ResultSpec> results = results_of(0b1010001, 6);
   const std::vector<SharedPlace> places{{"region", 0}, {"region", 64}, {"region", 1 << 20}};
-  for (const bool shared : {false, true}) {
-    for (const bool stream : {false, true}) {
-      pb::AttendStreamResponse theirs;
-      theirs.set_request_id(9);
-      pb::AttendResponse& response = *theirs.mutable_response();
-      response.set_model("causal");
-      response.set_version("12");
-      response.mutable_timings()->set_deserialize(1);
-      response.mutable_timings()->set_queue(20);
-      response.mutable_timings()->set_compute(300);
-      response.mutable_timings()->set_batch_size(5);
-      for (std::size_t index = 0; index < results.size(); ++index) {
-        const auto* field =
-            pb::AttendResponse::descriptor()->FindFieldByNumber(field_of(results[index].output));
-        auto& tensor =
-            static_cast<pb::Tensor&>(*response.GetReflection()->MutableMessage(&response, field));
-        tensor.set_dtype(pb::FP32);
-        tensor.add_shape(1);
-        tensor.add_shape(results[index].shape[1]);
-        if (shared) {
-          tensor.mutable_shared_memory()->set_name("region");
-          tensor.mutable_shared_memory()->set_offset(places[index].offset);
-          tensor.mutable_shared_memory()->set_byte_size(results[index].byte_size);
-        } else {
-          tensor.mutable_chunked()->set_byte_size(results[index].byte_size);
-        }
-      }
-      const Bytes ours = encode_attend_response(
-          "causal", "12", "", results,
-          shared ? std::span<const SharedPlace>(places) : std::span<const SharedPlace>(), kTimings,
-          stream ? std::optional<std::uint64_t>(9) : std::nullopt);
-      CHECK(text_of(ours) == (stream ? theirs.SerializeAsString() : response.SerializeAsString()));
+  for (const bool stream : {false, true}) {
+    pb::AttendStreamResponse theirs;
+    theirs.set_request_id(9);
+    pb::AttendResponse& response = *theirs.mutable_response();
+    response.set_model("causal");
+    response.set_version("12");
+    response.mutable_timings()->set_deserialize(1);
+    response.mutable_timings()->set_queue(20);
+    response.mutable_timings()->set_compute(300);
+    response.mutable_timings()->set_batch_size(5);
+    for (std::size_t index = 0; index < results.size(); ++index) {
+      const auto* field =
+          pb::AttendResponse::descriptor()->FindFieldByNumber(field_of(results[index].output));
+      auto& tensor =
+          static_cast<pb::Tensor&>(*response.GetReflection()->MutableMessage(&response, field));
+      tensor.set_dtype(pb::FP32);
+      tensor.add_shape(1);
+      tensor.add_shape(results[index].shape[1]);
+      tensor.mutable_shared_memory()->set_name("region");
+      tensor.mutable_shared_memory()->set_offset(places[index].offset);
+      tensor.mutable_shared_memory()->set_byte_size(results[index].byte_size);
     }
+    const Bytes ours =
+        encode_attend_response("causal", "12", "", results, places, kTimings,
+                               stream ? std::optional<std::uint64_t>(9) : std::nullopt);
+    CHECK(text_of(ours) == (stream ? theirs.SerializeAsString() : response.SerializeAsString()));
   }
-}
-
-TEST_CASE("of an answer in shared memory, a tensor without a region comes in chunks") {
-  const std::vector<ResultSpec> results = results_of(3, 6);
-  const std::vector<SharedPlace> places{{"region", 128}, {}};
-  const auto response = parsed<pb::AttendResponse>(
-      encode_attend_response("causal", "1", "flash", results, places, kTimings));
-  CHECK(response.output().shared_memory().offset() == 128);
-  CHECK(response.weights().chunked().byte_size() == results[1].byte_size);
 }
 
 TEST_CASE("the head of a chunk takes a multiple of 64 bytes, and its elements follow") {

@@ -201,17 +201,6 @@ TEST_CASE("long names of parameters that differ at their ends take little time")
   CHECK(seconds_of([&] { CHECK(infer(message).parameters.size() == 1300); }) < 1.0);
 }
 
-TEST_CASE("the name of a model to infer can be told without the rest") {
-  inference::ModelInferRequest request;
-  request.set_model_name("causal");
-  request.add_raw_input_contents(std::string(1000, 'x'));
-  const std::string message = request.SerializeAsString();
-  CHECK(peek_model_name(bytes_of(message)) == "causal");
-  CHECK(peek_model_name(bytes_of(message + field(1, "other"))) == "other");
-  CHECK(peek_model_name(bytes_of(message.substr(0, 100))) == "");
-  CHECK(peek_model_name(bytes_of(repeated(field(1, "causal"), kLarge))) == "");
-}
-
 TEST_CASE("a health check names a service") {
   CHECK(decode_health_check({}) == "");
   const std::string message = field(1, "attnserve.v1.AttentionService");

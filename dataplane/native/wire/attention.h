@@ -97,8 +97,6 @@ struct DecodeLimits {
 // protobuf would refuse too (invalid UTF-8 in a string included) and for messages beyond
 // DecodeLimits.
 AttendRequest decode_attend(ByteSpan message, std::string_view method);
-// The model's name alone; never throws, empty if it cannot be told.
-std::string_view peek_model(ByteSpan message);
 
 struct TensorChunk {
   std::uint64_t tensor = 0;
@@ -168,16 +166,14 @@ class AttendAnswer {
   std::size_t tail_ = 0;  // where in bytes_ the timings go
 };
 
-// An AttendResponse without elements: where each tensor lies in shared memory, or that its chunks
-// follow (`region` empty).
+// An AttendResponse whose tensors all lie in shared memory: where each of them does.
 struct SharedPlace {
   std::string_view region;
   std::uint64_t offset = 0;
 };
 Bytes encode_attend_response(std::string_view model, std::string_view version,
                              std::string_view variant, std::span<const ResultSpec> results,
-                             std::span<const SharedPlace> places,  // empty: all chunked
-                             const Timings& timings,
+                             std::span<const SharedPlace> places, const Timings& timings,
                              std::optional<std::uint64_t> stream_id = std::nullopt);
 
 // The head of an AttendStreamResponse that holds a chunk; its `size` bytes of elements come right

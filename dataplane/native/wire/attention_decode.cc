@@ -199,8 +199,6 @@ AttendRequest decode_attend(ByteSpan message, std::string_view method) {
   return request;
 }
 
-std::string_view peek_model(ByteSpan message) { return peek_text(message, 1); }
-
 AttendStreamRequest decode_attend_stream(ByteSpan message) {
   Decoding decoding("AttendStream");
   AttendStreamRequest whole;

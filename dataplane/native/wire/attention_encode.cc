@@ -124,18 +124,13 @@ Bytes encode_attend_response(std::string_view model, std::string_view version,
   append_names(response, model, version, variant);
   for (std::size_t index = 0; index < results.size(); ++index) {
     const ResultSpec& result = results[index];
-    const bool chunked = places.empty() || places[index].region.empty();
     std::string tensor = header_of(result);
     std::string content;
     pbf_writer writer(content);
-    if (chunked) {
-      add_number(writer, 1, result.byte_size);
-    } else {
-      add_text(writer, 1, places[index].region);
-      add_number(writer, 2, places[index].offset);
-      add_number(writer, 3, result.byte_size);
-    }
-    pbf_writer(tensor).add_message(chunked ? kChunked : kShared, content);
+    add_text(writer, 1, places[index].region);
+    add_number(writer, 2, places[index].offset);
+    add_number(writer, 3, result.byte_size);
+    pbf_writer(tensor).add_message(kShared, content);
     pbf_writer(response).add_message(field_of(result.output), tensor);
   }
   append_timings(response, timings);

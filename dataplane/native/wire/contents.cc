@@ -3,6 +3,8 @@
 #include <cstring>
 #include <limits>
 
+#include "base/copy.h"
+
 namespace attnserve::wire {
 
 namespace {
@@ -89,7 +91,7 @@ std::byte* gather_one(FieldReader reader, std::uint32_t number, DataType dtype, 
     } else if (reader.key() == bytes_field(number)) {
       const ByteSpan packed = reader.bytes();
       if (fixed && !packed.empty()) {
-        std::memcpy(to, packed.data(), packed.size());
+        copy_bytes(to, packed.data(), packed.size());
         to += packed.size();
         continue;
       }

@@ -168,19 +168,6 @@ void append_shape(const FieldReader& reader, std::vector<std::int64_t>& shape) {
   }
 }
 
-std::string_view peek_text(ByteSpan message, std::uint32_t number) noexcept {
-  try {
-    Decoding decoding("any method");
-    std::string_view text;
-    for (FieldReader reader(message, decoding); reader.next();) {
-      if (reader.key() == bytes_field(number)) text = reader.text();
-    }
-    return text;
-  } catch (const std::exception&) {
-    return {};  // refused when it is decoded, where the caller is told why
-  }
-}
-
 bool is_utf8(std::string_view text) {
   constexpr std::uint64_t kHighBits = 0x8080808080808080;
   std::size_t at = 0;

@@ -113,10 +113,6 @@ class FieldReader {
 // Appends a packed field of dimensions; their number is bounded, but they do not count as fields.
 void append_shape(const FieldReader& reader, std::vector<std::int64_t>& shape);
 
-// The last text of that number in a message of which nothing else is known; empty if there is none,
-// or the message is refused. Never throws.
-std::string_view peek_text(ByteSpan message, std::uint32_t number) noexcept;
-
 bool is_utf8(std::string_view text);
 // A text with everything in it that is not UTF-8 replaced by question marks.
 std::string as_utf8(std::string_view text);

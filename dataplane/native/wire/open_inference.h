@@ -61,8 +61,6 @@ struct InferRequest {
 // for it, by the lease of their Bytes, before it is taken (RESOURCE_EXHAUSTED). nullptr: nobody is
 // charged.
 InferRequest decode_infer(ByteSpan message, std::string_view method, ByteBudget* budget = nullptr);
-// The model's name alone; never throws, empty if it cannot be told.
-std::string_view peek_model_name(ByteSpan message);
 
 // One output of an answer. `byte_size` elements follow raw, unless they lie in shared memory.
 struct InferResult {

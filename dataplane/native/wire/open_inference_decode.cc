@@ -138,6 +138,4 @@ InferRequest decode_infer(ByteSpan message, std::string_view method, ByteBudget*
   return request;
 }
 
-std::string_view peek_model_name(ByteSpan message) { return peek_text(message, 1); }
-
 }  // namespace attnserve::wire
