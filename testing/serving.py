@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ HEADS, DIM = 4, 8
 
 ATTEND = "/attnserve.v1.AttentionService/Attend"
 ATTEND_STREAM = "/attnserve.v1.AttentionService/AttendStream"
+ATTEND_TOKENS = "/attnserve.v1.AttentionService/AttendTokens"
 PUT_TENSOR = "/attnserve.v1.AttentionService/PutTensor"
 LIST_MODELS = "/attnserve.v1.AttentionService/ListModels"
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -85,9 +86,25 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def process(repository: Path, *options: str, port: int = 0) -> Iterator[ServerProcess]:
-    """A server as the command line starts it; it has ended afterwards."""
-    command = [sys.executable, "-m", "attnserve_server.cli", "--repository", str(repository)]
+def process(
+    repository: Path, *options: str, port: int = 0, within: Sequence[str] = ()
+) -> Iterator[ServerProcess]:
+    """A server as the command line starts it; it has ended afterwards.
+
+    Args:
+        repository: the folder of models.
+        options: of the command line.
+        port: where it listens; 0 takes a free one.
+        within: a command that becomes the server (`nice`, `setpriv`), with its arguments.
+    """
+    command = [
+        *within,
+        sys.executable,
+        "-m",
+        "attnserve_server.cli",
+        "--repository",
+        str(repository),
+    ]
     command += ["--provider", "cpu", "--port", str(port), "--drain-seconds", "5"]
     if "--metrics-port" not in options:
         command += ["--metrics-port", "-1"]

@@ -21,6 +21,10 @@ def status_of(error: Exception, method: str) -> tuple[int, str, float]:
         return code, message, retry_after
     if isinstance(error, RequestError):
         return error.code, _shortened(str(error)), 0.0
+    if isinstance(error, MemoryError) or (
+        isinstance(error, DecodeError) and "Arena alloc failed" in str(error)  # protobuf's words
+    ):
+        return Code.RESOURCE_EXHAUSTED, "memory: none is left for this request", 0.0
     if isinstance(error, DecodeError):
         return (
             Code.INVALID_ARGUMENT,
@@ -28,8 +32,6 @@ def status_of(error: Exception, method: str) -> tuple[int, str, float]:
             "allowed: the message that its .proto file describes",
             0.0,
         )
-    if isinstance(error, MemoryError):
-        return Code.RESOURCE_EXHAUSTED, "memory: none is left for this request", 0.0
     reference = uuid.uuid4().hex[:12]
     _log.error("request failed", extra={"method": method, "reference": reference}, exc_info=error)
     return (
