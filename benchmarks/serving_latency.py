@@ -1,8 +1,10 @@
 """One caller at a time: what the service adds to the kernel and to the transport.
 
-Contenders take turns within each round, in an order that rotates; ratios and differences are taken
-within rounds, and their medians count. Computation threads do not spin, neither in the server (its
-default) nor in process: spinning threads of one contender would slow whichever runs next to it.
+Contenders take turns within each round, in an order drawn anew: each one finds the caches and the
+threads as its predecessor left them, so none may always follow the same. Ratios and differences are
+taken within rounds, and their medians count. Computation threads do not spin, neither in the server
+(its default) nor in process: spinning threads of one contender would slow whichever runs next to
+it.
 """
 
 import functools
@@ -200,9 +202,9 @@ def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[s
     """Seconds of each contender in each round."""
     names = list(contenders)
     times = {name: np.empty(rounds) for name in names}
+    order = np.random.default_rng()
     for number in range(-_WARM_UP, rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in order.permutation(names):
             started = time.perf_counter()
             contenders[name]()
             if number >= 0:
