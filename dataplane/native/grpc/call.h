@@ -87,6 +87,8 @@ class Service {
   // Everything that one round of reading brought has been delivered: the moment to run what is
   // short on this very thread, as one batch, before its answers are written.
   virtual void after_events() {}
+  // Whether more bodies should come now; asked while bodies come by turns.
+  virtual bool wants_bodies() { return true; }
   // A round of events is over: for how long its thread was busy with it, waiting for none.
   virtual void after_round(Duration busy) { (void)busy; }
   // A connection has closed, all its calls have ended before.

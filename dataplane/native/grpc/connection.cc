@@ -69,6 +69,7 @@ void Http2Connection::settle() {
     release_resumed();
     if (std::exchange(events_, false)) service_.after_events();
   } while (mailbox_->waiting() || !resumed_.empty() || events_);
+  if (narrow_ && !dead_) give_turns();
   if (dead_ || closing_ || session_.wants_read() || session_.wants_write()) return;
   // nghttp2 has said goodbye, to a peer that broke the protocol or to one that went away.
   closing_ = true;

@@ -13,8 +13,11 @@ namespace {
 constexpr std::uint32_t kEnhanceYourCalm = NGHTTP2_ENHANCE_YOUR_CALM;
 
 // What callers may send ahead of being admitted, while some are refused; small calls fit.
-constexpr std::uint32_t kNarrowWindow = 4U << 10;
-constexpr Duration kNarrowFor = std::chrono::seconds(1);  // after the last refusal
+constexpr std::uint32_t kNarrowWindow = 1U << 10;
+constexpr Duration kNarrowFor = std::chrono::seconds(1);  // after the last reason to be narrow
+constexpr std::size_t kManyCalls = 16;                    // open at once on one connection
+// When it is looked again whether bodies are wanted, if nothing else happens here.
+constexpr Duration kNextLook = std::chrono::milliseconds(2);
 
 }  // namespace
 
@@ -48,7 +51,11 @@ void Http2Connection::on_request(std::int32_t stream_id) {
     return refuse(*stream, {200, {Code::kDeadlineExceeded, "the deadline had passed", {}}});
   }
   schedule(stream->info().deadline);
-  if (narrow_ && now_ - narrow_since_ > kNarrowFor) widen();
+  if (calls_.size() > kManyCalls) {
+    narrow();
+  } else if (narrow_ && now_ - narrow_since_ > kNarrowFor) {
+    widen();
+  }
   admit(stream);
 }
 
@@ -64,7 +71,7 @@ void Http2Connection::admit(const StreamRef& stream) {
     if (status->code == Code::kResourceExhausted) narrow();
     return refuse(*stream, {200, std::move(*status)});
   }
-  if (narrow_) session_.open_window(*stream, options_.stream_window);
+  if (narrow_ && !stream->half_closed) turns_.ask(stream, now_);
   Reception& reception = std::get<Reception>(verdict);
   stream->handler = std::move(reception.handler);
   stream->body.emplace(budget_, reception.max_message_bytes, stream->encoding, options_.body_pace);
@@ -86,9 +93,10 @@ void Http2Connection::refuse(Stream& stream, const Refusal& refusal) {
 }
 
 // A body that is sent ahead delays the headers behind it, in the caller's queue as in the socket's,
-// and costs both sides as much for a call that is refused as for one that is answered. So, while
-// calls are refused, bodies come once their calls are admitted: a round trip more for those. Nobody
-// pays it otherwise.
+// costs both sides as much for a call that is refused as for one that is answered, and takes memory
+// for as long as it waits to be computed. So, while calls are refused or many wait, bodies come
+// once their calls are admitted, a few at a time, as fast as they are used: a round trip more for
+// those. Nobody pays it otherwise.
 void Http2Connection::narrow() {
   narrow_since_ = now_;
   if (std::exchange(narrow_, true)) return;
@@ -97,14 +105,29 @@ void Http2Connection::narrow() {
 
 void Http2Connection::widen() {
   narrow_ = false;
+  for (const StreamRef& stream : calls_) {
+    if (stream->waits_for_turn && !held(*stream)) give_back_withheld(*stream);
+  }
+  turns_.end(now_);
   session_.set_initial_window(options_.stream_window);
+}
+
+void Http2Connection::give_turns() {
+  while (turns_.anyone_waits() && service_.wants_bodies()) {
+    const StreamRef stream = turns_.next(now_);
+    if (!stream) return schedule(turns_.due());
+    session_.open_window(*stream, options_.stream_window);
+    if (!held(*stream)) give_back_withheld(*stream);
+  }
+  if (turns_.anyone_waits()) schedule(now_ + kNextLook);
 }
 
 // What was admitted before has lost the difference.
 void Http2Connection::on_settings_acknowledged() {
   if (!narrow_) return;
   for (const StreamRef& stream : calls_) {
-    if (stream->handler) session_.open_window(*stream, options_.stream_window);
+    if (stream->handler && !stream->waits_for_turn)
+      session_.open_window(*stream, options_.stream_window);
   }
 }
 
@@ -115,7 +138,7 @@ void Http2Connection::on_data(Stream& stream, ByteSpan bytes) {
   if (!stream.handler || stream.finishing) return;
   deliver(stream, bytes);
   if (!stream.handler) return;
-  if (held(stream)) {
+  if (held(stream) || stream.waits_for_turn) {
     stream.withheld += bytes.size();
   } else {
     session_.consume_stream(stream, bytes.size());
@@ -162,9 +185,13 @@ void Http2Connection::release_resumed() {
   const std::vector<StreamRef> resumed = std::exchange(resumed_, {});
   for (const StreamRef& stream : resumed) {
     if (!stream->handler || stream->finishing || held(*stream)) continue;
-    if (stream->withheld > 0) session_.consume_stream(*stream, std::exchange(stream->withheld, 0));
+    if (!stream->waits_for_turn) give_back_withheld(*stream);
     deliver(*stream, {});
   }
+}
+
+void Http2Connection::give_back_withheld(Stream& stream) {
+  if (stream.withheld > 0) session_.consume_stream(stream, std::exchange(stream.withheld, 0));
 }
 
 void Http2Connection::pause(Stream& stream) {

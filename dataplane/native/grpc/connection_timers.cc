@@ -58,6 +58,8 @@ void Http2Connection::on_reset_received(Stream* stream) {
     --early_ends_;
     return;
   }
+  // One that was refused has cost next to nothing, and its caller may not know of it yet.
+  if (stream != nullptr && stream->ended()) return;
   if (stream == nullptr || now_ - stream->info().arrived < kRapid) nuisance();
 }
 
@@ -148,12 +150,13 @@ void Http2Connection::check_keepalive() {
 // ---- The calls' times
 
 TimePoint Http2Connection::body_due(const Stream& stream) const {
-  if (!stream.body || held(stream)) return kNever;
+  if (!stream.body || held(stream) || stream.waits_for_turn) return kNever;
   return stream.body->due();
 }
 
 TimePoint Http2Connection::handler_due(const Stream& stream) const {
-  return stream.handler && !stream.finishing && !held(stream) ? stream.handler->due() : kNever;
+  const bool kept_waiting = held(stream) || stream.waits_for_turn;
+  return stream.handler && !stream.finishing && !kept_waiting ? stream.handler->due() : kNever;
 }
 
 TimePoint Http2Connection::stall_due(const Stream& stream) const {

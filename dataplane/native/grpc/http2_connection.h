@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "grpc/body_turns.h"
 #include "grpc/connection.h"
 #include "grpc/headers.h"
 #include "grpc/mailbox.h"
@@ -72,11 +73,13 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   void refuse(Stream& stream, const Refusal& refusal);
   void narrow();
   void widen();
+  void give_turns();
   bool held(const Stream& stream) const { return stream.pauses > 0 || choked_; }
   bool deliverable(const Stream& stream) const;
   void deliver(Stream& stream, ByteSpan fresh);
   void deliver_or_throw(Stream& stream, ByteSpan fresh);
   void release_resumed();
+  void give_back_withheld(Stream& stream);
   template <class Event>
   void tell(Stream& stream, Event event);
   void tell_all_sent(Stream& stream);
@@ -144,6 +147,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   bool dead_ = false;
   std::size_t early_ends_ = 0;  // calls ended before their callers had: resets may cross ours
   bool narrow_ = false;         // bodies are sent once their calls are admitted, see `narrow`
+  BodyTurns turns_;             // and by turns
 
   TimePoint now_;
   const TimePoint created_;

@@ -14,7 +14,7 @@ namespace {
 // Room is made for so many times what has come, so that announcing much without sending it holds
 // little even where room costs memory (pinned memory does).
 constexpr std::size_t kRoomAhead = 16;
-constexpr std::size_t kLeastRoom = 64U << 10;
+constexpr std::size_t kLeastRoom = 16U << 10;
 
 }  // namespace
 

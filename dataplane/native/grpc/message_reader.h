@@ -14,6 +14,7 @@
 namespace attnserve::grpc {
 
 constexpr std::size_t kPrefixBytes = 5;  // a flag and four bytes of length, most significant first
+constexpr std::size_t kUnknownSize = 64U << 10;  // what a message is taken for before its prefix
 
 // Errors are RequestError: RESOURCE_EXHAUSTED for messages larger than allowed (known from the
 // prefix, unread), for a budget or memory that has no more; INTERNAL for what breaks the format.
@@ -27,6 +28,10 @@ class MessageReader {
   std::optional<Bytes> next(ByteSpan& bytes);
 
   bool under_way() const { return prefix_size_ > 0; }  // a message has begun and not ended
+  // Bytes that are missing of it; a guess while its size has not come.
+  std::size_t missing() const {
+    return prefix_size_ < kPrefixBytes ? kUnknownSize : announced_ - received_;
+  }
 
  private:
   void take_prefix(ByteSpan& bytes);

@@ -48,7 +48,9 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
   // Incoming. No handler: refused or ended, and what still comes of the body is discarded.
   std::unique_ptr<CallHandler> handler;
   std::optional<Body> body;
-  std::size_t withheld = 0;  // bytes by which the stream's window was not opened again
+  bool waits_for_turn = false;  // to send its body, see BodyTurns
+  TimePoint turn_since{};       // it has waited, or had it
+  std::size_t withheld = 0;     // bytes by which the stream's window was not opened again
   std::uint32_t pauses = 0;
   TimePoint paused_since{};
   bool in_handler = false;   // no other event meanwhile

@@ -19,6 +19,7 @@ class Router final : public grpc::Service {
 
   std::variant<grpc::Reception, Status> accept(std::shared_ptr<grpc::Call> call) override;
   void after_events() override { core_.scheduler.run_short(); }
+  bool wants_bodies() override { return core_.admission.wants_bodies(); }
   void after_round(Duration busy) override { core_.admission.moved_bytes(busy); }
   void connection_closed(std::uint64_t connection) override {
     core_.regions.connection_closed(connection);

@@ -140,6 +140,7 @@ struct Recorder : CallHandler {
 struct TestService : Service {
   std::variant<Reception, Status> accept(std::shared_ptr<Call> call) override;
   void after_events() override { ++rounds; }
+  bool wants_bodies() override { return wants; }
   void count(std::string_view path, Code code) override {
     counted.emplace_back(std::string(path), code);
   }
@@ -150,6 +151,7 @@ struct TestService : Service {
   Recorder::Log log;
   std::vector<std::pair<std::string, Code>> counted;
   std::size_t rounds = 0;
+  bool wants = true;  // bodies
 };
 
 struct CountingWaker : Waker {
