@@ -23,7 +23,8 @@ namespace attnserve::schedule {
 class AdmissionController {
  public:
   // `max_seconds`: the longest expected wait; a request beyond it is refused, unless fewer than
-  // `patience` are before it: callers of long contexts expect to wait for a few.
+  // `patience` are before it: callers of long contexts expect to wait for a few. One with a
+  // deadline is refused, however few are before it, when the wait would take too much of that.
   AdmissionController(double max_seconds, std::size_t patience, std::size_t io_threads,
                       std::size_t slots)
       : max_seconds_(max_seconds), patience_(patience), io_threads_(io_threads), slots_(slots) {}
@@ -45,10 +46,14 @@ class AdmissionController {
   void moved_bytes(Duration busy);
   void computed(Duration busy);
 
+  // Whether bodies that have come last for so short a time that more should come now.
+  bool wants_bodies() const;
+
   std::size_t inside() const { return received_.load(std::memory_order_relaxed); }
   std::size_t arriving() const { return arriving_.load(std::memory_order_relaxed); }
 
  private:
+  std::optional<Status> refusal(std::size_t before, TimePoint now, TimePoint deadline) const;
   void forget();
   void learn(TimePoint now);
 
@@ -56,10 +61,13 @@ class AdmissionController {
   const std::size_t patience_, io_threads_, slots_;
   std::atomic<std::size_t> arriving_{0};  // headers have come, the body has not
   std::atomic<std::size_t> received_{0};
-  std::atomic<std::int64_t> moving_nanoseconds_{0}, computing_nanoseconds_{0}, answers_{0};
-  mutable std::mutex mutex_;         // guards what follows
-  double seconds_per_answer_ = 0.0;  // of the busier resource; 0: not known yet
+  std::atomic<std::int64_t> moving_nanoseconds_{0}, computing_nanoseconds_{0};
+  std::atomic<std::int64_t> bodies_{0}, answers_{0};
+  // Of the busier resource; 0: not known yet. Written with the lock held.
+  std::atomic<double> seconds_per_answer_{0.0};
+  mutable std::mutex mutex_;  // guards what follows
   TimePoint updated_{};
+  TimePoint empty_at_{};  // when a request last found nobody before it
   std::uint64_t last_number_ = 0;
   // Those whose bodies have not come yet, but may soon: who entered long ago is slow.
   std::set<std::pair<TimePoint, std::uint64_t>> expected_;

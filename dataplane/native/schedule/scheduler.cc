@@ -17,7 +17,8 @@ constexpr double kTinySeconds = 0.3e-3;
 // Jobs up to here run there too, if a slot is free. Beyond it, a connection's thread has others to
 // serve.
 constexpr double kShortSeconds = 2e-3;
-// What a whole batch may take on the thread of a connection.
+// What a whole batch may take on the thread of a connection, and after how long that thread leaves
+// what is still in the queue to others and reads on.
 constexpr double kLongestHere = 4e-3;
 
 const Status kShuttingDown{Code::kUnavailable, "the server is shutting down; try another one", {}};
@@ -95,6 +96,7 @@ void Scheduler::submit(std::shared_ptr<Job> job, bool runs_here) {
 }
 
 void Scheduler::run_short() {
+  const TimePoint until = after(Clock::now(), kLongestHere);
   while (true) {
     std::vector<std::pair<std::shared_ptr<Job>, Status>> dead;
     std::shared_ptr<Running> running;
@@ -102,7 +104,7 @@ void Scheduler::run_short() {
     {
       std::unique_lock lock(mutex_);
       if (queue_.empty()) return;
-      if (rules_.batch_delay <= 0) running = take(true, dead);
+      if (rules_.batch_delay <= 0 && Clock::now() < until) running = take(true, dead);
       if (running) gather(*running, lock);
       wake = !queue_.empty() && free_slots_ > 0 && idle_threads_ > 0;
     }

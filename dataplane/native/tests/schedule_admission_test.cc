@@ -54,7 +54,7 @@ TEST_CASE("who would wait too long is refused, and told when to come back") {
   AdmissionController admission(0.5, 4, 1, 1);
   TimePoint now = Clock::now();
   learn(admission, 10 * kMillisecond, now);
-  receive(admission, 50, now);  // half a second's worth
+  receive(admission, 49, now);  // half a second's worth
   const auto entered = admission.enter(now, kNever);
   REQUIRE(refused(entered));
   const auto* surely = std::get_if<Status>(&entered);
@@ -70,6 +70,51 @@ TEST_CASE("callers of long contexts wait for a few whatever they take") {
   learn(admission, 1000 * kMillisecond, now);
   receive(admission, 31, now);
   CHECK(refused(admission.enter(now, kNever)));
+}
+
+TEST_CASE("a call with a deadline is refused however few are before it, if they take too long") {
+  AdmissionController admission(0.5, 32, 1, 1);
+  TimePoint now = Clock::now();
+  learn(admission, 100 * kMillisecond, now);
+  receive(admission, 4, now);
+  CHECK_FALSE(refused(admission.enter(now, kNever)));
+  CHECK(refused(admission.enter(now, now + 500 * kMillisecond)));
+}
+
+TEST_CASE("a burst may wait for half of its deadline, a queue that stands for a tenth") {
+  AdmissionController admission(10.0, 4, 1, 1);
+  TimePoint now = Clock::now();
+  learn(admission, 2 * kMillisecond, now);
+  for (const Place& place : receive(admission, 1, now)) admission.leave(place, false);
+  const auto admitted = [&] {
+    int count = 0;
+    while (true) {
+      auto entered = admission.enter(now, now + std::chrono::seconds(1));
+      if (refused(entered)) return count;
+      ++count;
+      admission.received(std::get<Place>(entered));
+    }
+  };
+  // `learn` has kept the queue from being empty for over a second.
+  CHECK(admitted() <= 51);
+  AdmissionController fresh(10.0, 4, 1, 1);
+  const auto places = receive(fresh, 5, now);
+  fresh.computed(10 * kMillisecond);
+  for (int index = 0; index < 4; ++index) fresh.leave(places[index], true);
+  int count = 0;
+  while (!refused(fresh.enter(now, now + std::chrono::seconds(1)))) ++count;
+  CHECK(count > 150);
+}
+
+TEST_CASE("what has come is to last for a moment; more is asked for then") {
+  AdmissionController admission(0.5, 4, 1, 1);
+  TimePoint now = Clock::now();
+  CHECK(admission.wants_bodies());
+  learn(admission, 4 * kMillisecond, now);
+  receive(admission, 1, now);
+  CHECK(admission.wants_bodies());
+  receive(admission, 4, now);
+  CHECK_FALSE(admission.wants_bodies());
 }
 
 TEST_CASE("who cannot be answered before its deadline is refused at once") {
