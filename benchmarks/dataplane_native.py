@@ -22,7 +22,7 @@ OK, RESOURCE_EXHAUSTED = "0", "8"  # as `load` counts them
 
 _SOURCES = Path(__file__).with_name("native")
 _BUILD = Path(__file__).parents[1] / "build/benchmarks"
-_LIBRARIES = {"echo": "libnghttp2", "load": "grpc++"}
+_LIBRARIES = {"echo": "libnghttp2", "flood": "libnghttp2", "load": "grpc++"}
 
 
 @functools.cache
@@ -33,7 +33,8 @@ def program(name: str) -> Path:
         SystemExit: it cannot be compiled; the message says what to install.
     """
     source, made = _SOURCES / f"{name}.cc", _BUILD / name
-    if made.exists() and made.stat().st_mtime > source.stat().st_mtime:
+    newest = max(file.stat().st_mtime for file in (source, *_SOURCES.glob("*.h")))
+    if made.exists() and made.stat().st_mtime > newest:
         return made
     _BUILD.mkdir(parents=True, exist_ok=True)
     try:
@@ -58,29 +59,30 @@ def echo(threads: int) -> AbstractContextManager[Server]:
 
 @dataclass(frozen=True)
 class Loads:
-    """Requests in files, for `load`."""
+    """Requests in files, for `load` and `flood`; on these cores, if any are named."""
 
     folder: Path
+    cores: tuple[int, ...] = ()
 
     def closed(
         self, server: Server, seq_len: int, callers: int, seconds: float, deadline: float = 20.0
     ) -> dict[str, Any]:
         """Callers who each send when they have their answer."""
-        command = self._command(server, ATTEND, self._request(seq_len))
-        return _run([*command, "closed", str(callers), str(seconds), str(deadline)])
+        command = self._command("load", server, ATTEND, self._request(seq_len))
+        return _run([*command, str(callers), str(seconds), str(deadline)])
 
     def open(
         self, server: Server, seq_len: int, rate: float, seconds: float, deadline: float
     ) -> dict[str, Any]:
         """Requests at a rate, Poisson."""
-        command = self._command(server, ATTEND, self._request(seq_len))
-        return _run([*command, "open", str(rate), str(seconds), str(deadline)])
+        command = self._command("flood", server, ATTEND, self._request(seq_len))
+        return _run([*command, str(rate), str(seconds), str(deadline)])
 
     def probe(self, server: Server, seconds: float) -> "subprocess.Popen[str]":
         """Health checks meanwhile, ten a second; `probed` waits for what they gave."""
         empty = self.folder / "empty"
         empty.touch()
-        command = [*self._command(server, HEALTH, empty), "open", "10", str(seconds), "5"]
+        command = [*self._command("flood", server, HEALTH, empty), "10", str(seconds), "5"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def _request(self, seq_len: int) -> Path:
@@ -95,8 +97,11 @@ class Loads:
             path.write_bytes(message.SerializeToString())
         return path
 
-    def _command(self, server: Server, method: str, request: Path) -> list[str]:
-        return [str(program("load")), server.address, method, str(request)]
+    def _command(self, name: str, server: Server, method: str, request: Path) -> list[str]:
+        command = [str(program(name)), server.address, method, str(request)]
+        if not self.cores:
+            return command
+        return ["taskset", "-c", ",".join(str(core) for core in self.cores), *command]
 
 
 @contextmanager
