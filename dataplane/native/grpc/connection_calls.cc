@@ -15,7 +15,7 @@ constexpr std::uint32_t kEnhanceYourCalm = NGHTTP2_ENHANCE_YOUR_CALM;
 // What callers may send ahead of being admitted, while some are refused; small calls fit.
 constexpr std::uint32_t kNarrowWindow = 1U << 10;
 constexpr Duration kNarrowFor = std::chrono::seconds(1);  // after the last reason to be narrow
-constexpr std::size_t kManyCalls = 16;                    // open at once on one connection
+constexpr std::size_t kManyCalls = 16;                    // whose bodies have begun to come
 // When it is looked again whether bodies are wanted, if nothing else happens here.
 constexpr Duration kNextLook = std::chrono::milliseconds(2);
 
@@ -51,7 +51,7 @@ void Http2Connection::on_request(std::int32_t stream_id) {
     return refuse(*stream, {200, {Code::kDeadlineExceeded, "the deadline had passed", {}}});
   }
   schedule(stream->info().deadline);
-  if (calls_.size() > kManyCalls) {
+  if (begun_ > kManyCalls) {
     narrow();
   } else if (narrow_ && now_ - narrow_since_ > kNarrowFor) {
     widen();
@@ -71,7 +71,7 @@ void Http2Connection::admit(const StreamRef& stream) {
     if (status->code == Code::kResourceExhausted) narrow();
     return refuse(*stream, {200, std::move(*status)});
   }
-  if (narrow_ && !stream->half_closed) turns_.ask(stream, now_);
+  stream->narrow = narrow_;
   Reception& reception = std::get<Reception>(verdict);
   stream->handler = std::move(reception.handler);
   stream->body.emplace(budget_, reception.max_message_bytes, stream->encoding, options_.body_pace);
@@ -106,6 +106,7 @@ void Http2Connection::narrow() {
 void Http2Connection::widen() {
   narrow_ = false;
   for (const StreamRef& stream : calls_) {
+    stream->narrow = false;
     if (stream->waits_for_turn && !held(*stream)) give_back_withheld(*stream);
   }
   turns_.end(now_);
@@ -126,7 +127,7 @@ void Http2Connection::give_turns() {
 void Http2Connection::on_settings_acknowledged() {
   if (!narrow_) return;
   for (const StreamRef& stream : calls_) {
-    if (stream->handler && !stream->waits_for_turn)
+    if (stream->handler && !stream->narrow && !stream->waits_for_turn)
       session_.open_window(*stream, options_.stream_window);
   }
 }
@@ -136,8 +137,13 @@ void Http2Connection::on_settings_acknowledged() {
 void Http2Connection::on_data(Stream& stream, ByteSpan bytes) {
   session_.consume_connection(bytes.size());
   if (!stream.handler || stream.finishing) return;
+  if (!std::exchange(stream.begun, true)) ++begun_;
   deliver(stream, bytes);
   if (!stream.handler) return;
+  if (stream.narrow && stream.body && stream.body->under_way()) {
+    stream.narrow = false;
+    turns_.ask(calls_[stream.index], now_);
+  }
   if (held(stream) || stream.waits_for_turn) {
     stream.withheld += bytes.size();
   } else {
@@ -326,6 +332,7 @@ void Http2Connection::end_call(Stream& stream, Code reason) {
   if (stream.ended()) return;
   drop_answer(stream);
   stream.set_ended();
+  if (stream.begun) --begun_;
   stream.body.reset();
   if (const std::unique_ptr<CallHandler> handler = std::move(stream.handler)) {
     events_ = true;

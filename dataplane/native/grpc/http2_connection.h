@@ -146,6 +146,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   bool closing_ = false;            // a last GOAWAY is on its way; what comes is discarded
   bool dead_ = false;
   std::size_t early_ends_ = 0;  // calls ended before their callers had: resets may cross ours
+  std::size_t begun_ = 0;       // calls that have not ended, of whose bodies some has come
   bool narrow_ = false;         // bodies are sent once their calls are admitted, see `narrow`
   BodyTurns turns_;             // and by turns
 

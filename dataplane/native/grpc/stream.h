@@ -48,7 +48,9 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
   // Incoming. No handler: refused or ended, and what still comes of the body is discarded.
   std::unique_ptr<CallHandler> handler;
   std::optional<Body> body;
-  bool waits_for_turn = false;  // to send its body, see BodyTurns
+  bool begun = false;           // some of its body has come
+  bool narrow = false;          // more of it than a little may not be sent, see Http2Connection
+  bool waits_for_turn = false;  // to send the rest, see BodyTurns
   TimePoint turn_since{};       // it has waited, or had it
   std::size_t withheld = 0;     // bytes by which the stream's window was not opened again
   std::uint32_t pauses = 0;

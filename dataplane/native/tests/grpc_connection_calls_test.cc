@@ -219,6 +219,25 @@ TEST_CASE("who does not send when its turn has come keeps others waiting for a m
   CHECK(here.caller.exchange(slow).messages().size() == 1);
 }
 
+TEST_CASE("calls that send nothing take no turns, and many of them make no connection narrow") {
+  ConnectionOptions options;
+  options.stream_window = 1U << 17;
+  Harness here(options);
+  for (int i = 0; i < 300; ++i) here.caller.call("/echo");
+  here.pump();
+  const std::string large = framed(std::string(100'000, 'y'));
+  here.caller.call("/echo", &large);
+  const std::string sent = here.caller.outgoing();
+  CHECK(sent.size() > large.size());
+  here.connection->receive(bytes_of(sent), here.now);
+  here.caller.call("/refused");
+  for (int i = 0; i < 300; ++i) here.caller.call("/echo");
+  here.pump();
+  const auto narrow = here.caller.call("/echo", &large);
+  here.pump();
+  CHECK(here.caller.exchange(narrow).messages().size() == 1);
+}
+
 TEST_CASE("many calls that are answered need no refusal to take turns") {
   ConnectionOptions options;
   options.stream_window = 1U << 17;
