@@ -33,7 +33,7 @@ BodyTurns::StreamRef BodyTurns::next(TimePoint now) {
     waiting_.pop_front();
     stream->waits_for_turn = false;
     if (has_sent(*stream)) continue;
-    stream->body->forgive(now - stream->turn_since);
+    stream->forgive(now - stream->turn_since);
     stream->turn_since = now;
     sending_.push_back(stream);
     return stream;
@@ -52,7 +52,7 @@ TimePoint BodyTurns::due() const {
 void BodyTurns::end(TimePoint now) {
   for (const StreamRef& stream : waiting_) {
     stream->waits_for_turn = false;
-    if (stream->body) stream->body->forgive(now - stream->turn_since);
+    stream->forgive(now - stream->turn_since);
   }
   waiting_.clear();
   sending_.clear();

@@ -206,13 +206,8 @@ void Http2Connection::pause(Stream& stream) {
 
 void Http2Connection::resume(Stream& stream) {
   if (stream.pauses == 0 || --stream.pauses > 0) return;
-  forgive(stream, now_ - stream.paused_since);
+  stream.forgive(now_ - stream.paused_since);
   resumed_.push_back(calls_[stream.index]);
-}
-
-void Http2Connection::forgive(Stream& stream, Duration held) {
-  if (stream.body) stream.body->forgive(held);
-  if (stream.handler) stream.handler->on_held(held);
 }
 
 void Http2Connection::choke() {
@@ -224,7 +219,7 @@ void Http2Connection::choke() {
 void Http2Connection::unchoke() {
   choked_ = false;
   for (const StreamRef& stream : calls_) {
-    forgive(*stream, now_ - choked_since_);
+    stream->forgive(now_ - choked_since_);
     resumed_.push_back(stream);
   }
 }

@@ -96,7 +96,6 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   void forget_if_done(Stream& stream);
   void choke();
   void unchoke();
-  void forgive(Stream& stream, Duration held);
 
   // connection_timers.cc
   void on_settings() override;

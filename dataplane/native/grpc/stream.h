@@ -38,6 +38,11 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
 
   // All that follows belongs to the connection and is used on its thread alone.
   void set_ended() { ended_.store(true, std::memory_order_release); }
+  // Time in which the caller could not send does not count against it.
+  void forgive(Duration held) {
+    if (body) body->forgive(held);
+    if (handler) handler->on_held(held);
+  }
   void sent(std::size_t size) { unsent_.fetch_sub(size, std::memory_order_relaxed); }
 
   const std::int32_t id;
