@@ -391,6 +391,34 @@ def test_one_callers_uploads_leave_room_for_anothers(repository: Path) -> None:
             upload.end()
 
 
+def test_one_callers_streams_leave_room_for_anothers(repository: Path) -> None:
+    limits = Limits(max_bytes_in_flight=8 * MIB, max_request_bytes=8 * MIB)
+    with (
+        serving.serving(repository, limits=limits, host="::") as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        AttentionClient(f"[::1]:{server.port}") as other,
+    ):
+        messages: SimpleQueue[pb.AttendStreamRequest | None] = SimpleQueue()
+        stub = pb_grpc.AttentionServiceStub(channel)
+        answers = stub.AttendStream(iter(messages.get, None), timeout=60)
+        request = serving.announced(4096, 4)  # 2 MiB each of query, key and value
+        for request_id in (1, 2, 3):
+            messages.put(pb.AttendStreamRequest(request_id=request_id, request=request))
+        for offset in range(0, 2 * MIB, MIB // 2):
+            for request_id in (1, 2, 3):
+                chunk = pb.TensorChunk(tensor=5, offset=offset, data=bytes(MIB // 2))
+                messages.put(pb.AttendStreamRequest(request_id=request_id, chunk=chunk))
+        refused = next(answers)
+        assert refused.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert "half of --max-in-flight-mib" in refused.error.message
+        assert refused.error.retry_after > 0
+        assert serving.eventually(lambda: server.plane.gauges()["arriving"] == 2)
+        tensor = np.ones((1, serving.HEADS, 4096, serving.DIM), np.float32)
+        assert other.attend(tensor, tensor, tensor, model="causal").output is not None
+        answers.cancel()
+        messages.put(None)
+
+
 def test_one_large_upload_gives_way_to_another_caller(repository: Path) -> None:
     limits = Limits(max_stored_bytes=8 * MIB)
     with (

@@ -234,7 +234,6 @@ void bind_plane(nb::module_& module) {
             return from.pop(seconds_of(timeout));
           },
           "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("closed", [](Plane& self) { return self.plane.core.control.closed(); })
       .def("attend_tokens", &attend_tokens, "request"_a, "model"_a, "variant"_a, "source"_a,
            "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
       .def("requests",

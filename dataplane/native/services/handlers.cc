@@ -61,9 +61,4 @@ void HandlerQueue::close() {
   came_.notify_all();
 }
 
-bool HandlerQueue::closed() const {
-  const std::lock_guard lock(mutex_);
-  return closed_;
-}
-
 }  // namespace attnserve::services

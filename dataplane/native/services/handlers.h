@@ -51,11 +51,10 @@ class HandlerQueue {
   // The next one; waits for it up to `timeout`. nullptr: none came, or the queue was closed.
   std::shared_ptr<HandledRequest> pop(Duration timeout);
   void close();
-  bool closed() const;
 
  private:
   const std::size_t most_;
-  mutable std::mutex mutex_;  // guards what follows
+  std::mutex mutex_;  // guards what follows
   std::condition_variable came_;
   std::deque<std::shared_ptr<HandledRequest>> waiting_;
   bool closed_ = false;

@@ -64,16 +64,10 @@ class ModelStore:
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
         self._loaded: dict[tuple[str, int], LoadedModel] = {}
-        self._generation = 0
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[LoadedModel]:
         return iter([model for _, model in sorted(self._loaded.items(), key=lambda item: item[0])])
-
-    @property
-    def generation(self) -> int:
-        """How often what is loaded has changed."""
-        return self._generation
 
     def versions(self, name: str) -> list[int]:
         """The loaded versions of a model, lowest first."""
@@ -97,7 +91,6 @@ class ModelStore:
             self._loaded = self._loaded | versions
             self._plane.put_models(name, [model.core for model in versions.values()])
             self._loaded = others | versions
-            self._generation += 1
 
 
 def load_all(repository: Path, store: ModelStore, load: Loader) -> None:
