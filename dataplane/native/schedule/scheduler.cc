@@ -21,8 +21,6 @@ constexpr double kShortSeconds = 2e-3;
 // what is still in the queue to others and reads on.
 constexpr double kLongestHere = 4e-3;
 
-const Status kShuttingDown{Code::kUnavailable, "the server is shutting down; try another one", {}};
-
 std::string milliseconds(double seconds) { return std::to_string(std::llround(seconds * 1e3)); }
 
 std::chrono::microseconds retry_after(double seconds) {
@@ -33,7 +31,20 @@ TimePoint after(TimePoint from, double seconds) {
   return from + std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
+// nullptr: there is no memory for one, and the job runs to its end.
+std::unique_ptr<engine::Stop> stop_for(Job& job) {
+  try {
+    return job.make_stop();
+  } catch (...) {
+    return nullptr;
+  }
+}
+
 }  // namespace
+
+Status shutting_down() {
+  return {Code::kUnavailable, "the server is shutting down; try another one", {}};
+}
 
 Scheduler::Scheduler(Rules rules) : rules_(rules), free_slots_(rules.slots) {
   for (std::size_t slot = 0; slot < rules_.slots; ++slot) {
@@ -57,7 +68,7 @@ Scheduler::~Scheduler() {
   slot_free_.notify_all();
   joined_.notify_all();
   sooner_.notify_all();
-  for (Entry& entry : waiting) entry.job->failed(kShuttingDown);
+  for (Entry& entry : waiting) entry.job->failed(shutting_down());
   for (std::thread& thread : threads_) thread.join();
   watcher_.join();
 }
@@ -130,12 +141,9 @@ void Scheduler::cancel(const std::shared_ptr<RequestContext>& request) {
       at = queue_.remove(at, taken);
       gone.push_back(std::move(taken));
     }
+    const TimePoint now = Clock::now();
     for (const auto& running : running_) {
-      if (running->stop &&
-          std::all_of(running->batch.begin(), running->batch.end(),
-                      [](const Entry& entry) { return entry.job->request->cancelled.load(); })) {
-        running->stop->request();
-      }
+      if (running->stop && !wanted(*running, now)) running->stop->request();
     }
   }
   for (Entry& entry : gone) {
@@ -167,7 +175,7 @@ std::size_t Scheduler::running() const {
 
 std::optional<Status> Scheduler::refusal(const RequestContext& request,
                                          std::optional<double> seconds, TimePoint now) const {
-  if (draining_) return kShuttingDown;
+  if (draining_) return shutting_down();
   if (queue_.empty() && free_slots_ > 0) return std::nullopt;
   const double wait = ahead(request.priority, now);
   const std::size_t waiting = queue_.size();
@@ -301,10 +309,12 @@ void Scheduler::execute(std::shared_ptr<Running> running) {
   }
   engine::Stop* stop = nullptr;
   if (running->seconds <= 0 || running->seconds > kShortSeconds) {
-    auto made = jobs.front()->make_stop();
+    auto made = stop_for(*jobs.front());
     const std::lock_guard lock(mutex_);
     running->stop = std::move(made);
     stop = running->stop.get();
+    // Whoever lost interest until now, as while the batch gathered, found nothing to stop.
+    if (stop && (stopping_ || !wanted(*running, Clock::now()))) stop->request();
   }
   const TimePoint started = Clock::now();
   std::vector<std::exception_ptr> errors(jobs.size());
@@ -419,6 +429,13 @@ void Scheduler::watch() {
     }
     lock.lock();
   }
+}
+
+bool Scheduler::wanted(const Running& running, TimePoint now) {
+  return std::ranges::any_of(running.batch, [now](const Entry& entry) {
+    const RequestContext& request = *entry.job->request;
+    return !request.cancelled && now < request.deadline;
+  });
 }
 
 std::optional<Status> Scheduler::lost_interest(const RequestContext& request, TimePoint now,

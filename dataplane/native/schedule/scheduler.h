@@ -31,6 +31,9 @@ struct Rules {
   double batch_delay = 0.0;                  // seconds that a batch waits for more to join
 };
 
+// What a draining server refuses with.
+Status shutting_down();
+
 // Any thread may call everything. Jobs are told of their end without any lock held.
 class Scheduler {
  public:
@@ -75,6 +78,7 @@ class Scheduler {
   void execute(std::shared_ptr<Running> running);
   void work();
   void watch();
+  static bool wanted(const Running& running, TimePoint now);  // by any of its callers
   static std::optional<Status> lost_interest(const RequestContext& request, TimePoint now,
                                              const char* when);
 

@@ -22,7 +22,7 @@ class FakeStop final : public engine::Stop {
 };
 
 // Runs until it is released, or stopped; counts how it ends.
-class FakeJob final : public Job {
+class FakeJob : public Job {
  public:
   explicit FakeJob(std::uint64_t kind = 1, bool held = false) : held_(held) {
     request = std::make_shared<RequestContext>();
