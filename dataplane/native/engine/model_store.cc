@@ -36,17 +36,6 @@ std::uint64_t number_of(std::string_view version) {
   return number;
 }
 
-// The first characters of a UTF-8 text.
-std::string_view beginning(std::string_view whole, std::size_t characters) {
-  std::size_t at = 0;
-  while (at < whole.size()) {
-    const bool continues = (static_cast<unsigned char>(whole[at]) & 0xC0U) == 0x80U;
-    if (!continues && characters-- == 0) break;
-    ++at;
-  }
-  return whole.substr(0, at);
-}
-
 }  // namespace
 
 std::shared_ptr<const ModelStore::Loaded> ModelStore::now() const {
@@ -76,8 +65,9 @@ ModelPtr ModelStore::get(std::string_view name, std::string_view version) const 
   if (model != versions.end()) return model->second;
   const std::string known = listed(versions, [](std::int64_t key) { return text(key); });
   constexpr std::size_t kShown = 80;
-  throw RequestError(Code::kNotFound, text("version: given ", quoted(beginning(version, kShown)),
-                                           "; versions of ", name, ": ", known));
+  throw RequestError(Code::kNotFound,
+                     text("version: given ", quoted(first_characters(version, kShown)),
+                          "; versions of ", name, ": ", known));
 }
 
 void ModelStore::put(const std::string& name, std::vector<ModelPtr> models) {

@@ -25,9 +25,9 @@ class Body {
   // Keeps `fresh` for later.
   void keep(ByteSpan fresh, TimePoint now);
 
-  // A message has begun, and all that came of it has been taken.
   // Bytes that are missing of the message that comes or comes next.
   std::size_t missing() const { return reader_.missing(); }
+  // A message has begun, and all that came of it has been taken.
   bool under_way() const { return reader_.under_way(); }
   bool drained() const { return !ready_ && kept_.empty(); }  // all whole messages are delivered
   // When the message under way will have been too slow, unless more of it comes before.
