@@ -1,12 +1,15 @@
 """Heads of a streamed request are computed while the others are still arriving."""
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
+from multiprocessing.shared_memory import SharedMemory
 
 import grpc
 import numpy as np
 import pytest
+import serving
 from attnserve_client import AttentionClient
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
@@ -236,3 +239,34 @@ def test_what_cannot_be_divided_is_computed_as_a_whole(
     first.request.MergeFrom(pb.AttendRequest(**changes))
     found = outputs(stub.AttendStream(iter([first, *by_heads(arrays)])))
     assert isinstance(found[1], bytes)
+
+
+def test_lengths_that_vanished_from_shared_memory_are_said(
+    stub: pb_grpc.AttentionServiceStub,
+    server: AttentionServer,
+    arrays: dict[str, np.ndarray],
+) -> None:
+    settled(server)
+    memory = SharedMemory(create=True, size=4096)
+    try:
+        np.ndarray(1, np.int64, memory.buf)[0] = LENGTH
+        register = pb.RegisterSharedMemoryRequest(key=memory.name, byte_size=4096)
+        region = stub.RegisterSharedMemory(register).name
+        first = announced(arrays)
+        first.request.key_lengths.CopyFrom(pb.Tensor(dtype=pb.INT64, shape=[1]))
+        first.request.key_lengths.shared_memory.CopyFrom(
+            pb.SharedMemoryRegion(name=region, byte_size=8)
+        )
+
+        def messages() -> Iterator[pb.AttendStreamRequest]:
+            yield first
+            assert serving.eventually(lambda: server.plane.gauges()["arriving"] == 1)
+            os.truncate(f"/dev/shm/{memory.name}", 0)
+            yield from by_heads(arrays)
+
+        found = outputs(stub.AttendStream(messages()))
+    finally:
+        memory.close()
+        memory.unlink()
+    assert isinstance(found[1], pb.Error)
+    assert "was truncated after it was registered" in found[1].message

@@ -114,11 +114,4 @@ std::unique_ptr<PreparedAttend> prepare(AttendPlan plan,
                                         const std::array<ByteSpan, wire::kInputs>& elements,
                                         const Context& context, std::string_view peer);
 
-// Checks one Tensor message on its own, as PutTensor needs it. `dtype` the name of the dtype it
-// must have; any other text: any dtype. `dims` names of the dimensions it must have, for messages;
-// empty: any rank from 1 to 8. `stored` nullptr: there are no stored tensors.
-TensorSpec check_tensor(std::string_view field, const wire::TensorMessage& tensor,
-                        std::string_view dtype, std::span<const std::string_view> dims,
-                        bool chunks_allowed, sessions::StoredTensors* stored);
-
 }  // namespace attnserve::requests

@@ -147,10 +147,4 @@ TensorSpec check_tensor(const TensorRule& rule, const wire::TensorMessage& tenso
   return spec;
 }
 
-TensorSpec check_tensor(std::string_view field, const wire::TensorMessage& tensor,
-                        std::string_view dtype, std::span<const std::string_view> dims,
-                        bool chunks_allowed, sessions::StoredTensors* stored) {
-  return check_tensor(TensorRule{field, data_type_of(dtype), dims}, tensor, chunks_allowed, stored);
-}
-
 }  // namespace attnserve::requests

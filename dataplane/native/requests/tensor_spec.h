@@ -13,9 +13,9 @@ namespace attnserve::requests {
 
 // What a tensor must be.
 struct TensorRule {
-  std::string_view field;                   // for messages
-  DataType dtype = DataType::kUnspecified;  // kUnspecified: any
-  std::span<const std::string_view> dims;   // names of its dimensions; none: any rank from 1 to 8
+  std::string_view field;                    // for messages
+  DataType dtype = DataType::kUnspecified;   // kUnspecified: any
+  std::span<const std::string_view> dims{};  // names of its dimensions; none: any rank from 1 to 8
 };
 
 // Checks one tensor but for its elements. `stored` finds stored tensors; nullptr: there are none.

@@ -5,20 +5,6 @@
 #include "services/put_tensor.h"
 
 namespace attnserve::services {
-namespace {
-
-OutMessage stored_message(const sessions::Stored& stored) {
-  return OutMessage::of(wire::encode_stored_tensor(
-      stored.handle, static_cast<std::uint64_t>(stored.lease.count()), stored.byte_size));
-}
-
-Delivery one(OutMessage message) {
-  Delivery delivery;
-  delivery.messages.push_back(std::move(message));
-  return delivery;
-}
-
-}  // namespace
 
 UnaryBehaviour attend(Core& core) {
   return [&core](Bytes bytes, const std::shared_ptr<Reply>& reply,
@@ -41,7 +27,7 @@ UnaryBehaviour renew_tensor(Core& core) {
   return [&core](Bytes bytes, const std::shared_ptr<Reply>& reply,
                  const std::shared_ptr<schedule::RequestContext>&, Admitted) {
     const wire::RenewTensorRequest decoded = wire::decode_renew_tensor(bytes.span());
-    reply->deliver(one(stored_message(core.stored.renew(decoded.handle, lease_of(decoded.lease)))));
+    reply->deliver(stored_delivery(core.stored.renew(decoded.handle, lease_of(decoded.lease))));
   };
 }
 
@@ -49,7 +35,7 @@ UnaryBehaviour drop_tensor(Core& core) {
   return [&core](Bytes bytes, const std::shared_ptr<Reply>& reply,
                  const std::shared_ptr<schedule::RequestContext>&, Admitted) {
     core.stored.drop(wire::decode_drop_tensor(bytes.span()));
-    reply->deliver(one(OutMessage::of(wire::encode_empty())));
+    reply->deliver(delivery_of(OutMessage::of(wire::encode_empty())));
   };
 }
 
@@ -67,7 +53,7 @@ UnaryBehaviour register_shared_memory(Core& core) {
                 key, byte_size, sessions::owner_of(info.peer), info.connection);
             // The connection may have closed meanwhile, when there was no region to end with it.
             if (reply->over()) core.regions.remove(name, sessions::owner_of(info.peer));
-            reply->deliver(one(OutMessage::of(wire::encode_register_shared_memory(name))));
+            reply->deliver(delivery_of(OutMessage::of(wire::encode_register_shared_memory(name))));
           } catch (...) {
             reply->deliver({status_of(std::current_exception()), {}});
           }
@@ -81,7 +67,7 @@ UnaryBehaviour unregister_shared_memory(Core& core) {
                  const std::shared_ptr<schedule::RequestContext>&, Admitted) {
     core.regions.remove(wire::decode_unregister_shared_memory(bytes.span()),
                         sessions::owner_of(reply->info().peer));
-    reply->deliver(one(OutMessage::of(wire::encode_empty())));
+    reply->deliver(delivery_of(OutMessage::of(wire::encode_empty())));
   };
 }
 

@@ -48,7 +48,7 @@ std::uint64_t chunked_bytes(const wire::AttendRequest& message) {
 class AttendStreamHandler final : public grpc::CallHandler {
  public:
   AttendStreamHandler(Core& core, std::shared_ptr<grpc::Call> call)
-      : core_(core), call_(call), state_(StreamState::open(core, std::move(call))) {}
+      : core_(core), state_(StreamState::open(core, std::move(call), "AttendStream")) {}
 
   void on_message(Bytes bytes) override {
     if (over_) return;
@@ -63,10 +63,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
     } catch (...) {
       fail(status_of(std::current_exception()));
     }
-    if (!paused_ && state_->occupied() >= core_.limits.max_stream_requests) {
-      paused_ = true;
-      call_->pause();
-    }
+    state_->pause_if_full();
   }
 
   void on_half_close() override {
@@ -82,13 +79,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
     state_->read_all();
   }
 
-  void on_all_sent() override {
-    state_->all_sent();
-    if (paused_ && state_->occupied() < core_.limits.max_stream_requests) {
-      paused_ = false;
-      call_->resume();
-    }
-  }
+  void on_all_sent() override { state_->all_sent(); }
 
   void on_end(Code reason) override {
     forget_incoming();
@@ -124,6 +115,11 @@ class AttendStreamHandler final : public grpc::CallHandler {
     return std::min(incoming.pace.due(), incoming.request->deadline);
   }
 
+  void answer(std::uint64_t id, const std::shared_ptr<schedule::RequestContext>& request,
+              Delivery delivery) {
+    state_->answer(request, attend_delivery(id, std::move(delivery)));
+  }
+
   void fail(Status status) {
     over_ = true;
     forget_incoming();
@@ -155,14 +151,14 @@ class AttendStreamHandler final : public grpc::CallHandler {
       incoming_.erase(id);
       const std::uint64_t coming = chunked_bytes(*decoded.request);
       if (coming > 0) discarded_[id] = coming;
-      state_->answer(id, nullptr, {status_of(std::current_exception()), {}});
+      answer(id, nullptr, {status_of(std::current_exception()), {}});
     }
   }
 
   void begin(const wire::AttendStreamRequest& decoded, const std::shared_ptr<Bytes>& message) {
     const std::uint64_t id = decoded.request_id;
     if (state_->draining()) {
-      throw RequestError(Code::kUnavailable, "the server is shutting down; try another one");
+      throw RequestError(schedule::shutting_down());
     }
     Incoming incoming(core_.upload_pace);
     incoming.arrived = Clock::now();
@@ -228,7 +224,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
         core_,
         ExchangeParts{request, std::move(incoming.admitted), incoming.arrived, std::move(prepared),
                       std::move(answer), [state = state_, id, request](Delivery delivery) {
-                        state->answer(id, request, std::move(delivery));
+                        state->answer(request, attend_delivery(id, std::move(delivery)));
                       }});
     // Once it has started it is answered by its exchange alone.
     state_->started(request);
@@ -246,21 +242,22 @@ class AttendStreamHandler final : public grpc::CallHandler {
       throw_away(id, chunk);
       return;
     }
+    Incoming& incoming = found->second;
+    const std::size_t size = chunk.data.size();
+    const std::size_t still_to_come = incoming.missing - std::min(incoming.missing, size);
     try {
-      add(found->second, chunk);
+      add(incoming, chunk);
+      if (incoming.early) {
+        incoming.early->take({incoming.received[0], incoming.received[1], incoming.received[2]});
+      }
     } catch (...) {
       Status status = status_of(std::current_exception());
-      if (status.code == Code::kResourceExhausted) found->second.upload.lacks_room();
-      const std::size_t missing = found->second.missing;
-      give_up(found, missing - std::min(missing, chunk.data.size()), std::move(status));
+      if (status.code == Code::kResourceExhausted) incoming.upload.lacks_room();
+      give_up(found, still_to_come, std::move(status));
       return;
     }
-    Incoming& incoming = found->second;
     incoming.touched = true;
-    incoming.pace.took(chunk.data.size(), now);
-    if (incoming.early) {
-      incoming.early->take({incoming.received[0], incoming.received[1], incoming.received[2]});
-    }
+    incoming.pace.took(size, now);
     if (incoming.missing > 0) return;
     Incoming complete = std::move(incoming);
     incoming_.erase(found);
@@ -271,7 +268,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
     try {
       submit(id, std::move(complete));
     } catch (...) {
-      state_->answer(id, nullptr, {status_of(std::current_exception()), {}});
+      answer(id, nullptr, {status_of(std::current_exception()), {}});
     }
   }
 
@@ -284,7 +281,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
     // Before its parts are told that they are cancelled: the first to fail says why.
     const bool unsaid = !incoming.early || incoming.early->fail();
     core_.scheduler.cancel(incoming.request);
-    if (unsaid) state_->answer(id, incoming.request, {std::move(status), {}});
+    if (unsaid) answer(id, incoming.request, {std::move(status), {}});
   }
 
   void add(Incoming& incoming, const wire::TensorChunk& chunk) {
@@ -336,13 +333,11 @@ class AttendStreamHandler final : public grpc::CallHandler {
   }
 
   Core& core_;
-  const std::shared_ptr<grpc::Call> call_;
   const std::shared_ptr<StreamState> state_;
   Incomings incoming_;
   // Requests that failed while chunks of theirs are still to come: bytes to throw away.
   std::unordered_map<std::uint64_t, std::uint64_t> discarded_;
   std::uint64_t last_id_ = 0;
-  bool paused_ = false;
   bool over_ = false;
 };
 

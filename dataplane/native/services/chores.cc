@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "base/text.h"
+#include "services/waiting.h"
 
 namespace attnserve::services {
 namespace {
@@ -29,12 +29,7 @@ Chores::~Chores() {
 std::optional<Status> Chores::add(std::function<void()> chore) {
   {
     const std::lock_guard lock(mutex_);
-    if (waiting_.size() >= kMostWaiting) {
-      return Status{
-          Code::kResourceExhausted,
-          text("requests: ", waiting_.size(), " of this kind are waiting; allowed: ", kMostWaiting),
-          std::chrono::milliseconds(100)};
-    }
+    if (waiting_.size() >= kMostWaiting) return too_many_waiting(kMostWaiting);
     waiting_.push_back(std::move(chore));
   }
   came_.notify_one();
@@ -46,10 +41,11 @@ void Chores::work() {
   while (true) {
     came_.wait(lock, [this] { return ending_ || !waiting_.empty(); });
     if (waiting_.empty()) return;
-    const auto chore = std::move(waiting_.front());
+    auto chore = std::move(waiting_.front());
     waiting_.pop_front();
     lock.unlock();
     chore();
+    chore = nullptr;  // with what it holds, before others wait for the lock
     lock.lock();
   }
 }

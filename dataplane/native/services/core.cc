@@ -43,7 +43,7 @@ Admitted& Admitted::operator=(Admitted&& other) noexcept {
 
 std::variant<Admitted, Status> Admitted::admit(Core& core, TimePoint now, TimePoint deadline) {
   if (core.scheduler.draining()) {
-    return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
+    return schedule::shutting_down();
   }
   auto entered = core.admission.enter(now, deadline);
   if (auto* refused = std::get_if<Status>(&entered)) return std::move(*refused);

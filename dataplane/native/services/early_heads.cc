@@ -16,7 +16,7 @@ constexpr std::size_t kCore = 3;  // query, key and value are the first three in
 class EarlyHeads::Part final : public schedule::Job {
  public:
   Part(std::shared_ptr<EarlyHeads> whole, std::int64_t first, std::int64_t last)
-      : heads(last - first),
+      : heads_(last - first),
         whole_(std::move(whole)),
         work_(engine::part_of(whole_->prepared_->work, first, last)) {
     request = whole_->request_;
@@ -25,7 +25,7 @@ class EarlyHeads::Part final : public schedule::Job {
     const requests::AttendPlan& plan = whole_->prepared_->plan;
     tensor_bytes = plan.request_bytes;
     working_bytes = plan.working_bytes / static_cast<std::size_t>(whole_->num_kv_heads_) *
-                    static_cast<std::size_t>(heads);
+                    static_cast<std::size_t>(heads_);
   }
 
   void run(std::span<schedule::Job* const>, engine::Stop* stop) override {
@@ -35,17 +35,12 @@ class EarlyHeads::Part final : public schedule::Job {
   std::unique_ptr<engine::Stop> make_stop() override { return work_.variant->session->make_stop(); }
   void done(const schedule::Outcome& outcome) noexcept override {
     whole_->core_.admission.computed(outcome.ended - outcome.started);
-    {
-      const std::lock_guard lock(whole_->mutex_);
-      whole_->computed_ += heads;
-    }
-    whole_->part_done(outcome);
+    whole_->part_done(heads_, outcome);
   }
   void failed(Status status) noexcept override { whole_->part_failed(std::move(status)); }
 
-  const std::int64_t heads;
-
  private:
+  const std::int64_t heads_;
   const std::shared_ptr<EarlyHeads> whole_;
   engine::AttendWork work_;
 };
@@ -79,7 +74,6 @@ std::shared_ptr<EarlyHeads> EarlyHeads::of(Core& core, std::shared_ptr<StreamSta
     early->head_bytes_[index] = plan.specs[index]->byte_size / static_cast<std::size_t>(kv_heads);
   }
   early->answer_ = attend_answer(core, plan, request_id);
-  early->answer_->place(*prepared);
   early->request_->priority = plan.priority;
   early->prepared_ = std::move(prepared);
   return early;
@@ -98,7 +92,10 @@ void EarlyHeads::take(const std::array<std::size_t, 3>& received) {
       const std::lock_guard lock(mutex_);
       if (failed_) return;
     }
-    if (taken_ == 0) stream_->started(request_);
+    if (taken_ == 0) {
+      answer_->place(*prepared_);  // not before: what is only announced takes nothing
+      stream_->started(request_);
+    }
     const std::int64_t first = taken_;
     taken_ += count;
     core_.scheduler.submit(std::make_shared<Part>(shared_from_this(), first, taken_), true);
@@ -124,9 +121,10 @@ bool EarlyHeads::fail() {
   return !std::exchange(failed_, true);
 }
 
-void EarlyHeads::part_done(const schedule::Outcome& outcome) {
+void EarlyHeads::part_done(std::int64_t heads, const schedule::Outcome& outcome) {
   {
     const std::lock_guard lock(mutex_);
+    computed_ += heads;
     first_start_ = std::min(first_start_, outcome.started);
     last_end_ = std::max(last_end_, outcome.ended);
     if (failed_ || computed_ < num_kv_heads_ || !complete_) return;
@@ -135,7 +133,7 @@ void EarlyHeads::part_done(const schedule::Outcome& outcome) {
 }
 
 void EarlyHeads::part_failed(Status status) {
-  if (fail()) stream_->answer(request_id_, request_, {std::move(status), {}});
+  if (fail()) stream_->answer(request_, attend_delivery(request_id_, {std::move(status), {}}));
 }
 
 // Called once: by whoever saw the last part computed and all chunks there.
@@ -151,6 +149,7 @@ void EarlyHeads::deliver() {
   const Spans spans{arrived_, *complete_, started, std::max(started, last_end_), 1, true};
   Delivery delivery;
   try {
+    prepared_->check_intact();
     delivery.messages = answer_->finish(*prepared_, spans);
     core_.statistics.ran(plan.model->facts.name, plan.variant->name(), spans, plan.dims.batch);
     admitted_.answered();
@@ -158,7 +157,7 @@ void EarlyHeads::deliver() {
     delivery.status = status_of(std::current_exception());
   }
   admitted_.release();
-  stream_->answer(request_id_, request_, std::move(delivery));
+  stream_->answer(request_, attend_delivery(request_id_, std::move(delivery)));
 }
 
 }  // namespace attnserve::services

@@ -27,11 +27,10 @@ class EarlyHeads : public std::enable_shared_from_this<EarlyHeads> {
   static bool possible(const requests::AttendPlan& plan);
 
   // Submits the heads that have come; `received`: bytes of query, key and value. The thread of the
-  // connection alone.
+  // connection alone. Throws RequestError if there is no room for the answer.
   void take(const std::array<std::size_t, 3>& received);
   // All chunks are there.
   void arrived_all(Admitted admitted);
-  bool begun() const { return taken_ > 0; }
   // The request has failed; whether that had not been said yet.
   bool fail();
 
@@ -45,7 +44,7 @@ class EarlyHeads : public std::enable_shared_from_this<EarlyHeads> {
         request_id_(request_id),
         request_(std::move(request)),
         arrived_(arrived) {}
-  void part_done(const schedule::Outcome& outcome);
+  void part_done(std::int64_t heads, const schedule::Outcome& outcome);
   void part_failed(Status status);
   void deliver();
 

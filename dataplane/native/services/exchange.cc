@@ -105,6 +105,12 @@ class InRegion final : public Answer {
 
 }  // namespace
 
+Delivery delivery_of(OutMessage message) {
+  Delivery delivery;
+  delivery.messages.push_back(std::move(message));
+  return delivery;
+}
+
 Exchange::Exchange(Core& core, ExchangeParts parts) : core_(core), parts_(std::move(parts)) {
   requests::PreparedAttend& prepared = *parts_.prepared;
   parts_.answer->place(prepared);
@@ -182,6 +188,14 @@ std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& pl
                             "; use AttendStream"));
   }
   return std::make_unique<InMessages>(core, stream_id);
+}
+
+Delivery attend_delivery(std::uint64_t stream_id, Delivery delivery) {
+  if (delivery.status.ok()) return delivery;
+  delivery.messages.clear();
+  delivery.messages.push_back(
+      OutMessage::of(wire::encode_stream_error(stream_id, delivery.status)));
+  return delivery;
 }
 
 void append_chunks(std::vector<OutMessage>& messages, std::uint64_t stream_id, wire::Output output,

@@ -25,6 +25,7 @@ struct Delivery {
   Status status;
   std::vector<OutMessage> messages;
 };
+Delivery delivery_of(OutMessage message);
 using Deliver = std::function<void(Delivery)>;  // any thread, once
 
 // How one protocol lays out an answer.
@@ -74,6 +75,9 @@ wire::Timings timings_of(const Spans& spans, TimePoint now);
 // `stream_id`: the request's, on a stream.
 std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& plan,
                                       std::optional<std::uint64_t> stream_id);
+
+// What a request of AttendStream is answered with: an error is a message too.
+Delivery attend_delivery(std::uint64_t stream_id, Delivery delivery);
 
 // The chunks of a tensor that has been computed, and before them nothing: see encode_chunk_head.
 void append_chunks(std::vector<OutMessage>& messages, std::uint64_t stream_id, wire::Output output,

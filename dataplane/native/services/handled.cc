@@ -1,7 +1,8 @@
 #include "services/handled.h"
 
-#include <atomic>
 #include <utility>
+
+#include "services/stream_state.h"
 
 namespace attnserve::services {
 namespace {
@@ -9,49 +10,30 @@ namespace {
 // One message at a time: the next one is read when this one has been answered.
 class StreamHandler final : public grpc::CallHandler {
  public:
-  StreamHandler(HandlerQueue& queue, std::shared_ptr<grpc::Call> call)
-      : queue_(queue), shared_(std::make_shared<Shared>(std::move(call))) {}
+  StreamHandler(Core& core, HandlerQueue& queue, std::shared_ptr<grpc::Call> call)
+      : queue_(queue), call_(call), state_(StreamState::open(core, std::move(call), "")) {}
 
   void on_message(Bytes message) override {
-    shared_->call->pause();
-    shared_->under_way = true;
-    const grpc::CallInfo& info = shared_->call->info();
-    request_ = request_context(info);
-    hand_over(queue_, info.path, info.peer, std::move(message), request_, {},
-              [shared = shared_](Delivery delivery) {
-                if (!delivery.status.ok()) {
-                  shared->call->finish(std::move(delivery.status));
-                  return;
-                }
-                for (OutMessage& answer : delivery.messages) shared->call->send(std::move(answer));
-                if (shared->under_way.exchange(false) && shared->read_all) {
-                  shared->call->finish({});
-                } else {
-                  shared->call->resume();
-                }
+    call_->pause();
+    const grpc::CallInfo& info = state_->info();
+    const auto request = request_context(info);
+    state_->begun();
+    state_->started(request);
+    hand_over(queue_, info.path, info.peer, std::move(message), request, {},
+              [call = call_, state = state_, request](Delivery delivery) {
+                if (!delivery.status.ok()) return state->fail(std::move(delivery.status));
+                state->answer(request, std::move(delivery));
+                call->resume();
               });
   }
 
-  void on_half_close() override {
-    shared_->read_all = true;
-    if (!shared_->under_way) shared_->call->finish({});
-  }
-
-  void on_end(Code) override {
-    if (request_) request_->cancelled = true;
-  }
+  void on_half_close() override { state_->read_all(); }
+  void on_end(Code reason) override { state_->ended(reason); }
 
  private:
-  struct Shared {
-    explicit Shared(std::shared_ptr<grpc::Call> call_) : call(std::move(call_)) {}
-    const std::shared_ptr<grpc::Call> call;
-    // Each is set by one thread and read by the other; finishing twice does nothing.
-    std::atomic<bool> under_way{false}, read_all{false};
-  };
-
   HandlerQueue& queue_;
-  const std::shared_ptr<Shared> shared_;
-  std::shared_ptr<schedule::RequestContext> request_;
+  const std::shared_ptr<grpc::Call> call_;
+  const std::shared_ptr<StreamState> state_;
 };
 
 }  // namespace
@@ -63,9 +45,8 @@ void hand_over(HandlerQueue& queue, std::string path, std::string peer, Bytes me
   auto answer = [place, deliver](Status status, Bytes bytes) {
     if (status.ok()) place->answered();
     place->release();
-    Delivery delivery{std::move(status), {}};
-    if (delivery.status.ok()) delivery.messages.push_back(OutMessage::of(std::move(bytes)));
-    deliver(std::move(delivery));
+    deliver(status.ok() ? delivery_of(OutMessage::of(std::move(bytes)))
+                        : Delivery{std::move(status), {}});
   };
   const auto handed = std::make_shared<HandledRequest>(
       std::move(path), std::move(peer), std::move(message), std::move(request), std::move(answer));
@@ -81,9 +62,9 @@ UnaryBehaviour handled(HandlerQueue& queue, std::string path) {
   };
 }
 
-std::unique_ptr<grpc::CallHandler> handled_stream(HandlerQueue& queue,
+std::unique_ptr<grpc::CallHandler> handled_stream(Core& core, HandlerQueue& queue,
                                                   std::shared_ptr<grpc::Call> call) {
-  return std::make_unique<StreamHandler>(queue, std::move(call));
+  return std::make_unique<StreamHandler>(core, queue, std::move(call));
 }
 
 }  // namespace attnserve::services

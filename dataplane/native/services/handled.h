@@ -18,7 +18,7 @@ void hand_over(HandlerQueue& queue, std::string path, std::string peer, Bytes me
 UnaryBehaviour handled(HandlerQueue& queue, std::string path);
 
 // A method that answers each message of a stream by one, in order (server reflection).
-std::unique_ptr<grpc::CallHandler> handled_stream(HandlerQueue& queue,
+std::unique_ptr<grpc::CallHandler> handled_stream(Core& core, HandlerQueue& queue,
                                                   std::shared_ptr<grpc::Call> call);
 
 }  // namespace attnserve::services

@@ -2,7 +2,8 @@
 
 #include <utility>
 
-#include "base/text.h"
+#include "schedule/scheduler.h"
+#include "services/waiting.h"
 
 namespace attnserve::services {
 
@@ -15,6 +16,7 @@ HandledRequest::HandledRequest(std::string path_, std::string peer_, Bytes messa
       answer_(std::move(answer)) {}
 
 HandledRequest::~HandledRequest() {
+  if (!answer_) return;
   answer({Code::kInternal, "a fault in the server: the request was dropped", {}}, {});
 }
 
@@ -30,14 +32,8 @@ void HandledRequest::answer(Status status, Bytes bytes) {
 std::optional<Status> HandlerQueue::push(std::shared_ptr<HandledRequest> request) {
   {
     const std::lock_guard lock(mutex_);
-    if (closed_)
-      return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
-    if (waiting_.size() >= most_) {
-      return Status{
-          Code::kResourceExhausted,
-          text("requests: ", waiting_.size(), " of this kind are waiting; allowed: ", most_),
-          std::chrono::milliseconds(100)};
-    }
+    if (closed_) return schedule::shutting_down();
+    if (waiting_.size() >= most_) return too_many_waiting(most_);
     waiting_.push_back(std::move(request));
   }
   came_.notify_one();

@@ -40,7 +40,7 @@ class WatchHandler final : public grpc::CallHandler {
     number_ = core_.streams.add([weak = std::weak_ptr(call_)] {
       if (const auto call = weak.lock()) {
         call->send(message(kNotServing));
-        call->finish({Code::kUnavailable, "the server is shutting down; try another one", {}});
+        call->finish(schedule::shutting_down());
       }
     });
   }
@@ -63,9 +63,7 @@ UnaryBehaviour health_check(Core& core) {
       throw RequestError(Code::kNotFound,
                          "service: given one that is not here; reflection lists them");
     }
-    Delivery delivery;
-    delivery.messages.push_back(message(health));
-    reply->deliver(std::move(delivery));
+    reply->deliver(delivery_of(message(health)));
   };
 }
 

@@ -1,10 +1,13 @@
 #include "services/infer.h"
 
+#include <deque>
+#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "requests/infer.h"
 #include "services/handled.h"
+#include "services/stream_state.h"
 #include "wire/open_inference.h"
 
 namespace attnserve::services {
@@ -73,152 +76,84 @@ class InferResponse final : public Answer {
   std::optional<wire::InferAnswer> answer_;
 };
 
-// Answers in the order of the requests, whichever is done first.
-class InferStream : public std::enable_shared_from_this<InferStream> {
+// Answers in the order of the requests, whichever is done first. Any thread.
+class InOrder {
  public:
-  static std::shared_ptr<InferStream> open(Core& core, std::shared_ptr<grpc::Call> call) {
-    const std::shared_ptr<InferStream> stream(new InferStream(core, std::move(call)));
-    stream->number_ = core.streams.add([weak = std::weak_ptr(stream)] {
-      if (const auto open_stream = weak.lock()) open_stream->drain();
-    });
-    return stream;
-  }
+  explicit InOrder(std::shared_ptr<StreamState> stream) : stream_(std::move(stream)) {}
 
-  // Takes a place in the order of answers; nothing if no more requests are taken.
-  std::optional<std::uint64_t> begin(const std::shared_ptr<schedule::RequestContext>& request) {
+  // Takes a place in the order.
+  std::uint64_t begin(const std::shared_ptr<schedule::RequestContext>& request) {
+    stream_->begun();
+    stream_->started(request);
     const std::lock_guard lock(mutex_);
-    if (over_ || draining_) return std::nullopt;
     waiting_.push_back({request, std::nullopt});
     return first_ + waiting_.size() - 1;
   }
 
-  void answer(std::uint64_t place, Code code, OutMessage message) {
-    core_.statistics.count(kMethod, code);
+  // The lock is held until all are sent, so that none overtakes another.
+  void answer(std::uint64_t place, Delivery delivery) {
     const std::lock_guard lock(mutex_);
-    waiting_[place - first_].message = std::move(message);
-    while (!waiting_.empty() && waiting_.front().message) {
-      call_->send(std::move(*waiting_.front().message));
+    if (place < first_) return;
+    waiting_[place - first_].delivery = std::move(delivery);
+    while (!waiting_.empty() && waiting_.front().delivery) {
+      stream_->answer(waiting_.front().request, std::move(*waiting_.front().delivery));
       waiting_.pop_front();
       ++first_;
-      ++queued_;
     }
-    finish_if_idle();
   }
-
-  void read_all() {
-    const std::lock_guard lock(mutex_);
-    read_all_ = true;
-    finish_if_idle();
-  }
-
-  void all_sent() {
-    const std::lock_guard lock(mutex_);
-    queued_ = 0;
-  }
-
-  std::size_t occupied() const {
-    const std::lock_guard lock(mutex_);
-    return waiting_.size() + queued_;
-  }
-
-  void ended(Code reason) {
-    core_.streams.remove(number_);
-    std::vector<std::shared_ptr<schedule::RequestContext>> started;
-    {
-      const std::lock_guard lock(mutex_);
-      if (!over_ && reason != Code::kOk) core_.statistics.count(kMethod, reason);
-      over_ = true;
-      for (const Waiting& each : waiting_) started.push_back(each.request);
-    }
-    for (const auto& request : started) core_.scheduler.cancel(request);
-  }
-
-  const grpc::CallInfo& info() const { return call_->info(); }
 
  private:
   struct Waiting {
     std::shared_ptr<schedule::RequestContext> request;
-    std::optional<OutMessage> message;  // once it is answered
+    std::optional<Delivery> delivery;  // once it is answered
   };
 
-  InferStream(Core& core, std::shared_ptr<grpc::Call> call) : core_(core), call_(std::move(call)) {}
-
-  void drain() {
-    const std::lock_guard lock(mutex_);
-    draining_ = true;
-    finish_if_idle();
-  }
-
-  // The lock is held.
-  void finish_if_idle() {
-    if (over_ || !waiting_.empty() || (!read_all_ && !draining_)) return;
-    over_ = true;
-    call_->finish(
-        read_all_ ? Status{}
-                  : Status{Code::kUnavailable, "the server is shutting down; try another one", {}});
-  }
-
-  static constexpr std::string_view kMethod = "ModelStreamInfer";
-
-  Core& core_;
-  const std::shared_ptr<grpc::Call> call_;
-  std::uint64_t number_ = 0;  // among the open streams
-  mutable std::mutex mutex_;  // guards what follows, and the order of messages
+  const std::shared_ptr<StreamState> stream_;
+  std::mutex mutex_;  // guards what follows
   std::deque<Waiting> waiting_;
   std::uint64_t first_ = 0;  // the place of the first that waits
-  std::size_t queued_ = 0;   // answers that have not left yet
-  bool read_all_ = false, draining_ = false, over_ = false;
 };
 
 class InferStreamHandler final : public grpc::CallHandler {
  public:
   InferStreamHandler(Core& core, std::shared_ptr<grpc::Call> call)
-      : core_(core), call_(call), stream_(InferStream::open(core, std::move(call))) {}
+      : core_(core),
+        state_(StreamState::open(core, std::move(call), "ModelStreamInfer")),
+        answers_(std::make_shared<InOrder>(state_)) {}
 
   void on_message(Bytes message) override {
-    const auto request = request_context(stream_->info());
-    const auto place = stream_->begin(request);
-    if (!place) return;
+    if (state_->draining()) return;
+    const auto request = request_context(state_->info());
     const auto names = std::make_shared<InferNames>();
-    const auto deliver = [stream = stream_, place = *place, names](Delivery delivery) {
-      stream->answer(place, delivery.status.code,
-                     delivery.status.ok()
-                         ? std::move(delivery.messages.front())
-                         : OutMessage::of(wire::encode_infer_error(delivery.status.message,
-                                                                   names->id, names->model_name)));
+    const auto deliver = [answers = answers_, place = answers_->begin(request),
+                          names](Delivery delivery) {
+      if (!delivery.status.ok()) {
+        delivery.messages.clear();
+        delivery.messages.push_back(OutMessage::of(
+            wire::encode_infer_error(delivery.status.message, names->id, names->model_name)));
+      }
+      answers->answer(place, std::move(delivery));
     };
     try {
       auto admitted = Admitted::admit(core_, request->arrived, request->deadline);
       if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
       std::get<Admitted>(admitted).received();
-      begin_infer(core_, std::move(message), stream_->info(), request,
+      begin_infer(core_, std::move(message), state_->info(), request,
                   std::move(std::get<Admitted>(admitted)), names.get(), deliver);
     } catch (...) {
       deliver({status_of(std::current_exception()), {}});
     }
-    if (!paused_ && stream_->occupied() >= core_.limits.max_stream_requests) {
-      paused_ = true;
-      call_->pause();
-    }
+    state_->pause_if_full();
   }
 
-  void on_half_close() override { stream_->read_all(); }
-
-  void on_all_sent() override {
-    stream_->all_sent();
-    if (paused_ && stream_->occupied() < core_.limits.max_stream_requests) {
-      paused_ = false;
-      call_->resume();
-    }
-  }
-
-  void on_end(Code reason) override { stream_->ended(reason); }
+  void on_half_close() override { state_->read_all(); }
+  void on_all_sent() override { state_->all_sent(); }
+  void on_end(Code reason) override { state_->ended(reason); }
 
  private:
   Core& core_;
-  const std::shared_ptr<grpc::Call> call_;
-  const std::shared_ptr<InferStream> stream_;
-  bool paused_ = false;
+  const std::shared_ptr<StreamState> state_;
+  const std::shared_ptr<InOrder> answers_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include "base/copy.h"
 #include "base/text.h"
+#include "requests/tensor_spec.h"
 
 namespace attnserve::services {
 namespace {
@@ -72,10 +73,8 @@ class PutTensorHandler final : public grpc::CallHandler {
       throw RequestError(invalid_argument("body", decoded.chunk ? "chunk" : "nothing", "header"));
     }
     const wire::TensorMessage& tensor = *decoded.header;
-    const DataType dtype = static_cast<DataType>(tensor.dtype);
-    const bool known = tensor.dtype > 0 && tensor.dtype <= 6;
-    requests::TensorSpec spec = requests::check_tensor(
-        "tensor", tensor, known ? attnserve::name_of(dtype) : "a dtype", {}, true, nullptr);
+    requests::TensorSpec spec =
+        requests::check_tensor(requests::TensorRule{"tensor"}, tensor, true, nullptr);
     upload_ = core_.stored_uploads.begin(reply_->info().peer);
     core_.stored.check_fits(spec.byte_size);
     lease_ = lease_of(decoded.lease);
@@ -130,10 +129,7 @@ class PutTensorHandler final : public grpc::CallHandler {
     over_ = true;
     upload_ = {};
     const sessions::Stored stored = core_.stored.put(std::move(tensor_), std::move(room_), lease_);
-    Delivery delivery;
-    delivery.messages.push_back(OutMessage::of(wire::encode_stored_tensor(
-        stored.handle, static_cast<std::uint64_t>(stored.lease.count()), stored.byte_size)));
-    reply_->deliver(std::move(delivery));
+    reply_->deliver(stored_delivery(stored));
   }
 
   Core& core_;
@@ -149,6 +145,11 @@ class PutTensorHandler final : public grpc::CallHandler {
 };
 
 }  // namespace
+
+Delivery stored_delivery(const sessions::Stored& stored) {
+  return delivery_of(OutMessage::of(wire::encode_stored_tensor(
+      stored.handle, static_cast<std::uint64_t>(stored.lease.count()), stored.byte_size)));
+}
 
 std::unique_ptr<grpc::CallHandler> put_tensor_handler(Core& core,
                                                       std::shared_ptr<grpc::Call> call) {

@@ -15,6 +15,9 @@ inline Duration lease_of(std::uint64_t microseconds) {
   return std::chrono::microseconds(std::min(microseconds, kLongest));
 }
 
+// What PutTensor and RenewTensor answer.
+Delivery stored_delivery(const sessions::Stored& stored);
+
 std::unique_ptr<grpc::CallHandler> put_tensor_handler(Core& core, std::shared_ptr<grpc::Call> call);
 
 }  // namespace attnserve::services

@@ -34,8 +34,6 @@ constexpr std::pair<std::string_view, std::string_view> kMissing[] = {
     {"LogSettings", "the log is set when the server starts, by --log-level and --log-format"},
 };
 
-using Accepted = std::variant<grpc::Reception, Status>;
-
 }  // namespace
 
 Router::Router(Core& core) : core_(core) {
@@ -44,7 +42,7 @@ Router::Router(Core& core) : core_(core) {
   add_infrastructure();
 }
 
-Accepted Router::accept(std::shared_ptr<grpc::Call> call) {
+Router::Accepted Router::accept(std::shared_ptr<grpc::Call> call) {
   const auto found = methods_.find(call->info().path);
   if (found == methods_.end()) return Status{Code::kUnimplemented, "Method not found!", {}};
   return found->second.accept(std::move(call));
@@ -56,39 +54,41 @@ void Router::count(std::string_view path, Code code) {
   core_.statistics.count(found->second.name, code);
 }
 
+void Router::plain(const std::string& path, std::size_t bytes, UnaryBehaviour behaviour) {
+  const std::string name = path.substr(path.rfind('/') + 1);
+  methods_[path] = {name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) {
+                      return Accepted(grpc::Reception{
+                          unary_handler(core_, std::move(call), name, {}, behaviour), bytes});
+                    }};
+}
+
+void Router::admitted(const std::string& path, std::size_t bytes, UnaryBehaviour behaviour) {
+  const std::string name = path.substr(path.rfind('/') + 1);
+  methods_[path] = {
+      name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
+        auto place = Admitted::admit(core_, call->info().arrived, call->info().deadline);
+        if (auto* refused = std::get_if<Status>(&place)) return std::move(*refused);
+        return grpc::Reception{unary_handler(core_, std::move(call), name,
+                                             std::move(std::get<Admitted>(place)), behaviour),
+                               bytes};
+      }};
+}
+
+void Router::stream(const std::string& path, MakeHandler make) {
+  methods_[path] = {
+      path.substr(path.rfind('/') + 1), [this, make](std::shared_ptr<grpc::Call> call) -> Accepted {
+        if (core_.scheduler.draining()) return schedule::shutting_down();
+        return grpc::Reception{make(core_, std::move(call)), core_.limits.max_message_bytes};
+      }};
+}
+
 void Router::add_attention() {
   const std::size_t whole = core_.limits.max_message_bytes;
-  // A method that computes: admitted by its headers.
-  const auto admitted = [this](const std::string& path, std::size_t bytes,
-                               UnaryBehaviour behaviour) {
-    const std::string name = path.substr(path.rfind('/') + 1);
-    methods_[path] = {
-        name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
-          auto place = Admitted::admit(core_, call->info().arrived, call->info().deadline);
-          if (auto* refused = std::get_if<Status>(&place)) return std::move(*refused);
-          return grpc::Reception{unary_handler(core_, std::move(call), name,
-                                               std::move(std::get<Admitted>(place)), behaviour),
-                                 bytes};
-        }};
-  };
-  const auto plain = [this](const std::string& path, std::size_t bytes, UnaryBehaviour behaviour) {
-    const std::string name = path.substr(path.rfind('/') + 1);
-    methods_[path] = {
-        name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
-          return grpc::Reception{unary_handler(core_, std::move(call), name, {}, behaviour), bytes};
-        }};
-  };
   admitted(kAttention + "Attend", whole, attend(core_));
   const std::size_t token_bytes = std::min(whole, kTokensBytes);
   admitted(kAttention + "AttendTokens", token_bytes,
            handled(core_.tokens, kAttention + "AttendTokens"));
-  methods_[kAttention + "AttendStream"] = {
-      "AttendStream", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
-        if (core_.scheduler.draining()) {
-          return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
-        }
-        return grpc::Reception{attend_stream_handler(core_, std::move(call)), whole};
-      }};
+  stream(kAttention + "AttendStream", attend_stream_handler);
   methods_[kAttention + "PutTensor"] = {
       "PutTensor", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
         return grpc::Reception{put_tensor_handler(core_, std::move(call)), whole};
@@ -107,25 +107,13 @@ void Router::add_attention() {
   for (const char* name : {"ListModels", "GetModel", "ServerInfo"}) {
     plain(kAttention + name, kControlBytes, handled(core_.control, kAttention + name));
   }
-  admitted(kInference + "ModelInfer", whole, model_infer(core_));
 }
 
 void Router::add_inference() {
-  const std::size_t whole = core_.limits.max_message_bytes;
-  methods_[kInference + "ModelStreamInfer"] = {
-      "ModelStreamInfer", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
-        if (core_.scheduler.draining()) {
-          return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
-        }
-        return grpc::Reception{model_stream_infer_handler(core_, std::move(call)), whole};
-      }};
+  admitted(kInference + "ModelInfer", core_.limits.max_message_bytes, model_infer(core_));
+  stream(kInference + "ModelStreamInfer", model_stream_infer_handler);
   const auto controlled = [this](const std::string& name, HandlerQueue& queue) {
-    const std::string path = kInference + name;
-    methods_[path] = {
-        name, [this, name, path, &queue](std::shared_ptr<grpc::Call> call) -> Accepted {
-          return grpc::Reception{
-              unary_handler(core_, std::move(call), name, {}, handled(queue, path)), kControlBytes};
-        }};
+    plain(kInference + name, kControlBytes, handled(queue, kInference + name));
   };
   for (const char* name :
        {"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig",
@@ -156,8 +144,8 @@ void Router::add_infrastructure() {
     const std::string path =
         text("/grpc.reflection.", version, ".ServerReflection/ServerReflectionInfo");
     methods_[path] = {"", [this](std::shared_ptr<grpc::Call> call) -> Accepted {
-                        return grpc::Reception{handled_stream(core_.control, std::move(call)),
-                                               kControlBytes};
+                        return grpc::Reception{
+                            handled_stream(core_, core_.control, std::move(call)), kControlBytes};
                       }};
   }
 }

@@ -10,6 +10,7 @@
 
 #include "grpc/call.h"
 #include "services/core.h"
+#include "services/unary.h"
 
 namespace attnserve::services {
 
@@ -27,13 +28,19 @@ class Router final : public grpc::Service {
   void count(std::string_view path, Code code) override;
 
  private:
-  using Accept =
-      std::function<std::variant<grpc::Reception, Status>(std::shared_ptr<grpc::Call> call)>;
+  using Accepted = std::variant<grpc::Reception, Status>;
+  using Accept = std::function<Accepted(std::shared_ptr<grpc::Call> call)>;
+  using MakeHandler = std::unique_ptr<grpc::CallHandler> (*)(Core&, std::shared_ptr<grpc::Call>);
   struct Method {
     std::string name;  // as it is counted; empty: it is not
     Accept accept;
   };
 
+  // Methods of one request and one answer, in messages of at most `bytes`; those `admitted`
+  // compute, and need a place before the body comes.
+  void plain(const std::string& path, std::size_t bytes, UnaryBehaviour behaviour);
+  void admitted(const std::string& path, std::size_t bytes, UnaryBehaviour behaviour);
+  void stream(const std::string& path, MakeHandler make);  // that computes
   void add_attention();
   void add_inference();
   void add_infrastructure();

@@ -3,15 +3,10 @@
 #include <utility>
 
 namespace attnserve::services {
-namespace {
 
-const std::string kMethod = "AttendStream";
-const Status kShuttingDown{Code::kUnavailable, "the server is shutting down; try another one", {}};
-
-}  // namespace
-
-std::shared_ptr<StreamState> StreamState::open(Core& core, std::shared_ptr<grpc::Call> call) {
-  const std::shared_ptr<StreamState> state(new StreamState(core, std::move(call)));
+std::shared_ptr<StreamState> StreamState::open(Core& core, std::shared_ptr<grpc::Call> call,
+                                               std::string_view method) {
+  const std::shared_ptr<StreamState> state(new StreamState(core, std::move(call), method));
   state->number_ = core.streams.add([weak = std::weak_ptr(state)] {
     if (const auto open = weak.lock()) open->drain();
   });
@@ -29,15 +24,9 @@ void StreamState::started(const std::shared_ptr<schedule::RequestContext>& reque
   started_.insert(request);
 }
 
-void StreamState::answer(std::uint64_t request_id,
-                         const std::shared_ptr<schedule::RequestContext>& request,
+void StreamState::answer(const std::shared_ptr<schedule::RequestContext>& request,
                          Delivery delivery) {
-  core_.statistics.count(kMethod, delivery.status.code);
-  if (!delivery.status.ok()) {
-    delivery.messages.clear();
-    delivery.messages.push_back(
-        OutMessage::of(wire::encode_stream_error(request_id, delivery.status)));
-  }
+  count(delivery.status.code);
   std::unique_lock lock(mutex_);
   ++queued_;
   if (request && started_.erase(request) > 0) --computing_;
@@ -58,7 +47,7 @@ void StreamState::fail(Status status) {
     const std::lock_guard lock(mutex_);
     if (over_) return;
     over_ = true;
-    core_.statistics.count(kMethod, status.code);
+    count(status.code);
     call_->finish(std::move(status));
   }
   cancel_all();
@@ -72,13 +61,30 @@ void StreamState::ended(Code reason) {
     unfinished = !over_;
     over_ = true;
   }
-  if (unfinished && reason != Code::kOk) core_.statistics.count(kMethod, reason);
+  if (unfinished && reason != Code::kOk) count(reason);
   cancel_all();
+}
+
+void StreamState::pause_if_full() {
+  if (paused_ || !full()) return;
+  paused_ = true;
+  call_->pause();
+}
+
+void StreamState::all_sent() {
+  queued_ = 0;
+  if (!paused_ || full()) return;
+  paused_ = false;
+  call_->resume();
 }
 
 bool StreamState::draining() const {
   const std::lock_guard lock(mutex_);
   return draining_;
+}
+
+void StreamState::count(Code code) {
+  if (!method_.empty()) core_.statistics.count(method_, code);
 }
 
 void StreamState::drain() {
@@ -99,7 +105,7 @@ void StreamState::cancel_all() {
 void StreamState::finish_if_idle(const std::unique_lock<std::mutex>&) {
   if (over_ || unanswered_ > 0 || (!read_all_ && !draining_)) return;
   over_ = true;
-  call_->finish(read_all_ ? Status{} : kShuttingDown);
+  call_->finish(read_all_ ? Status{} : schedule::shutting_down());
 }
 
 }  // namespace attnserve::services

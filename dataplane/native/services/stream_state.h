@@ -1,10 +1,11 @@
-// What an AttendStream shares with the computations of its requests, which may outlive its handler.
+// What a stream of requests shares with their computations, which may outlive its handler.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string_view>
 #include <unordered_set>
 
 #include "grpc/call.h"
@@ -13,41 +14,49 @@
 
 namespace attnserve::services {
 
-// Any thread. Made by `open`, which lets a drain of the server reach it.
+// Any thread, unless it says so. Made by `open`, which lets a drain of the server reach it.
 class StreamState : public std::enable_shared_from_this<StreamState> {
  public:
-  static std::shared_ptr<StreamState> open(Core& core, std::shared_ptr<grpc::Call> call);
+  // `method`: as it is counted, a literal; empty: it is not.
+  static std::shared_ptr<StreamState> open(Core& core, std::shared_ptr<grpc::Call> call,
+                                           std::string_view method);
 
   // A request was announced: an answer is owed.
   void begun();
   // Its computation is about to start: it can be cancelled from now on, and takes room.
   void started(const std::shared_ptr<schedule::RequestContext>& request);
-  // Its answer or error. `request` is null if it never started.
-  void answer(std::uint64_t request_id, const std::shared_ptr<schedule::RequestContext>& request,
-              Delivery delivery);
+  // Its answer: the messages, whatever the status, which is counted. `request` is null if it never
+  // started.
+  void answer(const std::shared_ptr<schedule::RequestContext>& request, Delivery delivery);
   // The caller sends no more: the call ends with the last answer.
   void read_all();
   // The stream itself is broken: it ends now, with this status.
   void fail(Status status);
   // The call is over: nobody waits for what still runs.
   void ended(Code reason);
-  // All answers queued have left for the socket.
-  void all_sent() { queued_ = 0; }
-
   bool draining() const;
-  // Requests that compute, or whose answers have not left yet.
-  std::size_t occupied() const { return computing_ + queued_; }
   const grpc::CallInfo& info() const { return call_->info(); }
 
+  // The connection's thread: after each message, no more are taken while as many requests as are
+  // allowed compute, or wait to be sent.
+  void pause_if_full();
+  // All answers queued have left for the socket.
+  void all_sent();
+
  private:
-  StreamState(Core& core, std::shared_ptr<grpc::Call> call) : core_(core), call_(std::move(call)) {}
+  StreamState(Core& core, std::shared_ptr<grpc::Call> call, std::string_view method)
+      : core_(core), call_(std::move(call)), method_(method) {}
+  bool full() const { return computing_ + queued_ >= core_.limits.max_stream_requests; }
+  void count(Code code);
   void drain();
   void cancel_all();
   void finish_if_idle(const std::unique_lock<std::mutex>& held);
 
   Core& core_;
   const std::shared_ptr<grpc::Call> call_;
+  const std::string_view method_;
   std::uint64_t number_ = 0;  // among the open streams
+  bool paused_ = false;       // the connection's thread alone
   std::atomic<std::size_t> computing_{0}, queued_{0};
   mutable std::mutex mutex_;  // guards what follows, and the order of messages
   std::unordered_set<std::shared_ptr<schedule::RequestContext>> started_;
