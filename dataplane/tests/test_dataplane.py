@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from attnserve_dataplane import (
     DataPlane,
@@ -200,6 +201,24 @@ def test_waiting_for_what_does_not_come_ends_in_time(plane: DataPlane) -> None:
     for queue in ("control", "loading", "tokens"):
         assert plane.next_request(queue, 0.05) is None
     assert 0.1 < time.monotonic() - start < 5.0
+
+
+def test_a_request_keeps_its_plane(options: dict[str, Any]) -> None:
+    plane = DataPlane(**options)
+    plane.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port_of(plane)}") as channel:
+        call = channel.unary_unary(
+            "/attnserve.v1.AttentionService/ServerInfo",
+            request_serializer=None,
+            response_deserializer=None,
+        )
+        answer = call.future(b"")
+        request = plane.next_request("control", 10.0)
+        assert request is not None
+        del plane
+        gc.collect()
+        request.answer(b"still here")
+        assert answer.result(timeout=10) == b"still here"
 
 
 def test_a_plane_drains_once_and_stays_so(plane: DataPlane) -> None:

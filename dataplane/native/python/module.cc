@@ -42,12 +42,6 @@ Bytes bytes_of(const nb::bytes& given) {
   return bytes;
 }
 
-// A data plane, the arrival times of its requests, and its log on its way to Python.
-struct Plane {
-  explicit Plane(const nb::kwargs& given) : plane(options_of(given)) {}
-  DataPlane plane;
-};
-
 LogQueue& log_queue() {
   static auto* queue = new LogQueue();  // outlives every thread that may still log at exit
   return *queue;
@@ -97,7 +91,7 @@ double since_epoch(TimePoint time) { return seconds(time.time_since_epoch()); }
 
 TimePoint time_of(double since) { return TimePoint(seconds_of(since)); }
 
-nb::dict attend_tokens(Plane& self, const std::shared_ptr<HandledRequest>& request,
+nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& request,
                        std::shared_ptr<engine::Model> model, const std::string& variant,
                        const std::vector<std::vector<std::int64_t>>& source,
                        const std::vector<std::vector<std::int64_t>>& target,
@@ -115,8 +109,8 @@ nb::dict attend_tokens(Plane& self, const std::shared_ptr<HandledRequest>& reque
   services::TokensOutcome outcome;
   {
     const nb::gil_scoped_release released;
-    outcome = self.plane.attend_tokens(std::move(work), request->request, request->request->arrived,
-                                       working_bytes);
+    outcome = self.attend_tokens(std::move(work), request->request, request->request->arrived,
+                                 working_bytes);
   }
   nb::dict arrays;
   for (std::size_t index = 0; index < outputs.size(); ++index) {
@@ -141,8 +135,8 @@ std::tuple<std::vector<std::uint64_t>, double> histogram_of(const services::Hist
   return {std::vector<std::uint64_t>(from.counts.begin(), from.counts.end()), from.sum};
 }
 
-nb::dict infer_counts(Plane& self, const std::string& model, std::int64_t version) {
-  const services::InferCounts counts = self.plane.core.statistics.of(model, version);
+nb::dict infer_counts(DataPlane& self, const std::string& model, std::int64_t version) {
+  const services::InferCounts counts = self.core.statistics.of(model, version);
   nb::dict result;
   result["last_inference"] = counts.last_milliseconds;
   result["inferences"] = counts.inferences;
@@ -192,62 +186,61 @@ void bind_requests(nb::module_& module) {
 }
 
 void bind_plane(nb::module_& module) {
-  nb::class_<Plane>(module, "DataPlane", "See services/dataplane.h.")
-      .def("__init__", [](Plane* self, const nb::kwargs& given) { new (self) Plane(given); })
+  nb::class_<DataPlane>(module, "DataPlane", "See services/dataplane.h.")
+      .def("__init__", [](DataPlane* self,
+                          const nb::kwargs& given) { new (self) DataPlane(options_of(given)); })
       .def(
-          "start", [](Plane& self) { self.plane.start(); },
-          nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("addresses", [](Plane& self) { return self.plane.addresses(); })
+          "start", [](DataPlane& self) { self.start(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("addresses", [](DataPlane& self) { return self.addresses(); })
       .def(
-          "drain",
-          [](Plane& self, double timeout) { return self.plane.drain(seconds_of(timeout)); },
+          "drain", [](DataPlane& self, double timeout) { return self.drain(seconds_of(timeout)); },
           "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("draining", [](Plane& self) { return self.plane.core.scheduler.draining(); })
+      .def_prop_ro("draining", [](DataPlane& self) { return self.core.scheduler.draining(); })
       .def(
           "load",
-          [](Plane& self, const engine::ModelFacts& facts,
+          [](DataPlane& self, const engine::ModelFacts& facts,
              std::vector<engine::VariantFacts> variants, std::vector<engine::Pick> picks) {
             return std::const_pointer_cast<engine::Model>(
-                self.plane.load(facts, std::move(variants), std::move(picks)));
+                self.load(facts, std::move(variants), std::move(picks)));
           },
           "facts"_a, "variants"_a, "picks"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "put_models",
-          [](Plane& self, const std::string& name,
+          [](DataPlane& self, const std::string& name,
              const std::vector<std::shared_ptr<engine::Model>>& models) {
-            self.plane.core.models.put(name, {models.begin(), models.end()});
+            self.core.models.put(name, {models.begin(), models.end()});
           },
           "name"_a, "models"_a)
       .def(
           "get_model",
-          [](Plane& self, const std::string& name, const std::string& version) {
-            return std::const_pointer_cast<engine::Model>(
-                self.plane.core.models.get(name, version));
+          [](DataPlane& self, const std::string& name, const std::string& version) {
+            return std::const_pointer_cast<engine::Model>(self.core.models.get(name, version));
           },
           "name"_a, "version"_a)
       .def(
           "next_request",
-          [](Plane& self, const std::string& queue, double timeout) {
-            services::HandlerQueue& from = queue == "tokens"    ? self.plane.core.tokens
-                                           : queue == "loading" ? self.plane.core.loading
-                                                                : self.plane.core.control;
+          [](DataPlane& self, const std::string& queue, double timeout) {
+            services::HandlerQueue& from = queue == "tokens"    ? self.core.tokens
+                                           : queue == "loading" ? self.core.loading
+                                                                : self.core.control;
             return from.pop(seconds_of(timeout));
           },
-          "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+          // What a request holds is the plane's.
+          "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>(), nb::keep_alive<0, 1>())
       .def("attend_tokens", &attend_tokens, "request"_a, "model"_a, "variant"_a, "source"_a,
            "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
       .def("requests",
-           [](Plane& self) {
+           [](DataPlane& self) {
              std::vector<std::tuple<std::string, std::string, std::uint64_t>> rows;
-             for (const auto& [key, count] : self.plane.core.statistics.requests()) {
+             for (const auto& [key, count] : self.core.statistics.requests()) {
                rows.emplace_back(key.first, std::string(name_of(key.second)), count);
              }
              return rows;
            })
       .def("variants",
-           [](Plane& self) {
+           [](DataPlane& self) {
              nb::list rows;
-             for (const auto& [key, counts] : self.plane.core.statistics.variants()) {
+             for (const auto& [key, counts] : self.core.statistics.variants()) {
                rows.append(nb::make_tuple(key.first, key.second, histogram_of(counts.deserialize),
                                           histogram_of(counts.queue), histogram_of(counts.compute),
                                           histogram_of(counts.batches), counts.sequences));
@@ -256,21 +249,20 @@ void bind_plane(nb::module_& module) {
            })
       .def("infer_counts", &infer_counts, "model"_a, "version"_a)
       .def("count_inference",
-           [](Plane& self, const std::string& model, std::int64_t version, std::int64_t sequences,
-              double arrived, double validated, double started, double ended, std::int64_t together,
-              bool leads) {
+           [](DataPlane& self, const std::string& model, std::int64_t version,
+              std::int64_t sequences, double arrived, double validated, double started,
+              double ended, std::int64_t together, bool leads) {
              const services::Spans spans{time_of(arrived), time_of(validated), time_of(started),
                                          time_of(ended),   together,           leads};
-             self.plane.core.statistics.inferred(model, version, spans, sequences, Clock::now());
+             self.core.statistics.inferred(model, version, spans, sequences, Clock::now());
            })
       .def("count_failed_inference",
-           [](Plane& self, const std::string& model, std::int64_t version, double arrived) {
-             self.plane.core.statistics.infer_failed(model, version,
-                                                     Clock::now() - time_of(arrived));
+           [](DataPlane& self, const std::string& model, std::int64_t version, double arrived) {
+             self.core.statistics.infer_failed(model, version, Clock::now() - time_of(arrived));
            })
       .def("gauges",
-           [](Plane& self) {
-             services::Core& core = self.plane.core;
+           [](DataPlane& self) {
+             services::Core& core = self.core;
              return std::map<std::string, double>{
                  {"waiting", static_cast<double>(core.scheduler.waiting())},
                  {"running", static_cast<double>(core.scheduler.running())},
@@ -279,21 +271,21 @@ void bind_plane(nb::module_& module) {
                  {"bytes_in_flight", static_cast<double>(core.budget.lent())},
                  {"stored_bytes", static_cast<double>(core.stored.bytes())},
                  {"shared_bytes", static_cast<double>(core.regions.mapped_bytes())},
-                 {"connections", static_cast<double>(self.plane.connections())},
+                 {"connections", static_cast<double>(self.connections())},
              };
            })
       .def(
           "add_region",
-          [](Plane& self, const std::string& name, const std::string& key, std::uint64_t offset,
+          [](DataPlane& self, const std::string& name, const std::string& key, std::uint64_t offset,
              std::uint64_t byte_size, const std::string& peer) {
-            self.plane.core.regions.add(name, key, offset, byte_size, sessions::owner_of(peer));
+            self.core.regions.add(name, key, offset, byte_size, sessions::owner_of(peer));
           },
           nb::call_guard<nb::gil_scoped_release>())
       .def("region_view",
-           [](Plane& self, const std::string& name, std::uint64_t offset, std::uint64_t byte_size,
-              const std::string& peer) {
+           [](DataPlane& self, const std::string& name, std::uint64_t offset,
+              std::uint64_t byte_size, const std::string& peer) {
              auto* view = new sessions::RegionView(
-                 self.plane.core.regions.view(name, offset, byte_size, sessions::owner_of(peer)));
+                 self.core.regions.view(name, offset, byte_size, sessions::owner_of(peer)));
              nb::capsule owner(view, [](void* held) noexcept {
                delete static_cast<sessions::RegionView*>(held);  // the capsule is its one owner
              });
@@ -301,17 +293,17 @@ void bind_plane(nb::module_& module) {
                                                                       {view->bytes.size()}, owner);
            })
       .def("remove_region",
-           [](Plane& self, const std::string& name, const std::string& peer) {
-             self.plane.core.regions.remove(name, sessions::owner_of(peer));
+           [](DataPlane& self, const std::string& name, const std::string& peer) {
+             self.core.regions.remove(name, sessions::owner_of(peer));
            })
       .def("remove_regions",
-           [](Plane& self, const std::string& peer) {
-             self.plane.core.regions.remove_all(sessions::owner_of(peer));
+           [](DataPlane& self, const std::string& peer) {
+             self.core.regions.remove_all(sessions::owner_of(peer));
            })
-      .def("regions", [](Plane& self, const std::string& name, const std::string& peer) {
+      .def("regions", [](DataPlane& self, const std::string& name, const std::string& peer) {
         std::vector<std::tuple<std::string, std::string, std::uint64_t, std::uint64_t>> rows;
         for (const sessions::RegionStatus& region :
-             self.plane.core.regions.status(name, sessions::owner_of(peer))) {
+             self.core.regions.status(name, sessions::owner_of(peer))) {
           rows.emplace_back(region.name, region.key, region.offset, region.byte_size);
         }
         return rows;
