@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from attnserve_dataplane import Model, RequestError
 from attnserve_server.app import AttentionServer
 from attnserve_server.settings import Settings
 from tritonclient.grpc import service_pb2 as oip
@@ -66,6 +67,25 @@ def test_a_model_is_unloaded_and_loaded_again(
     control.load_model("causal")
     assert running.store.versions("causal") == [1]
     np.testing.assert_allclose(infer(control, "causal"), 1, atol=1e-6)
+
+
+def test_a_model_that_is_unloaded_while_it_is_looked_up_is_unloaded(
+    running: AttentionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane = running.plane
+
+    class UnloadsMeanwhile:
+        """The data plane; a model goes just after it was found."""
+
+        def get_model(self, name: str, version: str) -> Model:
+            found = plane.get_model(name, version)
+            monkeypatch.undo()
+            running.store.put(name, [])
+            return found
+
+    monkeypatch.setattr(running.store, "_plane", UnloadsMeanwhile())
+    with pytest.raises(RequestError, match="causal is unloaded"):
+        running.store.get("causal", "")
 
 
 def test_models_that_appear_in_the_repository_can_be_loaded(

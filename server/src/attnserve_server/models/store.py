@@ -79,8 +79,10 @@ class ModelStore:
         Raises:
             attnserve_dataplane.RequestError: there is none, or it was unloaded.
         """
-        core = self._plane.get_model(name, version)
-        return self._loaded[core.name, core.version]
+        while True:
+            core = self._plane.get_model(name, version)
+            if model := self._loaded.get((core.name, core.version)):
+                return model  # else it was unloaded meanwhile, and the data plane says so
 
     def put(self, name: str, models: Iterable[LoadedModel]) -> None:
         """Have these versions of a model and no others; with none, it is unloaded."""
