@@ -47,6 +47,7 @@ wheels: $(STAMP) ## self-contained wheels of all distributions, in dist/
 
 bench: $(STAMP) ## the benchmarks; figures in reports/
 	$(BIN)/python benchmarks/serving.py --json reports/serving.json --plots reports/serving
+	$(BIN)/python benchmarks/dataplane.py --json reports/dataplane.json
 	$(BIN)/python benchmarks/kernels.py --json reports/kernels.json --plots reports/kernels
 	$(BIN)/python benchmarks/tokens.py --json reports/tokens.json
 
