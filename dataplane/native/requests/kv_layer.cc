@@ -92,7 +92,7 @@ void check_query(const wire::AttendLayer& message, const StepShape& step, const 
 
 }  // namespace
 
-bool takes_key(const StepShape& step, const KvLayer& layer) {
+bool takes_key(const StepShape& step, const sessions::LayerSpec& layer) {
   return !layer.cross || step.cross_tokens != 0;
 }
 
@@ -101,7 +101,7 @@ LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
   if (message.layer >= step.layers.size()) {
     refuse("layer", std::to_string(message.layer), text("0..", step.layers.size() - 1));
   }
-  const KvLayer& layer = step.layers[message.layer];
+  const sessions::LayerSpec& layer = step.layers[message.layer];
   check_there(message, takes_key(step, layer));
   LayerPart part;
   part.layer = message.layer;

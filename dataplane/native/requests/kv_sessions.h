@@ -2,7 +2,6 @@
 // other. What a session holds, and whether it is there, the store knows (sessions/).
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -10,76 +9,51 @@
 #include <string_view>
 #include <vector>
 
-#include "base/memory.h"
 #include "engine/model.h"
 #include "requests/attend.h"
 #include "requests/limits.h"
-#include "sessions/page_layout.h"
+#include "sessions/kv_spec.h"
 #include "wire/kv_sessions.h"
 
 namespace attnserve::requests {
 
-constexpr std::int64_t kMostLayers = 1024;
-constexpr std::int64_t kMostSessionTokens = 1 << 24;  // that one session may grow to
-constexpr std::size_t kHashBytes = 32;
 constexpr std::string_view kPagedVariant = "paged";  // the one that reads pages
 
-// Says which tokens are in a page.
-using PrefixHash = std::array<std::byte, kHashBytes>;
-
-// All values below need the message no more.
-
-struct KvLayer {
-  std::int64_t window = 0;  // keys up to its own that a query sees; 0: all
-  std::int64_t kept_first = 0;
-  bool cross = false;
-  bool operator==(const KvLayer&) const = default;
+// A model that can be computed on pages.
+struct KvModel {
+  engine::ModelPtr model;
+  const engine::Variant* paged = nullptr;  // of the model
 };
 
-// What a session may grow to, and what it is promised. Zeros: not said.
-struct KvRoom {
-  std::int64_t max_tokens = 0, reserved_tokens = 0;
-  bool operator==(const KvRoom&) const = default;
-};
+// The model of sessions that were opened or exported before. Throws RequestError: NOT_FOUND or
+// UNAVAILABLE, it is not here; FAILED_PRECONDITION, it is another one now.
+KvModel kv_model(const sessions::SessionSpec& spec, const Context& context);
 
 struct OpenPlan {
-  struct Session {
-    KvRoom room;
-    std::int64_t cross_tokens = 0;
-    std::vector<PrefixHash> prefix_hashes;
-  };
-  engine::ModelPtr model;
-  const engine::Variant* paged = nullptr;
-  sessions::CacheType cache_type = sessions::CacheType::kFp32;
-  std::vector<KvLayer> layers;  // each of them
-  std::vector<Session> opened;  // in the order of the request
+  KvModel model;
+  sessions::SessionSpec spec;
+  std::vector<sessions::NewSession> opened;  // in the order of the request
 };
 
-// `page_tokens`: of a page, at least 1. Throws RequestError: NOT_FOUND, INVALID_ARGUMENT, or
+// `page_tokens`: of a page. Throws RequestError: NOT_FOUND, INVALID_ARGUMENT, or
 // FAILED_PRECONDITION for a model that keeps no sessions, or not of such layers.
 OpenPlan plan_open(const wire::OpenSessions& message, const Context& context,
-                   std::int64_t page_tokens);
+                   std::size_t page_tokens);
 
 struct StepPlan {
-  struct Session {
-    std::string id;
-    std::int64_t new_tokens = 0, cross_tokens = 0;
-    std::vector<std::int32_t> parents;  // none: no tree
-    std::vector<PrefixHash> prefix_hashes;
-  };
   std::uint64_t step_id = 0;
   std::uint32_t priority = kNormal;
-  std::vector<Session> sessions;
-  std::int64_t tokens = 0, cross_tokens = 0;  // of all sessions
+  std::vector<sessions::SessionStep> sessions;  // views into the message
+  std::int64_t tokens = 0, cross_tokens = 0;    // of all sessions
 };
 
 // Throws RequestError INVALID_ARGUMENT.
 StepPlan plan_step(const wire::BeginStep& message, const Limits& limits);
 
-// What the layers of a step are, as `opened` and `begun`. Views.
+// What the layers of a step are like. Views.
 struct StepShape {
   const engine::ModelFacts& model;
-  std::span<const KvLayer> layers;
+  std::span<const sessions::LayerSpec> layers;
   std::int64_t tokens = 0, cross_tokens = 0;  // of all sessions
 };
 
@@ -97,7 +71,7 @@ struct LayerPart {
 };
 
 // Whether a layer takes key and value in this step; a cross layer does not, once they are there.
-bool takes_key(const StepShape& step, const KvLayer& layer);
+bool takes_key(const StepShape& step, const sessions::LayerSpec& layer);
 
 // Throws RequestError INVALID_ARGUMENT, or RESOURCE_EXHAUSTED for tensors of more bytes than are
 // allowed.
@@ -109,7 +83,7 @@ LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
 // empty. They throw INVALID_ARGUMENT.
 void check_session_id(std::string_view session_id);
 void check_commit(const wire::CommitTree& message);
-KvRoom check_fork(const wire::ForkSession& message);
-KvRoom check_import(const wire::ImportSession& message);
+sessions::Growth check_fork(const wire::ForkSession& message);
+sessions::Growth check_import(const wire::ImportSession& message);
 
 }  // namespace attnserve::requests

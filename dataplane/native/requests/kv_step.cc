@@ -32,19 +32,15 @@ void check_parents(const std::string& field, const wire::SessionStep& message) {
   }
 }
 
-StepPlan::Session checked_session(const std::string& field, const wire::SessionStep& message,
-                                  const Limits& limits) {
-  StepPlan::Session session;
+sessions::SessionStep checked_session(const std::string& field, const wire::SessionStep& message,
+                                      std::uint64_t most) {
   if (message.session_id.empty()) refuse(text(field, ".session_id"), "nothing", kSessionIds);
-  session.id = message.session_id;
-  session.new_tokens =
-      checked_tokens(text(field, ".new_tokens"), message.new_tokens, 1, limits.max_seq_len);
-  session.cross_tokens =
-      checked_tokens(text(field, ".cross_tokens"), message.cross_tokens, 0, limits.max_seq_len);
+  checked_tokens(text(field, ".new_tokens"), message.new_tokens, 1, most);
+  checked_tokens(text(field, ".cross_tokens"), message.cross_tokens, 0, most);
   if (!message.parents.empty()) check_parents(field, message);
-  session.parents = message.parents;
-  session.prefix_hashes = checked_hashes(text(field, ".prefix_hashes"), message.prefix_hashes);
-  return session;
+  return {message.session_id, message.new_tokens, message.parents,
+          checked_hashes(text(field, ".prefix_hashes"), message.prefix_hashes),
+          message.cross_tokens};
 }
 
 void check_total(std::string_view letter, std::string_view field, std::int64_t total,
@@ -77,9 +73,10 @@ StepPlan plan_step(const wire::BeginStep& message, const Limits& limits) {
              text(shown(session.session_id), ", as sessions[", first->second, "] has"),
              "each session once");
     }
-    plan.sessions.push_back(checked_session(field, session, limits));
-    plan.tokens += plan.sessions.back().new_tokens;
-    plan.cross_tokens += plan.sessions.back().cross_tokens;
+    plan.sessions.push_back(
+        checked_session(field, session, static_cast<std::uint64_t>(limits.max_seq_len)));
+    plan.tokens += session.new_tokens;
+    plan.cross_tokens += session.cross_tokens;
   }
   check_total("T", "new_tokens", plan.tokens, limits);
   check_total("C", "cross_tokens", plan.cross_tokens, limits);

@@ -1,6 +1,6 @@
 #include <doctest/doctest.h>
 
-#include <deque>
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
@@ -12,7 +12,7 @@
 namespace attnserve::requests {
 namespace {
 
-constexpr std::int64_t kPageTokens = 16;
+constexpr std::size_t kPageTokens = 16;
 
 void add_paged(World& world, engine::ModelFacts facts, bool on_cuda = false) {
   const auto model = model_of(std::move(facts));
@@ -55,9 +55,9 @@ wire::OpenSessions opening() {
   return open;
 }
 
-const std::vector<std::byte> kHashes(300 * kHashBytes, std::byte{7});
+const std::vector<std::byte> kHashes(300 * sessions::kPageHashBytes, std::byte{7});
 
-ByteSpan hashes(std::size_t pages) { return {kHashes.data(), pages * kHashBytes}; }
+ByteSpan hashes(std::size_t pages) { return {kHashes.data(), pages * sessions::kPageHashBytes}; }
 
 template <class Message>
 struct Refusal {
@@ -166,15 +166,17 @@ TEST_CASE("layers are each as said, as one says for all, or as the model") {
     open.model = model;
     open.num_layers = 3;
     open.layers = std::move(specs);
-    return plan_open(open, world.context(), kPageTokens).layers;
+    return plan_open(open, world.context(), kPageTokens).spec.layers;
   };
-  using Layers = std::vector<KvLayer>;
-  CHECK(layers("llama", {}) == Layers(3));
-  CHECK(layers("windowed", {}) == Layers(3, {100, 0, false}));
-  CHECK(layers("windowed", {windowed(0)}) == Layers(3));
-  CHECK(layers("llama", {windowed(32, 4)}) == Layers(3, {32, 4, false}));
+  using Layers = std::vector<sessions::LayerSpec>;
+  // Of the keys that callers count, the store does not count the query's own.
+  CHECK(layers("llama", {}) == Layers(3, {-1, 0, false}));
+  CHECK(layers("windowed", {}) == Layers(3, {99, 0, false}));
+  CHECK(layers("windowed", {windowed(0)}) == Layers(3, {-1, 0, false}));
+  CHECK(layers("llama", {windowed(1)}) == Layers(3, {0, 0, false}));
+  CHECK(layers("llama", {windowed(32, 4)}) == Layers(3, {31, 4, false}));
   CHECK(layers("windowed", {windowed(32, 4), {}, {std::nullopt, 2, false}}) ==
-        Layers{{32, 4, false}, {100, 0, false}, {100, 2, false}});
+        Layers{{31, 4, false}, {99, 0, false}, {99, 2, false}});
 }
 
 TEST_CASE("sessions are planned as they were asked for") {
@@ -182,18 +184,49 @@ TEST_CASE("sessions are planned as they were asked for") {
   wire::OpenSessions open = opening();
   open.sessions = {{64, 0, hashes(2), 0}, {1 << 24, 5, {}, 0}};
   const OpenPlan plan = plan_open(open, world.context(), kPageTokens);
-  CHECK(plan.model->facts.name == "llama");
-  CHECK(plan.paged->name() == "paged");
+  CHECK(plan.model.model->facts.name == "llama");
+  CHECK(plan.model.paged->name() == "paged");
+  CHECK(plan.spec.model == "llama");
+  CHECK(plan.spec.version == "1");
+  CHECK(plan.spec.layout == sessions::PageLayout{2, 8, 6, sessions::CacheType::kFp32, 16});
   REQUIRE(plan.opened.size() == 2);
-  CHECK(plan.opened[0].room == KvRoom{64, 64});
+  CHECK(plan.opened[0].max_tokens == 64);
+  CHECK(plan.opened[0].reserved_tokens == 0);
   CHECK(plan.opened[0].prefix_hashes.size() == 2);
-  CHECK(plan.opened[0].prefix_hashes[1][31] == std::byte{7});
-  CHECK(plan.opened[1].room == KvRoom{1 << 24, 5});
+  CHECK(plan.opened[0].prefix_hashes[1][31] == 7);
+  CHECK(plan.opened[1].max_tokens == 1 << 24);
+  CHECK(plan.opened[1].reserved_tokens == 5);
 
   open.model = "encoder";
   open.layers = {cross()};
   open.sessions = {{64, 0, {}, 20}};
   CHECK(plan_open(open, world.context(), kPageTokens).opened[0].cross_tokens == 20);
+}
+
+TEST_CASE("the model of a session is found again, if it is still the same") {
+  Paged world;
+  const sessions::SessionSpec spec = plan_open(opening(), world.context(), kPageTokens).spec;
+  const auto found = [&](const sessions::SessionSpec& sought) {
+    return kv_model(sought, world.context());
+  };
+  CHECK(found(spec).model->facts.name == "llama");
+  CHECK(found(spec).paged->name() == "paged");
+  sessions::SessionSpec other = spec;
+  other.model = "nope";
+  CHECK(status_thrown([&] { found(other); }).code == Code::kNotFound);
+  other = spec;
+  other.layout.head_dim = 16;
+  const Status status = status_thrown([&] { found(other); });
+  CHECK(status.code == Code::kFailedPrecondition);
+  CHECK(status.message ==
+        "model: llama version 1 has other heads or another mask than the session: num_kv_heads 2, "
+        "head_dim 16, value_head_dim 6; allowed: the model that it was opened with");
+  other = spec;
+  other.model = "encoder";
+  other.layout = {4, 8, 8, sessions::CacheType::kFp16, kPageTokens};
+  CHECK(status_thrown([&] { found(other); }).code == Code::kFailedPrecondition);
+  for (sessions::LayerSpec& layer : other.layers) layer.cross = true;
+  CHECK(status_thrown([&] { found(other); }).ok());
 }
 
 TEST_CASE("a cache is of the type asked for, or of the model's") {
@@ -206,7 +239,7 @@ TEST_CASE("a cache is of the type asked for, or of the model's") {
       open.sessions[0].cross_tokens = 1;
     }
     open.cache_type = number;
-    return plan_open(open, world.context(), kPageTokens).cache_type;
+    return plan_open(open, world.context(), kPageTokens).spec.layout.type;
   };
   using sessions::CacheType;
   CHECK(type("llama", 0) == CacheType::kFp32);
@@ -289,7 +322,7 @@ TEST_CASE("a step has the tokens of its sessions") {
   CHECK(plan.sessions[0].new_tokens == 4);
   CHECK(plan.sessions[0].prefix_hashes.size() == 1);
   CHECK(plan.sessions[0].parents.empty());
-  CHECK(plan.sessions[1].parents == std::vector<std::int32_t>{-1, 0, 0});
+  CHECK(std::ranges::equal(plan.sessions[1].parents, std::vector<std::int32_t>{-1, 0, 0}));
 }
 
 using Attend = wire::AttendLayer;
@@ -324,7 +357,7 @@ class Layers {
  private:
   Request request_;
   engine::ModelFacts facts_ = core_facts("llama");
-  std::vector<KvLayer> layers_{{}, {32, 4, false}, {0, 0, true}};
+  std::vector<sessions::LayerSpec> layers_{{}, {31, 4, false}, {-1, 0, true}};
   std::int64_t cross_tokens_;
 };
 
@@ -475,9 +508,11 @@ TEST_CASE("other bad actions are refused") {
   CHECK(status_thrown([] { check_commit({"id", {0, 2, 2}}); }).message ==
         "accepted[2]: given 2; allowed: more than 2, its parent's index");
   CHECK(status_thrown([] { check_fork({"", {}, 0, 0, 0}); }).message == no_id);
-  CHECK(check_fork({"id", 3, 0, 0, 0}) == KvRoom{0, 0});
-  CHECK(check_fork({"id", 3, 64, 0, 0}) == KvRoom{64, 0});
-  CHECK(check_fork({"id", 3, 0, 32, 0}) == KvRoom{0, 32});
+  const sessions::Growth growth = check_fork({"id", 3, 64, 32, 0});
+  CHECK(growth.max_tokens == 64);
+  CHECK(growth.reserved_tokens == 32);
+  CHECK(check_fork({"id", {}, 0, 0, 0}).max_tokens == 0);
+  CHECK(check_fork({"id", {}, 0, 32, 0}).reserved_tokens == 32);
   CHECK(status_thrown([] { check_fork({"id", {}, 64, 65, 0}); }).message ==
         "reserved_tokens: given 65; allowed: 0..64, max_tokens");
   CHECK(status_thrown([] { check_fork({"id", {}, 0, 1ULL << 40, 0}); }).message ==
@@ -490,7 +525,7 @@ TEST_CASE("other bad actions are refused") {
   CHECK(status_thrown([&] { check_import(import); }).message ==
         "max_tokens: given 33554432; allowed: 0..16777216");
   import.max_tokens = 100;
-  CHECK(check_import(import) == KvRoom{100, 0});
+  CHECK(check_import(import).max_tokens == 100);
 }
 
 }  // namespace
