@@ -15,7 +15,8 @@
 //
 // Windows. At the end of a step a layer with a window gives back the pages that no later query can
 // see, but keeps the kTruncatable tokens before them: the last so many tokens can always be
-// truncated. Published pages among them stay cached.
+// truncated (before a prefix's end: as far as its pages were still there). Published pages among
+// them stay cached.
 //
 // Promises. A session that was opened can take steps up to its reserved tokens without finding the
 // store full. Beyond that, up to max_tokens, begin_step claims what is needed, or refuses. For
@@ -53,6 +54,7 @@ namespace attnserve::sessions {
 constexpr std::uint64_t kTruncatable = 64;
 constexpr std::uint64_t kMostTokens = std::uint64_t{1} << 24;  // of a session
 constexpr std::size_t kMostLayers = 1024;
+constexpr std::size_t kMostSessions = std::size_t{1} << 16;
 
 struct KvConfig {
   std::size_t max_bytes = 0;     // of all pages
@@ -75,6 +77,8 @@ struct KvStatistics {
   std::uint64_t prefix_pages_asked = 0, prefix_pages_found = 0;  // a token page counts once
   std::uint64_t evicted_pages = 0;
 };
+
+struct KvState;
 
 class KvSessions {
  public:
@@ -130,8 +134,13 @@ class KvSessions {
   friend class KvLayer;
   friend class KvExport;
   friend class KvImport;
-  struct State;
-  std::unique_ptr<State> state_;
+
+  SessionState fork_at(std::string_view id, const std::uint64_t* length, Growth growth,
+                       Duration lease, std::string_view owner);
+  static std::string new_id();
+  static void check_length(const KvSession& session, std::uint64_t length);
+
+  std::unique_ptr<KvState> state_;
 };
 
 }  // namespace attnserve::sessions

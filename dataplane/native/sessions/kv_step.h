@@ -26,6 +26,7 @@ struct LayerSequence {
 // KvSessions outlives it. What can be read is constant from the start: any thread.
 class KvStep {
  public:
+  KvStep(KvSessions& store, SessionSpecPtr spec, std::size_t size);  // by KvSessions alone
   ~KvStep();
   KvStep(const KvStep&) = delete;
   KvStep& operator=(const KvStep&) = delete;
@@ -45,16 +46,20 @@ class KvStep {
  private:
   friend class KvSessions;
   friend class KvLayer;
-  KvStep(KvSessions& store, SessionSpecPtr spec) : store_(&store), spec_(std::move(spec)) {}
-
   enum class Layer : std::uint8_t { kWaiting, kRunning, kDone };
+
+  void add(const KvSession& session, const SessionStep& asked);
+  void add_trees(std::span<const SessionStep> sessions);
+  void end();      // under the lock, all layers being done
+  void abandon();  // under the lock
 
   KvSessions* store_;
   SessionSpecPtr spec_;
   std::vector<std::shared_ptr<KvSession>> sessions_;
   std::vector<std::int64_t> lengths_, starts_, cross_starts_, parents_;
   // Guarded by the lock of KvSessions:
-  std::vector<std::vector<PageHash>> chains_;  // keys of the pages that each session fills
+  std::vector<std::vector<PageHash>> chains_;     // of pages that each session fills, if any
+  std::vector<std::vector<std::int32_t>> trees_;  // of each session, if any has one
   std::vector<Layer> layers_;
   std::size_t layers_left_ = 0;
 };
@@ -67,7 +72,7 @@ class KvLayer {
   KvLayer& operator=(KvLayer&&) = delete;
   ~KvLayer();  // not done: the layer can be begun again
 
-  const KvStep& step() const { return *step_; }
+  const KvStep& step() const { return *step_; }  // until done
   std::size_t layer() const { return layer_; }
   std::span<const LayerSequence> sequences() const { return sequences_; }  // [S]
 
@@ -77,10 +82,9 @@ class KvLayer {
 
  private:
   friend class KvSessions;
-  KvLayer(std::shared_ptr<KvStep> step, std::size_t layer)
-      : step_(std::move(step)), layer_(layer) {}
+  explicit KvLayer(std::size_t layer) : layer_(layer) {}
 
-  std::shared_ptr<KvStep> step_;  // empty once done, or moved from
+  std::shared_ptr<KvStep> step_;  // empty unless the layer is running
   std::size_t layer_;
   std::vector<LayerSequence> sequences_;
 };

@@ -9,7 +9,7 @@
 //   20  4  zero
 //   24  8  bytes of the payload
 //   32  16 random, the same in all chunks of one export
-//   48  16 the beginning of SHA-256 of bytes 0 to 48 and the payload
+//   48  16 the beginning of SHA-256 of bytes 0 to 48 and the SHA-256 of the payload
 //
 // The payload of chunk 0 says what the session is: see write_description in kv_transfer.cc. The
 // others together are the pages of layer 0, 1, ..., each layer's in order, without those that its
@@ -22,6 +22,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/memory.h"
 #include "sessions/kv_spec.h"
 
@@ -42,6 +43,27 @@ struct ExportedSession {
 // chunk; FAILED_PRECONDITION, of another version.
 ExportedSession read_exported(ByteSpan chunk);
 
+// Where in a session's pages an export or import is.
+class PageCursor {
+ public:
+  explicit PageCursor(const KvSession& session);  // lives as long
+
+  bool ended() const { return layer_ == kEnd; }
+  // Until then:
+  std::int64_t page() const;                      // its offset in the cache
+  std::size_t tokens() const;                     // from its first one to the layer's last one
+  std::size_t offset() const { return offset_; }  // in the page
+  std::size_t left_in_page() const;
+  void advance(std::size_t bytes);  // at most what is left in the page
+
+ private:
+  static constexpr std::size_t kEnd = ~std::size_t{0};
+  void skip();  // to the next page that is there
+
+  const KvSession* session_;
+  std::size_t layer_ = 0, page_ = 0, offset_ = 0;
+};
+
 // Owned by one thread at a time. KvSessions outlives it.
 class KvExport {
  public:
@@ -55,13 +77,16 @@ class KvExport {
 
  private:
   friend class KvSessions;
-  KvExport(KvSessions& store, std::shared_ptr<KvSession> snapshot);
+  KvExport(KvSessions& store, std::shared_ptr<KvSession> snapshot, std::uint64_t reserved);
+  Bytes describe() const;
+  Bytes read_pages(std::size_t most);
 
   KvSessions* store_;
   std::shared_ptr<KvSession> snapshot_;
+  std::uint64_t reserved_;  // of the session itself
   std::array<std::byte, 16> nonce_{};
+  PageCursor at_;  // what comes next
   std::uint32_t index_ = 0;
-  std::size_t layer_ = 0, page_ = 0, offset_ = 0;  // what comes next
   bool ended_ = false;
 };
 
@@ -80,13 +105,14 @@ class KvImport {
 
  private:
   friend class KvSessions;
-  KvImport(KvSessions& store, std::shared_ptr<KvSession> session);
+  KvImport(KvSessions& store, std::shared_ptr<KvSession> session, Duration lease);
 
   KvSessions* store_;
   std::shared_ptr<KvSession> session_;
+  Duration lease_;
   std::array<std::byte, 16> nonce_{};
+  PageCursor at_;  // what comes next
   std::uint32_t index_ = 0;
-  std::size_t layer_ = 0, page_ = 0, offset_ = 0;
   bool ended_ = false;
 };
 

@@ -112,20 +112,20 @@ class PageClass {
   // Slabs that keep the promises, if `more_in_use` slabs come into use.
   std::size_t slabs_needed(std::size_t more_in_use = 0) const;
   void set_place(std::uint32_t slab);
-  void give_memory(std::uint32_t slab);
-  void take_memory(std::uint32_t slab);
+  void give_back(std::uint32_t slab);  // without a page in use or cached
+  void use(PageIndex page);            // from free or cached to in use, without a reference yet
   void put_free(PageIndex page);
-  PageIndex pop_free(std::uint32_t slab);
   void put_cached(PageIndex page);
   void remove_cached(PageIndex page);
-  bool evict_one();  // false: no page that may be evicted
+  bool may_use_another_slab() const;
+  bool evict_oldest(bool anywhere);  // else of slabs in use; false: there is none
   void evict(PageIndex page);
   bool add_slab();  // false: no memory for it without giving up what is cached
 
   PageStore& store_;
   const std::size_t first_;  // offset of page 0
   const std::size_t page_bytes_, slab_pages_, most_slabs_;
-  std::deque<Page> pages_;
+  std::vector<Page> pages_;  // never moves: all that there may be are reserved
   std::vector<Slab> slabs_;
   std::set<std::uint32_t> absent_;                 // slabs that gave their memory back
   std::set<std::uint32_t> partial_;                // with pages in use and free ones
