@@ -20,7 +20,6 @@ std::string at(const char* name, std::int64_t index) {
 // all cores. Many rows take more, since each piece keeps sums for each of them; from two pieces of
 // rows on, those are parallel enough.
 std::int64_t keys_per_piece(std::int64_t rows) {
-  if (rows <= 16) return 512;
   if (rows <= 48) return 1024;
   if (rows <= kQueriesPerTask) return 4096;
   return std::int64_t{1} << 40;
