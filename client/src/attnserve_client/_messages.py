@@ -259,7 +259,7 @@ def attend_result(response: pb.AttendResponse, arrays: dict[str, Array]) -> Atte
         model=response.model,
         version=response.version,
         variant=response.variant,
-        timings=_timings(response.timings),
+        timings=timings_from(response.timings),
         **arrays,
     )
 
@@ -356,7 +356,7 @@ def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:
         model=response.model,
         version=response.version,
         variant=response.variant,
-        timings=_timings(response.timings),
+        timings=timings_from(response.timings),
         ids=[list(sequence.ids) for sequence in response.sequences],
         tokens=[list(sequence.tokens) for sequence in response.sequences],
         truncated=[sequence.truncated for sequence in response.sequences],
@@ -445,7 +445,8 @@ def server_info_from(message: pb.ServerInfoResponse) -> ServerInfo:
     )
 
 
-def _timings(message: pb.Timings) -> Timings:
+def timings_from(message: pb.Timings) -> Timings:
+    """The timings of an answer."""
     return Timings(
         deserialize=message.deserialize,
         queue=message.queue,

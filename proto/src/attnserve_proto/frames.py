@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from attnserve_proto import buffers
 from attnserve_proto.attnserve.v1 import attention_pb2 as pb
@@ -51,7 +52,11 @@ class Frame:
 
 
 def lay_out(
-    head: bytes, tensors: Sequence[tuple[int, bytes, int]], padding: int, tail: int = 0
+    head: bytes,
+    tensors: Sequence[tuple[int, bytes, int]],
+    padding: int,
+    tail: int = 0,
+    start: int = 0,
 ) -> Frame:
     """Plan a message: `head`, then tensors whose elements lie at multiples of 16, then a tail.
 
@@ -60,10 +65,11 @@ def lay_out(
         tensors: (field number, serialised dtype and shape, bytes of elements) of each.
         padding: the number, below 16, of a `bytes` field that readers ignore.
         tail: bytes to leave free at the end.
+        start: bytes that stand before it, which become no piece.
     """
-    pieces = [(0, head)] if head else []
+    pieces = [(start, head)] if head else []
     rooms = []
-    at = len(head)
+    at = start + len(head)
     for number, header, size in tensors:
         inner = header + tag(_TENSOR_DATA) + varint(size)
         piece = tag(number) + varint(len(inner) + size) + inner
@@ -71,10 +77,38 @@ def lay_out(
         if missing:
             piece = pad(padding, missing if missing > 1 else missing + ALIGNMENT) + piece
         pieces.append((at, piece))
-        start = at + len(piece)
-        at = start + size
-        rooms.append((start, at))
+        room = at + len(piece)
+        at = room + size
+        rooms.append((room, at))
     return Frame(at + tail, tuple(pieces), tuple(rooms), at)
+
+
+def lay_out_within(
+    before: bytes,
+    number: int,
+    head: bytes,
+    tensors: Sequence[tuple[int, bytes, int]],
+    padding: int,
+) -> Frame:
+    """Plan a message within another one, as its field `number` after `before`; else as `lay_out`.
+
+    How many bytes its length takes depends on the paddings in it, and those on how many bytes
+    stand before it: it is laid out for each number of bytes until one fits.
+    """
+    for width in count(1):
+        start = len(before) + len(tag(number)) + width
+        frame = lay_out(head, tensors, padding, start=start)
+        inner, pieces = frame.size - start, frame.pieces
+        if inner >= 1 << 7 * width:
+            continue
+        missing = (1 << 7 * (width - 1)) - inner if width > 1 else 0
+        if missing > 0:
+            # With one byte more before it, it needs less padding, and then a shorter length.
+            filling = pad(padding, max(2, missing))
+            pieces, inner = (*pieces, (frame.size, filling)), inner + len(filling)
+        opening = before + tag(number) + varint(inner)
+        return Frame(start + inner, ((0, opening), *pieces), frame.rooms, frame.end)
+    raise AssertionError  # a width fits
 
 
 def pad(number: int, size: int) -> bytes:

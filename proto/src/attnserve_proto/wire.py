@@ -65,7 +65,7 @@ def split(
 
 
 def locate(
-    buffer: bytes, message_type: type[MessageT], tensor_fields: Mapping[int, str]
+    buffer: Buffer, message_type: type[MessageT], tensor_fields: Mapping[int, str]
 ) -> tuple[MessageT, dict[str, tuple[int, int]]]:
     """Parse a message but for the elements of its tensors, and say where those are.
 
