@@ -212,6 +212,7 @@ def readers(size: int) -> dict[str, Call]:
 
 
 def gigabytes_per_second(size: int, timing: Timing) -> float:
+    """Of a run that reads so many bytes."""
     return size / timing.milliseconds / 1e6
 
 
@@ -258,8 +259,13 @@ def sessions(options: argparse.Namespace) -> list[dict[str, Any]]:
     for dtype in ("fp32", "int8"):
         pages = Pages(shape, dtype, lengths, options.threads)
         single = [pages.step(only=i) for i in range(len(lengths))]
+
+        def one_by_one(calls: list[Call] = single) -> None:
+            for call in calls:
+                call()
+
         timings = in_turns(
-            {"together": pages.step(), "one by one": lambda: [call() for call in single]},
+            {"together": pages.step(), "one by one": one_by_one},
             "one by one",
             seconds=options.seconds,
         )

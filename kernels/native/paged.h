@@ -64,7 +64,8 @@ struct PageLayout {
 };
 
 // One batch. Tensors are contiguous, in the order of their shapes, of type `element` unless said.
-// T new tokens of S sequences lie one after another.
+// T new tokens of S sequences lie one after another. Of the operator's inputs, key, value and
+// parents without elements count as absent.
 struct PagedProblem {
   Element element;
   PageLayout layout;

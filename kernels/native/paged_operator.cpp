@@ -90,31 +90,28 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
     context.refuse("attnserve: query: given " + std::to_string(p.num_heads) +
                    " heads; allowed: multiples of " + std::to_string(settings.num_kv_heads));
   p.num_tokens = query.shape[0];
-  context.require((key.data == nullptr) == (value.data == nullptr),
-                  "attnserve: key, value: one of them is absent; allowed: both or none");
-  if (key.data != nullptr) {
+  p.attends = true;
+  const std::int64_t new_keys = key.shape.empty() ? 0 : key.shape[0];
+  context.require((new_keys > 0) == (!value.shape.empty() && value.shape[0] > 0),
+                  "attnserve: key, value: one of them is absent or empty; allowed: both or none");
+  if (new_keys > 0) {
     // New keys and values may come without queries, to be stored alone.
-    const std::int64_t tokens = p.num_tokens > 0 || key.shape.empty() ? p.num_tokens : key.shape[0];
-    require_shape(context, "key", key, {tokens, settings.num_kv_heads, settings.head_dim});
-    require_shape(context, "value", value,
-                  {tokens, settings.num_kv_heads, settings.value_head_dim});
     p.attends = p.num_tokens > 0;
-    p.num_tokens = tokens;
-  } else {
-    p.attends = true;
+    if (!p.attends) p.num_tokens = new_keys;
+    require_shape(context, "key", key, {p.num_tokens, settings.num_kv_heads, settings.head_dim});
+    require_shape(context, "value", value,
+                  {p.num_tokens, settings.num_kv_heads, settings.value_head_dim});
+    p.key = key.data;
+    p.value = value.data;
   }
-  if (parents.data != nullptr) {
+  if (!parents.shape.empty() && parents.shape[0] > 0) {
     require_shape(context, "parents", parents, {p.num_tokens});
     context.require(p.causal, "attnserve: parents: given where spec: causal is 0; allowed: none");
+    p.parents = integers(parents);
   }
   if (slopes.data != nullptr) require_shape(context, "slopes", slopes, {p.num_heads});
 
   p.query = query.data;
-  // Empty tensors may have no data.
-  if (p.num_tokens > 0 && key.data != nullptr) {
-    p.key = key.data;
-    p.value = value.data;
-  }
   p.cache = static_cast<std::uint8_t*>(const_cast<void*>(cache.data));
   p.cache_bytes = cache.shape[0];
   p.starts = integers(starts);
@@ -122,7 +119,6 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   p.table_starts = integers(table_starts);
   p.table = integers(table);
   p.table_size = table.shape[0];
-  p.parents = integers(parents);
   p.slopes = static_cast<const float*>(slopes.data);
 
   const std::int64_t rows = query.shape[0];
