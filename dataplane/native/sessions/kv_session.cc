@@ -1,32 +1,13 @@
 #include "sessions/kv_session.h"
 
 #include <algorithm>
-#include <cstring>
 #include <new>
 #include <utility>
 
 #include "sessions/kv_sessions.h"
+#include "sessions/page_rows.h"
 
 namespace attnserve::sessions {
-
-namespace {
-
-// The first tokens of a page, bit for bit.
-void copy_tokens(const PageLayout& layout, const std::byte* from, std::byte* to,
-                 std::size_t tokens) {
-  const auto copy = [&](std::size_t at, std::size_t row_bytes) {
-    std::memcpy(to + at, from + at, tokens * row_bytes);
-  };
-  for (std::size_t head = 0; head < layout.num_kv_heads; ++head) {
-    const std::size_t row = layout.row_of(head, 0);
-    copy(layout.key_at(row), layout.key_row_bytes());
-    copy(layout.value_at(row), layout.value_row_bytes());
-    copy(layout.key_scale_at(row), layout.scale_bytes());
-    copy(layout.value_scale_at(row), layout.scale_bytes());
-  }
-}
-
-}  // namespace
 
 KvSession::KvSession(KvPlanPtr plan, PageStore& store, KvPrefixes& prefixes)
     : plan_(std::move(plan)),
@@ -191,7 +172,7 @@ bool KvSession::own(Table& table, std::size_t page, std::size_t tokens) {
   const PageIndex shared = index(table[page]);
   if (pages_.references(shared) > 1) {
     const PageIndex copy = pages_.take();
-    copy_tokens(plan_->spec.layout, data(table[page]), data(pages_.offset(copy)), tokens);
+    copy_tokens(plan_->spec.layout, data(table[page]), 0, data(pages_.offset(copy)), 0, tokens);
     table[page] = pages_.offset(copy);
     pages_.drop(shared);
     return true;

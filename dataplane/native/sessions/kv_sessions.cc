@@ -7,6 +7,7 @@
 #include "base/status.h"
 #include "base/text.h"
 #include "sessions/kv_state.h"
+#include "sessions/page_rows.h"
 
 namespace attnserve::sessions {
 
@@ -41,18 +42,7 @@ void move_rows(KvSession& session, std::span<const std::uint32_t> accepted) {
       const std::size_t from = session.length + accepted[index], to = session.length + index;
       const std::byte* source = session.data(table[from / layout.page_tokens]);
       std::byte* target = session.data(table[to / layout.page_tokens]);
-      for (std::size_t head = 0; head < layout.num_kv_heads; ++head) {
-        const std::size_t old_row = layout.row_of(head, from % layout.page_tokens);
-        const std::size_t new_row = layout.row_of(head, to % layout.page_tokens);
-        std::copy_n(source + layout.key_at(old_row), layout.key_row_bytes(),
-                    target + layout.key_at(new_row));
-        std::copy_n(source + layout.value_at(old_row), layout.value_row_bytes(),
-                    target + layout.value_at(new_row));
-        std::copy_n(source + layout.key_scale_at(old_row), layout.scale_bytes(),
-                    target + layout.key_scale_at(new_row));
-        std::copy_n(source + layout.value_scale_at(old_row), layout.scale_bytes(),
-                    target + layout.value_scale_at(new_row));
-      }
+      copy_tokens(layout, source, from % layout.page_tokens, target, to % layout.page_tokens, 1);
     }
   }
 }
@@ -114,12 +104,15 @@ std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
     KvPrefixes::append(chains[index], root, std::span(sessions[index].prefix_hashes).first(blocks));
   }
 
-  const std::scoped_lock lock(state_->mutex);
+  std::unique_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
-  state_->check_count(sessions.size(), now);
   try {
     for (std::size_t index = 0; index < sessions.size(); ++index) {
+      if (index > 0) {  // let others have a turn
+        lock.unlock();
+        lock.lock();
+      }
       const NewSession& asked = sessions[index];
       const KvSessionPtr session = state_->make(plan, owner);
       opened.push_back(session);
@@ -131,13 +124,14 @@ std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
       state_->asked += session->chain.size();
       session->adopt(state_->prefixes.find(*plan, session->chain));
       // What is cached may lie so that it does not fit where the session alone would.
-      if (session->length > 0 && !(state_->store.fits() && session->recharge())) {
+      if (session->length > 0 && !session->recharge()) {
         session->release();
         session->forget_prefix();
       }
       state_->promise(*session, text("sessions[", index, "]"), now);
       state_->found += session->length / plan->page_tokens();
     }
+    state_->check_count(opened.size(), now);
     for (std::size_t index = 0; index < opened.size(); ++index) {
       state_->add(opened[index], std::move(ids[index]), lease, now);
       states.push_back(KvState::state_of(*opened[index]));

@@ -79,7 +79,7 @@ void KvState::refuse(std::string_view field, std::size_t pages, const PageClass&
   throw RequestError({Code::kResourceExhausted,
                       text(field, ": ", pages, " pages of ", of.page_bytes(),
                            " bytes to promise; allowed: ", store.free_pages(of),
-                           " that are free, of ", most, " (--max-session-mib)"),
+                           " that are free, of ", most, " (--max-kv-mib)"),
                       pages <= most ? retry_after(expiries, now) : std::chrono::microseconds{0}});
 }
 

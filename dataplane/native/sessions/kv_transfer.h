@@ -11,7 +11,7 @@
 //   32  16 random, the same in all chunks of one export
 //   48  16 the beginning of SHA-256 of bytes 0 to 48 and the SHA-256 of the payload
 //
-// The payload of chunk 0 says what the session is: see write_description in kv_transfer.cc. The
+// The payload of chunk 0 says what the session is: see write_description in kv_chunk.cc. The
 // others together are the pages of layer 0, 1, ..., each layer's in order, without those that its
 // window gave back. A page's tokens that the session does not hold are zero.
 #pragma once

@@ -223,7 +223,7 @@ PageClass& PageStore::of_size(std::size_t page_bytes) {
   if (page_bytes > max_bytes_) {
     throw RequestError(Code::kResourceExhausted,
                        text("pages of KV sessions: of ", page_bytes,
-                            " bytes; allowed: ", max_bytes_, " together (--max-session-mib)"));
+                            " bytes; allowed: ", max_bytes_, " together (--max-kv-mib)"));
   }
   if (classes_.size() == kMostClasses) {
     throw RequestError(Code::kResourceExhausted,

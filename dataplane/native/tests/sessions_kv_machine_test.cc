@@ -76,7 +76,7 @@ class Machine {
   void expect(bool holds, const char* what) {
     if (holds) return;
     ++mismatches_;
-    MESSAGE(what);
+    MESSAGE(std::string(what));
   }
 
   // Runs an action that may find the store full. False: it did.
@@ -112,7 +112,7 @@ class Machine {
 
   // The next token: of the document, as long as all tokens before it are.
   std::uint64_t next_token(Model& model, std::size_t at) {
-    if (at >= 100 || below(200) == 0) model.off_document = true;
+    if (at >= 100 || below(1000) == 0) model.off_document = true;
     return model.off_document ? fresh_token() : mixed(model.document) + at;
   }
 
@@ -122,12 +122,12 @@ class Machine {
     model.spec = below(specs_.size());
     model.max_tokens = 1 + below(400);
     model.reserved_tokens = 1 + below(model.max_tokens);
-    model.document = below(3);
+    model.document = below(2);
     if (has_cross(model)) model.cross_tokens = 1 + below(50);
     NewSession asked{model.max_tokens, model.reserved_tokens, model.cross_tokens, {}};
     std::vector<std::uint64_t> document;
     if (!has_cross(model) && below(3) > 0) {
-      for (std::size_t at = 0; at < 16 * below(7); ++at) {
+      for (std::size_t at = 0, end = 16 * below(7); at < end; ++at) {
         document.push_back(mixed(model.document) + at);
       }
       asked.prefix_hashes = hashes_of(document, 16);
@@ -507,7 +507,7 @@ unsigned fresh_seed() {
 TEST_CASE("20,000 random operations leave each session what a plain model says, and no page") {
   const unsigned seed = fresh_seed();
   CAPTURE(seed);
-  KvSessions store(config_of(600 << 10));
+  KvSessions store(config_of(300 << 10));
   Machine machine(store, all_specs(), "me", seed);
   for (int action = 0; action < 20000; ++action) {
     machine.act();
@@ -522,7 +522,8 @@ TEST_CASE("20,000 random operations leave each session what a plain model says, 
         "truncate too far", "fork", "fork refused", "move", "close", "expire", "abandon",
         "close in a step", "prefix found", "wrong"}) {
     CHECK_MESSAGE(machine.done().contains(name), name);
-    if (std::getenv("SHOW")) MESSAGE(name, machine.done().count(name) ? machine.done().at(name) : 0);
+    if (std::getenv("SHOW"))
+      MESSAGE(name, machine.done().count(name) ? machine.done().at(name) : 0);
   }
   CHECK(store.statistics().evicted_pages > 0);
   machine.close_all();
@@ -532,7 +533,7 @@ TEST_CASE("20,000 random operations leave each session what a plain model says, 
 TEST_CASE("several callers at once on one store") {
   const unsigned seed = fresh_seed();
   CAPTURE(seed);
-  KvSessions store(config_of(900 << 10));
+  KvSessions store(config_of(700 << 10));
   std::vector<Machine> machines;
   for (unsigned caller = 0; caller < 4; ++caller) {
     // Two of them share prefixes: one owner, though each knows its own sessions alone.
