@@ -57,10 +57,10 @@ KvModel paged(engine::ModelPtr found) {
   if (model.on_cuda) {
     refuse_model(model, "runs on CUDA; allowed: models on the CPU, where sessions are kept");
   }
-  const engine::Variant* variant = model.named(kPagedVariant);
+  const engine::Variant* variant = model.named(engine::kPagedVariant);
   if (variant == nullptr) {
-    refuse_model(model, text("has no variant ", quoted(kPagedVariant),
-                             "; allowed: a model that was exported with it"));
+    refuse_model(model, text("has no variant ", quoted(engine::kPagedVariant),
+                             "; allowed: a model that has one: export it again"));
   }
   return {std::move(found), variant};
 }

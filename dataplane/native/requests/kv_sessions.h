@@ -17,8 +17,6 @@
 
 namespace attnserve::requests {
 
-constexpr std::string_view kPagedVariant = "paged";  // the one that reads pages
-
 // A model that can be computed on pages.
 struct KvModel {
   engine::ModelPtr model;

@@ -16,6 +16,8 @@
 namespace attnserve::services {
 namespace {
 
+const StreamMethod kMethod{"AttendStream", wire::encode_stream_error};
+
 // A request whose chunks are coming.
 struct Incoming {
   std::shared_ptr<schedule::RequestContext> request;
@@ -43,7 +45,7 @@ std::uint64_t chunked_bytes(const wire::AttendRequest& message) {
 class AttendStreamHandler final : public grpc::CallHandler {
  public:
   AttendStreamHandler(Core& core, std::shared_ptr<grpc::Call> call)
-      : core_(core), call_(call), state_(StreamState::open(core, std::move(call))) {}
+      : core_(core), call_(call), state_(StreamState::open(core, std::move(call), kMethod)) {}
 
   void on_message(Bytes bytes) override {
     if (over_) return;

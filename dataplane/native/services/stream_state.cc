@@ -5,13 +5,13 @@
 namespace attnserve::services {
 namespace {
 
-const std::string kMethod = "AttendStream";
 const Status kShuttingDown{Code::kUnavailable, "the server is shutting down; try another one", {}};
 
 }  // namespace
 
-std::shared_ptr<StreamState> StreamState::open(Core& core, std::shared_ptr<grpc::Call> call) {
-  const std::shared_ptr<StreamState> state(new StreamState(core, std::move(call)));
+std::shared_ptr<StreamState> StreamState::open(Core& core, std::shared_ptr<grpc::Call> call,
+                                               const StreamMethod& method) {
+  const std::shared_ptr<StreamState> state(new StreamState(core, std::move(call), method));
   state->number_ = core.streams.add([weak = std::weak_ptr(state)] {
     if (const auto open = weak.lock()) open->drain();
   });
@@ -32,11 +32,10 @@ void StreamState::started(const std::shared_ptr<schedule::RequestContext>& reque
 void StreamState::answer(std::uint64_t request_id,
                          const std::shared_ptr<schedule::RequestContext>& request,
                          Delivery delivery) {
-  core_.statistics.count(kMethod, delivery.status.code);
+  core_.statistics.count(method_.name, delivery.status.code);
   if (!delivery.status.ok()) {
     delivery.messages.clear();
-    delivery.messages.push_back(
-        OutMessage::of(wire::encode_stream_error(request_id, delivery.status)));
+    delivery.messages.push_back(OutMessage::of(method_.encode_error(request_id, delivery.status)));
   }
   std::unique_lock lock(mutex_);
   ++queued_;
@@ -58,7 +57,7 @@ void StreamState::fail(Status status) {
     const std::lock_guard lock(mutex_);
     if (over_) return;
     over_ = true;
-    core_.statistics.count(kMethod, status.code);
+    core_.statistics.count(method_.name, status.code);
     call_->finish(std::move(status));
   }
   cancel_all();
@@ -72,7 +71,7 @@ void StreamState::ended(Code reason) {
     unfinished = !over_;
     over_ = true;
   }
-  if (unfinished && reason != Code::kOk) core_.statistics.count(kMethod, reason);
+  if (unfinished && reason != Code::kOk) core_.statistics.count(method_.name, reason);
   cancel_all();
 }
 

@@ -115,6 +115,10 @@ def _settings(options: argparse.Namespace) -> Settings:
             max_stored_bytes=options.max_kept_mib * MIB,
             stored_lease=options.kept_lease_seconds,
             max_stored_lease=options.max_kept_lease_seconds,
+            max_kv_bytes=options.max_kv_mib * MIB,
+            kv_page_tokens=options.kv_page_tokens,
+            kv_lease=options.kv_lease_seconds,
+            max_kv_lease=options.max_kv_lease_seconds,
             max_shared_regions=options.max_shared_regions,
             max_shared_bytes=options.max_shared_mib * MIB,
         ),
@@ -287,6 +291,31 @@ def _parser() -> argparse.ArgumentParser:
         "--max-kept-lease-seconds",
         type=float,
         default=limits.max_stored_lease,
+        help="the longest that a caller may ask for",
+    )
+    add(
+        "--max-kv-mib",
+        type=_at_least(0),
+        default=limits.max_kv_bytes // MIB,
+        help="keys and values of KV sessions; 0: there are none",
+    )
+    add(
+        "--kv-page-tokens",
+        type=int,
+        choices=(4, 8, 16, 32, 64),
+        default=limits.kv_page_tokens,
+        help="tokens of a page of a KV session",
+    )
+    add(
+        "--kv-lease-seconds",
+        type=_seconds,
+        default=limits.kv_lease,
+        help="how long a KV session is kept after its last use, unless its caller says otherwise",
+    )
+    add(
+        "--max-kv-lease-seconds",
+        type=_seconds,
+        default=limits.max_kv_lease,
         help="the longest that a caller may ask for",
     )
     add(

@@ -27,6 +27,10 @@ class Limits:
         max_stored_bytes: tensors stored by PutTensor, all callers' together.
         stored_lease, max_stored_lease: seconds that a tensor is stored after its last use: unless
             its caller says otherwise, and at most.
+        max_kv_bytes: keys and values of KV sessions, all callers' together; 0: there are none.
+        kv_page_tokens: tokens of a page of a session; a multiple of 4.
+        kv_lease, max_kv_lease: seconds that a session is kept after its last use: unless its caller
+            says otherwise, and at most.
         max_shared_regions: shared-memory regions registered at once; 0 turns shared memory off.
         max_shared_bytes: of shared memory mapped at once.
     """
@@ -45,6 +49,10 @@ class Limits:
     max_stored_bytes: int = 1024 * MIB
     stored_lease: float = 300.0
     max_stored_lease: float = 3600.0
+    max_kv_bytes: int = 1024 * MIB
+    kv_page_tokens: int = 16
+    kv_lease: float = 300.0
+    max_kv_lease: float = 3600.0
     max_shared_regions: int = 256
     max_shared_bytes: int = 16_384 * MIB
 
