@@ -2,15 +2,19 @@
 
     python benchmarks/paged_kernel.py --json reports/paged-kernel.json
 
-Contenders take turns within each round. A cache's bytes per second are those of its keys and values
-(and scales), which each step reads once; the machine's own are what the quickest of several plain
-reductions reads from a buffer of the same size, with the same number of threads.
+Contenders take turns within each round. A model's layers have a cache each, so that a step finds
+none of it in the processor's caches: here too, steps go round over as many copies as make up 256
+MiB. A cache's bytes per second are those of its keys and values (and scales), which each step reads
+once; the machine's own are what the quickest of several plain reductions reads, over the same
+memory with the same number of threads. Both are of the quickest tenth of the runs, and so is the
+ratio of one cache type to another; milliseconds and ratios to others are medians.
 """
 
 import argparse
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +35,7 @@ Call = Callable[[], Any]
 PAGE_SIZE = 16
 CACHE_TYPES = {"fp32": (0, 4), "fp16": (1, 2), "bf16": (2, 2), "int8": (3, 1), "fp8": (4, 1)}
 CONTEXTS = (1024, 4096, 16384, 65536)
+COPIES_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,7 @@ class Pages:
         memory = np.empty(pages * page + 64, np.uint8)
         start = -memory.ctypes.data % 64
         self.cache = memory[start : start + pages * page]
-        # Half-way between -1 and 1 in each type, so that no sum runs away.
-        content = generator.standard_normal(page // 4, np.float32)
-        one = {"fp32": content, "fp16": content.astype(np.float16)}.get(dtype)
-        if dtype == "bf16":
-            one = (content.view(np.uint32) >> 16).astype(np.uint16)
-        if one is None:
-            one = generator.integers(0, 96, page, np.uint8)
-            scales = PAGE_SIZE * shape.num_kv_heads * 8
-            one[-scales:] = np.full(scales // 4, 0.01, np.float32).view(np.uint8)
-        whole = np.resize(one.view(np.uint8), page)
-        self.cache.reshape(pages, page)[:] = whole
+        self.cache.reshape(pages, page)[:] = self.content(generator)
         self.table = generator.permutation(pages).astype(np.int64) * page
         self.session = node_session(
             "PagedAttention",
@@ -151,6 +146,21 @@ class Pages:
             },
             threads,
         )
+
+    def content(self, generator: np.random.Generator) -> Array:
+        """Bytes of a page of numbers of about unit size."""
+        page = self.shape.page_bytes(self.dtype)
+        if CACHE_TYPES[self.dtype][1] == 1:
+            content = generator.integers(0, 96, page, np.uint8)
+            scales = PAGE_SIZE * self.shape.num_kv_heads * 2
+            content[-4 * scales :] = np.full(scales, 0.01, np.float32).view(np.uint8)
+            return content
+        numbers: Array = generator.standard_normal(page // 4, np.float32)
+        if self.dtype == "fp16":
+            numbers = numbers.astype(np.float16)
+        elif self.dtype == "bf16":
+            numbers = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        return np.resize(numbers.view(np.uint8), page)
 
     @property
     def bytes(self) -> int:
@@ -190,44 +200,58 @@ class Pages:
         return bound(self.session, feeds, outputs)
 
 
-def torch_decode(shape: Shape, length: int) -> Call:
-    """PyTorch's scaled_dot_product_attention of one query over a contiguous cache."""
+def in_rotation(calls: Sequence[Call]) -> Call:
+    """One of the calls after the other."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+def torch_decode(shape: Shape, length: int, copies: int) -> Call:
+    """PyTorch's scaled_dot_product_attention of one query over contiguous caches."""
     query = torch.randn(1, shape.num_heads, 1, shape.head_dim)
-    key, value = (torch.randn(1, shape.num_kv_heads, length, shape.head_dim) for _ in range(2))
     grouped = shape.num_heads != shape.num_kv_heads
-    return lambda: torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, enable_gqa=grouped
-    )
+    rows = (1, shape.num_kv_heads, length, shape.head_dim)
+    one = torch.randn(rows)
+
+    def over(key: torch.Tensor, value: torch.Tensor) -> Call:
+        return lambda: torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, enable_gqa=grouped
+        )
+
+    return in_rotation([over(one.clone(), one.clone()) for _ in range(copies)])
 
 
-def readers(size: int) -> dict[str, Call]:
-    """Plain reductions over a buffer of so many bytes."""
-    buffer = torch.ones(size // 4)
+def readers(size: int, copies: int) -> dict[str, Call]:
+    """Plain reductions over buffers of so many bytes."""
+    buffers = [torch.ones(size // 4) for _ in range(copies)]
     return {
-        "sum": buffer.sum,
-        "max": buffer.max,
-        "dot": lambda: torch.dot(buffer, buffer),
-        "integers": buffer.view(torch.int32).max,
+        "sum": in_rotation([buffer.sum for buffer in buffers]),
+        "max": in_rotation([buffer.max for buffer in buffers]),
+        "integers": in_rotation([buffer.view(torch.int32).max for buffer in buffers]),
     }
 
 
 def gigabytes_per_second(size: int, timing: Timing) -> float:
-    """Of a run that reads so many bytes."""
-    return size / timing.milliseconds / 1e6
+    """Of a run that reads so many bytes, among the quickest tenth."""
+    return size / timing.quick / 1e6
 
 
 def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One session: share of the machine's bandwidth, ratio to PyTorch, int8 and fp8."""
+    """One session: share of the machine's bandwidth, ratios to PyTorch and among cache types."""
     rows = []
     for shape in (Shape(), Shape(32, 8, 128)):
         for length in CONTEXTS:
-            contenders = {
-                f"paged {dtype}": Pages(shape, dtype, [length], options.threads).step()
-                for dtype in CACHE_TYPES
-            }
-            contenders["torch"] = torch_decode(shape, length)
+            contenders = {}
+            for dtype in CACHE_TYPES:
+                copies = -(-COPIES_BYTES // (length * shape.row_bytes(dtype)))
+                pages = Pages(shape, dtype, [length] * copies, options.threads)
+                contenders[f"paged {dtype}"] = in_rotation(
+                    [pages.step(only=copy) for copy in range(copies)]
+                )
             size = length * shape.row_bytes("fp32")
-            reading = readers(size)
+            copies = -(-COPIES_BYTES // size)
+            contenders["torch"] = torch_decode(shape, length, copies)
+            reading = readers(size, copies)
             contenders |= {f"read {name}": call for name, call in reading.items()}
             timings = in_turns(contenders, "torch", seconds=options.seconds)
             read = max(gigabytes_per_second(size, timings[f"read {name}"]) for name in reading)
@@ -240,12 +264,12 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
                         "context": length,
                         "cache": dtype,
                         "ms": timing.milliseconds,
+                        "quick ms": timing.quick,
                         "GB/s": speed,
                         "machine GB/s": read,
                         "share": speed / read,
                         "ratio to torch": timing.ratio,
-                        "tokens/s to fp32's": timings["paged fp32"].milliseconds
-                        / timing.milliseconds,
+                        "tokens/s to fp32's": timings["paged fp32"].quick / timing.quick,
                     }
                 )
     return rows
@@ -309,7 +333,8 @@ def prefill(options: argparse.Namespace) -> list[dict[str, Any]]:
         generator = np.random.default_rng(3)
 
         def normal(heads: int, count: int, generator: Any = generator) -> Array:
-            return generator.standard_normal((1, heads, count, shape.head_dim), np.float32)
+            rows: Array = generator.standard_normal((1, heads, count, shape.head_dim), np.float32)
+            return rows
 
         session = node_session(
             "Attention",

@@ -115,7 +115,8 @@ class Context {
       check(api_.parallel_for(context_, work, static_cast<std::size_t>(workers), 0, &shared));
     }
     if (shared.failed) throw std::bad_alloc();
-    if (stop != nullptr && stop->load()) throw Failure{api_.create_status(ort::kFail, "attnserve: stopped")};
+    if (stop != nullptr && stop->load())
+      throw Failure{api_.create_status(ort::kFail, "attnserve: stopped")};
   }
 
  private:

@@ -31,11 +31,11 @@ void check_starts(const char* name, const std::int64_t* starts, std::int64_t cou
   if (starts[0] != 0) refuse(at(name, 0) + ": given " + std::to_string(starts[0]) + "; allowed: 0");
   for (std::int64_t i = 0; i < count; ++i)
     if (starts[i + 1] < starts[i] || starts[i + 1] > total)
-      refuse(at(name, i + 1) + ": given " + std::to_string(starts[i + 1]) + "; allowed: " +
-             std::to_string(starts[i]) + ".." + std::to_string(total));
+      refuse(at(name, i + 1) + ": given " + std::to_string(starts[i + 1]) +
+             "; allowed: " + std::to_string(starts[i]) + ".." + std::to_string(total));
   if (starts[count] != total)
-    refuse(at(name, count) + ": given " + std::to_string(starts[count]) + "; allowed: " +
-           std::to_string(total));
+    refuse(at(name, count) + ": given " + std::to_string(starts[count]) +
+           "; allowed: " + std::to_string(total));
 }
 
 bool is_chain(const std::int64_t* parents, std::int64_t count) {
@@ -75,11 +75,11 @@ PagedPlan::PagedPlan(const PagedProblem& p) : problem_(p) {
     s.pages = p.table + p.table_starts[index];
     const std::int64_t pages = p.table_starts[index + 1] - p.table_starts[index];
     const std::int64_t least = p.key != nullptr ? s.count : 0;
-    const std::int64_t most = std::min(pages, (std::int64_t{1} << 24) / p.layout.page_size) *
-                              p.layout.page_size;
+    const std::int64_t most =
+        std::min(pages, (std::int64_t{1} << 24) / p.layout.page_size) * p.layout.page_size;
     if (s.count > 0 && (s.length < least || s.length > most))
-      refuse(at("lengths", index) + ": given " + std::to_string(s.length) + "; allowed: " +
-             std::to_string(least) + ".." + std::to_string(most) + ", for " +
+      refuse(at("lengths", index) + ": given " + std::to_string(s.length) +
+             "; allowed: " + std::to_string(least) + ".." + std::to_string(most) + ", for " +
              std::to_string(s.count) + " new tokens and " + std::to_string(pages) + " pages of " +
              std::to_string(p.layout.page_size));
     if (p.parents != nullptr && !is_chain(p.parents + s.start, s.count)) {

@@ -82,9 +82,9 @@ struct PagedProblem {
   const std::int64_t* parents;  // null, or [T]: among its sequence's new tokens; -1: what is before
   const float* slopes;          // null, or [num_heads]: ALiBi, -slope * |position - key's position|
 
-  void* output;          // [T, num_heads, value_head_dim]; 0 where no key is seen
-  float* log_sum_exp;    // [T, num_heads]; -inf there
-  float* entropy;        // null, or [T, num_heads], in nats; 0 there
+  void* output;        // [T, num_heads, value_head_dim]; 0 where no key is seen
+  float* log_sum_exp;  // [T, num_heads]; -inf there
+  float* entropy;      // null, or [T, num_heads], in nats; 0 there
 
   std::int64_t num_sequences, num_tokens, num_heads;
   bool attends;             // whether there are queries: one for each token
@@ -118,8 +118,8 @@ class TokenTree {
 };
 
 struct PagedSequence {
-  std::int64_t start, count;     // its new tokens
-  std::int64_t length, before;   // its keys, and those before the new tokens
+  std::int64_t start, count;    // its new tokens
+  std::int64_t length, before;  // its keys, and those before the new tokens
   const std::int64_t* pages;
   std::unique_ptr<const TokenTree> tree;  // null: each new token follows the one before
 

@@ -14,8 +14,8 @@ struct PagedSettings {
   float scale, softcap;
 };
 
-// Run one batch; `stop` as Problem::stop. Throws Failure, or std::invalid_argument for what is wrong
-// with the inputs.
+// Run one batch; `stop` as Problem::stop. Throws Failure, or std::invalid_argument for what is
+// wrong with the inputs.
 void paged_attention(const Context& context, const PagedSettings& settings, Element element,
                      const std::atomic<bool>* stop);
 

@@ -53,7 +53,7 @@ class PageLayout:
     def bytes(self) -> int:
         """Of a page."""
         rows = self.num_kv_heads * self.page_size
-        element = np.dtype(CACHE_TYPES[self.dtype]).itemsize
+        element = int(np.dtype(CACHE_TYPES[self.dtype]).itemsize)
         used = rows * (self.head_dim + self.value_head_dim) * element
         return -(-(used + (8 * rows if self.scaled else 0)) // 64) * 64
 
