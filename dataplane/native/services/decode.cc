@@ -112,11 +112,12 @@ class DecodeHandler final : public grpc::CallHandler {
 
   void unstall() {
     if (stalled_.empty()) return;
-    while (!stalled_.empty() && take(stalled_.front())) {
+    while (!stalled_.empty()) {
+      const MessagePtr message = stalled_.front();
+      if (!take(message)) return;
       if (over_) return;
       stalled_.pop_front();
     }
-    if (!stalled_.empty()) return;
     call_->resume();
     if (half_closed_) end_of_requests();
   }

@@ -108,11 +108,11 @@ class Metrics(Collector):
         gauges = self._plane.gauges()
         for key, (name, text) in _GAUGES.items():
             yield GaugeMetricFamily(name, text, value=gauges[key])
-        counts = self._plane.kv_sessions()
+        held = self._plane.kv_sessions()
         for key, (name, text) in _KV_GAUGES.items():
-            yield GaugeMetricFamily(name, text, value=counts[key])
+            yield GaugeMetricFamily(name, text, value=held[key])
         for key, (name, text) in _KV_COUNTERS.items():
-            yield CounterMetricFamily(name, text, value=counts[key])
+            yield CounterMetricFamily(name, text, value=held[key])
 
     def serve(self, host: str, port: int) -> int:
         """Serve /metrics over HTTP from a thread of its own; the port that it got.
