@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import buffers, encoding, wire
-from attnserve_proto.frames import lay_out_within
+from attnserve_proto.frames import Frame, lay_out_within
 
 from attnserve_client import _tensors
 from attnserve_client._messages import timings_from
@@ -44,10 +44,22 @@ _ATTENDED_TENSORS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One message of the server; of a layer, its arrays lie in it."""
+    """One message of the server.
 
+    Attributes:
+        request_id: of the request that it answers.
+        message: the whole message, unless it is a layer's.
+        attended: of a layer, but for its tensors' elements.
+        arrays: of a layer, by field name: they lie in what was received.
+    """
+
+    request_id: int
     message: pb.DecodeResponse
+    attended: pb.AttendedLayer | None
     arrays: Mapping[str, Array]
+
+
+_EMPTY = pb.DecodeResponse()
 
 
 def read(received: bytes) -> Answer:
@@ -64,7 +76,7 @@ def read(received: bytes) -> Answer:
         elif number == _REQUEST_ID and inside == start:
             request_id, _ = encoding.read_varint(view, encoding.skip_varint(view, start))
     if body is None:
-        return Answer(pb.DecodeResponse.FromString(received), {})
+        return Answer(request_id, pb.DecodeResponse.FromString(received), None, {})
     first, last = body
     attended, rooms = wire.locate(view[first:last], pb.AttendedLayer, _ATTENDED_TENSORS)
     whole = buffers.adopt(received)
@@ -72,12 +84,12 @@ def read(received: bytes) -> Answer:
         name: _tensors.lying_in(getattr(attended, name), whole[first + start : first + end])
         for name, (start, end) in rooms.items()
     }
-    return Answer(pb.DecodeResponse(request_id=request_id, attended=attended), arrays)
+    return Answer(request_id, _EMPTY, attended, arrays)
 
 
 def layer_result(answer: Answer, starts: tuple[int, ...]) -> LayerResult:
     """A layer's result; `starts` as `LayerResult` has it."""
-    attended = answer.message.attended
+    attended = answer.attended or pb.AttendedLayer()
     return LayerResult(
         output=answer.arrays.get("output"),
         log_sum_exp=answer.arrays.get("log_sum_exp"),
@@ -137,13 +149,16 @@ def rows(value: Any, name: str) -> Rows:
 def attend_layer(request_id: int, head: bytes, tensors: Mapping[str, Rows]) -> bytes:
     """An `AttendLayer` request: `head` is it without its tensors, serialised."""
     before = encoding.tag(_REQUEST_ID, 0) + encoding.varint(request_id)
-    kinds = [
-        (_LAYER_TENSORS[name], _header(each.parts[0].dtype, each.shape), each.nbytes)
+    kinds = tuple(
+        (_LAYER_TENSORS[name], each.parts[0].dtype, each.shape, each.nbytes)
         for name, each in tensors.items()
-    ]
-    frame = lay_out_within(before, _ATTEND_LAYER, head, kinds, _LAYER_PADDING)
+    )
+    frame = _frame(len(before), len(head), kinds)
     message, view = buffers.blank(frame.size)
     frame.write_pieces(view)
+    opening = len(frame.pieces[0][1])
+    view[: len(before)] = before
+    view[opening : opening + len(head)] = head
     for (at, _), each in zip(frame.rooms, tensors.values(), strict=True):
         for part in each.parts:
             view[at : at + part.nbytes] = _tensors.data(part)
@@ -152,8 +167,15 @@ def attend_layer(request_id: int, head: bytes, tensors: Mapping[str, Rows]) -> b
 
 
 @lru_cache(maxsize=256)
-def _header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
-    return _tensors.header(dtype, shape).SerializeToString()
+def _frame(
+    before: int, head: int, kinds: tuple[tuple[int, "np.dtype[Any]", tuple[int, ...], int], ...]
+) -> Frame:
+    """A request laid out, with blanks for what differs from layer to layer."""
+    parts = [
+        (number, _tensors.header(dtype, shape).SerializeToString(), size)
+        for number, dtype, shape, size in kinds
+    ]
+    return lay_out_within(bytes(before), _ATTEND_LAYER, bytes(head), parts, _LAYER_PADDING)
 
 
 @lru_cache(maxsize=256)

@@ -144,8 +144,8 @@ class SessionStream:
             self._reading = False
             if failure is not None:
                 self._fail(failure)
-            elif answer is not None and answer.message.request_id in self._answers:
-                self._answers[answer.message.request_id].append(answer)
+            elif answer is not None and answer.request_id in self._answers:
+                self._answers[answer.request_id].append(answer)
             self._state.notify_all()
 
     def _fail(self, failure: AttnserveError) -> None:
