@@ -290,8 +290,8 @@ KvStatistics KvSessions::statistics() {
     sum.bytes_in_use += counts.in_use * pages.page_bytes();
     sum.bytes_cached += counts.cached * pages.page_bytes();
     sum.bytes_promised += counts.promised * pages.page_bytes();
-    sum.evicted_pages += counts.evictions;
   }
+  sum.evicted_pages = state_->store.evictions();
   sum.bytes_memory = state_->store.memory_bytes();
   sum.max_bytes = state_->store.max_bytes();
   sum.opened = state_->opened;

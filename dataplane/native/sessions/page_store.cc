@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
@@ -99,7 +100,7 @@ void PageClass::withdraw(PageIndex page) {
   pages_[page].where = {};
   if (pages_[page].references > 0) return;
   remove_cached(page);
-  ++counts_.evictions;
+  ++store_.evictions_;
   put_free(page);
 }
 
@@ -225,16 +226,32 @@ PageClass& PageStore::of_size(std::size_t page_bytes) {
                        text("pages of KV sessions: of ", page_bytes,
                             " bytes; allowed: ", max_bytes_, " together (--max-kv-mib)"));
   }
-  if (classes_.size() == kMostClasses) {
-    throw RequestError(Code::kResourceExhausted,
-                       text("pages of KV sessions: of another size, ", page_bytes,
-                            " bytes; allowed: ", kMostClasses, " sizes"));
-  }
   const std::size_t slab_pages =
       std::max<std::size_t>(1, std::min(slab_bytes_, max_bytes_) / page_bytes);
   const std::size_t most_slabs = max_bytes_ / (slab_pages * page_bytes);
-  return classes_.emplace_back(*this, classes_.size() * class_bytes_, page_bytes, slab_pages,
-                               most_slabs);
+  if (classes_.size() < kMostClasses) {
+    return classes_.emplace_back(*this, classes_.size() * class_bytes_, page_bytes, slab_pages,
+                                 most_slabs);
+  }
+  PageClass& unused = clear_unused_class();
+  const std::size_t first = unused.first_;
+  std::destroy_at(&unused);
+  return *std::construct_at(&unused, *this, first, page_bytes, slab_pages, most_slabs);
+}
+
+PageClass& PageStore::clear_unused_class() {
+  const auto unused =
+      std::ranges::find_if(classes_, [](const PageClass& of) { return of.counts_.promised == 0; });
+  if (unused == classes_.end()) {
+    throw RequestError(
+        Code::kResourceExhausted,
+        text("pages of KV sessions: of another size; allowed: ", kMostClasses, " sizes at a time"));
+  }
+  while (unused->evict_oldest(true)) {
+  }
+  const std::set<std::uint32_t> idle = unused->idle_;
+  for (const std::uint32_t slab : idle) unused->give_back(slab);
+  return *unused;
 }
 
 std::size_t PageStore::needed_bytes() const {

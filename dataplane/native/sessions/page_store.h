@@ -55,7 +55,6 @@ struct PageCounts {
   std::size_t promised = 0;            // pages, those in use included
   std::size_t slabs = 0;               // that have memory
   std::size_t slabs_in_use = 0;        // with a page in use
-  std::size_t evictions = 0;           // of cached pages, ever
 };
 
 class PageClass {
@@ -149,8 +148,8 @@ class PageStore {
   std::size_t cache_bytes() const { return reserved_; }  // of address space
   std::size_t max_bytes() const { return max_bytes_; }
 
-  // Pages of so many bytes, a multiple of 64. Throws RequestError RESOURCE_EXHAUSTED beyond
-  // kMostClasses sizes, or if not even one page fits.
+  // Pages of so many bytes, a multiple of 64; they are there as long as any are promised. Throws
+  // RequestError RESOURCE_EXHAUSTED beyond kMostClasses sizes, or if not even one page fits.
   PageClass& of_size(std::size_t page_bytes);
 
   // Promises so many pages more (or fewer). False, and nothing is changed, if they cannot be had.
@@ -159,7 +158,8 @@ class PageStore {
   bool fits() const { return needed_bytes() <= max_bytes_; }
   std::size_t free_pages(const PageClass& pages) const;  // that could be promised besides
 
-  std::size_t memory_bytes() const { return memory_; }  // of slabs that have memory
+  std::uint64_t evictions() const { return evictions_; }  // of cached pages, ever
+  std::size_t memory_bytes() const { return memory_; }    // of slabs that have memory
   const std::deque<PageClass>& classes() const { return classes_; }
   void drop_cached();  // evicts all that is cached
   // Gives the memory of empty slabs back to the system, of at most so many. True: there are more.
@@ -170,6 +170,7 @@ class PageStore {
   static constexpr std::size_t kMostClasses = 32;
 
   std::size_t needed_bytes() const;
+  PageClass& clear_unused_class();
   bool make_room(const PageClass& of, std::size_t bytes);  // by empty slabs of other classes
   void clear_oldest_slab(const PageClass& of);             // of another class, with what is cached
 
@@ -179,6 +180,7 @@ class PageStore {
   std::byte* start_ = nullptr;
   std::size_t memory_ = 0;
   std::uint64_t now_ = 0;  // counts what becomes cached
+  std::uint64_t evictions_ = 0;
   std::deque<PageClass> classes_;
 };
 

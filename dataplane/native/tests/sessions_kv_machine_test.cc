@@ -265,7 +265,6 @@ class Machine {
     if (!ended) return;
     for (std::size_t index = 0; index < open.sessions.size(); ++index) {
       Model& model = sessions_.at(open.sessions[index]);
-      const std::size_t before = model.tokens.size();
       if (!open.cross[index].empty()) model.cross = open.cross[index];
       if (!open.parents[index].empty()) {
         model.tree = open.tokens[index];
@@ -274,7 +273,7 @@ class Machine {
         model.tokens.insert(model.tokens.end(), open.tokens[index].begin(),
                             open.tokens[index].end());
         if (!open.hashes[index].empty()) model.hashed = model.tokens.size() / 16;
-        gone_on(model, before);
+        gone_on(model);
       }
       in_step_.erase(open.sessions[index]);
     }
@@ -283,7 +282,7 @@ class Machine {
   }
 
   // A window may have given back what is more than kTruncatable behind.
-  void gone_on(Model& model, std::size_t) const {
+  void gone_on(Model& model) const {
     if (model.tokens.size() > kTruncatable) {
       model.least_length = std::max(model.least_length, model.tokens.size() - kTruncatable);
     }
@@ -305,7 +304,7 @@ class Machine {
     model->parents.clear();
     const SessionState state = store_.commit(model->id, accepted, owner_);
     expect(state.length == model->tokens.size(), "the length after a commit");
-    gone_on(*model, 0);
+    gone_on(*model);
     ++done_["commit"];
   }
 
@@ -360,9 +359,7 @@ class Machine {
     model.tokens.resize(length);
     model.hashed = std::min(model.hashed, length / 16);
     model.off_document = true;
-    gone_on(model, 0);
-    model.least_length = length > kTruncatable ? std::max(model.least_length, length - kTruncatable)
-                                               : model.least_length;
+    gone_on(model);
     sessions_.emplace(++numbers_, model);
   }
 
@@ -522,8 +519,6 @@ TEST_CASE("20,000 random operations leave each session what a plain model says, 
         "truncate too far", "fork", "fork refused", "move", "close", "expire", "abandon",
         "close in a step", "prefix found", "wrong"}) {
     CHECK_MESSAGE(machine.done().contains(name), name);
-    if (std::getenv("SHOW"))
-      MESSAGE(name, machine.done().count(name) ? machine.done().at(name) : 0);
   }
   CHECK(store.statistics().evicted_pages > 0);
   machine.close_all();

@@ -92,7 +92,7 @@ TEST_CASE("what cannot be opened is refused, and nothing of it stays") {
   CHECK(full.code == Code::kResourceExhausted);
   CHECK(full.message ==
         "sessions[1]: 10 pages of 2048 bytes to promise; allowed: 9 that are free, of 10 "
-        "(--max-session-mib)");
+        "(--max-kv-mib)");
   CHECK(full.retry_after > 0s);
   CHECK(refused(plain, room_for(161)).retry_after == 0s);
   CHECK(store.statistics().pages_promised == 0);
