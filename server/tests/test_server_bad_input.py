@@ -257,9 +257,13 @@ def test_garbage_is_an_invalid_argument(channel: grpc.Channel) -> None:
         refused(lambda call=call: call(b"\xff\xff\xff"), INVALID, "message: given bytes")
 
 
-def test_decode_is_unimplemented_and_says_so(channel: grpc.Channel) -> None:
+def test_a_request_of_decode_needs_an_id_and_an_action(channel: grpc.Channel) -> None:
     stub = pb_grpc.AttentionServiceStub(channel)
-    refused(lambda: list(stub.Decode(iter([pb.DecodeRequest()]))), UNIMPLEMENTED, "no KV sessions")
+    for request, message in (
+        (pb.DecodeRequest(), "request_id: given 0"),
+        (pb.DecodeRequest(request_id=1), "action: given nothing"),
+    ):
+        refused(lambda request=request: list(stub.Decode(iter([request]))), INVALID, message)
 
 
 def longer() -> pb.AttendRequest:
