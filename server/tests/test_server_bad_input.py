@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 EXHAUSTED, PRECONDITION = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION
-UNIMPLEMENTED, DEADLINE = grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED
+DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def tensor(*shape: int, dtype: int = pb.FP32, data: bytes | None = None) -> pb.Tensor:
