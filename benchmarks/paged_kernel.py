@@ -333,8 +333,8 @@ def prefill(options: argparse.Namespace) -> list[dict[str, Any]]:
         generator = np.random.default_rng(3)
 
         def normal(heads: int, count: int, generator: Any = generator) -> Array:
-            rows: Array = generator.standard_normal((1, heads, count, shape.head_dim), np.float32)
-            return rows
+            made: Array = generator.standard_normal((1, heads, count, shape.head_dim), np.float32)
+            return made
 
         session = node_session(
             "Attention",
