@@ -414,10 +414,21 @@ def test_an_exported_session_comes_back_chunk_by_chunk(models: Path) -> None:
             stream.send(request_id, import_session=pb.ImportSession(chunk=chunk))
         with pytest.raises(Refused, match=r"chunk\.index: given 2; allowed: 1"):
             result_of(stream.receive())
+        changed = bytearray(chunks[1].data)
+        changed[-1] ^= 1
+        request_id = stream.send(import_session=pb.ImportSession(chunk=chunks[0]))
+        chunk = pb.SessionChunk(index=1, data=bytes(changed))
+        stream.send(request_id, import_session=pb.ImportSession(chunk=chunk))
+        with pytest.raises(Refused, match="DATA_LOSS"):
+            result_of(stream.receive())
         chunk = pb.SessionChunk(data=b"nothing of ours" * 9, last=True)
         with pytest.raises(Refused, match="DATA_LOSS"):
             stream.ask(import_session=pb.ImportSession(chunk=chunk))
         assert server.plane.kv_sessions()["sessions"] == 2
+        # Nobody need send what is left of an import that has failed.
+        stream.end()
+        with pytest.raises(StopIteration):
+            stream.receive()
 
 
 BAD_OPENINGS: list[tuple[pb.OpenSessions, str]] = [

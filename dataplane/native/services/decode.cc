@@ -96,6 +96,7 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void end_of_requests() {
+    forget_failed_imports();
     if (!layers_.empty() || !imports_.empty()) {
       const std::uint64_t id = layers_.empty() ? imports_.begin()->first : layers_.begin()->first;
       fail(invalid_argument("stream", text("its end, with parts of request ", id, " missing"),
@@ -363,7 +364,21 @@ class DecodeHandler final : public grpc::CallHandler {
     answer(id, wire::encode_done(id));
   }
 
-  void check_transfers() const {
+  // Callers may stop sending when an import has failed; chunks that still come are thrown away.
+  void forget_failed_imports() {
+    for (auto at = imports_.begin(); at != imports_.end();) {
+      if (!at->second->over()) {
+        ++at;
+        continue;
+      }
+      remember_refused(at->first);
+      at = imports_.erase(at);
+    }
+  }
+
+  void check_transfers() {
+    forget_failed_imports();
+    std::erase_if(exports_, [](const auto& each) { return each->over(); });
     const std::size_t open = exports_.size() + imports_.size();
     if (open < core_.limits.max_stream_requests) return;
     throw RequestError(Code::kResourceExhausted,
