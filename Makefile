@@ -50,6 +50,7 @@ bench: $(STAMP) ## the benchmarks; figures in reports/
 	$(BIN)/python benchmarks/dataplane.py --json reports/dataplane.json
 	$(BIN)/python benchmarks/kernels.py --json reports/kernels.json --plots reports/kernels
 	$(BIN)/python benchmarks/tokens.py --json reports/tokens.json
+	$(BIN)/python benchmarks/decode.py --json reports/decode.json
 
 lint: $(STAMP) ## ruff, mypy, clang-format and clang-tidy
 	$(BIN)/ruff check .

@@ -22,7 +22,12 @@ OK, RESOURCE_EXHAUSTED = "0", "8"  # as `load` counts them
 
 _SOURCES = Path(__file__).with_name("native")
 _BUILD = Path(__file__).parents[1] / "build/benchmarks"
-_LIBRARIES = {"echo": "libnghttp2", "flood": "libnghttp2", "load": "grpc++"}
+_LIBRARIES = {
+    "echo": "libnghttp2",
+    "flood": "libnghttp2",
+    "decode": "libnghttp2",
+    "load": "grpc++",
+}
 
 
 @functools.cache

@@ -28,12 +28,14 @@ from attnserve_export.attention.core import (
     CudnnCore,
     FlashCore,
     FusedCore,
+    PagedCore,
     SoftcapCore,
     default_scale,
 )
 from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer
+from attnserve_export.attention.paged import paged_attention
 from attnserve_export.attention.text import exact, joined
 from attnserve_export.attention.variants import (
     CPU,
@@ -149,6 +151,8 @@ def _verified(spec: VariantSpec, dtype: str) -> str:
 
 def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.ModelProto:
     """The graph of one variant of a core model."""
+    if spec.core is PagedCore:
+        return paged_attention(config, dtype, graphs.MIN_OPSET)
     kind, c = _TYPES[dtype], config
     own = [
         f"{kind}[batch, {c.num_heads}, query_len, {c.head_dim}] query",

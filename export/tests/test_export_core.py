@@ -122,10 +122,10 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
-    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics"]
+    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics", "paged"]
     assert [v["name"] for v in manifest["variants"]] == names
     assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
-        "blocked", "native", "diagnostics",
+        "blocked", "native", "diagnostics", "paged",
     }  # fmt: skip
     for provider, rows in manifest["picks"].items():
         assert rows[-1]["up_to"] is None

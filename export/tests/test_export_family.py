@@ -13,6 +13,7 @@ import pytest
 import torch
 from attnserve_export import sessions, tuning
 from attnserve_export.attention.core import AttentionConfig
+from attnserve_export.attention.paged import has_paged
 from attnserve_export.attention.positions import Rotary, alibi_slopes
 from attnserve_export.cases import scheme_of
 from attnserve_export.cli import main
@@ -106,7 +107,7 @@ def test_every_variant_at_any_shape(
     tolerance = TOLERANCE.get(manifest["dtype"], exact)
     for variant in manifest["variants"]:
         outputs = {entry["name"] for entry in variant["outputs"]}
-        if "output" not in outputs or variant["name"] == "softcap":
+        if "output" not in outputs or variant["name"] in ("softcap", "paged"):
             continue
         shapes = {n: a.shape for n, a in (("output", expected), ("weights", weights))}
         answers = sessions.run(
@@ -128,6 +129,8 @@ def test_no_variant_of_the_family_is_missing(family: Path) -> None:
         expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
         if not config.softcap and not config.alibi:
             expected.add("fused")
+        if has_paged(config):
+            expected.add("paged")
         assert {v["name"] for v in manifest["variants"]} == expected
         attention = manifest["attention"]
         assert attention["window"] == config.window

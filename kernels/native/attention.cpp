@@ -1,5 +1,6 @@
 // Which implementation this processor runs.
 #include "attention.h"
+#include "paged.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -11,14 +12,19 @@ struct Implementation {
   const char* name;
   Kernel attend;
   Kernel diagnose;
+  PagedKernel store_pages;
+  PagedKernel attend_pages;
 };
 
 Implementation choose() {
-  const Implementation generic_one = {"generic", generic::attend, generic::diagnose};
+  const Implementation generic_one = {"generic", generic::attend, generic::diagnose, generic::store_pages,
+                                        generic::attend_pages};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const Implementation avx512_one = {"avx512", avx512::attend, avx512::diagnose};
-  const Implementation avx2_one = {"avx2", avx2::attend, avx2::diagnose};
+  const Implementation avx512_one = {"avx512", avx512::attend, avx512::diagnose, avx512::store_pages,
+                                        avx512::attend_pages};
+  const Implementation avx2_one = {"avx2", avx2::attend, avx2::diagnose, avx2::store_pages,
+                                        avx2::attend_pages};
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -49,6 +55,8 @@ std::int64_t diagnosis_tasks(const Problem& problem) { return problem.batch * pr
 
 Kernel attention_kernel() { return implementation().attend; }
 Kernel diagnosis_kernel() { return implementation().diagnose; }
+PagedKernel store_kernel() { return implementation().store_pages; }
+PagedKernel paged_attention_kernel() { return implementation().attend_pages; }
 const char* instruction_set() { return implementation().name; }
 
 }  // namespace attnserve

@@ -5,9 +5,12 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
+#include "paged.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -20,4 +23,5 @@
 #define ATTNSERVE_VECTORS 2
 #define ATTNSERVE_STEP 6
 #include "attention_tiles.inc"
+#include "paged_tiles.inc"
 #endif

@@ -4,3 +4,4 @@
 #define ATTNSERVE_VECTORS 2
 #define ATTNSERVE_STEP 4
 #include "attention_tiles.inc"
+#include "paged_tiles.inc"

@@ -26,7 +26,7 @@ struct ApiBase {
 constexpr std::uint32_t kApiVersion = 17;      // ONNX Runtime 1.17, the first with parallel_for
 constexpr std::uint32_t kOperatorVersion = 16;  // of the layout of CustomOp below
 
-enum ElementType { kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum Presence { kRequired = 0, kOptional = 1 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 
@@ -89,6 +89,9 @@ class Interface {
   }
   Status* input_count(const KernelContext* context, std::size_t* out) const {
     return at<Status* (*)(const KernelContext*, std::size_t*)>(88)(context, out);
+  }
+  Status* output_count(const KernelContext* context, std::size_t* out) const {
+    return at<Status* (*)(const KernelContext*, std::size_t*)>(89)(context, out);
   }
   Status* input(const KernelContext* context, std::size_t index, const Value** out) const {
     return at<Status* (*)(const KernelContext*, std::size_t, const Value**)>(90)(context, index,

@@ -4,34 +4,39 @@
 // AttentionDiagnostics(query, key, key_lengths, top_k, distances, bias?, slopes?, softcap?)
 //     -> entropy, mass_per_key, mass_by_distance, top_k_indices, top_k_weights
 //
-// Attributes of both: scale, softcap (float; an input of that name replaces it unless it is
-// negative), left, right (integer; -1 is all), bottom_right (0 or 1). Shapes and meaning:
-// attention.h and docs/kernels.md.
+// PagedAttention(query, key?, value?, cache, starts, lengths, table_starts, table, spec, parents?,
+//                slopes?) -> output, log_sum_exp, entropy?
+//
+// Attributes of the first two: scale, softcap (float; an input of that name replaces it unless it is
+// negative), left, right (integer; -1 is all), bottom_right (0 or 1). Of PagedAttention: scale,
+// softcap, num_kv_heads, head_dim, value_head_dim; it writes into `cache`. Shapes and meaning:
+// attention.h, paged.h and docs/kernels.md.
 #include <algorithm>
 #include <atomic>
 #include <exception>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "attention.h"
 #include "onnxruntime_abi.h"
+#include "operator_context.h"
+#include "paged_operator.h"
 
 #define ATTNSERVE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
+using attnserve::check;
+using attnserve::Context;
 using attnserve::Element;
+using attnserve::Failure;
+using attnserve::PagedSettings;
 using attnserve::Problem;
+using attnserve::Tensor;
 
 // What stops the computations that begin on this thread: see attnserve_set_stop_flag.
 thread_local const std::atomic<bool>* stop_flag = nullptr;
-
-// Multiplications that are worth another thread: waking one takes about 7 us, and what it then does
-// should take longer. Double, since sizes multiplied may be more than an integer holds.
-constexpr double kWorthThread = 1.5e6;
 
 double attention_work(const Problem& p) {
   const double keys = static_cast<double>(p.batch) * p.key_len * (p.head_dim + p.value_head_dim);
@@ -44,117 +49,21 @@ double diagnosis_work(const Problem& p) {
   return pairs * (2.0 * p.head_dim + 100.0);  // scores twice, and what is gathered from each
 }
 
-// Carries a status out of nested calls.
-struct Failure {
-  ort::Status* status;
-};
-
-void check(ort::Status* status) {
-  if (status != nullptr) throw Failure{status};
-}
-
 struct Settings {
   float scale, softcap;
   std::int64_t left, right, bottom_right;
 };
 
-struct Node {
+// A node of a graph.
+template <typename Settings>
+struct NodeOf {
   ort::Interface api;
   Settings settings;
   Element element;
 };
 
-struct Tensor {
-  const void* data = nullptr;
-  std::vector<std::int64_t> shape;
-};
-
-class Context {
- public:
-  Context(const Node& node, ort::KernelContext* context) : node_(node), context_(context) {
-    check(node.api.input_count(context, &count_));
-  }
-
-  // An input; without data if it is absent.
-  Tensor input(std::size_t index) const {
-    Tensor tensor;
-    const ort::Value* value = nullptr;
-    if (index >= count_) return tensor;
-    check(node_.api.input(context_, index, &value));
-    if (value == nullptr) return tensor;
-    ort::TensorInfo* info = nullptr;
-    check(node_.api.tensor_info(value, &info));
-    std::size_t rank = 0;
-    check(node_.api.dimension_count(info, &rank));
-    tensor.shape.resize(rank);
-    check(node_.api.dimensions(info, tensor.shape.data(), rank));
-    node_.api.release_tensor_info(info);
-    void* data = nullptr;
-    check(node_.api.tensor_data(value, &data));
-    tensor.data = data;
-    return tensor;
-  }
-
-  template <typename T>
-  T* output(std::size_t index, const std::vector<std::int64_t>& shape) const {
-    ort::Value* value = nullptr;
-    check(node_.api.output(context_, index, shape.data(), shape.size(), &value));
-    void* data = nullptr;
-    check(node_.api.tensor_data(value, &data));
-    return static_cast<T*>(data);
-  }
-
-  [[noreturn]] void refuse(const std::string& message) const {
-    throw Failure{node_.api.create_status(ort::kInvalidArgument, message.c_str())};
-  }
-
-  void require(bool condition, const char* message) const {
-    if (!condition) refuse(message);
-  }
-
-  // Run `kernel` on every task, on ONNX Runtime's own threads. Threads take tasks one by one, since
-  // some are much longer than others. `multiplications`: of all tasks, about.
-  void run(attnserve::Kernel kernel, const Problem& problem, std::int64_t tasks,
-           double multiplications) const {
-    // Asked once: the answer is read from files.
-    static const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-    struct Shared {
-      attnserve::Kernel kernel;
-      const Problem& problem;
-      std::int64_t tasks;
-      std::atomic<std::int64_t> next{0};
-      std::atomic<bool> failed{false};
-    } shared{kernel, problem, tasks};
-    const auto work = [](void* data, std::size_t) {
-      auto& all = *static_cast<Shared*>(data);
-      try {
-        for (std::int64_t task; (task = all.next.fetch_add(1)) < all.tasks;) {
-          if (attnserve::stopped(all.problem)) return;
-          all.kernel(all.problem, task);
-        }
-      } catch (...) {  // out of memory; nothing may pass through ONNX Runtime's threads
-        all.failed = true;
-      }
-    };
-    const std::int64_t most = std::min(tasks, cores);
-    const double worth = 1.0 + multiplications / kWorthThread;
-    const std::int64_t workers =
-        worth < static_cast<double>(most) ? static_cast<std::int64_t>(worth) : most;
-    if (workers <= 1) {
-      work(&shared, 0);
-    } else {
-      check(node_.api.parallel_for(context_, work, static_cast<std::size_t>(workers), 0, &shared));
-    }
-    if (shared.failed) throw std::bad_alloc();
-    if (attnserve::stopped(problem))
-      throw Failure{node_.api.create_status(ort::kFail, "attnserve: stopped")};
-  }
-
- private:
-  const Node& node_;
-  ort::KernelContext* context_;
-  std::size_t count_ = 0;
-};
+using Node = NodeOf<Settings>;
+using PagedNode = NodeOf<PagedSettings>;
 
 // What both operators share: query, key, lengths, bias, slopes, softcap.
 Problem problem_of(const Context& context, const Node& node, const Tensor& query,
@@ -230,7 +139,8 @@ void attention(const Context& context, const Node& node) {
   p.value = value.data;
   p.value_head_dim = v[3];
   p.output = context.output<void>(0, {p.batch, p.num_heads, p.query_len, p.value_head_dim});
-  context.run(attnserve::attention_kernel(), p, attnserve::attention_tasks(p),
+  const attnserve::Kernel kernel = attnserve::attention_kernel();
+  context.run([&](std::int64_t task) { kernel(p, task); }, p.stop, attnserve::attention_tasks(p),
               attention_work(p));
 }
 
@@ -252,35 +162,70 @@ void diagnostics(const Context& context, const Node& node) {
   if (p.distances > 0) p.mass_by_distance = by_distance;
   p.top_indices = context.output<std::int64_t>(3, {p.batch, p.num_heads, p.query_len, p.top_k});
   p.top_weights = context.output<float>(4, {p.batch, p.num_heads, p.query_len, p.top_k});
-  context.run(attnserve::diagnosis_kernel(), p, attnserve::diagnosis_tasks(p),
+  const attnserve::Kernel kernel = attnserve::diagnosis_kernel();
+  context.run([&](std::int64_t task) { kernel(p, task); }, p.stop, attnserve::diagnosis_tasks(p),
               diagnosis_work(p));
 }
 
-template <void (*Compute)(const Context&, const Node&)>
+void paged(const Context& context, const PagedNode& node) {
+  attnserve::paged_attention(context, node.settings, node.element, stop_flag);
+}
+
+template <typename Node, void (*Compute)(const Context&, const Node&)>
 ort::Status* compute(void* kernel, ort::KernelContext* raw) {
   const Node& node = *static_cast<const Node*>(kernel);
   try {
-    Compute(Context(node, raw), node);
+    Compute(Context(node.api, raw), node);
     return nullptr;
   } catch (const Failure& failure) {
     return failure.status;
+  } catch (const std::invalid_argument& error) {
+    return node.api.create_status(ort::kInvalidArgument, error.what());
   } catch (const std::exception& error) {
     return node.api.create_status(ort::kFail, error.what());
   }
 }
 
+void read(const ort::Interface& api, const ort::KernelInfo* info, Settings& s) {
+  check(api.float_attribute(info, "scale", &s.scale));
+  check(api.float_attribute(info, "softcap", &s.softcap));
+  check(api.integer_attribute(info, "left", &s.left));
+  check(api.integer_attribute(info, "right", &s.right));
+  check(api.integer_attribute(info, "bottom_right", &s.bottom_right));
+}
+
+void read(const ort::Interface& api, const ort::KernelInfo* info, PagedSettings& s) {
+  check(api.float_attribute(info, "scale", &s.scale));
+  check(api.float_attribute(info, "softcap", &s.softcap));
+  const auto read_size = [&](const char* name, std::int64_t& size) {
+    check(api.integer_attribute(info, name, &size));
+    if (size > 0 && size <= 1 << 16) return;
+    const std::string message = "attnserve: " + std::string(name) + ": given " +
+                                std::to_string(size) + "; allowed: 1..65536";
+    throw Failure{api.create_status(ort::kInvalidArgument, message.c_str())};
+  };
+  read_size("num_kv_heads", s.num_kv_heads);
+  read_size("head_dim", s.head_dim);
+  read_size("value_head_dim", s.value_head_dim);
+}
+
+template <typename Settings>
 ort::Status* create(Element element, const ort::Api* table, const ort::KernelInfo* info,
                     void** kernel) {
   const ort::Interface api(table);
-  Settings s{};
-  for (ort::Status* status : {api.float_attribute(info, "scale", &s.scale),
-                              api.float_attribute(info, "softcap", &s.softcap),
-                              api.integer_attribute(info, "left", &s.left),
-                              api.integer_attribute(info, "right", &s.right),
-                              api.integer_attribute(info, "bottom_right", &s.bottom_right)})
-    if (status != nullptr) return status;
-  *kernel = new Node{api, s, element};
+  Settings settings{};
+  try {
+    read(api, info, settings);
+  } catch (const Failure& failure) {
+    return failure.status;
+  }
+  *kernel = new NodeOf<Settings>{api, settings, element};
   return nullptr;
+}
+
+template <typename Node>
+void destroy(void* kernel) {
+  delete static_cast<Node*>(kernel);
 }
 
 constexpr ort::ElementType type_of(Element element) {
@@ -292,25 +237,51 @@ constexpr ort::ElementType type_of(Element element) {
 template <Element kElement>
 struct AttentionOperator {
   static constexpr const char* kName = "Attention";
-  static constexpr std::size_t kInputs = 7, kRequired = 4, kOutputs = 1;
+  static constexpr std::size_t kInputs = 7, kOutputs = 1;
+  static bool requires_input(std::size_t index) { return index < 4; }
+  static bool requires_output(std::size_t) { return true; }
   static ort::ElementType input(std::size_t index) {
     return index == 3 ? ort::kInt64 : index >= 5 ? ort::kFloat : type_of(kElement);
   }
   static ort::ElementType output(std::size_t) { return type_of(kElement); }
-  static constexpr auto kCompute = compute<attention>;
+  static constexpr auto kCreate = create<Settings>;
+  static constexpr auto kCompute = compute<Node, attention>;
+  static constexpr auto kDestroy = destroy<Node>;
 };
 
 template <Element kElement>
 struct DiagnosticsOperator {
   static constexpr const char* kName = "AttentionDiagnostics";
-  static constexpr std::size_t kInputs = 8, kRequired = 5, kOutputs = 5;
+  static constexpr std::size_t kInputs = 8, kOutputs = 5;
+  static bool requires_input(std::size_t index) { return index < 5; }
+  static bool requires_output(std::size_t) { return true; }
   static ort::ElementType input(std::size_t index) {
     return index >= 2 && index <= 4 ? ort::kInt64 : index >= 6 ? ort::kFloat : type_of(kElement);
   }
   static ort::ElementType output(std::size_t index) {
     return index == 3 ? ort::kInt64 : ort::kFloat;
   }
-  static constexpr auto kCompute = compute<diagnostics>;
+  static constexpr auto kCreate = create<Settings>;
+  static constexpr auto kCompute = compute<Node, diagnostics>;
+  static constexpr auto kDestroy = destroy<Node>;
+};
+
+template <Element kElement>
+struct PagedOperator {
+  static constexpr const char* kName = "PagedAttention";
+  static constexpr std::size_t kInputs = 11, kOutputs = 3;
+  static bool requires_input(std::size_t index) { return index == 0 || (index >= 3 && index <= 8); }
+  static bool requires_output(std::size_t index) { return index < 2; }
+  static ort::ElementType input(std::size_t index) {
+    return index < 3 ? type_of(kElement)
+                     : index == 3 ? ort::kUint8 : index == 10 ? ort::kFloat : ort::kInt64;
+  }
+  static ort::ElementType output(std::size_t index) {
+    return index == 0 ? type_of(kElement) : ort::kFloat;
+  }
+  static constexpr auto kCreate = create<PagedSettings>;
+  static constexpr auto kCompute = compute<PagedNode, paged>;
+  static constexpr auto kDestroy = destroy<PagedNode>;
 };
 
 template <template <Element> class Operator, Element kElement>
@@ -326,9 +297,11 @@ const ort::CustomOp* custom_op() {
     made.output_type = [](const ort::CustomOp*, std::size_t i) { return Described::output(i); };
     made.output_count = [](const ort::CustomOp*) { return Described::kOutputs; };
     made.input_presence = [](const ort::CustomOp*, std::size_t i) {
-      return i < Described::kRequired ? ort::kRequired : ort::kOptional;
+      return Described::requires_input(i) ? ort::kRequired : ort::kOptional;
     };
-    made.output_presence = [](const ort::CustomOp*, std::size_t) { return ort::kRequired; };
+    made.output_presence = [](const ort::CustomOp*, std::size_t i) {
+      return Described::requires_output(i) ? ort::kRequired : ort::kOptional;
+    };
     made.input_memory = [](const ort::CustomOp*, std::size_t) { return 0; };
     made.variadic_input_minimum = [](const ort::CustomOp*) { return 1; };
     made.variadic_input_alike = [](const ort::CustomOp*) { return 1; };
@@ -336,10 +309,10 @@ const ort::CustomOp* custom_op() {
     made.variadic_output_alike = [](const ort::CustomOp*) { return 1; };
     made.create_kernel_with_status = [](const ort::CustomOp*, const ort::Api* table,
                                         const ort::KernelInfo* info, void** kernel) {
-      return create(kElement, table, info, kernel);
+      return Described::kCreate(kElement, table, info, kernel);
     };
     made.compute_with_status = Described::kCompute;
-    made.destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
+    made.destroy = Described::kDestroy;
     return made;
   }();
   return &op;
@@ -366,7 +339,10 @@ ATTNSERVE_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options,
             custom_op<AttentionOperator, Element::kBFloat16>(),
             custom_op<DiagnosticsOperator, Element::kFloat32>(),
             custom_op<DiagnosticsOperator, Element::kFloat16>(),
-            custom_op<DiagnosticsOperator, Element::kBFloat16>()})
+            custom_op<DiagnosticsOperator, Element::kBFloat16>(),
+            custom_op<PagedOperator, Element::kFloat32>(),
+            custom_op<PagedOperator, Element::kFloat16>(),
+            custom_op<PagedOperator, Element::kBFloat16>()})
         check(api.add_operator(domain, op));
     }
     check(api.add_domain(options, domain));

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import buffers, wire
-from attnserve_proto.frames import ALIGNMENT, REQUEST_PADDING, lay_out
+from attnserve_proto.frames import ALIGNMENT, REQUEST_PADDING, lay_out, lay_out_within
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 blobs = st.binary(min_size=1, max_size=400)
@@ -32,6 +32,31 @@ def test_a_filled_frame_is_what_protobuf_would_give_but_for_padding(
     parsed = pb.AttendRequest.FromString(joined)
     parsed.ClearField("padding")
     assert parsed == message
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.integers(0, 2**32 - 1))
+@example(1, 27, 1)
+def test_a_frame_within_a_message_is_what_protobuf_would_give_but_for_padding(
+    request_id: int, size: int, layer: int
+) -> None:
+    for elements in (size, 16384 - size, 16384 + size, (1 << 21) - size):
+        message = pb.DecodeRequest(request_id=request_id)
+        before = message.SerializeToString()
+        attend = message.attend_layer
+        attend.layer = layer
+        head = attend.SerializeToString()
+        header = pb.Tensor(dtype=pb.FP32, shape=[1]).SerializeToString()
+        frame, start = lay_out_within(before, 4, head, [(3, header, elements), (5, header, 9)], 15)
+        data = bytes(elements), b"123456789"
+        for tensor, content in zip((attend.query, attend.value), data, strict=True):
+            tensor.CopyFrom(pb.Tensor(dtype=pb.FP32, shape=[1], data=content))
+        filled = frame.fill(data)
+        assert len(filled) == frame.end
+        assert filled[start : start + len(head)] == head
+        assert all(start % ALIGNMENT == 0 for start, _ in frame.rooms)
+        parsed = pb.DecodeRequest.FromString(filled)
+        parsed.attend_layer.ClearField("padding")
+        assert parsed == message
 
 
 @given(st.text(), st.dictionaries(numbers, st.tuples(st.lists(st.integers(1, 2**40)), blobs)))

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 EXHAUSTED, PRECONDITION = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION
-UNIMPLEMENTED, DEADLINE = grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED
+DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def tensor(*shape: int, dtype: int = pb.FP32, data: bytes | None = None) -> pb.Tensor:
@@ -257,9 +257,13 @@ def test_garbage_is_an_invalid_argument(channel: grpc.Channel) -> None:
         refused(lambda call=call: call(b"\xff\xff\xff"), INVALID, "message: given bytes")
 
 
-def test_decode_is_unimplemented_and_says_so(channel: grpc.Channel) -> None:
+def test_a_request_of_decode_needs_an_id_and_an_action(channel: grpc.Channel) -> None:
     stub = pb_grpc.AttentionServiceStub(channel)
-    refused(lambda: list(stub.Decode(iter([pb.DecodeRequest()]))), UNIMPLEMENTED, "no KV sessions")
+    for request, message in (
+        (pb.DecodeRequest(), "request_id: given 0"),
+        (pb.DecodeRequest(request_id=1), "action: given nothing"),
+    ):
+        refused(lambda request=request: list(stub.Decode(iter([request]))), INVALID, message)
 
 
 def longer() -> pb.AttendRequest:

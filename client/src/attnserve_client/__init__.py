@@ -26,15 +26,19 @@ from attnserve_client._errors import (
 )
 from attnserve_client._results import (
     AttendResult,
+    LayerResult,
     Limits,
     Model,
     ServerInfo,
+    SessionLayer,
     StoredTensor,
     Timings,
     TokensResult,
     TransformerAttention,
     Variant,
 )
+from attnserve_client._session_steps import Batch
+from attnserve_client._sessions import Session, page_hashes
 from attnserve_client._stream import AttendStream
 
 __version__ = "0.1.0"
@@ -45,17 +49,21 @@ __all__ = [
     "AttendStream",
     "AttentionClient",
     "AttnserveError",
+    "Batch",
     "CancelledError",
     "DeadlineExceededError",
     "FailedPreconditionError",
     "InternalError",
     "InvalidArgumentError",
+    "LayerResult",
     "Limits",
     "Model",
     "NotFoundError",
     "PermissionDeniedError",
     "ResourceExhaustedError",
     "ServerInfo",
+    "Session",
+    "SessionLayer",
     "StoredTensor",
     "Timings",
     "TokensResult",
@@ -65,4 +73,5 @@ __all__ = [
     "UnimplementedError",
     "Variant",
     "keep_freed_memory",
+    "page_hashes",
 ]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,49 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLayer:
+    """Which keys a query of one layer of a session sees.
+
+    Attributes:
+        window: keys up to its own that a query sees, itself included; None: as the model, 0: all.
+        kept_first: with a window: the session's first keys that it sees besides.
+        cross: keys are written once, by a step with `cross_tokens`, and every query sees all.
+    """
+
+    window: int | None = None
+    kept_first: int = 0
+    cross: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One layer of a step; what was not asked for is None.
+
+    Attributes:
+        output: [T, H, Dv], T the new tokens of all sessions of the step, one after another.
+        log_sum_exp: [T, H] float32, of each query's scores; -inf where it saw no key.
+        entropy: [T, H] float32, nats.
+        starts: where each session's tokens begin in T, and where the last one's end.
+        step_ended: whether this was the step's last layer.
+        timings: where the server spent its time.
+    """
+
+    output: Array | None
+    log_sum_exp: Array | None
+    entropy: Array | None
+    starts: tuple[int, ...]
+    step_ended: bool
+    timings: Timings
+
+    @property
+    def outputs(self) -> list[Array]:
+        """The output of each session, [its new tokens, H, Dv]: views of `output`."""
+        if self.output is None:
+            return []
+        return [self.output[first:last] for first, last in pairwise(self.starts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +308,8 @@ class Limits:
     chunk_bytes: int
     max_queue: int
     max_stored_bytes: int = 0
+    max_session_bytes: int = 0
+    session_page_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ struct TypeRow {
 };
 
 // By number of DataType.
-constexpr std::array<TypeRow, 7> kTypes{{
+constexpr std::array<TypeRow, 8> kTypes{{
     {"DATA_TYPE_UNSPECIFIED", 0},
     {"FP32", 4},
     {"FP16", 2},
@@ -22,6 +22,7 @@ constexpr std::array<TypeRow, 7> kTypes{{
     {"INT64", 8},
     {"INT32", 4},
     {"BOOL", 1},
+    {"UINT8", 1},
 }};
 
 const TypeRow& row_of(DataType dtype) {

@@ -22,6 +22,7 @@ enum class DataType : std::uint8_t {
   kInt64 = 4,
   kInt32 = 5,
   kBool = 6,
+  kUint8 = 7,  // bytes of the server's own; in no message
 };
 
 std::size_t item_bytes(DataType dtype);        // 0 for kUnspecified

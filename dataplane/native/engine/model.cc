@@ -37,6 +37,7 @@ std::vector<const Variant*> preferred(const Model& model, std::int64_t length) {
   for (const auto& variant : model.variants) {
     if (std::ranges::find(order, variant.get()) == order.end()) order.push_back(variant.get());
   }
+  std::erase_if(order, [](const Variant* variant) { return variant->paged(); });
   return order;
 }
 
@@ -91,8 +92,8 @@ std::string_view name_of(Kind kind) {
 }
 
 const Variant* Model::find(Names inputs, Names outputs) const {
-  const auto found =
-      std::ranges::find_if(variants, [&](auto& each) { return can(*each, inputs, outputs); });
+  const auto found = std::ranges::find_if(
+      variants, [&](auto& each) { return !each->paged() && can(*each, inputs, outputs); });
   return found == variants.end() ? nullptr : found->get();
 }
 
@@ -111,7 +112,9 @@ const Variant& Model::choose(std::string_view forced, Names inputs, Names output
   const auto what = [&] { return text("model ", facts.name, " version ", version_text); };
   if (candidates.empty()) {
     std::vector<std::string> known;
-    for (const auto& variant : variants) known.push_back(variant->name());
+    for (const auto& variant : variants) {
+      if (!variant->paged()) known.push_back(variant->name());
+    }
     throw RequestError(Code::kNotFound, text("variant: given ", quoted(forced), "; ", what(),
                                              " has: ", joined(known, ", ")));
   }

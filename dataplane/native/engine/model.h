@@ -53,11 +53,15 @@ struct Pick {
   std::vector<std::string> variants;
 };
 
+// The variant that reads and writes pages of KV sessions. Nothing but Decode runs it.
+constexpr std::string_view kPagedVariant = "paged";
+
 class Variant {
  public:
   VariantFacts facts;
   std::unique_ptr<Session> session;
   const std::string& name() const { return facts.name; }
+  bool paged() const { return facts.name == kPagedVariant; }
 };
 
 // One version of a model, ready to run. Immutable; requests hold it while they need it.
@@ -73,7 +77,7 @@ class Model {
   bool on_cuda = false;
   std::string version_text;  // facts.version as text
 
-  // The first variant that takes and gives these; nullptr: none.
+  // The first variant that takes and gives these; nullptr: none. As `choose`, never a paged one.
   const Variant* find(std::span<const std::string_view> inputs,
                       std::span<const std::string_view> outputs) const;
   const Variant* named(std::string_view name) const;

@@ -74,6 +74,8 @@ DataType data_type_of(ort::ElementType type) {
       return DataType::kInt32;
     case ort::kBool:
       return DataType::kBool;
+    case ort::kUint8:
+      return DataType::kUint8;
   }
   return DataType::kUnspecified;
 }
@@ -92,6 +94,8 @@ ort::ElementType element_type_of(DataType dtype) {
       return ort::kInt32;
     case DataType::kBool:
       return ort::kBool;
+    case DataType::kUint8:
+      return ort::kUint8;
     case DataType::kUnspecified:
       break;
   }

@@ -31,6 +31,7 @@ constexpr std::uint32_t kApiVersion = 17;  // ONNX Runtime 1.17, which our opera
 
 enum ElementType : int {
   kFloat = 1,
+  kUint8 = 2,
   kInt32 = 6,
   kInt64 = 7,
   kBool = 9,

@@ -275,6 +275,30 @@ void bind_plane(nb::module_& module) {
              };
            })
       .def(
+          "kv_sessions",
+          [](DataPlane& self) {
+            services::Core& core = self.core;
+            const sessions::KvStatistics now = core.kv.statistics();
+            const auto number = [](std::uint64_t value) { return static_cast<double>(value); };
+            return std::map<std::string, double>{
+                {"sessions", number(now.sessions)},
+                {"pages_in_use", number(now.pages_in_use)},
+                {"pages_cached", number(now.pages_cached)},
+                {"bytes_in_use", number(now.bytes_in_use)},
+                {"bytes_cached", number(now.bytes_cached)},
+                {"bytes_promised", number(now.bytes_promised)},
+                {"bytes_memory", number(now.bytes_memory)},
+                {"max_bytes", number(now.max_bytes)},
+                {"opened", number(now.opened)},
+                {"expired", number(now.expired)},
+                {"prefix_pages_asked", number(now.prefix_pages_asked)},
+                {"prefix_pages_found", number(now.prefix_pages_found)},
+                {"evicted_pages", number(now.evicted_pages)},
+                {"tokens", number(core.statistics.decoded_tokens())},
+            };
+          },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
           "add_region",
           [](DataPlane& self, const std::string& name, const std::string& key, std::uint64_t offset,
              std::uint64_t byte_size, const std::string& peer) {

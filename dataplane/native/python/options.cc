@@ -75,6 +75,10 @@ services::DataPlaneOptions options_of(const nb::kwargs& given) {
   core.max_stored_bytes = size("max_stored_bytes");
   core.stored_lease = seconds("stored_lease");
   core.max_stored_lease = seconds("max_stored_lease");
+  core.kv.max_bytes = size("max_kv_bytes");
+  core.kv.page_tokens = size("kv_page_tokens");
+  core.kv.default_lease = seconds("kv_lease");
+  core.kv.max_lease = seconds("max_kv_lease");
   core.max_shared_regions = size("max_shared_regions");
   core.max_shared_bytes = size("max_shared_bytes");
 

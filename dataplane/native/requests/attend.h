@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -76,6 +77,7 @@ AttendPlan plan_attend(const wire::AttendRequest& message, const Context& contex
 
 // Where tensors lie that follow one another from 0 on, each at the next multiple of kAlignment; the
 // last entry is where the last one ends.
+std::vector<std::uint64_t> offsets(std::span<const std::size_t> byte_sizes);
 std::vector<std::uint64_t> offsets(const std::vector<wire::ResultSpec>& results);
 
 // An attention that is ready to run, with everything that its work views: alive as long as this is.

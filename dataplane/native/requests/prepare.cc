@@ -6,6 +6,7 @@
 #include "requests/attend.h"
 #include "requests/elements.h"
 #include "requests/plan.h"
+#include "requests/tensor_spec.h"
 
 namespace attnserve::requests {
 namespace {
@@ -22,26 +23,14 @@ using Sources = std::array<ByteSpan, wire::kInputs>;
 Sources sources_of(PreparedAttend& prepared, const Sources& sent, const Context& context,
                    std::string_view peer) {
   Sources sources;
-  const auto view = [&](const Region& region) {
-    return context.regions.view(region.name, region.offset, region.byte_size,
-                                sessions::owner_of(peer));
-  };
   for (std::size_t at = 0; at < wire::kInputs; ++at) {
     const std::optional<TensorSpec>& spec = prepared.plan.specs[at];
     if (!spec) continue;
-    if (spec->stored) {
-      sources[at] = spec->stored->elements.span();
-    } else if (spec->region) {
-      prepared.regions.push_back(view(*spec->region));
-      sources[at] = prepared.regions.back().bytes;
-    } else {
-      sources[at] = sent[at];
-    }
-    if (sources[at].size() != spec->byte_size) {
-      throw std::logic_error("elements of another size than was planned");
-    }
+    sources[at] = elements_of(*spec, sent[at], context.regions, peer, prepared.regions);
   }
-  if (prepared.plan.output_region) prepared.output_region = view(*prepared.plan.output_region);
+  if (prepared.plan.output_region) {
+    prepared.output_region = view_of(*prepared.plan.output_region, context.regions, peer);
+  }
   return sources;
 }
 

@@ -21,14 +21,29 @@ std::uint64_t aligned(std::uint64_t offset) {
   return (offset + (kAlignment - 1)) / kAlignment * kAlignment;
 }
 
+std::vector<std::size_t> byte_sizes_of(const std::vector<wire::ResultSpec>& results) {
+  std::vector<std::size_t> sizes;
+  sizes.reserve(results.size());
+  for (const wire::ResultSpec& result : results) sizes.push_back(result.byte_size);
+  return sizes;
+}
+
 }  // namespace
+
+void check_request_bytes(Wide total, const Limits& limits) {
+  check("request", total, limits.max_request_bytes, "--max-request-mib");
+}
+
+void check_response_bytes(Wide total, const Limits& limits) {
+  check("response", total, limits.max_response_bytes, "--max-response-mib");
+}
 
 std::size_t checked_request_bytes(const TensorSpecs& specs, const Limits& limits) {
   Wide total = 0;
   for (const std::optional<TensorSpec>& spec : specs) {
     if (spec) total += spec->byte_size;
   }
-  check("request", total, limits.max_request_bytes, "--max-request-mib");
+  check_request_bytes(total, limits);
   return static_cast<std::size_t>(total);
 }
 
@@ -61,7 +76,7 @@ Results checked_results(const engine::Model& model, const Shape* layer_output,
   add(wanted.mass_per_key, kMassPerKey, DataType::kFp32, {batch, heads, dims.key_len});
   add(wanted.mass_by_distance != 0, kMassByDistance, DataType::kFp32,
       {batch, heads, wanted.mass_by_distance});
-  check("response", total, limits.max_response_bytes, "--max-response-mib");
+  check_response_bytes(total, limits);
   results.byte_size = static_cast<std::size_t>(total);
   return results;
 }
@@ -82,9 +97,9 @@ std::size_t checked_working_bytes(const engine::Model& model, const engine::Vari
 }
 
 Region checked_output_region(const wire::RegionMessage& message,
-                             const std::vector<wire::ResultSpec>& results) {
+                             std::span<const std::size_t> byte_sizes) {
   Region region = region_of("output_region", message);
-  const std::uint64_t needed = offsets(results).back();
+  const std::uint64_t needed = offsets(byte_sizes).back();
   if (region.byte_size < needed) {
     refuse("output_region.byte_size", std::to_string(region.byte_size),
            text(needed, " or more, for this answer"));
@@ -92,16 +107,25 @@ Region checked_output_region(const wire::RegionMessage& message,
   return region;
 }
 
-std::vector<std::uint64_t> offsets(const std::vector<wire::ResultSpec>& results) {
+Region checked_output_region(const wire::RegionMessage& message,
+                             const std::vector<wire::ResultSpec>& results) {
+  return checked_output_region(message, byte_sizes_of(results));
+}
+
+std::vector<std::uint64_t> offsets(std::span<const std::size_t> byte_sizes) {
   std::vector<std::uint64_t> starts;
-  starts.reserve(results.size() + 1);
+  starts.reserve(byte_sizes.size() + 1);
   std::uint64_t end = 0;
-  for (const wire::ResultSpec& result : results) {
+  for (const std::size_t byte_size : byte_sizes) {
     starts.push_back(aligned(end));
-    end = starts.back() + result.byte_size;
+    end = starts.back() + byte_size;
   }
   starts.push_back(end);
   return starts;
+}
+
+std::vector<std::uint64_t> offsets(const std::vector<wire::ResultSpec>& results) {
+  return offsets(byte_sizes_of(results));
 }
 
 }  // namespace attnserve::requests

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -17,6 +18,11 @@
 namespace attnserve::requests {
 
 using TensorSpecs = std::array<std::optional<TensorSpec>, wire::kInputs>;
+
+// All tensors of a request, or of an answer. Throw RequestError RESOURCE_EXHAUSTED: they take more
+// bytes than is allowed.
+void check_request_bytes(Wide total, const Limits& limits);
+void check_response_bytes(Wide total, const Limits& limits);
 
 // Of all tensors of a request. Throws RequestError RESOURCE_EXHAUSTED: more than is allowed.
 std::size_t checked_request_bytes(const TensorSpecs& specs, const Limits& limits);
@@ -38,7 +44,10 @@ std::size_t checked_working_bytes(const engine::Model& model, const engine::Vari
                                   const engine::Dims& dims, std::size_t tensor_bytes,
                                   const Limits& limits);
 
-// Where the answer's tensors go. Throws RequestError INVALID_ARGUMENT: they do not fit there.
+// Where the answer's tensors, of so many bytes each, go. Throws RequestError INVALID_ARGUMENT: they
+// do not fit there.
+Region checked_output_region(const wire::RegionMessage& message,
+                             std::span<const std::size_t> byte_sizes);
 Region checked_output_region(const wire::RegionMessage& message,
                              const std::vector<wire::ResultSpec>& results);
 

@@ -1,6 +1,7 @@
 #include "requests/tensor_spec.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -106,6 +107,25 @@ Region region_of(std::string_view field, const wire::RegionMessage& message) {
            text("a multiple of ", kAlignment));
   }
   return {std::string(message.name), message.offset, message.byte_size};
+}
+
+sessions::RegionView view_of(const Region& region, const sessions::SharedRegions& regions,
+                             std::string_view peer) {
+  return regions.view(region.name, region.offset, region.byte_size, sessions::owner_of(peer));
+}
+
+ByteSpan elements_of(const TensorSpec& spec, ByteSpan sent, const sessions::SharedRegions& regions,
+                     std::string_view peer, std::vector<sessions::RegionView>& views) {
+  ByteSpan elements = sent;
+  if (spec.stored) {
+    elements = spec.stored->elements.span();
+  } else if (spec.region) {
+    elements = views.emplace_back(view_of(*spec.region, regions, peer)).bytes;
+  }
+  if (elements.size() != spec.byte_size) {
+    throw std::logic_error("elements of another size than was planned");
+  }
+  return elements;
 }
 
 TensorSpec check_tensor(const TensorRule& rule, const wire::TensorMessage& tensor,

@@ -8,13 +8,13 @@ constexpr std::size_t kMostKinds = 1024;  // remembered
 
 }  // namespace
 
-double Estimates::seconds(const engine::BatchKey& key, std::int64_t sequences) const {
+double Estimates::seconds(const engine::BatchKey& key, std::int64_t units) const {
   const auto found = means_.find(key);
-  return found == means_.end() ? 0.0 : found->second.mean * static_cast<double>(sequences);
+  return found == means_.end() ? 0.0 : found->second.mean * static_cast<double>(units);
 }
 
-void Estimates::observe(const engine::BatchKey& key, std::int64_t sequences, double seconds) {
-  const double newest = seconds / static_cast<double>(sequences);
+void Estimates::observe(const engine::BatchKey& key, std::int64_t units, double seconds) {
+  const double newest = seconds / static_cast<double>(units);
   const auto found = means_.find(key);
   if (found != means_.end()) {
     found->second.mean += kNewest * (newest - found->second.mean);

@@ -17,12 +17,13 @@ struct BatchKeyHash {
   }
 };
 
-// Running means of the seconds that one sequence of each kind takes. Needs its owner's lock.
+// Running means of the seconds that one unit of each kind takes: a sequence, unless the job says
+// otherwise. Needs its owner's lock.
 class Estimates {
  public:
-  // What so many sequences of a kind will take; 0 for a kind never seen.
-  double seconds(const engine::BatchKey& key, std::int64_t sequences) const;
-  void observe(const engine::BatchKey& key, std::int64_t sequences, double seconds);
+  // What so many units of a kind will take; 0 for a kind never seen.
+  double seconds(const engine::BatchKey& key, std::int64_t units) const;
+  void observe(const engine::BatchKey& key, std::int64_t units, double seconds);
 
  private:
   struct Entry {

@@ -26,12 +26,14 @@ class Job {
   virtual ~Job() = default;
 
   std::shared_ptr<RequestContext> request;
-  engine::BatchKey key{};  // jobs of equal key take alike long a sequence
+  engine::BatchKey key{};  // jobs of equal key take alike long a unit
   bool joinable = false;   // and may run together if both are
   std::int64_t sequences = 1;
+  std::int64_t units = 0;         // what its time is proportional to; 0: its sequences
   std::size_t tensor_bytes = 0;   // that joining copies
   std::size_t working_bytes = 0;  // estimated memory that it takes while it runs
 
+  std::int64_t measure() const { return units > 0 ? units : sequences; }
   // Runs this job and others of its key, itself included, as one. Throws if that fails for all.
   virtual void run(std::span<Job* const> batch, engine::Stop* stop) = 0;
   virtual std::unique_ptr<engine::Stop> make_stop() = 0;

@@ -85,7 +85,7 @@ void Scheduler::submit(std::shared_ptr<Job> job, bool runs_here) {
   bool look = false;
   if (!refused) {
     const std::lock_guard lock(mutex_);
-    const double seconds = estimates_.seconds(job->key, job->sequences);
+    const double seconds = estimates_.seconds(job->key, job->measure());
     refused = refusal(*job->request, seconds, now);
     if (!refused) {
       const TimePoint deadline = job->request->deadline;
@@ -302,10 +302,11 @@ void Scheduler::gather(Running& running, std::unique_lock<std::mutex>& lock) {
 void Scheduler::execute(std::shared_ptr<Running> running) {
   std::vector<Job*> jobs;
   jobs.reserve(running->batch.size());
-  std::int64_t sequences = 0;
+  std::int64_t sequences = 0, units = 0;
   for (const Entry& entry : running->batch) {
     jobs.push_back(entry.job.get());
     sequences += entry.job->sequences;
+    units += entry.job->measure();
   }
   engine::Stop* stop = nullptr;
   if (running->seconds <= 0 || running->seconds > kShortSeconds) {
@@ -343,7 +344,7 @@ void Scheduler::execute(std::shared_ptr<Running> running) {
     if (running->holds_slot) ++free_slots_;
     working_bytes_ -= running->working_bytes;
     if (!errors.front() && !(stop && stop->requested())) {
-      estimates_.observe(jobs.front()->key, sequences, attnserve::seconds(ended - started));
+      estimates_.observe(jobs.front()->key, units, attnserve::seconds(ended - started));
     }
     wake = !queue_.empty() && free_slots_ > 0 && idle_threads_ > 0;
   }

@@ -13,7 +13,8 @@ constexpr std::size_t kMostWaiting = 1024;
 
 }  // namespace
 
-Chores::Chores() : thread_([this] { work(); }) {
+Chores::Chores(std::function<void()> regularly, Duration period)
+    : regularly_(std::move(regularly)), period_(period), thread_([this] { work(); }) {
   pthread_setname_np(thread_.native_handle(), "chores");
 }
 
@@ -38,8 +39,21 @@ std::optional<Status> Chores::add(std::function<void()> chore) {
 
 void Chores::work() {
   std::unique_lock lock(mutex_);
+  const auto came = [this] { return ending_ || !waiting_.empty(); };
+  TimePoint next = regularly_ ? Clock::now() + period_ : kNever;
   while (true) {
-    came_.wait(lock, [this] { return ending_ || !waiting_.empty(); });
+    if (next == kNever) {
+      came_.wait(lock, came);
+    } else {
+      came_.wait_until(lock, next, came);
+      if (!ending_ && Clock::now() >= next) {
+        lock.unlock();
+        regularly_();
+        lock.lock();
+        next = Clock::now() + period_;
+        continue;
+      }
+    }
     if (waiting_.empty()) return;
     auto chore = std::move(waiting_.front());
     waiting_.pop_front();

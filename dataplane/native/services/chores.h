@@ -9,13 +9,16 @@
 #include <optional>
 #include <thread>
 
+#include "base/clock.h"
 #include "base/status.h"
 
 namespace attnserve::services {
 
 class Chores {
  public:
-  Chores();
+  // Calls `regularly`, if any, whenever about so much time has passed.
+  explicit Chores(std::function<void()> regularly = nullptr,
+                  Duration period = std::chrono::seconds(1));
   ~Chores();  // does what is left, then ends
   // RESOURCE_EXHAUSTED if too many wait. A chore throws nothing.
   std::optional<Status> add(std::function<void()> chore);
@@ -23,6 +26,8 @@ class Chores {
  private:
   void work();
 
+  const std::function<void()> regularly_;
+  const Duration period_;
   std::mutex mutex_;  // guards what follows
   std::condition_variable came_;
   std::deque<std::function<void()>> waiting_;

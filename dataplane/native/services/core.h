@@ -20,6 +20,7 @@
 #include "services/chores.h"
 #include "services/handlers.h"
 #include "services/statistics.h"
+#include "sessions/kv_sessions.h"
 #include "sessions/shared_memory.h"
 #include "sessions/stored_tensors.h"
 #include "sessions/uploads.h"
@@ -51,6 +52,7 @@ struct CoreOptions {
   Duration max_stored_lease = std::chrono::hours(1);
   std::size_t max_shared_regions = 256;
   std::size_t max_shared_bytes = 16384ULL << 20;
+  sessions::KvConfig kv;
   std::size_t max_control_requests = 64;  // for the control plane, waiting
   std::size_t max_token_requests = 256;
 };
@@ -64,12 +66,14 @@ struct Core {
         stored_uploads(options.max_stored_bytes, "--max-stored-mib"),
         stored(options.max_stored_bytes, options.stored_lease, options.max_stored_lease),
         regions(options.max_shared_regions, options.max_shared_bytes),
+        kv(options.kv),
         control(options.max_control_requests),
         loading(options.max_control_requests),
         tokens(options.max_token_requests),
         admission(options.rules.max_queue_seconds, static_cast<std::size_t>(options.rules.patience),
                   options.io_threads, options.rules.slots),
-        scheduler(options.rules) {}
+        scheduler(options.rules),
+        chores([this] { kv.tidy(); }) {}
 
   requests::Context context() { return {models, limits, stored, regions}; }
 
@@ -81,6 +85,7 @@ struct Core {
   engine::ModelStore models;
   sessions::StoredTensors stored;
   sessions::SharedRegions regions;
+  sessions::KvSessions kv;
   Statistics statistics;
   OpenStreams streams;
   HandlerQueue control;  // methods of the control plane

@@ -6,6 +6,7 @@
 #include "base/text.h"
 #include "services/attend.h"
 #include "services/attend_stream.h"
+#include "services/decode.h"
 #include "services/handled.h"
 #include "services/health.h"
 #include "services/infer.h"
@@ -94,11 +95,11 @@ void Router::add_attention() {
         return grpc::Reception{put_tensor_handler(core_, std::move(call)), whole};
       }};
   methods_[kAttention + "Decode"] = {
-      "Decode", [](std::shared_ptr<grpc::Call>) -> Accepted {
-        return Status{Code::kUnimplemented,
-                      "Decode: this server version keeps no KV sessions; call Attend with all keys "
-                      "and values",
-                      {}};
+      "Decode", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
+        if (core_.scheduler.draining()) {
+          return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
+        }
+        return grpc::Reception{decode_handler(core_, std::move(call)), whole};
       }};
   plain(kAttention + "RenewTensor", kControlBytes, renew_tensor(core_));
   plain(kAttention + "DropTensor", kControlBytes, drop_tensor(core_));

@@ -42,6 +42,10 @@ void Statistics::inferred(const std::string& model, std::int64_t version, const 
   batches.output.add(output);
 }
 
+void Statistics::decoded(std::int64_t tokens) {
+  decoded_.fetch_add(static_cast<std::uint64_t>(tokens), std::memory_order_relaxed);
+}
+
 void Statistics::infer_failed(const std::string& model, std::int64_t version, Duration after) {
   const std::lock_guard lock(mutex_);
   infers_[{model, version}].fail.add(after);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -80,13 +81,16 @@ class Statistics {
            std::int64_t sequences);
   void inferred(const std::string& model, std::int64_t version, const Spans& spans,
                 std::int64_t sequences, TimePoint answered);
+  void decoded(std::int64_t tokens);  // added to KV sessions
   void infer_failed(const std::string& model, std::int64_t version, Duration after);
 
   std::map<std::pair<std::string, Code>, std::uint64_t> requests() const;
   std::map<std::pair<std::string, std::string>, VariantCounts> variants() const;
+  std::uint64_t decoded_tokens() const { return decoded_.load(std::memory_order_relaxed); }
   InferCounts of(const std::string& model, std::int64_t version) const;
 
  private:
+  std::atomic<std::uint64_t> decoded_{0};
   mutable std::mutex mutex_;  // guards what follows; held for some additions
   std::map<std::pair<std::string, Code>, std::uint64_t, std::less<>> requests_;
   std::map<std::pair<std::string, std::string>, VariantCounts> variants_;

@@ -34,6 +34,9 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
   void fail(Status status);
   // The call is over: nobody waits for what still runs.
   void ended(Code reason);
+  // A message of an answer that goes on, such as a chunk.
+  void send_part(OutMessage message) { call_->send(std::move(message)); }
+  std::size_t unsent() const { return call_->unsent(); }
   bool draining() const;
   const grpc::CallInfo& info() const { return call_->info(); }
 

@@ -319,3 +319,23 @@ TEST_CASE("many threads submit, cancel and run at once: each job ends exactly on
   }
   for (const auto& job : jobs) CHECK(job->ends() == 1);
 }
+
+TEST_CASE("what a job takes is told by its units, whatever ran with it") {
+  Scheduler scheduler({.max_queue_seconds = 1e-3, .patience = 0});
+  const auto learned = fake_job(5, true);
+  learned->units = 10;
+  scheduler.submit(learned, false);
+  learned->wait_started();
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  learned->release();
+  learned->wait_ended();
+  const Occupied occupied(scheduler);
+  const auto long_one = fake_job(5), behind = fake_job(6);
+  long_one->units = 1000;
+  scheduler.submit(long_one, false);
+  scheduler.submit(behind, false);
+  // Behind 5 seconds of others nobody may wait.
+  REQUIRE(behind->ended());
+  CHECK(behind->status()->code == Code::kResourceExhausted);
+  CHECK(behind->status()->retry_after > std::chrono::seconds(3));
+}

@@ -2,49 +2,15 @@
 
 #include <bit>
 
-#include "attnserve/v1/attention.pb.h"
 #include "wire/attention.h"
+#include "wire_same.h"
 #include "wire_support.h"
 
 namespace attnserve::wire::tests {
 
 namespace {
 
-namespace pb = ::attnserve::v1;
-
-bool same(const RegionMessage& ours, const pb::SharedMemoryRegion& theirs) {
-  return ours.name == theirs.name() && ours.offset == theirs.offset() &&
-         ours.byte_size == theirs.byte_size();
-}
-
-bool same(const TensorMessage& ours, const pb::Tensor& theirs) {
-  using Content = TensorMessage::Content;
-  if (ours.dtype != theirs.dtype() || !std::equal(ours.shape.begin(), ours.shape.end(),
-                                                  theirs.shape().begin(), theirs.shape().end())) {
-    return false;
-  }
-  switch (theirs.content_case()) {
-    case pb::Tensor::kData:
-      return ours.content == Content::kData && text_of(ours.data) == theirs.data();
-    case pb::Tensor::kSharedMemory:
-      return ours.content == Content::kSharedMemory && same(ours.region, theirs.shared_memory());
-    case pb::Tensor::kChunked:
-      return ours.content == Content::kChunked &&
-             ours.chunked_bytes == theirs.chunked().byte_size();
-    case pb::Tensor::kStored:
-      return ours.content == Content::kStored && ours.stored == theirs.stored();
-    default:
-      return ours.content == Content::kNone;
-  }
-}
-
-bool same(const AttendRequest& ours, const pb::AttendRequest& theirs);
-bool same(const TensorChunk& ours, const pb::TensorChunk& theirs);
-
-template <class Ours, class Theirs>
-bool same(const std::optional<Ours>& ours, bool there, const Theirs& theirs) {
-  return ours.has_value() == there && (!there || same(*ours, theirs));
-}
+using tests::same;
 
 bool same(const std::optional<float>& ours, bool there, float theirs) {
   return ours.has_value() == there &&
@@ -79,6 +45,15 @@ bool same(const AttendRequest& ours, const pb::AttendRequest& theirs) {
 bool same(const TensorChunk& ours, const pb::TensorChunk& theirs) {
   return ours.tensor == theirs.tensor() && ours.offset == theirs.offset() &&
          text_of(ours.data) == theirs.data();
+}
+
+// Overload resolution prefers these to the template for what is declared before it.
+bool same(const std::optional<AttendRequest>& ours, bool there, const pb::AttendRequest& theirs) {
+  return ours.has_value() == there && (!there || same(*ours, theirs));
+}
+
+bool same(const std::optional<TensorChunk>& ours, bool there, const pb::TensorChunk& theirs) {
+  return ours.has_value() == there && (!there || same(*ours, theirs));
 }
 
 bool same(const AttendStreamRequest& ours, const pb::AttendStreamRequest& theirs) {

@@ -4,6 +4,7 @@
 
 #include "wire/attention.h"
 #include "wire/fields.h"
+#include "wire/tensor_fields.h"
 
 namespace attnserve::wire {
 
@@ -11,59 +12,6 @@ namespace {
 
 constexpr std::uint32_t kRequestUncounted = numbers({15});  // AttendRequest.padding
 constexpr std::uint32_t kChunkUncounted = numbers({4});     // TensorChunk.padding
-
-void merge(FieldReader reader, RegionMessage& region) {
-  while (reader.next()) {
-    switch (reader.key()) {
-      case bytes_field(1):
-        region.name = reader.text();
-        break;
-      case varint_field(2):
-        region.offset = reader.number();
-        break;
-      case varint_field(3):
-        region.byte_size = reader.number();
-        break;
-    }
-  }
-}
-
-void merge(FieldReader reader, TensorMessage& tensor) {
-  using Content = TensorMessage::Content;
-  while (reader.next()) {
-    switch (reader.key()) {
-      case varint_field(1):
-        tensor.dtype = static_cast<std::int32_t>(reader.number32());
-        break;
-      case varint_field(2):
-        tensor.shape.push_back(static_cast<std::int64_t>(reader.number()));
-        break;
-      case bytes_field(2):
-        append_shape(reader, tensor.shape);
-        break;
-      case bytes_field(3):
-        tensor.content = Content::kData;
-        tensor.data = reader.bytes();
-        break;
-      case bytes_field(4):
-        if (tensor.content != Content::kSharedMemory) tensor.region = {};
-        tensor.content = Content::kSharedMemory;
-        merge(reader.message(), tensor.region);
-        break;
-      case bytes_field(5):
-        if (tensor.content != Content::kChunked) tensor.chunked_bytes = 0;
-        tensor.content = Content::kChunked;
-        for (FieldReader chunked = reader.message(); chunked.next();) {
-          if (chunked.key() == varint_field(1)) tensor.chunked_bytes = chunked.number();
-        }
-        break;
-      case bytes_field(6):
-        tensor.content = Content::kStored;
-        tensor.stored = reader.text();
-        break;
-    }
-  }
-}
 
 void merge(FieldReader reader, ReturnOptions& returns) {
   while (reader.next()) {
@@ -88,12 +36,6 @@ void merge(FieldReader reader, ReturnOptions& returns) {
         break;
     }
   }
-}
-
-// A value that is there from now on, as it was if it was there before.
-template <class T>
-T& present(std::optional<T>& value) {
-  return value ? *value : value.emplace();
 }
 
 void merge(FieldReader reader, AttendRequest& request) {

@@ -4,6 +4,7 @@
 #include "wire/attention.h"
 #include "wire/fields.h"
 #include "wire/layout.h"
+#include "wire/tensor_fields.h"
 
 namespace attnserve::wire {
 
@@ -11,27 +12,9 @@ namespace {
 
 using protozero::pbf_writer;
 
-constexpr std::uint32_t kResponse = 2, kChunk = 3, kError = 4;       // of AttendStreamResponse
-constexpr std::uint32_t kResponsePadding = 14, kTimings = 15;        // of AttendResponse
-constexpr std::uint32_t kTensorData = 3, kShared = 4, kChunked = 5;  // of Tensor
-constexpr std::uint32_t kChunkData = 3, kChunkPadding = 4;           // of TensorChunk
-// Five numbers of at most eleven bytes each, what says how long they are, and padding.
-constexpr std::size_t kTimingsRoom = 64;
-
-void add_number(pbf_writer& writer, std::uint32_t number, std::uint64_t value) {
-  if (value != 0) writer.add_uint64(number, value);
-}
-
-void append_timings(std::string& to, const Timings& timings) {
-  std::string body;
-  pbf_writer writer(body);
-  add_number(writer, 1, timings.deserialize);
-  add_number(writer, 2, timings.queue);
-  add_number(writer, 3, timings.compute);
-  add_number(writer, 4, timings.serialize);
-  add_number(writer, 5, timings.batch_size);
-  pbf_writer(to).add_message(kTimings, body);
-}
+constexpr std::uint32_t kResponse = 2, kChunk = 3, kError = 4;  // of AttendStreamResponse
+constexpr std::uint32_t kResponsePadding = 14, kTimings = 15;   // of AttendResponse
+constexpr std::uint32_t kChunkData = 3, kChunkPadding = 4;      // of TensorChunk
 
 void append_names(std::string& to, std::string_view model, std::string_view version,
                   std::string_view variant) {
@@ -39,18 +22,6 @@ void append_names(std::string& to, std::string_view model, std::string_view vers
   add_text(writer, 1, model);
   add_text(writer, 2, version);
   add_text(writer, 3, variant);
-}
-
-// A Tensor without its content.
-std::string header_of(const ResultSpec& result) {
-  std::string header;
-  pbf_writer writer(header);
-  if (result.dtype != DataType::kUnspecified) {
-    writer.add_enum(1, static_cast<std::int32_t>(result.dtype));
-  }
-  const auto sizes = result.shape.sizes();
-  writer.add_packed_int64(2, sizes.begin(), sizes.end());
-  return header;
 }
 
 // A request_id as the beginning of an AttendStreamResponse.
@@ -81,20 +52,12 @@ AttendAnswer::AttendAnswer(std::string_view model, std::string_view version,
     Frame frame(kResponsePadding, before);
     append_names(frame.text(), model, version, variant);
     for (const ResultSpec& result : results) {
-      std::string header = header_of(result);
-      if (!is_inline(result)) {
-        std::string content;
-        pbf_writer(content).add_uint64(1, result.byte_size);
-        pbf_writer(header).add_message(kChunked, content);
-        pbf_writer(frame.text()).add_message(field_of(result.output), header);
-        continue;
+      const std::uint32_t number = field_of(result.output);
+      if (is_inline(result)) {
+        add_tensor(frame, number, result.dtype, result.shape, result.byte_size);
+      } else {
+        append_chunked_tensor(frame.text(), number, result.dtype, result.shape, result.byte_size);
       }
-      const std::size_t content = length_bytes(kTensorData, result.byte_size) + result.byte_size;
-      std::string head;
-      append_length(head, field_of(result.output), header.size() + content);
-      head += header;
-      append_length(head, kTensorData, result.byte_size);
-      frame.add_room(head, result.byte_size);
     }
     tail_ = frame.size();
     frame.text().append(kTimingsRoom, '\0');
@@ -110,7 +73,7 @@ AttendAnswer::AttendAnswer(std::string_view model, std::string_view version,
 
 Bytes AttendAnswer::finish(const Timings& timings) && {
   std::string tail;
-  append_timings(tail, timings);
+  append_timings(tail, kTimings, timings);
   append_padding(tail, kResponsePadding, kTimingsRoom - tail.size());
   std::memcpy(bytes_.data() + tail_, tail.data(), tail.size());
   return std::move(bytes_);
@@ -124,16 +87,10 @@ Bytes encode_attend_response(std::string_view model, std::string_view version,
   append_names(response, model, version, variant);
   for (std::size_t index = 0; index < results.size(); ++index) {
     const ResultSpec& result = results[index];
-    std::string tensor = header_of(result);
-    std::string content;
-    pbf_writer writer(content);
-    add_text(writer, 1, places[index].region);
-    add_number(writer, 2, places[index].offset);
-    add_number(writer, 3, result.byte_size);
-    pbf_writer(tensor).add_message(kShared, content);
-    pbf_writer(response).add_message(field_of(result.output), tensor);
+    append_shared_tensor(response, field_of(result.output), result.dtype, result.shape,
+                         result.byte_size, places[index]);
   }
-  append_timings(response, timings);
+  append_timings(response, kTimings, timings);
   return stream_id ? stream_message(*stream_id, kResponse, response) : bytes_of(response);
 }
 
@@ -163,12 +120,7 @@ Bytes encode_chunk_head(std::uint64_t request_id, Output output, std::uint64_t o
 }
 
 Bytes encode_stream_error(std::uint64_t request_id, const Status& status) {
-  std::string error;
-  pbf_writer writer(error);
-  if (status.code != Code::kOk) writer.add_int32(1, static_cast<std::int32_t>(status.code));
-  add_text(writer, 2, as_utf8(status.message));
-  add_number(writer, 3, static_cast<std::uint64_t>(status.retry_after.count()));
-  return stream_message(request_id, kError, error);
+  return stream_message(request_id, kError, error_message(status));
 }
 
 Bytes encode_stored_tensor(std::string_view handle, std::uint64_t lease_microseconds,

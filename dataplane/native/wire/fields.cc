@@ -155,19 +155,6 @@ void FieldReader::skip_group() {
   } while (true);
 }
 
-// Each takes eight times the memory that it may take on the wire. What a tensor may have is checked
-// by those who know it; this bounds the memory alone.
-constexpr std::size_t kMostSizes = 1U << 18;
-
-void append_shape(const FieldReader& reader, std::vector<std::int64_t>& shape) {
-  for (Numbers sizes = reader.packed(); !sizes.empty();) {
-    if (shape.size() >= kMostSizes) {
-      reader.decoding().refuse("a shape of too many dimensions");
-    }
-    shape.push_back(static_cast<std::int64_t>(sizes.varint()));
-  }
-}
-
 bool is_utf8(std::string_view text) {
   constexpr std::uint64_t kHighBits = 0x8080808080808080;
   std::size_t at = 0;

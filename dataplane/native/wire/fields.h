@@ -38,15 +38,22 @@ class Decoding {
   void count_field() {
     if (++fields_ > max_fields_) refuse_count();
   }
+  // Likewise of one more number of a packed field, which takes more memory than on the wire.
+  void count_packed(std::string_view too_many) {
+    if (++packed_ > kMostPacked) refuse(too_many);
+  }
   // Throws the RequestError of all decode functions.
   [[noreturn]] void refuse(std::string_view reason) const;
 
  private:
   [[noreturn]] void refuse_count() const;
 
+  static constexpr std::size_t kMostPacked = 1U << 18;
+
   std::string_view method_;
   std::size_t max_fields_;
   std::size_t fields_ = 0;
+  std::size_t packed_ = 0;
 };
 
 // Numbers one after another: the elements of a packed field, or the pieces that fields consist of.
@@ -110,8 +117,15 @@ class FieldReader {
   ByteSpan bytes_;
 };
 
-// Appends a packed field of dimensions; their number is bounded, but they do not count as fields.
-void append_shape(const FieldReader& reader, std::vector<std::int64_t>& shape);
+// Appends the numbers of a packed field; how many a message may have is bounded, but they do not
+// count as fields. `too_many` says what they are, for the refusal.
+template <class T>
+void append_packed(const FieldReader& reader, std::string_view too_many, std::vector<T>& to) {
+  for (Numbers rest = reader.packed(); !rest.empty();) {
+    reader.decoding().count_packed(too_many);
+    to.push_back(static_cast<T>(rest.varint()));
+  }
+}
 
 bool is_utf8(std::string_view text);
 // A text with everything in it that is not UTF-8 replaced by question marks.

@@ -73,7 +73,7 @@ InferInput read_input(FieldReader reader, ByteBudget* budget) {
         input.shape.push_back(static_cast<std::int64_t>(reader.number()));
         break;
       case bytes_field(3):
-        append_shape(reader, input.shape);
+        append_packed(reader, "a shape of too many dimensions", input.shape);
         break;
       case bytes_field(4):
         parameters.add(reader.message());

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attnserve_export.attention.core import AttentionConfig
+from attnserve_export.attention.core import AttentionConfig, PagedCore
 from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
+from attnserve_export.paged_cases import paged_cases
 from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
 from attnserve_export.verification import Case, angle_tolerance, core_tolerance
 
@@ -77,6 +78,9 @@ def core_cases(
     config: AttentionConfig, dtype: str, spec: VariantSpec, generator: np.random.Generator
 ) -> Iterator[Case]:
     """The cases of one variant of a core model."""
+    if spec.core is PagedCore:
+        yield from paged_cases(config, dtype, NUMPY[dtype], generator)
+        return
     for situation in SITUATIONS:
         if situation.bias and "bias" not in spec.inputs:
             continue

@@ -24,10 +24,12 @@ from attnserve_export.attention.core import (
     CudnnCore,
     FlashCore,
     NativeCore,
+    PagedCore,
 )
 from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_module
+from attnserve_export.attention.paged import paged_attention
 from attnserve_export.attention.variants import (
     CPU,
     DIAGNOSTICS,
@@ -108,6 +110,8 @@ def core_graph(
     config: AttentionConfig, spec: VariantSpec, dtype: str, opset: int
 ) -> onnx.ModelProto:
     """The graph of one variant of a core model."""
+    if spec.core is PagedCore:
+        return paged_attention(config, dtype, opset)
     own = _heads(config, dtype)[: 3 if spec.takes_value else 2]
     return _graph(core_module(config, spec), spec, own, config, dtype, opset)
 

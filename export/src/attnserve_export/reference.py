@@ -107,6 +107,51 @@ def attention_reference(
     return output, weights
 
 
+def paged_reference(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    visible: NDArray[np.bool_],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    penalty: ArrayLike | None = None,
+    slopes: ArrayLike | None = None,
+) -> tuple[Float64, Float64, Float64]:
+    """Attention of one sequence's new tokens, in the layout of sessions.
+
+    Args:
+        query: [n, H, D].
+        key: [L, Hkv, D].
+        value: [L, Hkv, Dv].
+        visible: [n, L], which keys each query sees.
+        scale, softcap: as in `attention_reference`.
+        penalty: [n, L], distances; with slopes [H], what they are multiplied by and scores lose.
+        slopes: see there.
+
+    Returns:
+        Output [n, H, Dv]; log of the sum of exponentials of the scores [n, H]; entropy of the
+        weights [n, H] in nats. Queries that see no key have 0, -inf and 0.
+    """
+    q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
+    groups = q.shape[1] // k.shape[1]
+    scores = scale * np.einsum("qhd,khd->hqk", q, np.repeat(k, groups, axis=1))
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    if penalty is not None:
+        scores -= np.asarray(slopes, np.float64)[:, None, None] * np.asarray(penalty, np.float64)
+    scores = np.where(visible, scores, -np.inf)
+    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    exponentials = np.exp(scores - np.where(highest == -np.inf, 0, highest))
+    total = exponentials.sum(axis=-1, keepdims=True)
+    weights = exponentials / np.where(total > 0, total, 1)
+    output = np.einsum("hqk,khd->qhd", weights, np.repeat(v, groups, axis=1))
+    with np.errstate(divide="ignore"):
+        log_sum_exp = (highest + np.log(total))[..., 0].T
+    logs = np.log(np.where(weights > 0, weights, 1))
+    return output, log_sum_exp, -(weights * logs).sum(axis=-1).T
+
+
 def diagnostics_reference(
     weights: Float64, key_lengths: ArrayLike, *, bottom_right: bool, top_k: int, distances: int
 ) -> dict[str, NDArray[Any]]:

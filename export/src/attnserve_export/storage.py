@@ -21,6 +21,7 @@ _DTYPES: dict[int, str] = {
     TensorProto.INT64: "INT64",
     TensorProto.INT32: "INT32",
     TensorProto.BOOL: "BOOL",
+    TensorProto.UINT8: "UINT8",
 }
 
 

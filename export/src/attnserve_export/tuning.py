@@ -97,8 +97,8 @@ def tune(
         for entry in manifest.variants
         if provider in entry.providers
         and "output" in entry.output_names
-        # `softcap` is `reference` with one more input.
-        and entry.name != "softcap"
+        # `softcap` is `reference` with one more input, `paged` is for sessions.
+        and entry.name not in ("softcap", "paged")
     }
     opened = {
         name: sessions.open_session(folder / entry.file, tuple(dict.fromkeys((provider, CPU))))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from attnserve_proto.attnserve.v1 import attention_pb2 as pb
@@ -23,11 +24,13 @@ class Frame:
         pieces: what stands before each tensor's elements; without tensors, the message.
         rooms: (start, end) of each tensor's elements.
         end: where the message ends.
+        tail: what stands behind the last tensor's elements.
     """
 
     pieces: tuple[bytes, ...]
     rooms: tuple[tuple[int, int], ...]
     end: int
+    tail: bytes = b""
 
     def parts(self, elements: Sequence[Any]) -> list[Any]:
         """The message with these elements, in parts to join.
@@ -41,6 +44,8 @@ class Frame:
         parts: list[Any] = []
         for piece, data in zip(self.pieces, elements, strict=True):
             parts += (piece, data)
+        if self.tail:
+            parts.append(self.tail)
         return parts
 
     def fill(self, elements: Sequence[Any]) -> bytes:
@@ -75,6 +80,39 @@ def lay_out(
         at = rooms[-1][1]
         piece = b""
     return Frame(tuple(pieces) or (head,), tuple(rooms), at if rooms else at + len(head))
+
+
+def lay_out_within(
+    before: bytes,
+    number: int,
+    head: bytes,
+    tensors: Sequence[tuple[int, bytes, int]],
+    padding: int,
+) -> tuple[Frame, int]:
+    """Plan a message within another one, as its field `number` after `before`; else as `lay_out`.
+
+    How many bytes its length takes depends on the paddings in it, and those on how many bytes
+    stand before it: it is laid out for each number of bytes until one fits.
+
+    Returns:
+        The plan of both, and where the inner message begins.
+    """
+    for width in count(1):
+        start = len(before) + len(tag(number)) + width
+        frame = lay_out(head, tensors, padding, start)
+        inner = frame.end - start
+        if inner >= 1 << 7 * width:
+            continue
+        missing = (1 << 7 * (width - 1)) - inner if width > 1 else 0
+        # With one byte more before it, it needs less padding, and then a shorter length.
+        tail = pad(padding, max(2, missing)) if missing > 0 else b""
+        inner += len(tail)
+        opening = before + tag(number) + varint(inner)
+        pieces = (opening + frame.pieces[0], *frame.pieces[1:])
+        if not frame.rooms:
+            pieces, tail = (pieces[0] + tail,), b""
+        return Frame(pieces, frame.rooms, start + inner, tail), start
+    raise AssertionError  # a width fits
 
 
 def pad(number: int, size: int) -> bytes:

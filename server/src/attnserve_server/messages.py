@@ -75,6 +75,8 @@ def limits_message(limits: Limits) -> pb.Limits:
         chunk_bytes=limits.chunk_bytes,
         max_queue=limits.max_queue,
         max_stored_bytes=limits.max_stored_bytes,
+        max_session_bytes=limits.max_kv_bytes,
+        session_page_tokens=limits.kv_page_tokens,
     )
 
 

@@ -32,6 +32,31 @@ _GAUGES = {
     "connections": ("attnserve_connections", "Connections that are open."),
 }
 
+_KV_GAUGES = {
+    "sessions": ("attnserve_kv_sessions", "KV sessions that are open."),
+    "pages_in_use": ("attnserve_kv_pages", "Pages that KV sessions hold."),
+    "pages_cached": (
+        "attnserve_kv_cached_pages",
+        "Pages of prefixes that no KV session holds, kept until their room is needed.",
+    ),
+    "bytes_in_use": ("attnserve_kv_bytes", "Bytes of pages that KV sessions hold."),
+    "bytes_cached": ("attnserve_kv_cached_bytes", "Bytes of pages that none holds."),
+    "bytes_promised": (
+        "attnserve_kv_promised_bytes",
+        "Bytes that KV sessions hold or were promised.",
+    ),
+    "bytes_memory": ("attnserve_kv_memory_bytes", "Bytes of memory taken for pages."),
+    "max_bytes": ("attnserve_kv_max_bytes", "Bytes that pages may take."),
+}
+_KV_COUNTERS = {
+    "opened": ("attnserve_kv_sessions_opened", "KV sessions opened, forked or imported."),
+    "expired": ("attnserve_kv_sessions_expired", "KV sessions whose lease ran out."),
+    "prefix_pages_asked": ("attnserve_kv_prefix_pages_asked", "Pages that prefixes asked for."),
+    "prefix_pages_found": ("attnserve_kv_prefix_pages_found", "Those of them that were there."),
+    "evicted_pages": ("attnserve_kv_evicted_pages", "Cached pages that made room for others."),
+    "tokens": ("attnserve_kv_tokens", "Tokens added to KV sessions."),
+}
+
 
 class Metrics(Collector):
     """The server's metrics, in a registry of their own.
@@ -83,6 +108,11 @@ class Metrics(Collector):
         gauges = self._plane.gauges()
         for key, (name, text) in _GAUGES.items():
             yield GaugeMetricFamily(name, text, value=gauges[key])
+        held = self._plane.kv_sessions()
+        for key, (name, text) in _KV_GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=held[key])
+        for key, (name, text) in _KV_COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=held[key])
 
     def serve(self, host: str, port: int) -> int:
         """Serve /metrics over HTTP from a thread of its own; the port that it got.

@@ -1,5 +1,6 @@
 """Everything about a server that can be set, with its default and its option."""
 
+import argparse
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -9,6 +10,13 @@ from typing import Annotated, Any
 from attnserve_server.options import Option, at_least, seconds
 
 KIB, MIB = 1 << 10, 1 << 20
+
+
+def _page_tokens(text: str) -> int:
+    """Reads the size of a page."""
+    if text not in ("4", "8", "16", "32", "64"):
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: 4, 8, 16, 32 or 64")
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,29 @@ class Limits:
     ] = 300.0
     max_stored_lease: Annotated[
         float, Option("the longest that a caller may ask for", seconds, "max-stored-lease-seconds")
+    ] = 3600.0
+    max_kv_bytes: Annotated[
+        int,
+        Option(
+            "keys and values of KV sessions, all callers' together; 0: there are none",
+            at_least(0),
+            "max-kv-mib",
+            unit=MIB,
+        ),
+    ] = 1024 * MIB
+    kv_page_tokens: Annotated[
+        int, Option("tokens of a page of a KV session: 4, 8, 16, 32 or 64", _page_tokens)
+    ] = 16
+    kv_lease: Annotated[
+        float,
+        Option(
+            "how long a KV session is kept after its last use, unless its caller says otherwise",
+            seconds,
+            "kv-lease-seconds",
+        ),
+    ] = 300.0
+    max_kv_lease: Annotated[
+        float, Option("the longest that a caller may ask for", seconds, "max-kv-lease-seconds")
     ] = 3600.0
     max_shared_regions: Annotated[
         int,

@@ -224,6 +224,10 @@ class CudnnCore(FlashCore):
     operator = CUDNN
 
 
+class PagedCore(Core):
+    """New tokens over pages, for sessions. Its graph is not traced: see `attention.paged`."""
+
+
 class DiagnosticsCore(Core):
     """What the weights say, without ever holding them all; by attnserve-kernels."""
 

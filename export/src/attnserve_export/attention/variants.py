@@ -15,10 +15,14 @@ from attnserve_export.attention.core import (
     FlashCore,
     FusedCore,
     NativeCore,
+    PagedCore,
     ReferenceCore,
     SoftcapCore,
 )
 from attnserve_export.attention.flash import has_cudnn, has_flash
+from attnserve_export.attention.paged import INPUTS as PAGED_INPUTS
+from attnserve_export.attention.paged import OUTPUTS as PAGED_OUTPUTS
+from attnserve_export.attention.paged import has_paged
 
 OUTPUT = ("output",)
 WEIGHTS = ("output", "weights")
@@ -77,6 +81,8 @@ DIAGNOSTICS_SPEC = VariantSpec(
     native=True,
     takes_value=False,
 )
+# For sessions alone: requests that bring all their keys never get it.
+PAGED = VariantSpec(PagedCore, PAGED_INPUTS, PAGED_OUTPUTS, "linear", (CPU,), native=True)
 
 
 def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
@@ -100,18 +106,21 @@ def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str
         "native": NATIVE,
         "diagnostics": DIAGNOSTICS_SPEC,
     }
+    if has_paged(config):
+        specs["paged"] = PAGED
     return {name: spec for name, spec in specs.items() if native or not spec.native}
 
 
 def layer_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
-    """The variants of a layer model: as a core's, but for softcap as an input."""
+    """The variants of a layer model: as a core's, but for softcap as an input, and pages."""
 
     def without_softcap(spec: VariantSpec) -> VariantSpec:
         inputs = tuple(name for name in spec.inputs if name != "softcap")
         return VariantSpec(**{**vars(spec), "inputs": inputs})
 
     specs = core_specs(config, dtype, native=native)
-    return {name: without_softcap(spec) for name, spec in specs.items() if name != "softcap"}
+    left_out = ("softcap", "paged")
+    return {name: without_softcap(spec) for name, spec in specs.items() if name not in left_out}
 
 
 def core_module(config: AttentionConfig, spec: VariantSpec) -> nn.Module:

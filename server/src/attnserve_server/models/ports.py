@@ -37,7 +37,7 @@ def inputs(model: LoadedModel) -> list[Port]:
         ports = [Port("hidden_states", dtype, (-1, -1, manifest.layer.embed_dim))]
         if manifest.layer.context_dim is not None:
             ports.append(Port("context", dtype, (-1, -1, manifest.layer.context_dim)))
-    taken = {name for variant in model.variants for name in variant.entry.input_names}
+    taken = {name for variant in model.attending for name in variant.entry.input_names}
     if "key_lengths" in taken:
         ports.append(Port("key_lengths", "INT64", (-1,), optional=True))
     if "bias" in taken:
@@ -48,7 +48,7 @@ def inputs(model: LoadedModel) -> list[Port]:
 def outputs(model: LoadedModel) -> list[Port]:
     """What a model gives; the first one if nothing is asked for by name."""
     manifest = model.manifest
-    given = {name for variant in model.variants for name in variant.entry.output_names}
+    given = {name for variant in model.attending for name in variant.entry.output_names}
     if manifest.transformer is not None:
         return _of_transformer(manifest, given)
     heads, dtype = manifest.attention.num_heads, manifest.dtype

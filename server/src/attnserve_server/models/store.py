@@ -17,6 +17,9 @@ from attnserve_server.repository import check_files, find
 
 _log = logging.getLogger(__name__)
 
+PAGED = "paged"
+"""The variant that Decode runs, and nothing else."""
+
 Loader = Callable[[Path], "LoadedModel | None"]
 
 
@@ -50,6 +53,11 @@ class LoadedModel:
     variants: tuple[Variant, ...]
     tokenizer: TextTokenizer | None
     provider: str
+
+    @property
+    def attending(self) -> tuple[Variant, ...]:
+        """Those that attend to the keys of a request, not to those of a session."""
+        return tuple(variant for variant in self.variants if variant.name != PAGED)
 
     def variant(self, name: str) -> Variant:
         """A variant by its name, which must be one of the model's."""

@@ -69,7 +69,7 @@ def config(model: LoadedModel, max_batch: int, concurrency: int) -> oip.ModelCon
         "value_head_dim": attention.value_head_dim,
         "scale": attention.scale,
         "softcap": attention.softcap,
-        "variants": ",".join(variant.name for variant in model.variants),
+        "variants": ",".join(variant.name for variant in model.attending),
     }
     for name, fact in facts.items():
         message.parameters[name].string_value = str(fact)

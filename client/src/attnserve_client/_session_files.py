@@ -1,0 +1,73 @@
+"""Saved sessions: what an export gives, in a file.
+
+    attnserve session 1\\n
+    a line of JSON: model, num_layers
+    for each chunk: its size, 8 bytes little-endian, and the chunk as it came
+
+Whether a chunk is whole and right, it says itself: the server checks it.
+"""
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_FIRST_LINE = b"attnserve session 1\n"
+_SIZE = struct.Struct("<Q")
+_MOST_CHUNK_BYTES = 1 << 31  # as a message of protobuf
+
+PathOrFile = str | os.PathLike[str] | BinaryIO
+
+
+def write(to: PathOrFile, model: str, num_layers: int, chunks: Iterable[bytes]) -> None:
+    """Write a session. A file of a path is there once it is whole."""
+    if not isinstance(to, str | os.PathLike):
+        _write(to, model, num_layers, chunks)
+        return
+    path = Path(to)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            _write(file, model, num_layers, chunks)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, model: str, num_layers: int, chunks: Iterable[bytes]) -> None:
+    facts = json.dumps({"model": model, "num_layers": num_layers})
+    file.write(_FIRST_LINE + facts.encode() + b"\n")
+    for chunk in chunks:
+        file.write(_SIZE.pack(len(chunk)))
+        file.write(chunk)
+
+
+@contextlib.contextmanager
+def reading(source: PathOrFile) -> Iterator[tuple[str, int, Iterator[bytes]]]:
+    """Model, number of layers, and the chunks, one after another.
+
+    Raises:
+        ValueError: it is no saved session, or ends too early.
+    """
+    with contextlib.ExitStack() as stack:
+        file = (
+            stack.enter_context(Path(source).open("rb"))
+            if isinstance(source, str | os.PathLike)
+            else source
+        )
+        if file.readline(len(_FIRST_LINE)) != _FIRST_LINE:
+            raise ValueError("no saved session: its first line is another one")
+        facts = json.loads(file.readline(1 << 16))
+        yield str(facts["model"]), int(facts["num_layers"]), _chunks(file)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while size_bytes := file.read(_SIZE.size):
+        size = _SIZE.unpack(size_bytes)[0] if len(size_bytes) == _SIZE.size else 0
+        chunk = file.read(size) if 0 < size < _MOST_CHUNK_BYTES else b""
+        if not chunk or len(chunk) < size:
+            raise ValueError("no saved session: it ends in the middle of a chunk")
+        yield chunk

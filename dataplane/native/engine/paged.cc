@@ -1,0 +1,269 @@
+#include "engine/paged.h"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <utility>
+
+#include "base/copy.h"
+
+namespace attnserve::engine {
+namespace {
+
+// More new tokens of a sequence than this are computed by tiles, in another time for each pair of
+// query and key.
+constexpr std::int64_t kFewTokens = 8;
+// What a sequence costs beside its keys, and a run beside its sequences, in keys.
+constexpr std::int64_t kSequenceUnits = 64, kRunUnits = 256;
+constexpr std::size_t kTileBytes = std::size_t{1} << 20;
+
+std::uint64_t bits_of(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
+
+Tensor integers(std::span<const std::int64_t> values) {
+  // An empty tensor has a place too.
+  static std::int64_t nothing = 0;
+  const std::int64_t* data = values.empty() ? &nothing : values.data();
+  return {DataType::kInt64,
+          {static_cast<std::int64_t>(values.size())},
+          reinterpret_cast<std::byte*>(const_cast<std::int64_t*>(data))};
+}
+
+// Bytes of one token's row.
+std::size_t row_bytes(const Tensor& tensor) {
+  std::size_t bytes = item_bytes(tensor.dtype);
+  for (std::size_t axis = 1; axis < tensor.shape.rank(); ++axis) {
+    bytes *= static_cast<std::size_t>(tensor.shape[axis]);
+  }
+  return bytes;
+}
+
+// The same without tokens: to the operator it is absent.
+Tensor none_of(Tensor tensor) {
+  alignas(std::max_align_t) static std::byte nothing[1];
+  tensor.shape[0] = 0;
+  tensor.data = nothing;
+  return tensor;
+}
+
+class Run {
+ public:
+  explicit Run(const PagedWork& work)
+      : work_(work),
+        spec_{work.spec.page_tokens, work.spec.cache_type, work.spec.window, work.spec.kept_first,
+              work.spec.causal ? 1 : 0} {}
+
+  void attend(bool adds_keys, Stop* stop) {
+    const auto [key, value] = keys(adds_keys);
+    std::array<Session::Fetch, 3> fetches;
+    std::size_t count = 0;
+    const auto fetch = [&](std::string_view name, const Tensor& into) {
+      if (into.data == nullptr) return;
+      fetches[count].name = name;
+      fetches[count++].into = into;
+    };
+    fetch("output", work_.output);
+    fetch("log_sum_exp", work_.log_sum_exp);
+    fetch("entropy", work_.entropy);
+    run(work_.query, key, value, work_.starts, work_.parents, {fetches.data(), count}, stop);
+  }
+
+  // The new keys alone.
+  void store(Stop* stop) {
+    const auto [key, value] = keys(true);
+    std::array<Session::Fetch, 1> fetches;
+    fetches[0].name = "output";
+    run(none_of(work_.query), key, value, work_.key_starts, {}, fetches, stop);
+  }
+
+ private:
+  std::pair<Tensor, Tensor> keys(bool adds) const {
+    if (adds) return {work_.key, work_.value};
+    return {none_of(work_.key), none_of(work_.value)};
+  }
+
+  void run(const Tensor& query, const Tensor& key, const Tensor& value,
+           std::span<const std::int64_t> starts, std::span<const std::int64_t> parents,
+           std::span<Session::Fetch> fetches, Stop* stop) {
+    const Tensor cache{
+        DataType::kUint8, {static_cast<std::int64_t>(work_.cache.size())}, work_.cache.data()};
+    const std::array<Session::Feed, 10> feeds{{{"query", query},
+                                               {"key", key},
+                                               {"value", value},
+                                               {"cache", cache},
+                                               {"starts", integers(starts)},
+                                               {"lengths", integers(work_.lengths)},
+                                               {"table_starts", integers(work_.table_starts)},
+                                               {"table", integers(work_.table)},
+                                               {"spec", integers(spec_)},
+                                               {"parents", integers(parents)}}};
+    work_.variant->session->run(feeds, fetches, stop);
+  }
+
+  const PagedWork& work_;
+  const std::array<std::int64_t, 5> spec_;
+};
+
+void attend(const PagedWork& work, Stop* stop) {
+  Run run(work);
+  const bool adds_keys = work.key.data != nullptr;
+  // Where queries and keys are not the same tokens, the operator takes them one after the other.
+  const bool apart = adds_keys && !work.spec.causal;
+  if (apart) run.store(stop);
+  run.attend(adds_keys && !apart, stop);
+}
+
+// Appends offsets that count on from what the others end with.
+void append_starts(std::vector<std::int64_t>& all, std::span<const std::int64_t> starts) {
+  const std::int64_t before = all.back();
+  for (const std::int64_t start : starts.subspan(1)) all.push_back(before + start);
+}
+
+// Several works as one, with memory of its own.
+class JoinedPaged {
+ public:
+  explicit JoinedPaged(std::span<PagedWork* const> works) : works_(works) {
+    const PagedWork& first = *works.front();
+    joint_.variant = first.variant;
+    joint_.spec = first.spec;
+    joint_.cache = first.cache;
+    std::int64_t tokens = 0;
+    bool trees = false;
+    for (const PagedWork* work : works) {
+      tokens += work->query.shape[0];
+      trees |= !work->parents.empty();
+      append_starts(starts_, work->starts);
+      append_starts(joint_.table_starts, work->table_starts);
+      joint_.lengths.insert(joint_.lengths.end(), work->lengths.begin(), work->lengths.end());
+      joint_.table.insert(joint_.table.end(), work->table.begin(), work->table.end());
+    }
+    if (trees) join_parents();
+    joint_.starts = joint_.key_starts = starts_;
+    joint_.parents = parents_;
+    gather(&PagedWork::query, tokens);
+    if (first.key.data != nullptr) {
+      gather(&PagedWork::key, tokens);
+      gather(&PagedWork::value, tokens);
+    }
+    for (const auto result : kResults) make_room(result, tokens);
+  }
+  JoinedPaged(const JoinedPaged&) = delete;
+  JoinedPaged& operator=(const JoinedPaged&) = delete;
+
+  const PagedWork& work() const { return joint_; }
+
+  // After the run: puts each work's part of the results where it wants it.
+  void share() const {
+    for (const auto result : kResults) {
+      const Tensor& joint = joint_.*result;
+      if (joint.data == nullptr) continue;
+      const std::byte* from = joint.data;
+      for (PagedWork* work : works_) {
+        const Tensor& own = work->*result;
+        if (own.data != nullptr) std::memcpy(own.data, from, own.byte_size());
+        from += static_cast<std::size_t>(work->query.shape[0]) * row_bytes(joint);
+      }
+    }
+  }
+
+ private:
+  using Member = Tensor PagedWork::*;
+  static constexpr std::array<Member, 3> kResults{&PagedWork::output, &PagedWork::log_sum_exp,
+                                                  &PagedWork::entropy};
+
+  void join_parents() {
+    for (const PagedWork* work : works_) {
+      if (!work->parents.empty()) {
+        parents_.insert(parents_.end(), work->parents.begin(), work->parents.end());
+        continue;
+      }
+      for (std::size_t at = 0; at + 1 < work->starts.size(); ++at) {
+        const std::int64_t count = work->starts[at + 1] - work->starts[at];
+        for (std::int64_t token = 0; token < count; ++token) parents_.push_back(token - 1);
+      }
+    }
+  }
+
+  void allocate(Member which, const Tensor& like, std::int64_t tokens) {
+    Tensor& joint = joint_.*which;
+    joint = like;
+    joint.shape[0] = tokens;
+    joint.data = memory_.emplace_back(Bytes::allocate(joint.byte_size())).data();
+  }
+
+  void gather(Member which, std::int64_t tokens) {
+    allocate(which, works_.front()->*which, tokens);
+    std::byte* to = (joint_.*which).data;
+    for (const PagedWork* work : works_) {
+      const Tensor& own = work->*which;
+      copy_bytes(to, own.data, own.byte_size());
+      to += own.byte_size();
+    }
+  }
+
+  // If any work wants it.
+  void make_room(Member which, std::int64_t tokens) {
+    const auto wants = std::ranges::find_if(
+        works_, [&](const PagedWork* work) { return (work->*which).data != nullptr; });
+    if (wants != works_.end()) allocate(which, (**wants).*which, tokens);
+  }
+
+  std::span<PagedWork* const> works_;
+  PagedWork joint_;
+  std::vector<std::int64_t> starts_{0}, parents_;
+  std::vector<Bytes> memory_;  // that joint_ views
+};
+
+}  // namespace
+
+void PagedWork::add(std::int64_t length, std::span<const std::int64_t> pages) {
+  lengths.push_back(length);
+  table.insert(table.end(), pages.begin(), pages.end());
+  table_starts.push_back(static_cast<std::int64_t>(table.size()));
+}
+
+BatchKey batch_key(const PagedWork& work) {
+  std::int64_t most = 0;
+  for (std::size_t at = 0; at + 1 < work.starts.size(); ++at) {
+    most = std::max(most, work.starts[at + 1] - work.starts[at]);
+  }
+  const PagedSpec& spec = work.spec;
+  const std::uint64_t flags = (std::uint64_t{spec.causal} << 0U) |
+                              (std::uint64_t{work.key.data != nullptr} << 1U) |
+                              (std::uint64_t{most > kFewTokens} << 2U);
+  return {bits_of(work.variant), static_cast<std::uint64_t>(spec.page_tokens),
+          static_cast<std::uint64_t>(spec.cache_type), static_cast<std::uint64_t>(spec.window),
+          static_cast<std::uint64_t>(spec.kept_first),
+          static_cast<std::uint64_t>(work.query.shape[1]), flags,
+          // No other work's key has this.
+          ~std::uint64_t{0}};
+}
+
+std::int64_t units(const PagedWork& work) {
+  const PagedSpec& spec = work.spec;
+  std::int64_t sum = kRunUnits;
+  for (std::size_t at = 0; at < work.lengths.size(); ++at) {
+    const std::int64_t tokens = work.starts[at + 1] - work.starts[at];
+    std::int64_t keys = work.lengths[at];
+    if (spec.window >= 0) keys = std::min(keys, spec.window + 1 + spec.kept_first);
+    sum += kSequenceUnits + (tokens > kFewTokens ? tokens : 1) * keys;
+  }
+  return sum;
+}
+
+std::size_t working_bytes(const PagedWork& work) {
+  std::size_t tensors = 0;
+  for (const Tensor* tensor : {&work.query, &work.key, &work.value, &work.output}) {
+    if (tensor->data != nullptr) tensors += tensor->byte_size();
+  }
+  return kTileBytes + 2 * tensors;
+}
+
+void attend_paged_together(std::span<PagedWork* const> works, Stop* stop) {
+  if (works.size() == 1) return attend(*works.front(), stop);
+  const JoinedPaged joined(works);
+  attend(joined.work(), stop);
+  joined.share();
+}
+
+}  // namespace attnserve::engine

@@ -1,0 +1,188 @@
+#include <algorithm>
+#include <array>
+#include <string>
+#include <utility>
+
+#include "base/status.h"
+#include "base/text.h"
+#include "requests/kv_room.h"
+#include "requests/kv_sessions.h"
+#include "requests/refusal.h"
+#include "sessions/kv_sessions.h"
+
+namespace attnserve::requests {
+namespace {
+
+using sessions::CacheType;
+
+constexpr std::array<std::string_view, 6> kCacheTypes{"CACHE_AS_MODEL", "CACHE_FP32", "CACHE_FP16",
+                                                      "CACHE_BF16",     "CACHE_INT8", "CACHE_FP8"};
+
+CacheType type_of(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFp16:
+      return CacheType::kFp16;
+    case DataType::kBf16:
+      return CacheType::kBf16;
+    default:
+      return CacheType::kFp32;
+  }
+}
+
+CacheType checked_cache_type(std::int32_t number, const engine::ModelFacts& model) {
+  if (number < 0 || static_cast<std::size_t>(number) >= kCacheTypes.size()) {
+    std::string allowed;
+    for (const std::string_view name : kCacheTypes) {
+      if (!allowed.empty()) allowed += ", ";
+      allowed += name;
+    }
+    refuse("cache_type", std::to_string(number), allowed);
+  }
+  // The operator's numbers are one less: it knows no model to be as.
+  return number == 0 ? type_of(model.dtype) : static_cast<CacheType>(number - 1);
+}
+
+[[noreturn]] void refuse_model(const engine::Model& model, std::string_view why) {
+  throw RequestError(Code::kFailedPrecondition,
+                     text("model: ", model.facts.name, " version ", model.version_text, " ", why));
+}
+
+KvModel paged(engine::ModelPtr found) {
+  const engine::Model& model = *found;
+  if (model.facts.kind != engine::Kind::kCore) {
+    refuse_model(model,
+                 text("is a ", name_of(model.facts.kind),
+                      "; allowed: a core model, to which callers send query, key and value"));
+  }
+  if (model.on_cuda) {
+    refuse_model(model, "runs on CUDA; allowed: models on the CPU, where sessions are kept");
+  }
+  const engine::Variant* variant = model.named(engine::kPagedVariant);
+  if (variant == nullptr) {
+    refuse_model(model, text("has no variant ", quoted(engine::kPagedVariant),
+                             "; allowed: a model that has one: export it again"));
+  }
+  return {std::move(found), variant};
+}
+
+// Callers count a query's own key in its window, the store does not.
+std::int64_t store_window(std::uint64_t window) { return static_cast<std::int64_t>(window) - 1; }
+
+sessions::LayerSpec checked_layer(const std::string& field, const wire::LayerSpec& message,
+                                  const engine::ModelFacts& model) {
+  sessions::LayerSpec layer;
+  layer.cross = message.cross;
+  if (message.cross) {
+    if (message.window || message.kept_first != 0) {
+      refuse(text(field, message.window ? ".window" : ".kept_first"),
+             std::to_string(message.window.value_or(message.kept_first)),
+             "nothing for a cross layer, whose queries see all keys");
+    }
+    return layer;
+  }
+  if (model.mask != engine::Mask::kCausal) {
+    throw RequestError(Code::kFailedPrecondition,
+                       text(field, ".cross: given false; model ", model.name,
+                            " is not causal; allowed: true, or a causal model"));
+  }
+  const std::uint64_t own = static_cast<std::uint64_t>(model.window.value_or(0));
+  layer.window = store_window(checked_tokens(text(field, ".window"), message.window.value_or(own),
+                                             0, sessions::kMostTokens));
+  layer.kept_first = static_cast<std::int64_t>(
+      checked_tokens(text(field, ".kept_first"), message.kept_first, 0, sessions::kMostTokens));
+  if (layer.window < 0 && layer.kept_first != 0) {
+    refuse(text(field, ".kept_first"), std::to_string(layer.kept_first),
+           "0 without a window, as every key is kept");
+  }
+  return layer;
+}
+
+std::vector<sessions::LayerSpec> checked_layers(const wire::OpenSessions& message,
+                                                const engine::ModelFacts& model) {
+  const std::size_t count =
+      checked_tokens("num_layers", message.num_layers, 1, sessions::kMostLayers);
+  if (message.layers.empty()) return std::vector(count, checked_layer("layers[0]", {}, model));
+  if (message.layers.size() != 1 && message.layers.size() != count) {
+    refuse("layers", text(message.layers.size(), " of them"),
+           text("none, 1 for all, or num_layers, ", count));
+  }
+  std::vector<sessions::LayerSpec> layers;
+  layers.reserve(count);
+  for (std::size_t at = 0; at < message.layers.size(); ++at) {
+    layers.push_back(checked_layer(text("layers[", at, "]"), message.layers[at], model));
+  }
+  layers.resize(count, layers.front());
+  return layers;
+}
+
+sessions::NewSession checked_session(const std::string& field, const wire::NewSession& message,
+                                     bool any_cross, std::size_t page_tokens) {
+  const auto name = [&](std::string_view part) { return text(field, ".", part); };
+  checked_tokens(name("max_tokens"), message.max_tokens, 1, sessions::kMostTokens);
+  const sessions::Growth room =
+      checked_room(text(field, "."), message.max_tokens, message.reserved_tokens);
+  sessions::NewSession session{room.max_tokens, room.reserved_tokens, message.cross_tokens, {}};
+  if (!any_cross && session.cross_tokens != 0) {
+    refuse(name("cross_tokens"), std::to_string(session.cross_tokens), "0 without a cross layer");
+  }
+  checked_tokens(name("cross_tokens"), session.cross_tokens, any_cross ? 1 : 0,
+                 sessions::kMostTokens);
+  session.prefix_hashes = checked_hashes(name("prefix_hashes"), message.prefix_hashes);
+  const std::size_t given = session.prefix_hashes.size();
+  if (any_cross && given != 0) {
+    refuse(name("prefix_hashes"), text(given, " pages"), "none with a cross layer");
+  }
+  const std::size_t pages = session.max_tokens / page_tokens;
+  if (given > pages) {
+    refuse(name("prefix_hashes"), text(given, " pages"),
+           text("0..", pages, ", as max_tokens has full pages of ", page_tokens));
+  }
+  return session;
+}
+
+sessions::PageLayout layout_of(const engine::ModelFacts& model, sessions::CacheType type,
+                               std::size_t page_tokens) {
+  return {static_cast<std::size_t>(model.num_kv_heads), static_cast<std::size_t>(model.head_dim),
+          static_cast<std::size_t>(model.value_head_dim), type, page_tokens};
+}
+
+}  // namespace
+
+KvModel kv_model(const sessions::SessionSpec& spec, const Context& context) {
+  KvModel model = paged(context.models.get(spec.model, spec.version));
+  const engine::ModelFacts& facts = model.model->facts;
+  const sessions::PageLayout& layout = spec.layout;
+  const bool causal = facts.mask == engine::Mask::kCausal ||
+                      std::ranges::all_of(spec.layers, &sessions::LayerSpec::cross);
+  if (!causal || layout != layout_of(facts, layout.type, layout.page_tokens)) {
+    refuse_model(*model.model,
+                 text("has other heads or another mask than the session: num_kv_heads ",
+                      layout.num_kv_heads, ", head_dim ", layout.head_dim, ", value_head_dim ",
+                      layout.value_head_dim, "; allowed: the model that it was opened with"));
+  }
+  return model;
+}
+
+OpenPlan plan_open(const wire::OpenSessions& message, const Context& context,
+                   std::size_t page_tokens) {
+  if (message.model.empty()) refuse("model", "nothing", "a name that ListModels gives");
+  OpenPlan plan;
+  plan.model = paged(context.models.get(message.model, message.version));
+  const engine::Model& model = *plan.model.model;
+  const engine::ModelFacts& facts = model.facts;
+  plan.spec = {facts.name, model.version_text, {}, checked_layers(message, facts)};
+  plan.spec.layout = layout_of(facts, checked_cache_type(message.cache_type, facts), page_tokens);
+  const std::size_t count = message.sessions.size();
+  if (count < 1 || count > static_cast<std::size_t>(context.limits.max_batch)) {
+    refuse("sessions", text(count, " of them"), text("1..", context.limits.max_batch));
+  }
+  const bool any_cross = std::ranges::any_of(plan.spec.layers, &sessions::LayerSpec::cross);
+  plan.opened.reserve(count);
+  for (std::size_t at = 0; at < count; ++at) {
+    plan.opened.push_back(
+        checked_session(text("sessions[", at, "]"), message.sessions[at], any_cross, page_tokens));
+  }
+  return plan;
+}
+
+}  // namespace attnserve::requests

@@ -1,0 +1,87 @@
+// The checks of Decode's actions that need no session: against the model, the limits and each
+// other. What a session holds, and whether it is there, the store knows (sessions/).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/model.h"
+#include "requests/attend.h"
+#include "requests/limits.h"
+#include "sessions/kv_spec.h"
+#include "wire/kv_sessions.h"
+
+namespace attnserve::requests {
+
+// A model that can be computed on pages.
+struct KvModel {
+  engine::ModelPtr model;
+  const engine::Variant* paged = nullptr;  // of the model
+};
+
+// The model of sessions that were opened or exported before. Throws RequestError: NOT_FOUND or
+// UNAVAILABLE, it is not here; FAILED_PRECONDITION, it is another one now.
+KvModel kv_model(const sessions::SessionSpec& spec, const Context& context);
+
+struct OpenPlan {
+  KvModel model;
+  sessions::SessionSpec spec;
+  std::vector<sessions::NewSession> opened;  // in the order of the request
+};
+
+// `page_tokens`: of a page. Throws RequestError: NOT_FOUND, INVALID_ARGUMENT, or
+// FAILED_PRECONDITION for a model that keeps no sessions, or not of such layers.
+OpenPlan plan_open(const wire::OpenSessions& message, const Context& context,
+                   std::size_t page_tokens);
+
+struct StepPlan {
+  std::uint64_t step_id = 0;
+  std::uint32_t priority = kNormal;
+  std::vector<sessions::SessionStep> sessions;  // views into the message
+  std::int64_t tokens = 0, cross_tokens = 0;    // of all sessions
+};
+
+// Throws RequestError INVALID_ARGUMENT.
+StepPlan plan_step(const wire::BeginStep& message, const Limits& limits);
+
+// What the layers of a step are like. Views.
+struct StepShape {
+  const engine::ModelFacts& model;
+  std::span<const sessions::LayerSpec> layers;
+  std::int64_t tokens = 0, cross_tokens = 0;  // of all sessions
+};
+
+// What one AttendLayer brings: the query, or key and value, or all three.
+struct LayerPart {
+  std::uint32_t layer = 0;
+  std::optional<TensorSpec> query, key, value;
+  bool has_query() const { return query.has_value(); }
+  bool has_key() const { return key.has_value(); }
+
+  // Of the part with the query:
+  std::vector<wire::LayerResult> results;  // in the order of their field numbers
+  std::optional<Region> output_region;     // where they go; none: into the answer
+  std::size_t response_bytes = 0;
+};
+
+// Whether a layer takes key and value in this step; a cross layer does not, once they are there.
+bool takes_key(const StepShape& step, const sessions::LayerSpec& layer);
+
+// Throws RequestError INVALID_ARGUMENT, or RESOURCE_EXHAUSTED for tensors of more bytes than are
+// allowed.
+LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
+                      const Limits& limits);
+
+// "session_id: given nothing; allowed: ...", INVALID_ARGUMENT. The other actions have little else
+// that can be checked: accepted indices rise, room is no more than there may be, a chunk is not
+// empty. They throw INVALID_ARGUMENT.
+void check_session_id(std::string_view session_id);
+void check_commit(const wire::CommitTree& message);
+sessions::Growth check_fork(const wire::ForkSession& message);
+sessions::Growth check_import(const wire::ImportSession& message);
+
+}  // namespace attnserve::requests

@@ -1,0 +1,420 @@
+#include "services/decode.h"
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "base/text.h"
+#include "requests/refusal.h"
+#include "services/decode_layer.h"
+#include "services/decode_transfer.h"
+#include "services/put_tensor.h"
+#include "services/stream_state.h"
+#include "services/unary.h"
+#include "wire/kv_sessions.h"
+
+namespace attnserve::services {
+namespace {
+
+// Requests that were refused by a part or chunk while others were still to come: so many are
+// remembered, so that those can be thrown away.
+constexpr std::size_t kMostRefused = 1024;
+
+// Who a caller is, as far as that can be told: where it calls from, without the port.
+std::string identity_of(std::string_view peer) {
+  try {
+    return sessions::owner_of(peer);
+  } catch (const RequestError&) {
+    return std::string(peer.substr(0, peer.rfind(':')));
+  }
+}
+
+class DecodeHandler final : public grpc::CallHandler {
+ public:
+  DecodeHandler(Core& core, std::shared_ptr<grpc::Call> call)
+      : core_(core),
+        call_(call),
+        state_(StreamState::open(core, std::move(call), "Decode")),
+        owner_(identity_of(state_->info().peer)) {}
+
+  void on_message(Bytes bytes) override {
+    if (over_) return;
+    auto message = std::make_shared<Bytes>(std::move(bytes));
+    if (!stalled_.empty() || !take(message)) stall(std::move(message));
+    state_->pause_if_full();
+  }
+
+  void on_half_close() override {
+    half_closed_ = true;
+    if (!over_ && stalled_.empty()) end_of_requests();
+  }
+
+  void on_all_sent() override {
+    state_->all_sent();
+    if (over_) return;
+    std::erase_if(exports_, [](const auto& each) { return each->over(); });
+    for (const auto& each : exports_) each->resume();
+    unstall();
+  }
+
+  void on_end(Code reason) override {
+    over_ = true;
+    forget();
+    state_->ended(reason);
+  }
+
+ private:
+  using MessagePtr = std::shared_ptr<const Bytes>;
+
+  void fail(Status status) {
+    over_ = true;
+    forget();
+    state_->fail(std::move(status));
+  }
+
+  // Steps that are not ended are abandoned once no layer of theirs runs.
+  void forget() {
+    for (const auto& each : exports_) each->abandon();
+    for (auto& [id, each] : imports_) each->abandon();
+    exports_.clear();
+    imports_.clear();
+    layers_.clear();
+    steps_.clear();
+    stalled_.clear();
+  }
+
+  void end_of_requests() {
+    forget_failed_imports();
+    if (!layers_.empty() || !imports_.empty()) {
+      const std::uint64_t id = layers_.empty() ? imports_.begin()->first : layers_.begin()->first;
+      fail(invalid_argument("stream", text("its end, with parts of request ", id, " missing"),
+                            "all parts"));
+      return;
+    }
+    state_->read_all();
+  }
+
+  void stall(MessagePtr message) {
+    if (stalled_.empty()) call_->pause();
+    stalled_.push_back(std::move(message));
+  }
+
+  void unstall() {
+    if (stalled_.empty()) return;
+    while (!stalled_.empty()) {
+      const MessagePtr message = stalled_.front();
+      if (!take(message)) return;
+      if (over_) return;
+      stalled_.pop_front();
+    }
+    call_->resume();
+    if (half_closed_) end_of_requests();
+  }
+
+  // False: it has to wait for what is computed.
+  bool take(const MessagePtr& message) {
+    try {
+      const wire::DecodeRequest decoded = wire::decode_decode(message->span());
+      if (must_wait(decoded)) return false;
+      begin(decoded, message);
+    } catch (...) {
+      fail(status_of(std::current_exception()));
+    }
+    return true;
+  }
+
+  void begin(const wire::DecodeRequest& decoded, const MessagePtr& message) {
+    const std::uint64_t id = decoded.request_id;
+    if (continues(decoded, message)) return;
+    // What breaks the protocol ends the stream: nobody could tell which request an error is for.
+    if (id <= last_id_) {
+      requests::refuse("request_id", std::to_string(id),
+                       text("more than ", last_id_, ", the last one"));
+    }
+    if (std::holds_alternative<std::monostate>(decoded.action)) {
+      requests::refuse("action", "nothing", "one of them");
+    }
+    last_id_ = id;
+    state_->begun();
+    try {
+      if (state_->draining()) {
+        throw RequestError(Code::kUnavailable, "the server is shutting down; try another one");
+      }
+      std::visit([&](const auto& action) { act(id, action, message); }, decoded.action);
+    } catch (...) {
+      if (more_to_come(decoded)) remember_refused(id);
+      state_->answer(nullptr, decode_delivery(id, {status_of(std::current_exception()), {}}));
+    }
+  }
+
+  // The second part of a layer, a further chunk of an import, or what was refused already.
+  bool continues(const wire::DecodeRequest& decoded, const MessagePtr& message) {
+    const std::uint64_t id = decoded.request_id;
+    if (id > last_id_) return false;
+    const auto* layer = std::get_if<wire::AttendLayer>(&decoded.action);
+    const auto* import = std::get_if<wire::ImportSession>(&decoded.action);
+    if (const auto found = layers_.find(id); layer != nullptr && found != layers_.end()) {
+      LayerRequest request = std::move(found->second);
+      layers_.erase(found);
+      const auto context = request.request;
+      try {
+        add_part(std::move(request), *layer, message);
+      } catch (...) {
+        state_->answer(context, decode_delivery(id, {status_of(std::current_exception()), {}}));
+      }
+      return true;
+    }
+    if (const auto found = imports_.find(id); import != nullptr && found != imports_.end()) {
+      const wire::SessionChunk& chunk = import->chunk;
+      if (!found->second->over()) {
+        found->second->add(chunk.index, chunk.data, chunk.last, message);
+      }
+      if (chunk.last) imports_.erase(found);
+      return true;
+    }
+    const auto refused = std::ranges::find(refused_, id);
+    if (refused == refused_.end() || (layer == nullptr && import == nullptr)) return false;
+    if (layer != nullptr || import->chunk.last) refused_.erase(refused);
+    return true;
+  }
+
+  static bool more_to_come(const wire::DecodeRequest& decoded) {
+    if (const auto* layer = std::get_if<wire::AttendLayer>(&decoded.action)) {
+      return !layer->query || !layer->key;
+    }
+    const auto* import = std::get_if<wire::ImportSession>(&decoded.action);
+    return import != nullptr && !import->chunk.last;
+  }
+
+  void remember_refused(std::uint64_t id) {
+    if (refused_.size() == kMostRefused) refused_.pop_front();
+    refused_.push_back(id);
+  }
+
+  // What a request names is being computed.
+  bool must_wait(const wire::DecodeRequest& decoded) {
+    const auto computing = [](const auto& each) { return each.second->computing.load(); };
+    if (std::ranges::none_of(steps_, computing)) return false;
+    const auto busy = [&](std::string_view id) {
+      return std::ranges::any_of(steps_, [&](const auto& each) {
+        return each.second->computing &&
+               std::ranges::binary_search(each.second->session_ids, id, std::less<>{});
+      });
+    };
+    if (const auto* layer = std::get_if<wire::AttendLayer>(&decoded.action)) {
+      const auto step = steps_.find(layer->step_id);
+      return step != steps_.end() && step->second->computing;
+    }
+    if (const auto* abandoned = std::get_if<wire::AbandonStep>(&decoded.action)) {
+      const auto step = steps_.find(abandoned->step_id);
+      return step != steps_.end() && step->second->computing;
+    }
+    if (const auto* begun = std::get_if<wire::BeginStep>(&decoded.action)) {
+      const auto step = steps_.find(begun->step_id);
+      return (step != steps_.end() && step->second->computing) ||
+             std::ranges::any_of(begun->sessions,
+                                 [&](const auto& each) { return busy(each.session_id); });
+    }
+    return std::visit(
+        [&](const auto& action) {
+          if constexpr (requires { action.session_id; }) return busy(action.session_id);
+          return false;
+        },
+        decoded.action);
+  }
+
+  void answer(Bytes message) {
+    Delivery delivery;
+    delivery.messages.push_back(OutMessage::of(std::move(message)));
+    state_->answer(nullptr, std::move(delivery));
+  }
+
+  void act(std::uint64_t, const std::monostate&, const MessagePtr&) {}
+
+  void act(std::uint64_t id, const wire::OpenSessions& asked, const MessagePtr&) {
+    const requests::OpenPlan plan =
+        requests::plan_open(asked, core_.context(), core_.kv.config().page_tokens);
+    const auto opened = core_.kv.open(plan.spec, plan.opened, lease_of(asked.lease), owner_);
+    std::vector<wire::SessionState> states;
+    states.reserve(opened.size());
+    for (const sessions::SessionState& session : opened) states.push_back(wire_state(session));
+    answer(wire::encode_opened(id, states));
+  }
+
+  void act(std::uint64_t id, const wire::BeginStep& asked, const MessagePtr&) {
+    const requests::StepPlan plan = requests::plan_step(asked, core_.limits);
+    std::erase_if(steps_, [](const auto& each) { return each.second->ended.load(); });
+    if (steps_.contains(plan.step_id)) {
+      requests::refuse("step_id", std::to_string(plan.step_id),
+                       "one that no other step open on this stream has");
+    }
+    auto step = std::make_shared<OpenStep>();
+    step->step = core_.kv.begin_step(plan.sessions, owner_);
+    step->model = requests::kv_model(step->step->spec(), core_.context());
+    step->tokens = plan.tokens;
+    step->cross_tokens = plan.cross_tokens;
+    step->priority = plan.priority;
+    step->session_ids.reserve(plan.sessions.size());
+    for (const auto& session : plan.sessions) step->session_ids.emplace_back(session.id);
+    std::ranges::sort(step->session_ids);
+    const auto lengths = step->step->lengths();
+    const std::vector<std::uint64_t> before(lengths.begin(), lengths.end());
+    steps_.emplace(plan.step_id, std::move(step));
+    answer(wire::encode_begun(id, plan.step_id, before));
+  }
+
+  const std::shared_ptr<OpenStep>& open_step(std::uint64_t step_id) {
+    const auto found = steps_.find(step_id);
+    if (found == steps_.end() || found->second->ended) {
+      requests::refuse("step_id", std::to_string(step_id), "a step that is open on this stream");
+    }
+    return found->second;
+  }
+
+  void act(std::uint64_t id, const wire::AttendLayer& asked, const MessagePtr& message) {
+    LayerRequest layer;
+    layer.request_id = id;
+    layer.arrived = Clock::now();
+    layer.step = open_step(asked.step_id);
+    layer.request = request_context(state_->info());
+    layer.request->priority = layer.step->priority;
+    if (auto refused = core_.scheduler.check_room(*layer.request)) {
+      throw RequestError(std::move(*refused));
+    }
+    auto admitted = Admitted::admit(core_, layer.arrived, layer.request->deadline);
+    if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
+    layer.admitted = std::move(std::get<Admitted>(admitted));
+    add_part(std::move(layer), asked, message);
+  }
+
+  void add_part(LayerRequest layer, const wire::AttendLayer& asked, const MessagePtr& message) {
+    open_step(asked.step_id);
+    layer.add(asked, core_.limits, message);
+    if (layer.complete()) {
+      layer.admitted.received();
+      begin_layer(core_, state_, std::move(layer));
+      return;
+    }
+    if (layers_.size() >= core_.limits.max_stream_requests) {
+      throw RequestError(
+          Code::kResourceExhausted,
+          text("requests open on this stream: ", layers_.size(),
+               " wait for their other part; allowed: ", core_.limits.max_stream_requests));
+    }
+    layers_.emplace(layer.request_id, std::move(layer));
+  }
+
+  void act(std::uint64_t id, const wire::AbandonStep& asked, const MessagePtr&) {
+    open_step(asked.step_id);
+    for (auto at = layers_.begin(); at != layers_.end();) {
+      if (at->second.step_id != asked.step_id) {
+        ++at;
+        continue;
+      }
+      const Status status{
+          Code::kCancelled, text("step_id: step ", asked.step_id, " was abandoned"), {}};
+      state_->answer(nullptr, decode_delivery(at->first, {status, {}}));
+      remember_refused(at->first);
+      at = layers_.erase(at);
+    }
+    steps_.erase(asked.step_id);
+    answer(wire::encode_done(id));
+  }
+
+  void act(std::uint64_t id, const wire::CommitTree& asked, const MessagePtr&) {
+    requests::check_commit(asked);
+    answer(session_message(id, core_.kv.commit(asked.session_id, asked.accepted, owner_)));
+  }
+
+  void act(std::uint64_t id, const wire::TruncateSession& asked, const MessagePtr&) {
+    requests::check_session_id(asked.session_id);
+    answer(session_message(id, core_.kv.truncate(asked.session_id, asked.length, owner_)));
+  }
+
+  void act(std::uint64_t id, const wire::ForkSession& asked, const MessagePtr&) {
+    const sessions::Growth growth = requests::check_fork(asked);
+    const Duration lease = lease_of(asked.lease);
+    const sessions::SessionState forked =
+        asked.length ? core_.kv.fork(asked.session_id, *asked.length, growth, lease, owner_)
+                     : core_.kv.fork(asked.session_id, growth, lease, owner_);
+    answer(session_message(id, forked));
+  }
+
+  void act(std::uint64_t id, const wire::RenewSession& asked, const MessagePtr&) {
+    requests::check_session_id(asked.session_id);
+    answer(session_message(id, core_.kv.renew(asked.session_id, lease_of(asked.lease), owner_)));
+  }
+
+  void act(std::uint64_t id, const wire::CloseSession& asked, const MessagePtr&) {
+    requests::check_session_id(asked.session_id);
+    core_.kv.close(asked.session_id, owner_);
+    answer(wire::encode_done(id));
+  }
+
+  // Callers may stop sending when an import has failed; chunks that still come are thrown away.
+  void forget_failed_imports() {
+    for (auto at = imports_.begin(); at != imports_.end();) {
+      if (!at->second->over()) {
+        ++at;
+        continue;
+      }
+      remember_refused(at->first);
+      at = imports_.erase(at);
+    }
+  }
+
+  void check_transfers() {
+    forget_failed_imports();
+    std::erase_if(exports_, [](const auto& each) { return each->over(); });
+    const std::size_t open = exports_.size() + imports_.size();
+    if (open < core_.limits.max_stream_requests) return;
+    throw RequestError(Code::kResourceExhausted,
+                       text("requests open on this stream: ", open,
+                            " exports and imports; allowed: ", core_.limits.max_stream_requests));
+  }
+
+  void act(std::uint64_t id, const wire::ExportSession& asked, const MessagePtr&) {
+    requests::check_session_id(asked.session_id);
+    check_transfers();
+    const auto leaving = std::make_shared<SessionExport>(
+        core_, state_, id, core_.kv.export_session(asked.session_id, owner_));
+    exports_.push_back(leaving);
+    leaving->resume();
+  }
+
+  void act(std::uint64_t id, const wire::ImportSession& asked, const MessagePtr& message) {
+    const sessions::Growth growth = requests::check_import(asked);
+    check_transfers();
+    const sessions::ExportedSession exported = sessions::read_exported(asked.chunk.data);
+    requests::kv_model(exported.spec, core_.context());
+    const auto coming = std::make_shared<SessionImport>(
+        core_, state_, call_, id,
+        core_.kv.import_session(exported, growth, lease_of(asked.lease), owner_));
+    if (!asked.chunk.last) imports_.emplace(id, coming);
+    coming->add(asked.chunk.index, asked.chunk.data, asked.chunk.last, message);
+  }
+
+  Core& core_;
+  const std::shared_ptr<grpc::Call> call_;
+  const std::shared_ptr<StreamState> state_;
+  const std::string owner_;
+  std::unordered_map<std::uint64_t, std::shared_ptr<OpenStep>> steps_;  // by step_id
+  std::map<std::uint64_t, LayerRequest> layers_;  // that wait for a part, by request_id
+  std::vector<std::shared_ptr<SessionExport>> exports_;
+  std::map<std::uint64_t, std::shared_ptr<SessionImport>> imports_;  // by request_id
+  std::deque<std::uint64_t> refused_;  // requests of which parts may still come
+  std::deque<MessagePtr> stalled_;
+  std::uint64_t last_id_ = 0;
+  bool paused_ = false, half_closed_ = false, over_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<grpc::CallHandler> decode_handler(Core& core, std::shared_ptr<grpc::Call> call) {
+  return std::make_unique<DecodeHandler>(core, std::move(call));
+}
+
+}  // namespace attnserve::services

@@ -1,0 +1,165 @@
+#include "sessions/kv_state.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/text.h"
+
+namespace attnserve::sessions {
+
+namespace {
+
+constexpr std::size_t kMostNamed = 80;  // characters of a wrong id that are repeated
+constexpr std::chrono::milliseconds kLeastRetry{1};
+
+std::chrono::microseconds retry_after(const std::multimap<TimePoint, KvSessionPtr>& expiries,
+                                      TimePoint now) {
+  if (expiries.empty()) return kLeastRetry;
+  const Duration left = expiries.begin()->first - now;
+  return std::max<std::chrono::microseconds>(kLeastRetry,
+                                             std::chrono::round<std::chrono::microseconds>(left));
+}
+
+}  // namespace
+
+KvState::KvState(const KvConfig& given)
+    : config(given),
+      store(given.max_bytes, given.slab_bytes,
+            [this](PageClass& pages, PageIndex page) { prefixes.withdraw(pages, page); }) {}
+
+Duration KvState::lease(Duration asked_for) const {
+  return std::min(asked_for <= Duration::zero() ? config.default_lease : asked_for,
+                  config.max_lease);
+}
+
+void KvState::expire(TimePoint now) {
+  while (!expiries.empty() && expiries.begin()->first <= now) {
+    auto node = expiries.extract(expiries.begin());
+    const KvSessionPtr session = node.mapped();
+    if (session->users > 0) touch(*session, now);
+    if (session->expires > now) {
+      node.key() = session->expires;
+      session->expiry = expiries.insert(std::move(node));
+      continue;
+    }
+    ++expired;
+    sessions.erase(session->id);
+    session->gone = true;
+    session->release();
+  }
+}
+
+KvPlanPtr KvState::plan_of(const SessionSpec& spec) {
+  std::erase_if(plans, [](const auto& plan) { return plan.expired(); });
+  for (const auto& plan : plans) {
+    const KvPlanPtr kept = plan.lock();
+    if (kept && kept->spec == spec) return kept;
+  }
+  KvPlanPtr plan = make_plan(spec, config.promised_step);
+  plans.push_back(plan);
+  return plan;
+}
+
+KvSessionPtr KvState::make(const KvPlanPtr& plan, std::string_view owner) {
+  auto session = std::make_shared<KvSession>(plan, store, prefixes);
+  session->owner = owner;
+  session->root = prefixes.root_of(*plan, owner);
+  return session;
+}
+
+void KvState::promise(KvSession& session, std::string_view field, TimePoint now) {
+  if (session.recharge()) return;
+  const std::size_t pages = session.charge(session.length, session.added) - session.charged();
+  refuse(field, pages, session.pages(), now);
+}
+
+void KvState::refuse(std::string_view field, std::size_t pages, const PageClass& of,
+                     TimePoint now) const {
+  const std::size_t most = config.max_bytes / of.page_bytes();
+  throw RequestError({Code::kResourceExhausted,
+                      text(field, ": ", pages, " pages of ", of.page_bytes(),
+                           " bytes to promise; allowed: ", store.free_pages(of),
+                           " that are free, of ", most, " (--max-kv-mib)"),
+                      pages <= most ? retry_after(expiries, now) : std::chrono::microseconds{0}});
+}
+
+void KvState::check_count(std::size_t more, TimePoint now) const {
+  if (sessions.size() + more <= kMostSessions) return;
+  throw RequestError({Code::kResourceExhausted,
+                      text("sessions: ", more, " beside ", sessions.size(),
+                           " that are open; allowed: ", kMostSessions),
+                      retry_after(expiries, now)});
+}
+
+void KvState::add(const KvSessionPtr& session, std::string id, Duration asked_for, TimePoint now) {
+  session->id = std::move(id);
+  session->lease = lease(asked_for);
+  touch(*session, now);
+  session->expiry = expiries.emplace(session->expires, session);
+  try {
+    sessions.emplace(session->id, session);
+  } catch (...) {
+    expiries.erase(session->expiry);
+    throw;
+  }
+  ++opened;
+}
+
+KvSessionPtr KvState::find_idle(std::string_view id, std::string_view owner, TimePoint now) {
+  const KvSessionPtr session = find(id, owner, [] { return std::string("session_id"); });
+  touch(*session, now);
+  check_idle(*session, false, "session_id");
+  return session;
+}
+
+void KvState::refuse_unknown(std::string_view id, const std::string& field) {
+  if (id.empty()) {
+    throw RequestError(invalid_argument(field, "nothing", "the id of a session"));
+  }
+  throw RequestError(Code::kNotFound,
+                     text(field, ": given ", quoted(first_characters(id, kMostNamed)),
+                          "; no such session is open: never opened here, closed, "
+                          "or its lease ran out"));
+}
+
+void KvState::check_idle(const KvSession& session, bool tree_allowed, std::string_view field) {
+  const auto refuse_state = [&](std::string_view state, std::string_view until) {
+    throw RequestError(Code::kFailedPrecondition, text(field, ": given ", quoted(session.id), ", ",
+                                                       state, "; allowed: ", until));
+  };
+  if (session.in_step) {
+    refuse_state("which is in a step",
+                 "once all layers of the step are computed, or it is "
+                 "abandoned");
+  }
+  if (!session.tree.empty() && !tree_allowed) {
+    refuse_state("whose last step was a tree", "once that is committed");
+  }
+}
+
+void KvState::leave(KvSession& session) {
+  if (--session.users == 0 && session.gone) session.release();
+}
+
+SessionState KvState::state_of(const KvSession& session) {
+  return {session.id, session.length, session.max_tokens, session.reserved_tokens,
+          std::chrono::round<std::chrono::microseconds>(session.lease)};
+}
+
+Growth checked_growth(Growth asked, std::uint64_t default_max, std::uint64_t length,
+                      const std::string& prefix) {
+  if (asked.max_tokens == 0) asked.max_tokens = default_max;
+  const std::uint64_t least = std::max<std::uint64_t>(length, 1);
+  if (asked.max_tokens < least || asked.max_tokens > kMostTokens) {
+    throw RequestError(invalid_argument(prefix + "max_tokens", text(asked.max_tokens),
+                                        text(least, " to ", kMostTokens)));
+  }
+  if (asked.reserved_tokens == 0) asked.reserved_tokens = asked.max_tokens;
+  if (asked.reserved_tokens > asked.max_tokens) {
+    throw RequestError(invalid_argument(prefix + "reserved_tokens", text(asked.reserved_tokens),
+                                        text("at most max_tokens, ", asked.max_tokens)));
+  }
+  return asked;
+}
+
+}  // namespace attnserve::sessions

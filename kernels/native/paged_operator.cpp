@@ -1,0 +1,139 @@
+// The inputs of PagedAttention: their shapes are checked here, what they refer to in paged.cpp.
+#include "paged_operator.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "paged.h"
+
+namespace attnserve {
+namespace {
+
+using Shape = std::vector<std::int64_t>;
+
+std::string text(const Shape& shape) {
+  std::string all = "[";
+  for (const std::int64_t size : shape) {
+    if (all.size() > 1) all += ", ";
+    all += size < 0 ? "any" : std::to_string(size);
+  }
+  return all + "]";
+}
+
+// Negative sizes of `allowed` stand for any.
+void require_shape(const Context& context, const char* name, const Tensor& tensor,
+                   const Shape& allowed) {
+  bool fits = tensor.shape.size() == allowed.size();
+  for (std::size_t i = 0; fits && i < allowed.size(); ++i)
+    fits = allowed[i] < 0 || tensor.shape[i] == allowed[i];
+  if (!fits)
+    context.refuse("attnserve: " + std::string(name) + ": its shape is " + text(tensor.shape) +
+                   "; allowed: " + text(allowed));
+}
+
+void require_range(const Context& context, const char* name, std::int64_t given, std::int64_t least,
+                   std::int64_t most) {
+  if (given < least || given > most)
+    context.refuse("attnserve: spec: " + std::string(name) + ": given " + std::to_string(given) +
+                   "; allowed: " + std::to_string(least) + ".." + std::to_string(most));
+}
+
+const std::int64_t* integers(const Tensor& tensor) {
+  return static_cast<const std::int64_t*>(tensor.data);
+}
+
+// No position is further away.
+constexpr std::int64_t kFarthest = std::int64_t{1} << 40;
+
+void read_spec(const Context& context, const Tensor& spec, PagedProblem& p) {
+  require_shape(context, "spec", spec, {5});
+  const std::int64_t* given = integers(spec);
+  require_range(context, "page_size", given[0], 1, 1 << 16);
+  require_range(context, "cache_dtype", given[1], 0, 4);
+  require_range(context, "window", given[2], -1, kFarthest);
+  require_range(context, "kept_first", given[3], 0, kFarthest);
+  require_range(context, "causal", given[4], 0, 1);
+  p.layout.page_size = given[0];
+  p.layout.type = static_cast<CacheType>(given[1]);
+  p.window = given[2];
+  p.kept_first = given[3];
+  p.causal = given[4] != 0;
+  if (!p.causal) require_range(context, "window without causal", p.window, -1, -1);
+}
+
+}  // namespace
+
+void paged_attention(const Context& context, const PagedSettings& settings, Element element,
+                     const std::atomic<bool>* stop) {
+  const Tensor query = context.input(0), key = context.input(1), value = context.input(2);
+  const Tensor cache = context.input(3), starts = context.input(4), lengths = context.input(5);
+  const Tensor table_starts = context.input(6), table = context.input(7);
+  const Tensor parents = context.input(9), slopes = context.input(10);
+  PagedProblem p{};
+  p.layout = {settings.num_kv_heads, settings.head_dim, settings.value_head_dim, 0, {}};
+  read_spec(context, context.input(8), p);
+  p.element = element;
+  p.scale = settings.scale;
+  p.softcap = settings.softcap;
+  p.stop = stop;
+
+  require_shape(context, "query", query, {-1, -1, settings.head_dim});
+  require_shape(context, "cache", cache, {-1});
+  require_shape(context, "lengths", lengths, {-1});
+  p.num_sequences = lengths.shape[0];
+  require_shape(context, "starts", starts, {p.num_sequences + 1});
+  require_shape(context, "table_starts", table_starts, {p.num_sequences + 1});
+  require_shape(context, "table", table, {-1});
+  p.num_heads = query.shape[1];
+  if (p.num_heads <= 0 || p.num_heads % settings.num_kv_heads != 0)
+    context.refuse("attnserve: query: given " + std::to_string(p.num_heads) +
+                   " heads; allowed: multiples of " + std::to_string(settings.num_kv_heads));
+  p.num_tokens = query.shape[0];
+  p.attends = true;
+  const std::int64_t new_keys = key.shape.empty() ? 0 : key.shape[0];
+  context.require((new_keys > 0) == (!value.shape.empty() && value.shape[0] > 0),
+                  "attnserve: key, value: one of them is absent or empty; allowed: both or none");
+  if (new_keys > 0) {
+    // New keys and values may come without queries, to be stored alone.
+    p.attends = p.num_tokens > 0;
+    if (!p.attends) p.num_tokens = new_keys;
+    require_shape(context, "key", key, {p.num_tokens, settings.num_kv_heads, settings.head_dim});
+    require_shape(context, "value", value,
+                  {p.num_tokens, settings.num_kv_heads, settings.value_head_dim});
+    p.key = key.data;
+    p.value = value.data;
+  }
+  if (!parents.shape.empty() && parents.shape[0] > 0) {
+    require_shape(context, "parents", parents, {p.num_tokens});
+    context.require(p.causal, "attnserve: parents: given where spec: causal is 0; allowed: none");
+    p.parents = integers(parents);
+  }
+  if (slopes.data != nullptr) require_shape(context, "slopes", slopes, {p.num_heads});
+
+  p.query = query.data;
+  p.cache = static_cast<std::uint8_t*>(const_cast<void*>(cache.data));
+  p.cache_bytes = cache.shape[0];
+  p.starts = integers(starts);
+  p.lengths = integers(lengths);
+  p.table_starts = integers(table_starts);
+  p.table = integers(table);
+  p.table_size = table.shape[0];
+  p.slopes = static_cast<const float*>(slopes.data);
+
+  const std::int64_t rows = query.shape[0];
+  p.output = context.output<void>(0, {rows, p.num_heads, settings.value_head_dim});
+  p.log_sum_exp = context.output<float>(1, {rows, p.num_heads});
+  if (context.output_count() > 2) p.entropy = context.output<float>(2, {rows, p.num_heads});
+
+  PagedPlan plan(p);
+  const PagedKernel store = store_kernel(), attend = paged_attention_kernel();
+  if (plan.stores() > 0)
+    context.run([&](std::int64_t task) { store(plan, task); }, stop, plan.stores(),
+                plan.store_work());
+  if (plan.attends() > 0)
+    context.run([&](std::int64_t task) { attend(plan, task); }, stop, plan.attends(),
+                plan.attend_work());
+}
+
+}  // namespace attnserve

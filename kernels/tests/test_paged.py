@@ -1,0 +1,363 @@
+"""PagedAttention against attention in float64 over a cache that NumPy reads and writes."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import attnserve_kernels
+import ml_dtypes
+import numpy as np
+import onnx.helper
+import onnxruntime
+import pytest
+from attnserve_export.paged_batches import (
+    CACHE_TYPES,
+    OUTPUTS,
+    PagedBatch,
+    PagedSequence,
+    PageLayout,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+QUERY_TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.bfloat16, 16)}
+INPUTS = (
+    "query", "key", "value", "cache", "starts", "lengths", "table_starts", "table", "spec",
+    "parents", "slopes",
+)  # fmt: skip
+
+pytestmark = pytest.mark.needs_library
+
+
+@cache
+def session(kind: int, present: frozenset[str], attributes: tuple[Any, ...], threads: int) -> Any:
+    """One node with some of its optional inputs."""
+
+    def value(name: str) -> Any:
+        own = {"query": kind, "key": kind, "value": kind, "output": kind, "cache": 2}
+        own |= dict.fromkeys(("slopes", "log_sum_exp", "entropy"), 1)
+        rank = {"query": 3, "key": 3, "value": 3, "output": 3, "log_sum_exp": 2, "entropy": 2}
+        return onnx.helper.make_tensor_value_info(
+            name, own.get(name, 7), [None] * rank.get(name, 1)
+        )
+
+    names = [name if name in present else "" for name in INPUTS]
+    outputs = [name for name in OUTPUTS if name in present]
+    node = onnx.helper.make_node(
+        "PagedAttention", names, outputs, domain="attnserve", **dict(attributes)
+    )
+    graph = onnx.helper.make_graph(
+        [node], "one", [value(n) for n in names if n], [value(n) for n in outputs]
+    )
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("attnserve", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(attnserve_kernels.library_path()))
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(
+    batch: PagedBatch,
+    changes: dict[str, Array] | None = None,
+    *,
+    absent: tuple[str, ...] = (),
+    threads: int = 0,
+) -> dict[str, Array]:
+    """Run the operator on a batch; it writes into the batch's cache.
+
+    Args:
+        batch: as it is.
+        changes: other inputs.
+        absent: optional inputs and outputs to leave out of the graph.
+        threads: of the run; 0: ONNX Runtime's choice.
+    """
+    feeds = batch.feeds() | (changes or {})
+    if batch.slopes is not None:
+        feeds["slopes"] = batch.slopes
+    feeds = {name: np.ascontiguousarray(a) for name, a in feeds.items() if name not in absent}
+    layout, kinds = batch.layout, {np.dtype(dtype): kind for dtype, kind in QUERY_TYPES.values()}
+    attributes = (
+        ("num_kv_heads", layout.num_kv_heads),
+        ("head_dim", layout.head_dim),
+        ("value_head_dim", layout.value_head_dim),
+        ("scale", batch.scale),
+        ("softcap", batch.softcap),
+    )
+    given = [name for name in OUTPUTS if name not in absent]
+    kind = kinds[np.dtype(batch.dtype)]
+    opened = session(kind, frozenset([*feeds, *given]), attributes, threads)
+    binding = opened.io_binding()
+    for name, array in feeds.items():
+        element = kinds.get(array.dtype, array.dtype)
+        # Of an empty array the address is not looked at, but it must not be null.
+        address = array.ctypes.data or batch.cache.ctypes.data
+        binding.bind_input(name, "cpu", 0, element, list(array.shape), address)
+    rows = feeds["query"].shape[:2]
+    answers = {
+        "output": np.full((*rows, layout.value_head_dim), np.nan, batch.dtype),
+        "log_sum_exp": np.full(rows, np.nan, np.float32),
+        "entropy": np.full(rows, np.nan, np.float32),
+    }
+    for name in given:
+        array = answers[name]
+        element = kind if name == "output" else np.float32
+        binding.bind_output(name, "cpu", 0, element, list(array.shape), array.ctypes.data)
+    opened.run_with_iobinding(binding)
+    return {name: answers[name] for name in given}
+
+
+def tolerance(batch: PagedBatch) -> float:
+    """Of FP32: rounding errors of sums, relative to the largest score."""
+    keys = max(1, *(s.length for s in batch.sequences), 1)
+    score = 8.0 * batch.magnitude
+    if batch.slopes is not None:
+        score += float(batch.slopes.max()) * keys
+    return float(2e-6 * keys**0.5 * max(1.0, score / 8))
+
+
+def check(batch: PagedBatch, answers: dict[str, Array]) -> None:
+    """The answers are those for the cache as it is now."""
+    expected = batch.expected(as_stored=True)
+    exact = tolerance(batch)
+    allowed = {4: exact, 2: max(2e-3 if batch.dtype is np.float16 else 1.6e-2, exact)}
+    # Values are of about unit size, a few are larger: FP16 and BF16 round relative to them.
+    scale = np.maximum(1, np.abs(expected["output"]) / 2)
+    assert answers["output"].shape == expected["output"].shape
+    error = np.abs(answers["output"].astype(np.float64) - expected["output"]) / scale
+    assert not error.size or error.max() <= allowed[np.dtype(batch.dtype).itemsize]
+    for name in ("log_sum_exp", "entropy"):
+        np.testing.assert_allclose(answers[name], expected[name], atol=10 * exact, rtol=1e-6)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> PagedBatch:
+    """Sizes on both sides of every boundary: pages, 128 and 1024 keys, 12, 48 and 192 rows."""
+    layout = PageLayout(
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 3, 8, 16, 31, 64, 64, 80, 128])),
+        draw(st.sampled_from([1, 5, 8, 33, 64, 64, 144])),
+        draw(st.sampled_from([1, 3, 8, 16, 16, 16, 40])),
+        draw(st.sampled_from(list(CACHE_TYPES))),
+    )
+    heads = layout.num_kv_heads * draw(st.sampled_from([1, 1, 2, 3, 4, 7]))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    causal = draw(st.sampled_from([True, True, True, False]))
+    before = st.integers(0, 40) | st.sampled_from([0, 15, 16, 17, 127, 128, 129, 1023, 1025, 1400])
+    count = st.sampled_from([0, 1, 1, 1, 1, 2, 3]) | st.integers(1, 40) | st.just(200)
+    trees = causal and draw(st.booleans())
+    sequences = []
+    for _ in range(draw(st.integers(1, 5))):
+        new = draw(count)
+        parents = None
+        if trees and draw(st.booleans()):
+            parents = [int(generator.integers(-1, i)) for i in range(new)]
+        sequences.append(PagedSequence(draw(before), new, parents))
+    windowed = causal and draw(st.booleans())
+    return PagedBatch(
+        layout,
+        heads,
+        QUERY_TYPES[draw(st.sampled_from(list(QUERY_TYPES)))][0],
+        sequences,
+        generator,
+        scale=layout.head_dim**-0.5,
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.5, 30.0])),
+        slopes=generator.random(heads).astype(np.float32) if draw(st.booleans()) else None,
+        window=draw(st.integers(0, 20) | st.sampled_from([127, 300])) if windowed else -1,
+        kept_first=draw(st.sampled_from([0, 0, 1, 4, 20])),
+        causal=causal,
+        appends=draw(st.sampled_from([True, True, False])),
+    )
+
+
+def plain(*sequences: PagedSequence, seed: int = 0, **others: Any) -> PagedBatch:
+    """A batch of two key heads of 64 for four query heads, FP32, pages of 16."""
+    layout = PageLayout(2, 64, 64, 16, others.pop("cache", "fp32"))
+    return PagedBatch(
+        layout, 4, np.float32, list(sequences), np.random.default_rng(seed), scale=0.125, **others
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(batch=batches())
+def test_any_batch_is_within_tolerance(batch: PagedBatch) -> None:
+    check(batch, run(batch))
+
+
+@settings(deadline=None, max_examples=100)
+@given(batch=batches())
+def test_any_new_keys_are_stored_and_nothing_else_is_touched(batch: PagedBatch) -> None:
+    given = batch.cache.copy()
+    run(batch)
+    stored, batch.cache = batch.cache, given
+    for s in batch.sequences:
+        batch.store(s, s.before, s.length)
+    np.testing.assert_array_equal(stored, batch.cache)
+
+
+@pytest.mark.parametrize("cache", CACHE_TYPES)
+def test_one_long_sequence_is_cut_and_merged(cache: str) -> None:
+    batch = plain(PagedSequence(9_000, 1), PagedSequence(5_000, 30), cache=cache)
+    check(batch, run(batch))
+
+
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_what_comes_out_does_not_depend_on_the_batch_or_on_threads(count: int) -> None:
+    whole = plain(PagedSequence(70, 5), PagedSequence(3_000, count), PagedSequence(0, 1))
+    answers = run(whole)
+    alone = plain(PagedSequence(3_000, count))
+    (alone.sequences[0], of_whole) = (whole.sequences[1], slice(5, 5 + count))
+    alone.query, alone.cache = whole.query[of_whole], whole.cache
+    for threads in (1, 2):
+        again = run(alone, threads=threads)
+        for name, array in again.items():
+            np.testing.assert_array_equal(array, answers[name][of_whole])
+
+
+def test_pages_that_were_given_back_are_not_read() -> None:
+    batch = plain(PagedSequence(400, 2), window=40, kept_first=20)
+    wanted = run(batch)
+    expected = batch.expected(as_stored=True)
+    pages = np.array(batch.sequences[0].pages)
+    # Kept: keys 0..19, pages 0 and 1. Seen by the first new token: from 360 on, page 22.
+    pages[2:22] = -1
+    answers = run(batch, {"table": pages})
+    for name, array in answers.items():
+        np.testing.assert_array_equal(array, wanted[name])
+        np.testing.assert_allclose(array, expected[name], atol=1e-4)
+    for gone in (1, 22):
+        with pytest.raises(Exception, match=rf"table\[{gone}\]: given -1; .* page {gone} of"):
+            run(batch, {"table": np.where(np.arange(len(pages)) == gone, -1, pages)})
+
+
+def test_a_sequence_without_keys_gives_nothing() -> None:
+    batch = plain(PagedSequence(0, 3), PagedSequence(20, 2), causal=False, appends=False)
+    batch.sequences[0].count = 0
+    feeds = {"starts": np.array([0, 3, 5]), "lengths": np.array([0, 22])}
+    answers = run(batch, feeds)
+    assert (answers["output"][:3] == 0).all()
+    assert (answers["log_sum_exp"][:3] == -np.inf).all()
+    assert (answers["entropy"][:3] == 0).all()
+    assert (answers["output"][3:] != 0).all()
+
+
+def test_more_queries_than_keys_of_another_sequence() -> None:
+    """Cross-attention to one key; causal, those before the first key see nothing."""
+    batch = plain(PagedSequence(1, 0), causal=False)
+    batch.query = batch.generator.standard_normal((5, 4, 64)).astype(np.float32)
+    feeds = {"starts": np.array([0, 5]), "lengths": np.array([1])}
+    answers = run(batch, feeds, absent=("key", "value", "parents"))
+    _, values = batch.stored(batch.sequences[0])
+    np.testing.assert_allclose(answers["output"], np.repeat(values, 2, 1).repeat(5, 0), atol=1e-6)
+    batch.causal = True
+    answers = run(batch, feeds, absent=("key", "value", "parents"))
+    assert (answers["output"][:4] == 0).all()
+    np.testing.assert_allclose(answers["output"][4], np.repeat(values[0], 2, 0), atol=1e-6)
+
+
+def test_keys_alone_are_stored_without_queries() -> None:
+    batch = plain(PagedSequence(3, 40), PagedSequence(0, 7), causal=False)
+    answers = run(batch, {"query": batch.query[:0]})
+    assert answers["output"].shape == (0, 4, 64)
+    given = batch.cache.copy()
+    for s in batch.sequences:
+        batch.store(s, s.before, s.length)
+    np.testing.assert_array_equal(given, batch.cache)
+
+
+def test_outputs_that_are_not_in_the_graph_are_not_computed() -> None:
+    batch = plain(PagedSequence(40, 3))
+    whole, less = run(batch), run(batch, absent=("entropy", "parents"))
+    assert set(less) == {"output", "log_sum_exp"}
+    for name, array in less.items():
+        np.testing.assert_array_equal(array, whole[name])
+
+
+def test_large_scores_keep_their_softmax() -> None:
+    batch = plain(PagedSequence(2_500, 1), PagedSequence(90, 20), magnitude=100.0)
+    check(batch, run(batch))
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("cache", CACHE_TYPES)
+def test_no_number_stays_no_number_where_it_is_seen(count: int, cache: str) -> None:
+    batch = plain(PagedSequence(30, count), PagedSequence(30, count), cache=cache)
+    keys = batch.feeds()["key"].copy()
+    keys[count - 1, 0, 5] = np.nan  # the last token of the first sequence, the first key head
+    output = run(batch, {"key": keys})["output"]
+    assert np.isnan(output[count - 1, :2]).all()
+    assert np.isfinite(output[: count - 1]).all()
+    assert np.isfinite(output[count - 1, 2:]).all()
+    assert np.isfinite(output[count:]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": np.zeros((3, 3, 64), np.float32)}, "query: given 3 heads; allowed: multiples"),
+        ({"query": np.zeros((3, 4, 63), np.float32)}, "query: its shape is"),
+        ({"key": np.zeros((2, 2, 64), np.float32)}, r"key: its shape is \[2, 2, 64\]; allowed"),
+        ({"key": np.zeros((0, 2, 64), np.float32)}, "key, value: one of them is absent"),
+        ({"starts": np.array([0, 4])}, r"starts\[1\]: given 4; allowed: 0\.\.3"),
+        ({"starts": np.array([1, 3])}, r"starts\[0\]: given 1; allowed: 0"),
+        ({"starts": np.array([0, 2])}, r"starts\[1\]: given 2; allowed: 3"),
+        ({"lengths": np.array([2])}, r"lengths\[0\]: given 2; allowed: 3\.\.32"),
+        ({"lengths": np.array([33])}, r"lengths\[0\]: given 33; allowed: 3\.\.32"),
+        ({"table_starts": np.array([0, 3])}, r"table_starts\[1\]: given 3; allowed: 0\.\.2"),
+        ({"table": np.array([0, 1 << 40])}, r"table\[1\]: given 1099511627776; allowed: multi"),
+        ({"table": np.array([0, 8])}, r"table\[1\]: given 8; allowed: multiples of 64"),
+        ({"spec": np.array([0, 0, -1, 0, 1])}, "spec: page_size: given 0; allowed: 1"),
+        ({"spec": np.array([16, 5, -1, 0, 1])}, r"spec: cache_dtype: given 5; allowed: 0\.\.4"),
+        ({"spec": np.array([16, 0, 3, 0, 0])}, "spec: window without causal: given 3"),
+        ({"spec": np.array([16, 0, -1, -1, 1])}, "spec: kept_first: given -1"),
+        ({"parents": np.array([-1, 1, 0])}, "parents: given 1 for new token 1 of its sequence"),
+        ({"parents": np.array([-1, 0])}, "parents: its shape is"),
+    ],
+)
+def test_wrong_inputs_are_refused_by_name(changes: dict[str, Array], message: str) -> None:
+    batch = plain(PagedSequence(20, 3))
+    before = batch.cache.copy()
+    with pytest.raises(Exception, match=message):
+        run(batch, changes)
+    np.testing.assert_array_equal(batch.cache, before)
+
+
+def test_a_stop_flag_ends_what_begins_on_its_thread() -> None:
+    library = ctypes.CDLL(str(attnserve_kernels.library_path()))
+    library.attnserve_set_stop_flag.argtypes = [ctypes.c_void_p]
+    batch = plain(PagedSequence(200, 1), PagedSequence(20, 40))
+    flag = ctypes.c_bool(False)
+    library.attnserve_set_stop_flag(ctypes.addressof(flag))
+    try:
+        before = run(batch)
+        flag.value = True
+        with pytest.raises(Exception, match="attnserve: stopped"):
+            run(batch)
+    finally:
+        library.attnserve_set_stop_flag(None)
+    for name, array in run(batch).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
+def test_other_instruction_sets_compute_the_same(instruction_set: str) -> None:
+    """The tests above, once more, in a process told to use another implementation."""
+    environment = os.environ | {"ATTNSERVE_KERNELS_ISA": instruction_set}
+    used = subprocess.run(
+        [sys.executable, "-c", "import attnserve_kernels as k; print(k.instruction_set())"],
+        env=environment, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    if used != instruction_set:
+        pytest.skip(f"this processor runs {used}")
+    again = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "any or long or number"]
+    result = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
