@@ -109,7 +109,7 @@ void infer(ByteSpan message) {
   }
   const auto prepared = prepare(std::move(plan.attend), plan.elements, context, kPeer);
   check_feeds(prepared->work);
-  plan.check_intact();
+  for (const sessions::RegionView& region : plan.regions) region.check_intact();
 }
 
 }  // namespace

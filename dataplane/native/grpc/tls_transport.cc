@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/never_destroyed.h"
 #include "grpc/openssl_pointers.h"
 
 namespace attnserve::grpc {
@@ -68,16 +69,17 @@ int bio_read(BIO* bio, char* into, int size) {
 
 long bio_control(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
 
+// Kept for ever: threads that outlast main may still end connections.
 const BIO_METHOD& bio_method() {
-  static const BioMethodPointer method = [] {
+  static NeverDestroyed<BioMethodPointer> method([] {
     BioMethodPointer made(BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "attnserve"));
     if (!made) throw std::bad_alloc();
     BIO_meth_set_write(made.get(), bio_write);
     BIO_meth_set_read(made.get(), bio_read);
     BIO_meth_set_ctrl(made.get(), bio_control);
     return made;
-  }();
-  return *method;
+  }());
+  return **method;
 }
 
 TlsTransport::TlsTransport(Descriptor socket, SSL_CTX& context)

@@ -196,8 +196,4 @@ std::vector<wire::InferResult> answer_outputs(const InferPlan& plan, const Limit
   return outputs;
 }
 
-void InferPlan::check_intact() const {
-  for (const sessions::RegionView& region : regions) region.check_intact();
-}
-
 }  // namespace attnserve::requests

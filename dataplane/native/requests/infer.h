@@ -32,9 +32,6 @@ struct InferPlan {
   std::vector<AskedOutput> outputs;
   std::uint64_t timeout = 0;                  // microseconds; 0: none
   std::vector<sessions::RegionView> regions;  // that elements lie in, or outputs go to
-
-  // After the run: throws RequestError if shared memory vanished under it.
-  void check_intact() const;
 };
 
 // For core and layer models; FAILED_PRECONDITION for others. `model` is what models.get answered
