@@ -7,6 +7,7 @@ a step, callers that are computed together, and every kind of bad input.
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any, Self
 
@@ -562,6 +563,40 @@ def test_a_layer_that_is_refused_can_be_sent_again(
             stream.ask(attend_layer=bad)
         attended = stream.ask(attend_layer=layer_of(1, layer, arrays))
         check(attended, [expected], [3], layer, arrays)
+
+
+def test_a_layer_in_shared_memory_gives_what_one_in_messages_gives(stream: Stream) -> None:
+    block = shared_memory.SharedMemory(create=True, size=1 << 16)
+    try:
+        registration = pb.RegisterSharedMemoryRequest(key=f"/{block.name}", byte_size=1 << 16)
+        stub = pb_grpc.AttentionServiceStub(stream.channel)
+        region = stub.RegisterSharedMemory(registration).name
+        ids = stream.open(2)
+        plains = [plain(), plain()]
+        stream.begin(1, ids, [30, 1])
+        for each, length in zip(plains, (30, 1), strict=True):
+            each.begin(length)
+        for layer in range(2):
+            arrays = rows(31)
+            message = layer_of(1, layer, arrays)
+            at = 0
+            for one, array in zip((message.query, message.key, message.value), arrays, strict=True):
+                block.buf[at : at + array.nbytes] = array.tobytes()
+                one.shared_memory.CopyFrom(
+                    pb.SharedMemoryRegion(name=region, offset=at, byte_size=array.nbytes)
+                )
+                at += -(-array.nbytes // 64) * 64
+            message.output_region.CopyFrom(
+                pb.SharedMemoryRegion(name=region, offset=at, byte_size=(1 << 16) - at)
+            )
+            attended = stream.ask(attend_layer=message)
+            place = attended.output.shared_memory
+            attended.output.data = bytes(block.buf[place.offset : place.offset + place.byte_size])
+            assert place.offset == at
+            check(attended, plains, [30, 1], layer, arrays)
+    finally:
+        block.close()
+        block.unlink()
 
 
 def test_a_layer_is_computed_once(stream: Stream) -> None:
