@@ -348,6 +348,42 @@ def test_a_stream_that_breaks_gives_its_step_up_and_not_its_sessions(
         second.ask(close=pb.CloseSession(session_id=ids[0]))
 
 
+def test_a_stream_that_breaks_while_a_layer_runs_gives_its_step_up(models: Path) -> None:
+    expected = plain(1)
+    with serving(models, batch_delay=0.3) as server, Stream(server.address) as second:
+        ids = second.open(num_layers=1)
+        second.step(1, ids, [expected])
+        with Stream(server.address) as first:
+            first.begin(1, ids, [40])
+            first.send(attend_layer=layer_of(1, 0, rows(40)))  # waits for others to join it
+            wait_until(lambda: server.plane.gauges()["running"] > 0)
+            first.call.cancel()
+        wait_until(lambda: not in_step(second, ids[0]))
+        second.step(2, ids, [expected])
+
+
+def test_a_session_may_be_closed_while_a_layer_runs(models: Path) -> None:
+    with (
+        serving(models, batch_delay=0.3) as server,
+        Stream(server.address) as first,
+        Stream(server.address) as second,
+    ):
+        ids = first.open(2, num_layers=1)
+        arrays = rows(8)
+        first.begin(1, ids, [4, 4])
+        first.send(attend_layer=layer_of(1, 0, arrays))
+        wait_until(lambda: server.plane.gauges()["running"] > 0)
+        second.ask(close=pb.CloseSession(session_id=ids[0]))
+        plains = [plain(1), plain(1)]
+        for each in plains:
+            each.begin(4)
+        check(result_of(first.receive()), plains, [4, 4], 0, arrays)
+        plains[1].end()
+        first.step(2, ids[1:], plains[1:])
+        first.ask(close=pb.CloseSession(session_id=ids[1]))
+        assert server.plane.kv_sessions()["pages_in_use"] == 0
+
+
 def test_a_session_expires_in_the_middle_of_a_step(models: Path) -> None:
     limits = Limits(kv_lease=0.2, max_kv_lease=5)
     with serving(models, limits=limits) as server, Stream(server.address) as stream:
