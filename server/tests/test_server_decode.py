@@ -7,6 +7,7 @@ a step, callers that are computed together, and every kind of bad input.
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any, Self
 
@@ -347,6 +348,42 @@ def test_a_stream_that_breaks_gives_its_step_up_and_not_its_sessions(
         second.ask(close=pb.CloseSession(session_id=ids[0]))
 
 
+def test_a_stream_that_breaks_while_a_layer_runs_gives_its_step_up(models: Path) -> None:
+    expected = plain(1)
+    with serving(models, batch_delay=0.3) as server, Stream(server.address) as second:
+        ids = second.open(num_layers=1)
+        second.step(1, ids, [expected])
+        with Stream(server.address) as first:
+            first.begin(1, ids, [40])
+            first.send(attend_layer=layer_of(1, 0, rows(40)))  # waits for others to join it
+            wait_until(lambda: server.plane.gauges()["running"] > 0)
+            first.call.cancel()
+        wait_until(lambda: not in_step(second, ids[0]))
+        second.step(2, ids, [expected])
+
+
+def test_a_session_may_be_closed_while_a_layer_runs(models: Path) -> None:
+    with (
+        serving(models, batch_delay=0.3) as server,
+        Stream(server.address) as first,
+        Stream(server.address) as second,
+    ):
+        ids = first.open(2, num_layers=1)
+        arrays = rows(8)
+        first.begin(1, ids, [4, 4])
+        first.send(attend_layer=layer_of(1, 0, arrays))
+        wait_until(lambda: server.plane.gauges()["running"] > 0)
+        second.ask(close=pb.CloseSession(session_id=ids[0]))
+        plains = [plain(1), plain(1)]
+        for each in plains:
+            each.begin(4)
+        check(result_of(first.receive()), plains, [4, 4], 0, arrays)
+        plains[1].end()
+        first.step(2, ids[1:], plains[1:])
+        first.ask(close=pb.CloseSession(session_id=ids[1]))
+        assert server.plane.kv_sessions()["pages_in_use"] == 0
+
+
 def test_a_session_expires_in_the_middle_of_a_step(models: Path) -> None:
     limits = Limits(kv_lease=0.2, max_kv_lease=5)
     with serving(models, limits=limits) as server, Stream(server.address) as stream:
@@ -562,6 +599,40 @@ def test_a_layer_that_is_refused_can_be_sent_again(
             stream.ask(attend_layer=bad)
         attended = stream.ask(attend_layer=layer_of(1, layer, arrays))
         check(attended, [expected], [3], layer, arrays)
+
+
+def test_a_layer_in_shared_memory_gives_what_one_in_messages_gives(stream: Stream) -> None:
+    block = shared_memory.SharedMemory(create=True, size=1 << 16)
+    try:
+        registration = pb.RegisterSharedMemoryRequest(key=f"/{block.name}", byte_size=1 << 16)
+        stub = pb_grpc.AttentionServiceStub(stream.channel)
+        region = stub.RegisterSharedMemory(registration).name
+        ids = stream.open(2)
+        plains = [plain(), plain()]
+        stream.begin(1, ids, [30, 1])
+        for each, length in zip(plains, (30, 1), strict=True):
+            each.begin(length)
+        for layer in range(2):
+            arrays = rows(31)
+            message = layer_of(1, layer, arrays)
+            at = 0
+            for one, array in zip((message.query, message.key, message.value), arrays, strict=True):
+                block.buf[at : at + array.nbytes] = array.tobytes()
+                one.shared_memory.CopyFrom(
+                    pb.SharedMemoryRegion(name=region, offset=at, byte_size=array.nbytes)
+                )
+                at += -(-array.nbytes // 64) * 64
+            message.output_region.CopyFrom(
+                pb.SharedMemoryRegion(name=region, offset=at, byte_size=(1 << 16) - at)
+            )
+            attended = stream.ask(attend_layer=message)
+            place = attended.output.shared_memory
+            attended.output.data = bytes(block.buf[place.offset : place.offset + place.byte_size])
+            assert place.offset == at
+            check(attended, plains, [30, 1], layer, arrays)
+    finally:
+        block.close()
+        block.unlink()
 
 
 def test_a_layer_is_computed_once(stream: Stream) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
+from attnserve_client._sessions import Session
 from attnserve_client._transformers_sequences import Sequences
 from attnserve_client._transformers_service import current
 
@@ -130,9 +131,9 @@ class SessionCache(DynamicCache):
         self._sequences.close()
 
     @property
-    def session_ids(self) -> list[str]:
-        """The session of each row; empty before the first tokens."""
-        return [session.id for session in self._sequences.sessions]
+    def sessions(self) -> tuple[Session, ...]:
+        """The session of each row, of its tokens without the padding; empty before the first."""
+        return tuple(self._sequences.sessions)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copy = type(self).__new__(type(self))

@@ -55,6 +55,10 @@ class LayerJob final : public schedule::Job {
   void done(const schedule::Outcome& outcome) noexcept override {
     Delivery delivery;
     try {
+      // A step whose stream has ended was given up, though its last layer was on its way.
+      if (asked_.request->cancelled) {
+        throw RequestError(Code::kCancelled, "the caller cancelled the request");
+      }
       for (const sessions::RegionView& region : regions_) region.check_intact();
       const bool ended = layer_->done();
       if (ended) {

@@ -91,7 +91,8 @@ const std::vector<Refusal<Open>> kOpenRefusals{
      "model: self version 1 is a layer; allowed: a core model, to which callers send query, key "
      "and value"},
     {"without the variant", [](Open& o) { o.model = "causal"; }, Code::kFailedPrecondition,
-     "model: causal version 1 has no variant 'paged'; allowed: a model that has one: export it again"},
+     "model: causal version 1 has no variant 'paged'; allowed: a model that has one: export it "
+     "again"},
     {"on CUDA", [](Open& o) { o.model = "gpu"; }, Code::kFailedPrecondition,
      "model: gpu version 1 runs on CUDA; allowed: models on the CPU, where sessions are kept"},
     {"no layers", [](Open& o) { o.num_layers = 0; }, Code::kInvalidArgument,
