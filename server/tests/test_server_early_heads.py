@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -14,7 +16,7 @@ from attnserve_client import AttentionClient
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 from attnserve_server.app import AttentionServer
-from attnserve_server.settings import Settings
+from attnserve_server.settings import Limits, Settings
 from handmade import attention, write_core
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -163,6 +165,49 @@ def test_requests_on_one_stream_do_not_mix(
     mixed = itertools.chain.from_iterable(zip(first, second, strict=True))
     messages = [announced(arrays, 1), announced(arrays, 2), *mixed]
     assert outputs(stub.AttendStream(iter(messages))) == {1: expected, 2: expected}
+
+
+def test_a_stream_full_of_requests_that_have_begun_is_read_on(
+    tmp_path: Path, arrays: dict[str, np.ndarray], expected: bytes
+) -> None:
+    write_core(tmp_path, "causal", attention(HEADS, DIM, mask="causal"))
+    ids = range(1, 5)
+    each = [list(by_heads(arrays, 1, request_id)) for request_id in ids]
+    mixed = itertools.chain.from_iterable(zip(*each, strict=True))
+    messages = [*(announced(arrays, request_id) for request_id in ids), *mixed]
+    with (
+        serving.serving(tmp_path, limits=Limits(max_stream_requests=len(ids))) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub = pb_grpc.AttentionServiceStub(channel)
+        found = outputs(stub.AttendStream(iter(messages), timeout=60))
+        assert found == dict.fromkeys(ids, expected)
+        settled(server)
+
+
+def test_an_announcement_takes_no_room_for_its_answer(
+    tmp_path: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    write_core(tmp_path, "causal", attention(HEADS, DIM, mask="causal"))
+    over = threading.Event()
+
+    def messages() -> Iterator[pb.AttendStreamRequest]:
+        yield from (announced(arrays, request_id) for request_id in range(1, 9))
+        over.wait(60)
+
+    with (
+        serving.serving(tmp_path, limits=Limits(max_bytes_in_flight=6 * SIZE)) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        AttentionClient(f"127.0.0.1:{server.port}") as other,
+    ):
+        call = pb_grpc.AttentionServiceStub(channel).AttendStream(messages())
+        try:
+            assert serving.eventually(lambda: server.plane.gauges()["arriving"] == 8)
+            assert server.plane.gauges()["bytes_in_flight"] < SIZE
+            assert other.attend(**arrays, model="causal").output is not None
+        finally:
+            over.set()
+            call.cancel()
 
 
 def test_a_wrong_chunk_after_the_first_heads_fails_that_request_alone(

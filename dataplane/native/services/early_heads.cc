@@ -94,7 +94,7 @@ void EarlyHeads::take(const std::array<std::size_t, 3>& received) {
     }
     if (taken_ == 0) {
       answer_->place(*prepared_);  // not before: what is only announced takes nothing
-      stream_->started(request_);
+      stream_->started_early(request_);
     }
     const std::int64_t first = taken_;
     taken_ += count;
@@ -108,6 +108,7 @@ void EarlyHeads::arrived_all(Admitted admitted) {
     const std::lock_guard lock(mutex_);
     complete_ = Clock::now();
     if (failed_) return;
+    stream_->started(request_);
     admitted_ = std::move(admitted);
     if (computed_ < num_kv_heads_) return;
   }

@@ -21,7 +21,12 @@ void StreamState::begun() {
 void StreamState::started(const std::shared_ptr<schedule::RequestContext>& request) {
   ++computing_;
   const std::lock_guard lock(mutex_);
-  started_.insert(request);
+  started_[request] = true;
+}
+
+void StreamState::started_early(const std::shared_ptr<schedule::RequestContext>& request) {
+  const std::lock_guard lock(mutex_);
+  started_[request] = false;
 }
 
 void StreamState::answer(const std::shared_ptr<schedule::RequestContext>& request,
@@ -29,7 +34,10 @@ void StreamState::answer(const std::shared_ptr<schedule::RequestContext>& reques
   count(delivery.status.code);
   std::unique_lock lock(mutex_);
   ++queued_;
-  if (request && started_.erase(request) > 0) --computing_;
+  if (const auto found = started_.find(request); found != started_.end()) {
+    if (found->second) --computing_;
+    started_.erase(found);
+  }
   // The messages of one answer come one after another.
   for (OutMessage& message : delivery.messages) call_->send(std::move(message));
   --unanswered_;
@@ -94,12 +102,12 @@ void StreamState::drain() {
 }
 
 void StreamState::cancel_all() {
-  std::unordered_set<std::shared_ptr<schedule::RequestContext>> started;
+  std::unordered_map<std::shared_ptr<schedule::RequestContext>, bool> started;
   {
     const std::lock_guard lock(mutex_);
     started = started_;
   }
-  for (const auto& request : started) core_.scheduler.cancel(request);
+  for (const auto& [request, takes_room] : started) core_.scheduler.cancel(request);
 }
 
 void StreamState::finish_if_idle(const std::unique_lock<std::mutex>&) {

@@ -6,7 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <string_view>
-#include <unordered_set>
+#include <unordered_map>
 
 #include "grpc/call.h"
 #include "services/core.h"
@@ -25,6 +25,9 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
   void begun();
   // Its computation is about to start: it can be cancelled from now on, and takes room.
   void started(const std::shared_ptr<schedule::RequestContext>& request);
+  // Parts of it are about to, while its chunks are still to come: it takes no room yet, for a
+  // stream without room is not read, and they would never come.
+  void started_early(const std::shared_ptr<schedule::RequestContext>& request);
   // Its answer: the messages, whatever the status, which is counted. `request` is null if it never
   // started.
   void answer(const std::shared_ptr<schedule::RequestContext>& request, Delivery delivery);
@@ -62,7 +65,8 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
   bool paused_ = false;       // the connection's thread alone
   std::atomic<std::size_t> computing_{0}, queued_{0};
   mutable std::mutex mutex_;  // guards what follows, and the order of messages
-  std::unordered_set<std::shared_ptr<schedule::RequestContext>> started_;
+  // Whether each takes room.
+  std::unordered_map<std::shared_ptr<schedule::RequestContext>, bool> started_;
   std::size_t unanswered_ = 0;
   bool read_all_ = false;
   bool draining_ = false;
