@@ -1,4 +1,4 @@
-"""The whole path on real models: export, serve, call, look at attention, load-test.
+"""The whole path on real models: export, serve, call, look at attention, generate, load-test.
 
 Run by `make demo`. Leaves the models in models/ and the report in reports/demo/.
 """
@@ -107,6 +107,15 @@ def look(client: AttentionClient) -> None:
         print(f'  layer {layer}: {seen:<70} "animal": {animal[head]:.2f} in head {head}')
 
 
+def generate(address: str) -> None:
+    """Tokens of a decoder of random weights, whose attention and KV cache are in the service."""
+    print("\ngenerating: projections and feed-forward layers here, attention and cache there")
+    command = ["examples/disaggregated_decode.py", "--target", address, "--model", "causal"]
+    command += ["--layers", "2", "--sequences", "2", "--new-tokens", "8"]
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+
+
 def load_test(address: str) -> None:
     """How latency grows with the length."""
     lengths = ("--seq-lens", "64,128,256,512,1024", "--requests", "20", "--out", str(REPORT))
@@ -121,6 +130,7 @@ def main() -> None:
         with AttentionClient(address) as client:
             attend(client)
             look(client)
+        generate(address)
         load_test(address)
     print(f"\nthe report: {REPORT / 'report.html'}; {time.monotonic() - started:.0f} s in all")
 

@@ -93,7 +93,8 @@ class Models:
             for entry in manifest["variants"]
             if "output" in [o["name"] for o in entry["outputs"]]
             and CPU in entry["providers"]
-            and entry["name"] != "softcap"  # `reference` with one more input
+            # `softcap` is `reference` with one more input, `paged` is for sessions.
+            and entry["name"] not in ("softcap", "paged")
         }
 
     def session(self, path: Path) -> onnxruntime.InferenceSession:

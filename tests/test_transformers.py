@@ -190,15 +190,18 @@ def test_long_generations_are_those_of_eager(family: str, pair: Callable[[str], 
 def test_padding_is_not_sent_and_sessions_end_with_the_cache(
     server: AttentionServer, pair: Callable[[str], Pair]
 ) -> None:
-    before = server.plane.kv_sessions()["sessions"]
+    def sessions() -> float:
+        return server.plane.kv_sessions()["sessions"]
+
+    assert eventually(lambda: sessions() == 0)
     result = generate(pair("llama").remote, 5)
     cache = result.cache
     assert [session.length for session in cache.sessions] == [length + 4 for length in LENGTHS]
     assert cache.get_seq_length() == max(LENGTHS) + 4
     assert all(layer.keys is None and layer.values is None for layer in cache.layers)
-    assert server.plane.kv_sessions()["sessions"] == before + len(LENGTHS)
+    assert sessions() == len(LENGTHS)
     del result, cache
-    assert eventually(lambda: server.plane.kv_sessions()["sessions"] == before)
+    assert eventually(lambda: sessions() == 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt-oss"])
@@ -319,7 +322,9 @@ def test_threads_share_the_server(pair: Callable[[str], Pair]) -> None:
 def test_what_to_export_is_said(
     server: AttentionServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = decoder("Gemma2Config", num_attention_heads=6, query_pre_attn_scalar=20)()
+    config = decoder(
+        "Gemma2Config", num_attention_heads=6, hidden_size=48, query_pre_attn_scalar=20
+    )()
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="attnserve")
     with pytest.raises(ValueError, match="num_heads 6, num_kv_heads 2, head_dim 8") as raised:
         generate(model.eval(), 1)

@@ -116,7 +116,9 @@ def test_other_hosts_are_reached_through_the_proxy(proxied: list[bytes]) -> None
 
     with pytest.raises(UnavailableError):
         asyncio.run(ask())
-    assert {line.split()[1] for line in proxied} == {b"attnserve.example:8001", b"192.0.2.1:8001"}
+    # Others in this process may be on their way out, too.
+    reached = {line.split()[1] for line in proxied}
+    assert reached >= {b"attnserve.example:8001", b"192.0.2.1:8001"}
 
 
 @pytest.mark.parametrize(

@@ -561,7 +561,7 @@ def set_to(name: str, value: Any) -> Callable[[pb.AttendLayer], None]:
 
 
 BAD_LAYERS: list[tuple[Callable[[pb.AttendLayer], None], str]] = [
-    (set_to("step_id", 9), "INVALID_ARGUMENT: step_id: given 9; allowed: a step that is open"),
+    (set_to("step_id", 9), "NOT_FOUND: step_id: given 9; no such step is open on this stream"),
     (set_to("layer", 2), r"INVALID_ARGUMENT: layer: given 2; allowed: 0\.\.1"),
     (with_tensor("query", rows(2)[0]), r"INVALID_ARGUMENT: query\.shape: .* 3 at axis 0"),
     (with_tensor("key", rows(3)[0]), r"INVALID_ARGUMENT: key\.shape: .* 2 at axis 1"),
@@ -641,7 +641,7 @@ def test_a_layer_is_computed_once(stream: Stream) -> None:
     with pytest.raises(Refused, match="INVALID_ARGUMENT: layer: given 0"):
         stream.ask(attend_layer=layer_of(1, 0, rows(3)))
     assert stream.ask(attend_layer=layer_of(1, 1, rows(3))).step_ended
-    with pytest.raises(Refused, match="INVALID_ARGUMENT: step_id: given 1"):
+    with pytest.raises(Refused, match="NOT_FOUND: step_id: given 1; no such step"):
         stream.ask(attend_layer=layer_of(1, 1, rows(3)))
 
 

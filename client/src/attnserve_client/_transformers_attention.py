@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from attnserve_client._transformers_cache import NAME, take_new_keys
 from attnserve_client._transformers_sequences import Attention, Sequences
@@ -58,11 +62,7 @@ def attention(
     """
     keys = take_new_keys()
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        _refuse(
-            "attention that is not causal",
-            "causal; for a model of several parts: attn_implementation={'text_config': "
-            f"{NAME!r}, ...}}",
-        )
+        _refuse_not_causal()
     if dropout:
         _refuse(f"dropout {dropout}", "0, as in model.eval()")
     if position_bias is not None:
@@ -125,6 +125,8 @@ def mask(
     Raises:
         ValueError: keys are seen by another rule than causality and the model's window.
     """
+    if mask_function is bidirectional_mask_function:
+        _refuse_not_causal()
     if mask_function is not causal_mask_function:
         _check_rule(mask_function, batch_size, q_length, kv_length, q_offset, config, use_vmap)
     return attention_mask
@@ -152,6 +154,13 @@ def _check_rule(
         if any(bool((rule(*places) == seen).all()) for rule in known):
             return
     _refuse("keys that are seen by a rule of its own", "causality, and the model's window")
+
+
+def _refuse_not_causal() -> None:
+    _refuse(
+        "attention that is not causal",
+        f"causal; for a model of several parts: attn_implementation={{'text_config': {NAME!r}}}",
+    )
 
 
 def _refuse(what: str, allowed: str) -> None:

@@ -269,7 +269,10 @@ class DecodeHandler final : public grpc::CallHandler {
   const std::shared_ptr<OpenStep>& open_step(std::uint64_t step_id) {
     const auto found = steps_.find(step_id);
     if (found == steps_.end() || found->second->ended) {
-      requests::refuse("step_id", std::to_string(step_id), "a step that is open on this stream");
+      throw RequestError(Code::kNotFound,
+                         text("step_id: given ", step_id,
+                              "; no such step is open on this stream: never begun, ended with its "
+                              "last layer, or abandoned"));
     }
     return found->second;
   }

@@ -19,7 +19,7 @@ from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECO
 from attnserve_export.errors import ExportError
 
 # What to give to transformers as `attn_implementation`.
-IMPLEMENTATION = "attnserve"
+IMPLEMENTATION = "attnserve_export"
 
 CROSS = "cross"
 
