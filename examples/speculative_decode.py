@@ -14,9 +14,13 @@ Ends with 1 if the tokens are not those of the same decoder with its attention h
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+# Before NumPy is loaded: its matrices are small, and the server needs the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 from attnserve_client import AttentionClient, Session

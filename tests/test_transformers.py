@@ -319,8 +319,38 @@ def test_threads_share_the_server(pair: Callable[[str], Pair]) -> None:
         assert torch.equal(sequences, generate(both.local, 10).sequences)
 
 
-def test_what_to_export_is_said(
-    server: AttentionServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def named(server: AttentionServer) -> Iterator[Callable[..., None]]:
+    """Names the server with options; afterwards it is as it was."""
+    target = f"127.0.0.1:{server.port}"
+    yield lambda **options: served.connect(target, **options)
+    served.connect(target)
+
+
+def test_a_model_that_is_not_served_is_asked_for(
+    named: Callable[..., None], pair: Callable[[str], Pair]
+) -> None:
+    model = copy.deepcopy(pair("llama").remote)
+    named(model="grouped", cache_dtype="fp32", reserved_tokens=1, lease=60.0)
+    assert [session.lease for session in generate(model, 1).cache.sessions] == [60.0] * 4
+    named(model="each")
+    with pytest.raises(ValueError, match=r"num_kv_heads 2, .* FP32: the model 'each' at 127"):
+        generate(model, 1)
+    named(model="nothing")
+    with pytest.raises(ValueError, match="model: 'nothing' is not served at 127"):
+        generate(model, 1)
+    named()
+    with pytest.raises(ValueError, match=r"FP16: none at .* --mask causal --dtype fp16"):
+        generate(model.to(torch.float16), 1)
+    with pytest.raises(ValueError, match=r"query: torch.float64; allowed: torch.float32"):
+        generate(model.to(torch.float64), 1)
+    with pytest.raises(ValueError, match=r"reserved_tokens: 0; allowed: 1..16777216"):
+        named(reserved_tokens=0)
+
+
+@pytest.mark.slow
+def test_the_command_that_an_error_gives_makes_the_model(
+    server: AttentionServer, tmp_path: Path
 ) -> None:
     config = decoder(
         "Gemma2Config", num_attention_heads=6, hidden_size=48, query_pre_attn_scalar=20
@@ -332,16 +362,9 @@ def test_what_to_export_is_said(
     command = command.replace("--out models", f"--out {tmp_path}")
     assert cli.main(command.split()) == 0
     with serving(tmp_path) as other:
-        served.connect(f"127.0.0.1:{other.port}", model="NAME", cache_dtype="fp32", lease=60.0)
+        served.connect(f"127.0.0.1:{other.port}")
         try:
             generate(model, 1)
-            with pytest.raises(ValueError, match="the model 'NAME' at"):
-                generate(model.to(torch.float16), 1)
-            with pytest.raises(ValueError, match=r"query: torch.float64; allowed: torch.float32"):
-                generate(model.to(torch.float64), 1)
-            served.connect(f"127.0.0.1:{other.port}", model="nothing")
-            with pytest.raises(ValueError, match="model: 'nothing' is not served at 127"):
-                generate(model, 1)
         finally:
             served.connect(f"127.0.0.1:{server.port}")
 

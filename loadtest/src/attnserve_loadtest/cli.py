@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attnserve_loadtest import __version__, parsing
 from attnserve_loadtest import context_command as context
+from attnserve_loadtest import decode_command as decode
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.schema import Settings
 
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_scaling(commands.add_parser("scaling", help="how latency grows with seq_len"))
     context.add_arguments(commands.add_parser("context", help="a fact in a growing context"))
+    decode.add_arguments(commands.add_parser("decode", help="KV sessions that come and go"))
     _add_report(commands.add_parser("report", help="draw a report.json again"))
     return parser
 
