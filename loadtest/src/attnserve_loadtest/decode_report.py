@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from attnserve_loadtest.decode_load import DecodeReport
 from attnserve_loadtest.report import palette
@@ -63,6 +64,9 @@ def _figure(report: DecodeReport) -> Figure:
             left.step(np.sort(values), shares, where="post", color=colour, label=name)
     left.axvline(bound, color=palette.INK, ls=":", label=f"bound, {bound:g} ms")
     left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("ms (log)")
     left.set_ylabel("% that took no longer")
     left.legend(frameon=False)
@@ -72,7 +76,11 @@ def _figure(report: DecodeReport) -> Figure:
     edges = np.arange(0, np.ceil(report.seconds) + 1)
     for index, (name, times) in enumerate((("all", at), (f"within {bound:g} ms", good))):
         colour, _ = palette.series_style(index + 1)
-        right.stairs(np.histogram(times, edges)[0], edges, color=colour, lw=1.8, label=name)
+        # Dashes, so that equal ones are both seen.
+        line = "--" if index else "-"
+        right.stairs(
+            np.histogram(times, edges)[0], edges, color=colour, lw=1.8, ls=line, label=name
+        )
     right.set_xlabel("seconds")
     right.set_ylabel("tokens/s")
     right.set_ylim(bottom=0)
