@@ -86,7 +86,9 @@ void Scheduler::submit(std::shared_ptr<Job> job, bool runs_here) {
   if (!refused) {
     const std::lock_guard lock(mutex_);
     const double seconds = estimates_.seconds(job->key, job->measure());
-    refused = refusal(*job->request, seconds, now);
+    // What runs at once on the thread that brought it waits for no slot.
+    const bool at_once = runs_here && rules_.batch_delay <= 0 && is_tiny(seconds);
+    refused = refusal(*job->request, at_once ? std::nullopt : std::optional(seconds), now);
     if (!refused) {
       const TimePoint deadline = job->request->deadline;
       queue_.add(Entry{job, now, seconds, {}});
@@ -214,9 +216,7 @@ bool Scheduler::fits(const Entry& entry) const {
   return running_.empty() || entry.job->working_bytes + working_bytes_ <= rules_.max_working_bytes;
 }
 
-bool Scheduler::is_tiny(const Entry& entry) const {
-  return entry.seconds > 0 && entry.seconds <= kTinySeconds;
-}
+bool Scheduler::is_tiny(double seconds) { return seconds > 0 && seconds <= kTinySeconds; }
 
 // The next batch's leader, with its slot; nullptr if there is none. `here`: on a connection's
 // thread, which runs short ones alone. Those for whom nobody waits any more go to `dead`. The lock
@@ -234,7 +234,7 @@ std::shared_ptr<Scheduler::Running> Scheduler::take(
       continue;
     }
     const bool first = at == entries.begin();
-    const bool tiny = here && is_tiny(entry);
+    const bool tiny = here && is_tiny(entry.seconds);
     const bool slot = free_slots_ > 0 && first &&
                       (!here || (entry.seconds > 0 && entry.seconds <= kShortSeconds));
     if ((!tiny && !slot) || !fits(entry)) {

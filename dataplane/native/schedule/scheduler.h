@@ -70,7 +70,7 @@ class Scheduler {
   std::optional<Status> refusal(const RequestContext& request, std::optional<double> seconds,
                                 TimePoint now) const;
   bool fits(const Entry& entry) const;
-  bool is_tiny(const Entry& entry) const;
+  static bool is_tiny(double seconds);
   double ahead(std::uint32_t priority, TimePoint now) const;
   std::shared_ptr<Running> take(bool tiny,
                                 std::vector<std::pair<std::shared_ptr<Job>, Status>>& dead);

@@ -246,6 +246,31 @@ TEST_CASE("what is tiny overtakes a long computation") {
   }));
 }
 
+TEST_CASE("what is tiny is not refused for what it does not wait for") {
+  Scheduler scheduler({.max_queue_seconds = 0.001, .patience = 0});
+  CHECK(eventually([&] {
+    learn_that_it_is_short(scheduler, 3);
+    const auto first = fake_job(9, true);
+    scheduler.submit(first, false);
+    first->wait_started();
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    first->release();
+    first->wait_ended();
+    const auto second = fake_job(9, true);  // about as long
+    scheduler.submit(second, false);
+    second->wait_started();
+    const auto other = fake_job(9);
+    scheduler.submit(other, true);
+    const auto tiny = fake_job(3);
+    scheduler.submit(tiny, true);
+    scheduler.run_short();
+    const bool right = other->status() && tiny->ended() && !tiny->status();
+    second->release();
+    second->wait_ended();
+    return right;
+  }));
+}
+
 TEST_CASE("a draining scheduler refuses new jobs and runs those it has") {
   Scheduler scheduler({});
   std::shared_ptr<FakeJob> waits = fake_job();
