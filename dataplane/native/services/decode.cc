@@ -28,7 +28,7 @@ std::string identity_of(std::string_view peer) {
   try {
     return sessions::owner_of(peer);
   } catch (const RequestError&) {
-    return std::string(peer.substr(0, peer.rfind(':')));
+    return std::string(sessions::address_of(peer));
   }
 }
 
@@ -141,7 +141,7 @@ class DecodeHandler final : public grpc::CallHandler {
     state_->begun();
     try {
       if (state_->draining()) {
-        throw RequestError(Code::kUnavailable, "the server is shutting down; try another one");
+        throw RequestError(schedule::shutting_down());
       }
       std::visit([&](const auto& action) { act(id, action, message); }, decoded.action);
     } catch (...) {
@@ -411,7 +411,7 @@ class DecodeHandler final : public grpc::CallHandler {
   std::deque<std::uint64_t> refused_;  // requests of which parts may still come
   std::deque<MessagePtr> stalled_;
   std::uint64_t last_id_ = 0;
-  bool paused_ = false, half_closed_ = false, over_ = false;
+  bool half_closed_ = false, over_ = false;
 };
 
 }  // namespace

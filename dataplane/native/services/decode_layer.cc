@@ -212,11 +212,7 @@ bool LayerRequest::complete() const {
 }
 
 Delivery decode_delivery(std::uint64_t request_id, Delivery delivery) {
-  if (delivery.status.ok()) return delivery;
-  delivery.messages.clear();
-  delivery.messages.push_back(
-      OutMessage::of(wire::encode_decode_error(request_id, delivery.status)));
-  return delivery;
+  return with_error_message(std::move(delivery), request_id, wire::encode_decode_error);
 }
 
 void begin_layer(Core& core, const std::shared_ptr<StreamState>& stream, LayerRequest layer) {

@@ -190,12 +190,15 @@ std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& pl
   return std::make_unique<InMessages>(core, stream_id);
 }
 
-Delivery attend_delivery(std::uint64_t stream_id, Delivery delivery) {
+Delivery with_error_message(Delivery delivery, std::uint64_t request_id, EncodeError encode) {
   if (delivery.status.ok()) return delivery;
   delivery.messages.clear();
-  delivery.messages.push_back(
-      OutMessage::of(wire::encode_stream_error(stream_id, delivery.status)));
+  delivery.messages.push_back(OutMessage::of(encode(request_id, delivery.status)));
   return delivery;
+}
+
+Delivery attend_delivery(std::uint64_t stream_id, Delivery delivery) {
+  return with_error_message(std::move(delivery), stream_id, wire::encode_stream_error);
 }
 
 void append_chunks(std::vector<OutMessage>& messages, std::uint64_t stream_id, wire::Output output,

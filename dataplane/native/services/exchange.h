@@ -76,7 +76,11 @@ wire::Timings timings_of(const Spans& spans, TimePoint now);
 std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& plan,
                                       std::optional<std::uint64_t> stream_id);
 
-// What a request of AttendStream is answered with: an error is a message too.
+// A delivery of a stream on which an error is a message too, as this encodes it.
+using EncodeError = Bytes (*)(std::uint64_t request_id, const Status& status);
+Delivery with_error_message(Delivery delivery, std::uint64_t request_id, EncodeError encode);
+
+// What a request of AttendStream is answered with.
 Delivery attend_delivery(std::uint64_t stream_id, Delivery delivery);
 
 // The chunks of a tensor that has been computed, and before them nothing: see encode_chunk_head.

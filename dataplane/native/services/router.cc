@@ -94,13 +94,7 @@ void Router::add_attention() {
       "PutTensor", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
         return grpc::Reception{put_tensor_handler(core_, std::move(call)), whole};
       }};
-  methods_[kAttention + "Decode"] = {
-      "Decode", [this, whole](std::shared_ptr<grpc::Call> call) -> Accepted {
-        if (core_.scheduler.draining()) {
-          return Status{Code::kUnavailable, "the server is shutting down; try another one", {}};
-        }
-        return grpc::Reception{decode_handler(core_, std::move(call)), whole};
-      }};
+  stream(kAttention + "Decode", decode_handler);
   plain(kAttention + "RenewTensor", kControlBytes, renew_tensor(core_));
   plain(kAttention + "DropTensor", kControlBytes, drop_tensor(core_));
   plain(kAttention + "RegisterSharedMemory", kControlBytes, register_shared_memory(core_));

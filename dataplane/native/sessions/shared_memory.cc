@@ -178,6 +178,11 @@ void RegionView::check_intact() const {
   mapping->check_holds(static_cast<std::size_t>(end));
 }
 
+std::string_view address_of(std::string_view peer) {
+  if (!peer.starts_with("ipv4:") && !peer.starts_with("ipv6:")) return peer;
+  return peer.substr(0, peer.rfind(':'));
+}
+
 std::string owner_of(std::string_view peer) {
   const std::string_view kind = peer.substr(0, peer.find(':'));
   if (kind.size() < peer.size()) {

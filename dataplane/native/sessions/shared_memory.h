@@ -45,6 +45,9 @@ struct RegionView {
 // What tells local callers apart: the host part of a peer ("127.0.0.1", "::1", "unix"). Throws
 // RequestError PERMISSION_DENIED for a peer that is neither on loopback nor on a Unix socket.
 std::string owner_of(std::string_view peer);
+// Where any peer calls from: "ipv4:10.0.0.1" of "ipv4:10.0.0.1:4242"; sockets of this machine have
+// no ports.
+std::string_view address_of(std::string_view peer);
 
 // The registered regions, by owner and name. Any thread; `add` and `add_private` take as long as
 // the system needs to find and clear the pages, so no loop calls them.

@@ -4,18 +4,13 @@
 
 #include "base/status.h"
 #include "base/text.h"
+#include "sessions/shared_memory.h"
 
 namespace attnserve::sessions {
 namespace {
 
 // Uploads end in their callers' time, which nobody can foretell.
 constexpr std::chrono::milliseconds kRetry{250};
-
-// "ipv4:10.0.0.1:4242" is at "ipv4:10.0.0.1"; sockets of this machine have no ports.
-std::string_view without_port(std::string_view peer) {
-  if (!peer.starts_with("ipv4:") && !peer.starts_with("ipv6:")) return peer;
-  return peer.substr(0, peer.rfind(':'));
-}
 
 }  // namespace
 
@@ -24,7 +19,7 @@ Uploads::Uploads(std::size_t total, std::string option)
 
 Upload Uploads::begin(std::string_view peer) {
   const std::scoped_lock lock(mutex_);
-  const auto caller = callers_.try_emplace(std::string(without_port(peer))).first;
+  const auto caller = callers_.try_emplace(std::string(address_of(peer))).first;
   ++caller->second.uploads;
   return Upload(*this, caller);
 }
