@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,11 +34,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import common
 import dataplane_native as native
 import grpc
 import numpy as np
 import serving_latency as latency
+import serving_sections
 import serving_servers
 from attnserve_client import AttentionClient, keep_freed_memory
 from attnserve_client import _channel as channel
@@ -350,8 +349,6 @@ def main() -> int:
     if options.lengths:
         lengths = tuple(int(length) for length in options.lengths.split(","))
         sizes = replace(sizes, lengths=lengths, callers_lengths=lengths, overload_lengths=lengths)
-    done: list[Section] = []
-    failed: dict[str, str] = {}
     with _models(options.repository) as repository, native.loads() as loads:
         made: dict[str, Callable[[], Section]] = {
             "one-caller": lambda: one_caller(repository, loads, sizes),
@@ -364,46 +361,20 @@ def main() -> int:
             "shared": lambda: shared(repository, sizes),
             "connections": lambda: connections(repository, sizes),
         }
-        for name in options.sections:
-            print(f"measuring {name}", file=sys.stderr, flush=True)
-            try:
-                done.append(made[name]())
-            except Exception as error:  # the other sections can still be measured
-                traceback.print_exc()
-                failed[name] = f"{type(error).__name__}: {error}"
-                continue
-            print(done[-1].text(), flush=True)
-    figures = {section.name: section.figures() for section in done}
-    load_average = {"load_average": os.getloadavg()}
-    content = {"benchmark": "dataplane", **load_average, "sections": figures, "failed": failed}
-    common.write_json(options.json, content)
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text("\n".join(section.markdown() for section in done))
-    bars = [bar for section in done for bar in section.bars]
-    print(f"bars met: {sum(bar.met for bar in bars)} of {len(bars)}")
-    return 1 if failed else 0
+        done, failed = serving_sections.measured(options.sections, made)
+    return serving_sections.write("dataplane", options, done, failed, load_average=os.getloadavg())
 
 
 def _options() -> argparse.Namespace:
     names = ["one-caller", "callers", "cores", "overload", "sdk", "shared", "connections"]
-    parser = common.arguments(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = serving_sections.arguments(__doc__ or "", names)
     add = parser.add_argument
-    add("--sections", default=",".join(names), help="which, separated by commas (default: all)")
     add("--quick", action="store_true", help="short rounds, and 5 s of each overload")
     add("--seconds", type=float, help="of each overload (default 60; with --quick 5)")
     add("--lengths", help="only these sequence lengths, separated by commas")
     add("--deadline", type=float, default=0.5, help="of calls in overload, seconds (default 0.5)")
     add("--together", action="store_true", help="overload: server and client on the same cores")
-    add("--repository", type=Path, help="take `causal` from there instead of exporting it")
-    add("--markdown", type=Path, help="also write the tables to this file")
-    options = parser.parse_args()
-    options.sections = options.sections.split(",")
-    unknown = sorted(set(options.sections) - set(names))
-    if unknown:
-        parser.error(f"--sections: given {', '.join(unknown)}; known: {', '.join(names)}")
-    return options
+    return serving_sections.parsed(parser, names)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ import contextlib
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-import common
 import decode_calls as calls
 import numpy as np
+import serving_sections
 import serving_servers
 from attnserve_client import AttentionClient, Session, keep_freed_memory, page_hashes
 from attnserve_proto import attention_pb2 as pb
@@ -275,46 +275,24 @@ def main() -> int:
     options = _options()
     keep_freed_memory()
     sizes = QUICK if options.quick else Sizes()
-    done: list[Section] = []
-    failed: dict[str, str] = {}
     with calls.model(options.repository) as repository:
-        for name in options.sections:
-            print(f"measuring {name}", file=sys.stderr, flush=True)
-            measure: Callable[[Service, Sizes], Section] = SECTIONS[name]
-            try:
-                with _service(repository) as service:
-                    done.append(measure(service, sizes))
-            except Exception as error:  # the other sections can still be measured
-                traceback.print_exc()
-                failed[name] = f"{type(error).__name__}: {error}"
-                continue
-            print(done[-1].text(), flush=True)
-    figures = {section.name: section.figures() for section in done}
-    load_average = {"load_average": os.getloadavg()}
-    content = {"benchmark": "decode", **load_average, "sections": figures, "failed": failed}
-    common.write_json(options.json, content)
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text("\n".join(section.markdown() for section in done))
-    bars = [bar for section in done for bar in section.bars]
-    print(f"bars met: {sum(bar.met for bar in bars)} of {len(bars)}")
-    return 1 if failed else 0
+        made = {name: partial(_measured, name, repository, sizes) for name in options.sections}
+        done, failed = serving_sections.measured(options.sections, made)
+    return serving_sections.write("decode", options, done, failed, load_average=os.getloadavg())
+
+
+def _measured(name: str, repository: Path, sizes: Sizes) -> Section:
+    measure: Callable[[Service, Sizes], Section] = SECTIONS[name]
+    with _service(repository) as service:
+        return measure(service, sizes)
 
 
 def _options() -> argparse.Namespace:
-    parser = common.arguments(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--sections", default=",".join(SECTIONS), help="which, separated by commas (default: all)")
-    add("--quick", action="store_true", help="shorter and fewer rounds, fewer contexts")
-    add("--repository", type=Path, help="take `causal` from there instead of exporting it")
-    add("--markdown", type=Path, help="also write the tables to this file")
-    options = parser.parse_args()
-    options.sections = options.sections.split(",")
-    unknown = sorted(set(options.sections) - set(SECTIONS))
-    if unknown:
-        parser.error(f"--sections: given {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
-    return options
+    names = list(SECTIONS)
+    parser = serving_sections.arguments(__doc__ or "", names)
+    help_of_quick = "shorter and fewer rounds, fewer contexts"
+    parser.add_argument("--quick", action="store_true", help=help_of_quick)
+    return serving_sections.parsed(parser, names)
 
 
 if __name__ == "__main__":

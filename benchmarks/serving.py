@@ -22,14 +22,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
 import serving_latency as latency
+import serving_sections
 import serving_throughput as throughput
 from attnserve_client import keep_freed_memory
 from serving_calls import HEAD_DIM, NUM_HEADS
@@ -151,64 +150,37 @@ def main() -> int:
     options = _options()
     # As the servers do: neither side is to take memory anew for each request.
     keep_freed_memory()
-    done: list[Section] = []
-    failed: dict[str, str] = {}
     with models(options.repository) as repository, clients(options.clients) as load:
         made = sections(
             repository, QUICK if options.quick else FULL, load, options.venvs, options.good_within
         )
-        for name in options.sections:
-            print(f"measuring {name}", file=sys.stderr, flush=True)
-            try:
-                section = made[name]()
-            except Exception as error:  # the other sections can still be measured
-                traceback.print_exc()
-                failed[name] = f"{type(error).__name__}: {error}"
-                continue
-            done.append(section)
-            print(section.text(), flush=True)
-    _write(options, done, failed)
-    bars = [bar for section in done for bar in section.bars]
-    print(f"bars met: {sum(bar.met for bar in bars)} of {len(bars)}")
-    for name, reason in failed.items():
-        print(f"{name}: could not be measured: {reason}")
-    return 1 if failed else 0
+        done, failed = serving_sections.measured(options.sections, made)
+    status = serving_sections.write("serving", options, done, failed)
+    _plot(options.plots, done)
+    return status
 
 
 def _options() -> argparse.Namespace:
     names = ["floor", "shared-memory", "stored", "callers", "peers", "overload"]
-    parser = common.arguments(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = serving_sections.arguments(__doc__ or "", names)
     add = parser.add_argument
-    add("--sections", default=",".join(names), help="which, separated by commas (default: all)")
     add("--quick", action="store_true", help="every section in seconds: figures say nothing")
     add("--clients", type=int, default=2, help="client processes (default 2)")
     add("--venvs", type=Path, default=Path(".venvs"), help="the peers' environments")
-    add("--repository", type=Path, help="take `causal` from there instead of exporting it")
     add("--good-within", type=float, default=1.0, help="seconds, for goodput (default 1)")
     add("--plots", type=Path, help="also draw plots into this folder")
-    add("--markdown", type=Path, help="also write the tables to this file")
-    options = parser.parse_args()
-    options.sections = options.sections.split(",")
-    unknown = sorted(set(options.sections) - set(names))
-    if unknown:
-        parser.error(f"--sections: given {', '.join(unknown)}; known: {', '.join(names)}")
-    return options
+    return serving_sections.parsed(parser, names)
 
 
-def _write(options: argparse.Namespace, done: list[Section], failed: dict[str, str]) -> None:
-    figures = {section.name: section.figures() for section in done}
-    common.write_json(options.json, {"benchmark": "serving", "sections": figures, "failed": failed})
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text("\n".join(section.markdown() for section in done))
-    if options.plots:
-        options.plots.mkdir(parents=True, exist_ok=True)
-        for section in done:
-            if section.name == "overload":
-                latency_against_rate(section.rows, options.plots)
-            if section.name == "peers":
-                requests_by_peer(section.rows, options.plots)
+def _plot(folder: Path | None, done: Sequence[Section]) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in done:
+        if section.name == "overload":
+            latency_against_rate(section.rows, folder)
+        if section.name == "peers":
+            requests_by_peer(section.rows, folder)
 
 
 if __name__ == "__main__":
