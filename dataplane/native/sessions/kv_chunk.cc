@@ -18,7 +18,7 @@ namespace attnserve::sessions {
 namespace {
 
 constexpr std::string_view kMagic{"attnkv\0\0", 8};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::size_t kCheckedBytes = 48;  // of the header, before the checksum
 constexpr std::size_t kMostName = 4096;
 constexpr std::size_t kMostSize = 1 << 20;  // of a dimension
@@ -69,9 +69,9 @@ class Reader {
 };
 
 // In this order: model, version; num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the
-// cache type as u32; the number of layers as u32, and of each window and kept_first as i64, cross
-// as u32 and the first page as u32; length, max_tokens, reserved_tokens, cross_length and
-// cross_tokens as u64. A name is its bytes after their number as u32.
+// cache type, and 1 if it is latent, as u32; the number of layers as u32, and of each window and
+// kept_first as i64, cross as u32 and the first page as u32; length, max_tokens, reserved_tokens,
+// cross_length and cross_tokens as u64. A name is its bytes after their number as u32.
 void write_description(Writer& to, const ExportedSession& session) {
   to.name(session.spec.model);
   to.name(session.spec.version);
@@ -81,6 +81,7 @@ void write_description(Writer& to, const ExportedSession& session) {
     to.number(std::uint64_t{size});
   }
   to.number(static_cast<std::uint32_t>(layout.type));
+  to.number(std::uint32_t{layout.latent});
   to.number(static_cast<std::uint32_t>(session.spec.layers.size()));
   for (std::size_t layer = 0; layer < session.spec.layers.size(); ++layer) {
     to.number(session.spec.layers[layer].window);
@@ -108,6 +109,9 @@ ExportedSession read_description(ByteSpan payload) {
   const auto type = from.number<std::uint32_t>();
   if (type > static_cast<std::uint32_t>(CacheType::kFp8)) refuse_chunk("no such cache type");
   layout.type = static_cast<CacheType>(type);
+  const auto latent = from.number<std::uint32_t>();
+  if (latent > 1) refuse_chunk("latent is out of range");
+  layout.latent = latent == 1;
   const auto layers = from.number<std::uint32_t>();
   if (layers == 0 || layers > kMostLayers) refuse_chunk("the number of layers is out of range");
   for (std::uint32_t layer = 0; layer < layers; ++layer) {
