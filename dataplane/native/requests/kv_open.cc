@@ -5,6 +5,7 @@
 
 #include "base/status.h"
 #include "base/text.h"
+#include "engine/paged.h"
 #include "requests/kv_room.h"
 #include "requests/kv_sessions.h"
 #include "requests/refusal.h"
@@ -71,8 +72,6 @@ std::int64_t store_window(std::uint64_t window) { return static_cast<std::int64_
 sessions::LayerSpec checked_layer(const std::string& field, const wire::LayerSpec& message,
                                   const engine::ModelFacts& model) {
   sessions::LayerSpec layer;
-  if (message.latent)
-    refuse(text(field, ".latent"), "true", "false: this server has no such layers");
   layer.cross = message.cross;
   if (message.cross) {
     if (message.window || message.kept_first != 0) {
@@ -117,6 +116,31 @@ std::vector<sessions::LayerSpec> checked_layers(const wire::OpenSessions& messag
   return layers;
 }
 
+// Rows of a latent layer hold the value at their beginning.
+void check_latent(const KvModel& model) {
+  const engine::ModelFacts& facts = model.model->facts;
+  if (facts.value_head_dim > facts.head_dim) {
+    refuse_model(*model.model,
+                 text("has value_head_dim ", facts.value_head_dim, " and head_dim ", facts.head_dim,
+                      "; allowed for latent layers: value_head_dim of at most head_dim"));
+  }
+  if (!engine::gives_weights(*model.paged)) {
+    refuse_model(*model.model, text("has a variant ", quoted(engine::kPagedVariant),
+                                    " without latent layers; allowed: export it again"));
+  }
+}
+
+bool checked_latent(const wire::OpenSessions& message, const KvModel& model) {
+  const bool latent = !message.layers.empty() && message.layers.front().latent;
+  for (std::size_t at = 0; at < message.layers.size(); ++at) {
+    if (message.layers[at].latent == latent) continue;
+    refuse(text("layers[", at, "].latent"), latent ? "false" : "true",
+           text(latent ? "true" : "false", ", as of layers[0]: all pages have one size"));
+  }
+  if (latent) check_latent(model);
+  return latent;
+}
+
 sessions::NewSession checked_session(const std::string& field, const wire::NewSession& message,
                                      bool any_cross, std::size_t page_tokens) {
   const auto name = [&](std::string_view part) { return text(field, ".", part); };
@@ -143,9 +167,13 @@ sessions::NewSession checked_session(const std::string& field, const wire::NewSe
 }
 
 sessions::PageLayout layout_of(const engine::ModelFacts& model, sessions::CacheType type,
-                               std::size_t page_tokens) {
-  return {static_cast<std::size_t>(model.num_kv_heads), static_cast<std::size_t>(model.head_dim),
-          static_cast<std::size_t>(model.value_head_dim), type, page_tokens};
+                               std::size_t page_tokens, bool latent) {
+  return {static_cast<std::size_t>(model.num_kv_heads),
+          static_cast<std::size_t>(model.head_dim),
+          static_cast<std::size_t>(model.value_head_dim),
+          type,
+          page_tokens,
+          latent};
 }
 
 }  // namespace
@@ -156,12 +184,13 @@ KvModel kv_model(const sessions::SessionSpec& spec, const Context& context) {
   const sessions::PageLayout& layout = spec.layout;
   const bool causal = facts.mask == engine::Mask::kCausal ||
                       std::ranges::all_of(spec.layers, &sessions::LayerSpec::cross);
-  if (!causal || layout != layout_of(facts, layout.type, layout.page_tokens)) {
+  if (!causal || layout != layout_of(facts, layout.type, layout.page_tokens, layout.latent)) {
     refuse_model(*model.model,
                  text("has other heads or another mask than the session: num_kv_heads ",
                       layout.num_kv_heads, ", head_dim ", layout.head_dim, ", value_head_dim ",
                       layout.value_head_dim, "; allowed: the model that it was opened with"));
   }
+  if (layout.latent) check_latent(model);
   return model;
 }
 
@@ -177,7 +206,8 @@ OpenPlan plan_open(const wire::OpenSessions& message, const Context& context,
   const engine::Model& model = *plan.model.model;
   const engine::ModelFacts& facts = model.facts;
   plan.spec = {facts.name, model.version_text, {}, checked_layers(message, facts)};
-  plan.spec.layout = layout_of(facts, checked_cache_type(message.cache_type, facts), page_tokens);
+  plan.spec.layout = layout_of(facts, checked_cache_type(message.cache_type, facts), page_tokens,
+                               checked_latent(message, plan.model));
   const std::size_t count = message.sessions.size();
   if (count < 1 || count > static_cast<std::size_t>(context.limits.max_batch)) {
     refuse("sessions", text(count, " of them"), text("1..", context.limits.max_batch));

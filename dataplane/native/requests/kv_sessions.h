@@ -55,9 +55,15 @@ struct StepShape {
   const engine::ModelFacts& model;
   std::span<const sessions::LayerSpec> layers;
   std::int64_t tokens = 0, cross_tokens = 0;  // of all sessions
+  bool latent = false;
+  std::span<const std::int64_t> starts;  // [S+1], of each session's tokens
+  // [S], keys of each session with those of the step: of a layer, and of a cross layer.
+  std::span<const std::int64_t> keys, cross_keys;
+  bool gives_weights = true;
 };
 
-// What one AttendLayer brings: the query, or key and value, or all three.
+// What one AttendLayer brings: the query, or key and value, or all three. A latent layer has no
+// value.
 struct LayerPart {
   std::uint32_t layer = 0;
   std::optional<TensorSpec> query, key, value;
@@ -66,6 +72,7 @@ struct LayerPart {
 
   // Of the part with the query:
   std::vector<wire::LayerResult> results;  // in the order of their field numbers
+  std::vector<std::int64_t> weights_of;    // sessions of the step, one for each kWeights
   std::optional<Region> output_region;     // where they go; none: into the answer
   std::size_t response_bytes = 0;
 };
@@ -73,8 +80,8 @@ struct LayerPart {
 // Whether a layer takes key and value in this step; a cross layer does not, once they are there.
 bool takes_key(const StepShape& step, const sessions::LayerSpec& layer);
 
-// Throws RequestError INVALID_ARGUMENT, or RESOURCE_EXHAUSTED for tensors of more bytes than are
-// allowed.
+// Throws RequestError: INVALID_ARGUMENT; RESOURCE_EXHAUSTED for tensors of more bytes than are
+// allowed; FAILED_PRECONDITION for weights that the model does not give.
 LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
                       const Limits& limits);
 
