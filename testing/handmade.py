@@ -36,6 +36,7 @@ from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.paged import paged_attention
+from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.text import exact, joined
 from attnserve_export.attention.variants import (
     CPU,
@@ -169,6 +170,8 @@ def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.M
 
 
 def _layer_graph(layer: AttentionLayer, spec: VariantSpec) -> onnx.ModelProto:
+    if spec.core is PagedCore:
+        return paged_layer(layer, "FP32", graphs.MIN_OPSET)
     config, c = layer.config, layer.config.attention
     cross = config.context_dim is not None
     own = [f"float[batch, query_len, {config.embed_dim}] hidden_states"]

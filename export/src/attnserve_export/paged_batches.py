@@ -244,18 +244,24 @@ class PagedBatch:
             at += s.count
         return {name: np.concatenate(arrays) for name, arrays in answers.items()}
 
+    def positions(self, s: PagedSequence) -> Array:
+        """Of all tokens of a sequence [length]: in a tree, one more than the parent's."""
+        positions = np.arange(s.length)
+        for i, parent in enumerate(s.parents or ()):
+            before = s.before - 1 if parent < 0 else positions[s.before + parent]
+            positions[s.before + i] = before + 1
+        return positions
+
     def _sight(self, s: PagedSequence) -> tuple[Array, Array]:
         """Which keys each new token sees, and how far they are before it: [count, length]."""
-        positions = np.arange(s.length)
+        positions = self.positions(s)
         visible = np.zeros((s.count, s.length), bool)
         for i in range(s.count):
             parent = i - 1 if s.parents is None else s.parents[i]
             if parent >= 0:
                 visible[i] = visible[parent]
-                positions[s.before + i] = positions[s.before + parent] + 1
             else:
                 visible[i, : s.before] = True
-                positions[s.before + i] = s.before
             visible[i, s.before + i] = True
         apart = positions[s.before :, None] - positions
         if not self.causal:
