@@ -58,7 +58,7 @@ struct Check {
   void operator()(const wire::AbandonStep&) const {}
   void operator()(const wire::OpenSessions& open) const {
     const OpenPlan plan = plan_open(open, server().world.context(), kPageTokens);
-    require(plan.model.paged != nullptr && plan.opened.size() == open.sessions.size());
+    require(plan.models.of(0).paged != nullptr && plan.opened.size() == open.sessions.size());
     require(plan.spec.layers.size() == open.num_layers);
     bool cross = false;
     for (const sessions::LayerSpec& layer : plan.spec.layers) {
@@ -72,7 +72,7 @@ struct Check {
       require(session.max_tokens > 0 && (session.cross_tokens > 0) == cross);
       require(session.prefix_hashes.size() * kPageTokens <= session.max_tokens);
     }
-    kv_model(plan.spec, server().world.context());
+    kv_models(plan.spec, server().world.context());
   }
   void operator()(const wire::BeginStep& step) const {
     check(plan_step(step, server().world.limits));
