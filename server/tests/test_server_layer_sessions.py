@@ -223,34 +223,29 @@ def test_a_layer_may_begin_its_step_and_say_what_its_heads_say(stream: Stream) -
 
 
 def test_callers_of_one_model_are_computed_together_and_others_apart(models: Path) -> None:
-    names = ("first", "first", "second")
-    with serving(models, concurrency=1) as server:
-        streams = [Stream(server.address) for _ in names]
-        pasts = [nothing(1) for _ in names]
-        ids = [
-            opened(stream, num_layers=1, model=name)
-            for stream, name in zip(streams, names, strict=True)
-        ]
-        together = 0
-        for step_id in range(1, 60):
-            given = []
-            for stream, name in zip(streams, ids, strict=True):
-                stream.send(begin_step=step_of(step_id, name, [1]))
-                given.append(hidden_of(1))
-                stream.send(attend_layer=asking(step_id, 0, given[-1]))
-            for number, stream in enumerate(streams):
-                result_of(stream.receive())
-                attended = result_of(stream.receive())
-                past = pasts[number][0] = np.concatenate([pasts[number][0], given[number]])
-                expected = LAYERS[names[number]](past)[-1:]
-                np.testing.assert_allclose(output_of(attended), expected, atol=1e-5)
-                assert attended.timings.batch_size <= (2 if number < 2 else 1)
-                together += attended.timings.batch_size == 2
-            if together:
-                break
-        assert together
-        for stream in streams:
-            stream.__exit__()
+    names, parents = ("first", "first", "second"), [-1, 0, 0]
+    with (
+        serving(models, batch_delay=0.5) as server,
+        Stream(server.address) as one,
+        Stream(server.address) as two,
+        Stream(server.address) as three,
+    ):
+        streams, given = (one, two, three), [hidden_of(3) for _ in names]
+        for stream, name in zip(streams, names, strict=True):
+            (session,) = opened(stream, num_layers=1, model=name)
+            tree = parents if stream is one else []
+            begun = pb.SessionStep(session_id=session, new_tokens=3, parents=tree)
+            stream.ask(begin_step=pb.BeginStep(step_id=1, sessions=[begun]))
+        for stream, hidden in zip(streams, given, strict=True):
+            stream.send(attend_layer=asking(1, 0, hidden))
+        answers = [result_of(stream.receive()) for stream in streams]
+        assert [answer.timings.batch_size for answer in answers] == [2, 2, 1]
+        outputs = [output_of(answer) for answer in answers]
+        for output, hidden, name in zip(outputs[1:], given[1:], names[1:], strict=True):
+            np.testing.assert_allclose(output, LAYERS[name](hidden), atol=1e-5)
+        for token, path in enumerate(([0], [0, 1], [0, 2])):
+            expected = LAYERS["first"](given[0][path])[-1]
+            np.testing.assert_allclose(outputs[0][token], expected, atol=1e-5)
 
 
 def test_a_session_of_several_models_is_exported_and_imported(stream: Stream) -> None:
