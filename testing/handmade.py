@@ -7,7 +7,7 @@ is verified as an exported one is; `export/tests/test_handmade.py` compares them
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,29 @@ def write_core(
 
 
 def write_layer(
-    out: Path, name: str, module: AttentionLayer | MultiheadAttention, *, mask: str = ""
+    out: Path,
+    name: str,
+    module: AttentionLayer | MultiheadAttention,
+    *,
+    mask: str = "",
+    variants: Collection[str] | None = None,
 ) -> None:
-    """Write a layer in FP32 into a repository; `mask` is that of a `MultiheadAttention`."""
+    """Write a layer in FP32 into a repository.
+
+    Args:
+        out: the repository.
+        name: of the model.
+        module: the layer.
+        mask: of a `MultiheadAttention`.
+        variants: those to write; None: all.
+    """
     is_own = isinstance(module, AttentionLayer)
     layer = module if is_own else AttentionLayer.of_multihead(module, mask)
     config = layer.config
     native = attnserve_kernels.library_path() is not None
     specs = layer_specs(config.attention, "FP32", native=native)
+    if variants is not None:
+        specs = {name: spec for name, spec in specs.items() if name in variants}
     original = copy.deepcopy(module).eval().double()
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:

@@ -39,10 +39,10 @@ def made(seed: int, **others: Any) -> AttentionLayer:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for name, seed in SEEDS.items():
-        write_layer(folder, name, made(seed))
-    write_layer(folder, "windowed", made(4, window=20))
-    write_layer(folder, "narrow", made(5, num_kv_heads=1))
+    layers = {name: made(seed) for name, seed in SEEDS.items()}
+    layers |= {"windowed": made(4, window=20), "narrow": made(5, num_kv_heads=1)}
+    for name, layer in layers.items():
+        write_layer(folder, name, layer, variants=("paged",))
     write_core(folder, "core", attention(HEADS, DIM, **ATTENTION))
     return folder
 

@@ -171,13 +171,16 @@ class PagedBatch:
 
     def store(self, s: PagedSequence, begin: int, end: int) -> None:
         """Write a sequence's keys and values begin..end into its pages."""
-        for i in range(begin, end):
-            page = self._page(s, i // self.layout.page_size)
-            slot = i % self.layout.page_size
-            for rows, part, scales in ((s.keys[i], *page[0::2]), (s.values[i], *page[1::2])):
-                part[:, slot], scale = encode(rows, self.layout.dtype)
+        size = self.layout.page_size
+        for number in range(begin // size, -(-end // size)):
+            first, last = max(begin, number * size), min(end, (number + 1) * size)
+            page = self._page(s, number)
+            slots = slice(first - number * size, last - number * size)
+            for rows, part, scales in ((s.keys, *page[0::2]), (s.values, *page[1::2])):
+                elements, scale = encode(rows[first:last], self.layout.dtype)
+                part[:, slots] = elements.swapaxes(0, 1)
                 if self.layout.scaled:
-                    scales[:, slot] = scale
+                    scales[:, slots] = scale.T
 
     def stored(self, s: PagedSequence) -> tuple[Array, Array]:
         """Keys and values of a sequence as its pages have them, in float64."""
