@@ -31,6 +31,14 @@ engine::ModelFacts paged_facts() {
   return facts;
 }
 
+engine::ModelFacts block_facts() {
+  engine::ModelFacts facts = paged_facts();
+  facts.name = "block";
+  facts.kind = engine::Kind::kLayer;
+  facts.embed_dim = 8;
+  return facts;
+}
+
 struct Server {
   World world;
   std::vector<sessions::LayerSpec> layers{{}, {7, 4, false}, {-1, 0, true}};
@@ -38,6 +46,9 @@ struct Server {
     const auto model = model_of(paged_facts());
     add(*model, "paged", {"query", "cache"}, {"output"}, true);
     world.models.put("paged", {model});
+    const auto block = model_of(block_facts());
+    add(*block, "paged", {"hidden_states", "cache"}, {"output"}, true);
+    world.models.put("block", {block});
   }
 };
 
@@ -94,13 +105,17 @@ struct Check {
   }
   void operator()(const wire::AttendLayer& message) const {
     if (message.begin) check(plan_begun_step(message, server().world.limits));
-    const engine::ModelFacts facts = paged_facts();
+    // Of a layer model if it says so.
+    const bool of_block = message.hidden_states && message.step_id % 3 == 0;
+    const engine::ModelFacts facts = of_block ? block_facts() : paged_facts();
     const StepShape step{facts, server().layers, kTokens,
                          message.step_id % 2 == 0 ? 0 : kCrossTokens};
     const LayerPart part = check_layer(message, step, server().world.limits);
     require(part.layer < step.layers.size() && (part.has_query() || part.has_key()));
     require(part.key.has_value() == part.value.has_value());
     require(part.has_query() != part.results.empty());
+    require(part.hidden_states.has_value() == of_block && !(part.query && of_block));
+    if (of_block) require(part.hidden_states->shape == Shape{kTokens, facts.embed_dim});
     for (const auto* spec : {&part.query, &part.key, &part.value}) {
       if (!*spec) continue;
       require(!(*spec)->chunked && !(*spec)->stored && (*spec)->shape.rank() == 3);
