@@ -1,5 +1,6 @@
 // Whatever a request of Decode says: it is refused in words, or what was checked is as the store
 // and the engine rely on.
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <set>
@@ -17,7 +18,10 @@ using namespace attnserve;
 using namespace attnserve::requests;
 
 constexpr std::size_t kPageTokens = 16;
-constexpr std::int64_t kTokens = 2, kCrossTokens = 5;  // of the step whose layers come
+// Of the step whose layers come, of two sessions.
+constexpr std::int64_t kTokens = 2, kCrossTokens = 5;
+constexpr std::array<std::int64_t, 3> kStarts{0, 1, 2};
+constexpr std::array<std::int64_t, 2> kKeys{1, 30}, kCrossKeys{2, 3};
 
 void require(bool holds) {
   if (!holds) std::abort();
@@ -44,7 +48,7 @@ struct Server {
   std::vector<sessions::LayerSpec> layers{{}, {7, 4, false}, {-1, 0, true}};
   Server() {
     const auto model = model_of(paged_facts());
-    add(*model, "paged", {"query", "cache"}, {"output"}, true);
+    add(*model, "paged", {"query", "cache", "weights_of"}, {"output"}, true);
     world.models.put("paged", {model});
     const auto block = model_of(block_facts());
     add(*block, "paged", {"hidden_states", "cache"}, {"output"}, true);
@@ -106,13 +110,20 @@ struct Check {
   void operator()(const wire::AttendLayer& message) const {
     if (message.begin) check(plan_begun_step(message, server().world.limits));
     // Of a layer model if it says so.
-    const bool of_block = message.hidden_states && message.step_id % 3 == 0;
+    const bool of_block = message.hidden_states && message.step_id % 5 == 0;
     const engine::ModelFacts facts = of_block ? block_facts() : paged_facts();
-    const StepShape step{facts, server().layers, kTokens,
-                         message.step_id % 2 == 0 ? 0 : kCrossTokens};
+    const bool latent = !of_block && message.step_id % 3 == 0;
+    const StepShape step{
+        facts,  server().layers, kTokens, message.step_id % 2 == 0 ? 0 : kCrossTokens,
+        latent, kStarts,         kKeys,   kCrossKeys};
     const LayerPart part = check_layer(message, step, server().world.limits);
     require(part.layer < step.layers.size() && (part.has_query() || part.has_key()));
-    require(part.key.has_value() == part.value.has_value());
+    require((part.key.has_value() && !latent) == part.value.has_value());
+    std::int64_t before = -1;
+    for (const std::int64_t session : part.weights_of) {
+      require(session > before && session < 2);
+      before = session;
+    }
     require(part.has_query() != part.results.empty());
     require(part.hidden_states.has_value() == of_block && !(part.query && of_block));
     if (of_block) require(part.hidden_states->shape == Shape{kTokens, facts.embed_dim});

@@ -50,19 +50,25 @@ void check_hidden_there(const wire::AttendLayer& message) {
   if (!message.hidden_states) refuse("hidden_states", "nothing", "[T, E]");
 }
 
-void check_there(const wire::AttendLayer& message, bool with_key) {
+void check_there(const wire::AttendLayer& message, bool with_key, bool latent) {
   if (message.hidden_states) {
     refuse("hidden_states", "a tensor", "nothing for a core model: query, key and value");
   }
+  if (latent && message.value) {
+    refuse("value", "a tensor",
+           text("nothing for layer ", message.layer, ", a latent layer, whose keys hold it"));
+  }
   if (!message.query && !message.key && !message.value) {
     refuse("query", "nothing",
-           with_key ? "query, key and value, or one part of them" : "[T, H, D]");
+           !with_key ? "[T, H, D]"
+           : latent  ? "query and key, or one of them"
+                     : "query, key and value, or one part of them");
   }
   if (!with_key && (message.key || message.value)) {
     refuse(message.key ? "key" : "value", "a tensor",
            text("nothing for layer ", message.layer, ", a cross layer, as cross_tokens is 0"));
   }
-  if (message.key.has_value() != message.value.has_value()) {
+  if (!latent && message.key.has_value() != message.value.has_value()) {
     refuse(message.key ? "value" : "key", "nothing", "both key and value, or neither");
   }
 }
@@ -75,9 +81,33 @@ void check_key_and_value(const wire::AttendLayer& message, const StepShape& step
   const Expected heads{model.num_kv_heads, "num_kv_heads of the model"};
   part.key = checked<3>("key", *message.key, cross ? kCrossKeyDims : kKeyDims, model.dtype,
                         {tokens, heads, Expected{model.head_dim, "head_dim of the model"}});
+  if (step.latent) return;
   part.value =
       checked<3>("value", *message.value, cross ? kCrossValueDims : kValueDims, model.dtype,
                  {tokens, heads, Expected{model.value_head_dim, "value_head_dim of the model"}});
+}
+
+const std::vector<std::uint32_t>& checked_weights_of(const std::vector<std::uint32_t>& sessions,
+                                                     const StepShape& step) {
+  if (!sessions.empty() && !step.gives_weights) {
+    throw RequestError(
+        Code::kFailedPrecondition,
+        text("returns.weights_of: given ", sessions.size(),
+             " of them; allowed: none, as the variant ", quoted(engine::kPagedVariant), " of ",
+             step.model.name, " gives no weights: export it again"));
+  }
+  for (std::size_t at = 0; at < sessions.size(); ++at) {
+    const std::uint32_t session = sessions[at];
+    const std::string field = text("returns.weights_of[", at, "]");
+    if (session >= step.keys.size()) {
+      refuse(field, std::to_string(session),
+             text("0..", step.keys.size() - 1, ", the sessions of the step"));
+    }
+    if (at > 0 && session <= sessions[at - 1]) {
+      refuse(field, std::to_string(session), text("more than ", sessions[at - 1], ", before it"));
+    }
+  }
+  return sessions;
 }
 
 void plan_results(const wire::AttendLayer& message, const StepShape& step, const Limits& limits,
@@ -95,6 +125,14 @@ void plan_results(const wire::AttendLayer& message, const StepShape& step, const
   add(!message.returns.no_output, wire::LayerOutput::kOutput, model.dtype, of_output);
   add(message.returns.log_sum_exp, wire::LayerOutput::kLogSumExp, DataType::kFp32, rows);
   add(message.returns.entropy, wire::LayerOutput::kEntropy, DataType::kFp32, rows);
+  const bool cross = step.layers[message.layer].cross;
+  for (const std::int64_t session : checked_weights_of(message.returns.weights_of, step)) {
+    const auto at = static_cast<std::size_t>(session);
+    const std::int64_t keys = (cross ? step.cross_keys : step.keys)[at];
+    add(true, wire::LayerOutput::kWeights, DataType::kFp32,
+        {step.starts[at + 1] - step.starts[at], model.num_heads, keys});
+    part.weights_of.push_back(session);
+  }
   if (part.results.empty()) refuse("returns", "nothing to return", "at least one thing");
   check_response_bytes(total, limits);
   part.response_bytes = static_cast<std::size_t>(total);
@@ -136,13 +174,9 @@ LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
     refuse("layer", std::to_string(message.layer), text("0..", step.layers.size() - 1));
   }
   const sessions::LayerSpec& layer = step.layers[message.layer];
-  if (!message.returns.weights_of.empty()) {
-    refuse("returns.weights_of", text(message.returns.weights_of.size(), " of them"),
-           "none: this server does not return them");
-  }
   const bool of_core = step.model.kind != engine::Kind::kLayer;
   if (of_core) {
-    check_there(message, takes_key(step, layer));
+    check_there(message, takes_key(step, layer), step.latent);
   } else {
     check_hidden_there(message);
   }

@@ -96,6 +96,24 @@ bool needs_plain_layers(const KvModel& model) {
   return model.facts().kind == engine::Kind::kLayer || engine::takes_positions(*model.paged);
 }
 
+void check_latent(const KvModel& model) {
+  const engine::ModelFacts& facts = model.facts();
+  if (facts.value_head_dim > facts.head_dim) {
+    refuse_model(*model.model,
+                 text("has value_head_dim ", facts.value_head_dim, " and head_dim ", facts.head_dim,
+                      "; allowed for latent layers: value_head_dim of at most head_dim"));
+  }
+  if (!engine::gives_weights(*model.paged)) {
+    refuse_model(*model.model, text("has a variant ", quoted(engine::kPagedVariant),
+                                    " without latent layers; allowed: export it again"));
+  }
+}
+
+KvModels::KvModels(std::vector<KvModel> models)
+    : models_(std::move(models)),
+      give_weights_(std::ranges::all_of(
+          models_, [](const KvModel& each) { return engine::gives_weights(*each.paged); })) {}
+
 void KvModels::name(sessions::SessionSpec& spec) const {
   const auto named = [](const KvModel& each) {
     return sessions::ModelName{each.facts().name, each.model->version_text};
@@ -139,13 +157,14 @@ KvModels kv_models(const sessions::SessionSpec& spec, const Context& context) {
     KvModel model = paged(context.models.get(name, version));
     const engine::ModelFacts& facts = model.facts();
     const bool masks = facts.mask == engine::Mask::kCausal || all_cross;
-    if (!masks || (any_cross && needs_plain_layers(model)) ||
-        layout != layout_of(facts, layout.type, layout.page_tokens)) {
+    if (!masks || ((any_cross || layout.latent) && needs_plain_layers(model)) ||
+        layout != layout_of(facts, layout.type, layout.page_tokens, layout.latent)) {
       refuse_model(*model.model,
                    text("has other heads or another mask than the session: num_kv_heads ",
                         layout.num_kv_heads, ", head_dim ", layout.head_dim, ", value_head_dim ",
                         layout.value_head_dim, "; allowed: the model that it was opened with"));
     }
+    if (layout.latent) check_latent(model);
     return model;
   };
   if (spec.layer_models.empty()) return KvModels({find(spec.model, spec.version)});
@@ -155,9 +174,13 @@ KvModels kv_models(const sessions::SessionSpec& spec, const Context& context) {
 }
 
 sessions::PageLayout layout_of(const engine::ModelFacts& model, sessions::CacheType type,
-                               std::size_t page_tokens) {
-  return {static_cast<std::size_t>(model.num_kv_heads), static_cast<std::size_t>(model.head_dim),
-          static_cast<std::size_t>(model.value_head_dim), type, page_tokens};
+                               std::size_t page_tokens, bool latent) {
+  return {static_cast<std::size_t>(model.num_kv_heads),
+          static_cast<std::size_t>(model.head_dim),
+          static_cast<std::size_t>(model.value_head_dim),
+          type,
+          page_tokens,
+          latent};
 }
 
 }  // namespace attnserve::requests

@@ -58,8 +58,6 @@ sessions::LayerSpec checked_layer(const std::string& field, const wire::LayerSpe
   const engine::ModelFacts& model = used.facts();
   check_plain(field, message, used);
   sessions::LayerSpec layer;
-  if (message.latent)
-    refuse(text(field, ".latent"), "true", "false: this server has no such layers");
   layer.cross = message.cross;
   if (message.cross) {
     if (message.window || message.kept_first != 0) {
@@ -106,6 +104,17 @@ std::vector<sessions::LayerSpec> checked_layers(const wire::OpenSessions& messag
   return layers;
 }
 
+bool checked_latent(const wire::OpenSessions& message, const KvModel& model) {
+  const bool latent = !message.layers.empty() && message.layers.front().latent;
+  for (std::size_t at = 0; at < message.layers.size(); ++at) {
+    if (message.layers[at].latent == latent) continue;
+    refuse(text("layers[", at, "].latent"), latent ? "false" : "true",
+           text(latent ? "true" : "false", ", as of layers[0]: all pages have one size"));
+  }
+  if (latent) check_latent(model);
+  return latent;
+}
+
 sessions::NewSession checked_session(const std::string& field, const wire::NewSession& message,
                                      bool any_cross, std::size_t page_tokens) {
   const auto name = [&](std::string_view part) { return text(field, ".", part); };
@@ -139,7 +148,8 @@ OpenPlan plan_open(const wire::OpenSessions& message, const Context& context,
   plan.models = models_to_open(message, context);
   const engine::ModelFacts& facts = plan.models.facts();
   plan.spec.layers = checked_layers(message, plan.models);
-  plan.spec.layout = layout_of(facts, checked_cache_type(message.cache_type, facts), page_tokens);
+  plan.spec.layout = layout_of(facts, checked_cache_type(message.cache_type, facts), page_tokens,
+                               checked_latent(message, plan.models.of(0)));
   plan.models.name(plan.spec);
   const std::size_t count = message.sessions.size();
   if (count < 1 || count > static_cast<std::size_t>(context.limits.max_batch)) {

@@ -25,16 +25,19 @@ struct KvModel {
   const engine::ModelFacts& facts() const { return model->facts; }
 };
 
-// Whether its graph makes query and key itself, of hidden states or by position: not of cross
-// layers.
+// Whether its graph makes query and key itself, of hidden states or by position: not of cross or
+// latent layers.
 bool needs_plain_layers(const KvModel& model);
+// Rows of a latent layer hold the value at their beginning. Throws RequestError FAILED_PRECONDITION
+// for a model of other dimensions, or of a graph that knows no such layers.
+void check_latent(const KvModel& model);
 
 // The models of a session's layers: one for all, or one for each, of equal heads, dimensions and
 // dtype.
 class KvModels {
  public:
   KvModels() = default;
-  explicit KvModels(std::vector<KvModel> models) : models_(std::move(models)) {}  // at least one
+  explicit KvModels(std::vector<KvModel> models);  // at least one
 
   const KvModel& of(std::size_t layer) const {
     return models_.size() == 1 ? models_.front() : models_[layer];
@@ -42,10 +45,12 @@ class KvModels {
   std::size_t size() const { return models_.size(); }
   // Of any of them: kind, heads, dimensions and dtype.
   const engine::ModelFacts& facts() const { return models_.front().facts(); }
-  void name(sessions::SessionSpec& spec) const;  // says in it which they are
+  bool give_weights() const { return give_weights_; }  // all of them, of their graphs
+  void name(sessions::SessionSpec& spec) const;        // says in it which they are
 
  private:
   std::vector<KvModel> models_;
+  bool give_weights_ = false;
 };
 
 // The models of sessions that are to be opened. Throws RequestError as plan_open.
@@ -55,7 +60,7 @@ KvModels models_to_open(const wire::OpenSessions& message, const Context& contex
 KvModels kv_models(const sessions::SessionSpec& spec, const Context& context);
 
 sessions::PageLayout layout_of(const engine::ModelFacts& model, sessions::CacheType type,
-                               std::size_t page_tokens);
+                               std::size_t page_tokens, bool latent);
 
 struct OpenPlan {
   KvModels models;
@@ -85,10 +90,15 @@ struct StepShape {
   const engine::ModelFacts& model;
   std::span<const sessions::LayerSpec> layers;
   std::int64_t tokens = 0, cross_tokens = 0;  // of all sessions
+  bool latent = false;
+  std::span<const std::int64_t> starts;  // [S+1], of each session's tokens
+  // [S], keys of each session with those of the step: of a layer, and of a cross layer.
+  std::span<const std::int64_t> keys, cross_keys;
+  bool gives_weights = true;
 };
 
-// What one AttendLayer brings: the query, or key and value, or all three; of a layer model, hidden
-// states.
+// What one AttendLayer brings: the query, or key and value, or all three; a latent layer has no
+// value. Of a layer model: hidden states.
 struct LayerPart {
   std::uint32_t layer = 0;
   std::optional<TensorSpec> query, key, value, hidden_states;
@@ -97,6 +107,7 @@ struct LayerPart {
 
   // Of the part with the query:
   std::vector<wire::LayerResult> results;  // in the order of their field numbers
+  std::vector<std::int64_t> weights_of;    // sessions of the step, one for each kWeights
   std::optional<Region> output_region;     // where they go; none: into the answer
   std::size_t response_bytes = 0;
 };
@@ -105,8 +116,8 @@ struct LayerPart {
 // does not once they are there.
 bool takes_key(const StepShape& step, const sessions::LayerSpec& layer);
 
-// Throws RequestError INVALID_ARGUMENT, or RESOURCE_EXHAUSTED for tensors of more bytes than are
-// allowed.
+// Throws RequestError: INVALID_ARGUMENT; RESOURCE_EXHAUSTED for tensors of more bytes than are
+// allowed; FAILED_PRECONDITION for weights that the model does not give.
 LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
                       const Limits& limits);
 

@@ -91,8 +91,11 @@ class LayerJob final : public schedule::Job {
     const engine::ModelFacts& facts = model.facts();
     work_.variant = model.paged;
     work_.spec = {static_cast<std::int64_t>(spec.layout.page_tokens),
-                  static_cast<std::int64_t>(spec.layout.type), layer.window, layer.kept_first,
-                  !layer.cross};
+                  static_cast<std::int64_t>(spec.layout.type),
+                  layer.window,
+                  layer.kept_first,
+                  !layer.cross,
+                  spec.layout.latent};
     work_.cache = core_.kv.cache();
     work_.starts = step.step->starts();
     work_.key_starts = step.step->key_starts(asked_.part.layer);
@@ -110,6 +113,7 @@ class LayerJob final : public schedule::Job {
     view(asked_.part.key, asked_.elements[1], work_.key);
     view(asked_.part.value, asked_.elements[2], work_.value);
     view(asked_.part.hidden_states, asked_.elements[3], work_.hidden_states);
+    work_.weights_of = asked_.part.weights_of;
   }
 
   // The results are computed where they are sent from, or in the caller's shared memory.
@@ -152,6 +156,7 @@ class LayerJob final : public schedule::Job {
           work_.entropy = tensor;
           break;
         case wire::LayerOutput::kWeights:
+          work_.weights.push_back(tensor);
           break;
       }
     }
@@ -209,12 +214,13 @@ void LayerRequest::add(const wire::AttendLayer& message, const requests::Limits&
     part.query = std::move(more.query);
     part.hidden_states = std::move(more.hidden_states);
     part.results = std::move(more.results);
+    part.weights_of = std::move(more.weights_of);
     part.output_region = std::move(more.output_region);
     part.response_bytes = more.response_bytes;
   }
   if (more.has_key()) {
     elements[1] = message.key->data;
-    elements[2] = message.value->data;
+    if (message.value) elements[2] = message.value->data;
     part.key = std::move(more.key);
     part.value = std::move(more.value);
   }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/paged.h"
 #include "requests/kv_sessions.h"
 #include "services/core.h"
 #include "services/stream_state.h"
@@ -28,7 +29,9 @@ struct OpenStep {
   std::atomic<bool> ended{false};  // all layers are computed, or it was given up
 
   requests::StepShape shape() const {
-    return {models.facts(), step->spec().layers, tokens, cross_tokens};
+    return {models.facts(), step->spec().layers,        tokens,
+            cross_tokens,   step->spec().layout.latent, step->starts(),
+            step->keys(),   step->cross_keys(),         models.give_weights()};
   }
   // Its sessions hold what they held before it. By whoever computes a layer of it, or while nobody
   // does.

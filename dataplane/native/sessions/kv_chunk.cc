@@ -69,10 +69,10 @@ class Reader {
 };
 
 // In this order: model, version; the number of layer models as u32, of each model and version;
-// num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the cache type as u32; the number of
-// layers as u32, and of each window and kept_first as i64, cross as u32 and the first page as u32;
-// length, max_tokens, reserved_tokens, cross_length and cross_tokens as u64. A name is its bytes
-// after their number as u32.
+// num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the cache type, and 1 if it is
+// latent, as u32; the number of layers as u32, and of each window and kept_first as i64, cross as
+// u32 and the first page as u32; length, max_tokens, reserved_tokens, cross_length and cross_tokens
+// as u64. A name is its bytes after their number as u32.
 void write_description(Writer& to, const ExportedSession& session) {
   to.name(session.spec.model);
   to.name(session.spec.version);
@@ -87,6 +87,7 @@ void write_description(Writer& to, const ExportedSession& session) {
     to.number(std::uint64_t{size});
   }
   to.number(static_cast<std::uint32_t>(layout.type));
+  to.number(std::uint32_t{layout.latent});
   to.number(static_cast<std::uint32_t>(session.spec.layers.size()));
   for (std::size_t layer = 0; layer < session.spec.layers.size(); ++layer) {
     to.number(session.spec.layers[layer].window);
@@ -122,6 +123,9 @@ ExportedSession read_description(ByteSpan payload) {
   const auto type = from.number<std::uint32_t>();
   if (type > static_cast<std::uint32_t>(CacheType::kFp8)) refuse_chunk("no such cache type");
   layout.type = static_cast<CacheType>(type);
+  const auto latent = from.number<std::uint32_t>();
+  if (latent > 1) refuse_chunk("latent is out of range");
+  layout.latent = latent == 1;
   const auto layers = from.number<std::uint32_t>();
   if (layers == 0 || layers > kMostLayers) refuse_chunk("the number of layers is out of range");
   if (models != 0 && models != layers) refuse_chunk("not every layer has a model");

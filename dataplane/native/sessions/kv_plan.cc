@@ -52,8 +52,9 @@ PageHash digest_of(const SessionSpec& spec) {
     add_name(each.version);
   }
   const PageLayout& layout = spec.layout;
-  for (const std::size_t size : {layout.num_kv_heads, layout.head_dim, layout.value_head_dim,
-                                 static_cast<std::size_t>(layout.type), layout.page_tokens}) {
+  for (const std::size_t size :
+       {layout.num_kv_heads, layout.head_dim, layout.value_head_dim,
+        static_cast<std::size_t>(layout.type), layout.page_tokens, std::size_t{layout.latent}}) {
     add_number(all, size);
   }
   for (const LayerSpec& layer : spec.layers) {

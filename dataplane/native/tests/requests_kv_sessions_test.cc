@@ -14,11 +14,13 @@ namespace {
 
 constexpr std::size_t kPageTokens = 16;
 
+const std::vector<std::string> kHeads{"query", "key", "value", "cache", "weights_of"};
+
 void add_paged(World& world, engine::ModelFacts facts, bool on_cuda = false,
-               const std::vector<std::string>& takes = {"query", "key", "value", "cache"}) {
+               const std::vector<std::string>& inputs = kHeads) {
   const auto model = model_of(std::move(facts));
   add(*model, "native", {"query", "key", "value"}, {"output"}, true);
-  add(*model, "paged", takes, {"output"}, true);
+  add(*model, "paged", inputs, {"output"}, true);
   model->on_cuda = on_cuda;
   world.models.put(model->facts.name, {model});
 }
@@ -39,14 +41,18 @@ struct Paged : World {
     facts.dtype = DataType::kFp16;
     add_paged(*this, facts);
     add_paged(*this, core_facts("gpu"), true);
+    add_paged(*this, core_facts("old"), false, {"query", "key", "value", "cache"});
+    facts = core_facts("long");
+    facts.value_head_dim = 9;
+    add_paged(*this, facts);
     facts = core_facts("turning");
-    add_paged(*this, facts, false, {"query", "key", "value", "positions", "cache"});
+    add_paged(*this, facts, false, {"query", "key", "value", "positions", "cache", "weights_of"});
     facts.kind = engine::Kind::kLayer;
     facts.num_kv_heads = 2;
     facts.embed_dim = 32;
     const auto add_layer = [&](const char* name) {
       facts.name = name;
-      add_paged(*this, facts, false, {"hidden_states", "positions", "cache"});
+      add_paged(*this, facts, false, {"hidden_states", "positions", "cache", "weights_of"});
     };
     add_layer("block");
     add_layer("other-block");
@@ -204,6 +210,27 @@ const std::vector<Refusal<Open>> kOpenRefusals{
      "keys"},
     {"not causal", [](Open& o) { o.model = "encoder"; }, Code::kFailedPrecondition,
      "layers[0].cross: given false; model encoder is not causal; allowed: true, or a causal model"},
+    {"some latent layers", [](Open& o) { o.layers = {{{}, 0, false, true}, {}}; },
+     Code::kInvalidArgument,
+     "layers[1].latent: given false; allowed: true, as of layers[0]: all pages have one size"},
+    {"some layers not latent", [](Open& o) { o.layers = {{}, {{}, 0, false, true}}; },
+     Code::kInvalidArgument,
+     "layers[1].latent: given true; allowed: false, as of layers[0]: all pages have one size"},
+    {"latent layers of long values",
+     [](Open& o) {
+       o.model = "long";
+       o.layers = {{{}, 0, false, true}};
+     },
+     Code::kFailedPrecondition,
+     "model: long version 1 has value_head_dim 9 and head_dim 8; allowed for latent layers: "
+     "value_head_dim of at most head_dim"},
+    {"latent layers of an older graph",
+     [](Open& o) {
+       o.model = "old";
+       o.layers = {{{}, 0, false, true}};
+     },
+     Code::kFailedPrecondition,
+     "model: old version 1 has a variant 'paged' without latent layers; allowed: export it again"},
     {"cache type", [](Open& o) { o.cache_type = 6; }, Code::kInvalidArgument,
      "cache_type: given 6; allowed: CACHE_AS_MODEL, CACHE_FP32, CACHE_FP16, CACHE_BF16, "
      "CACHE_INT8, CACHE_FP8"},
@@ -279,6 +306,7 @@ TEST_CASE("sessions are planned as they were asked for") {
   CHECK(plan.spec.model == "llama");
   CHECK(plan.spec.version == "1");
   CHECK(plan.spec.layout == sessions::PageLayout{2, 8, 6, sessions::CacheType::kFp32, 16});
+  CHECK(!plan.spec.layout.latent);
   REQUIRE(plan.opened.size() == 2);
   CHECK(plan.opened[0].max_tokens == 64);
   CHECK(plan.opened[0].reserved_tokens == 0);
@@ -487,7 +515,10 @@ class Layers {
     facts_.value_head_dim = 6;
   }
 
-  StepShape step() const { return {facts_, layers_, 5, cross_tokens_}; }
+  StepShape step() const {
+    return {facts_,  layers_, 5,           cross_tokens_, latent_,
+            starts_, keys_,   cross_keys_, gives_weights_};
+  }
   LayerPart check(const Attend& message) const { return check_layer(message, step(), limits_); }
 
   wire::TensorMessage tensor(const std::vector<std::int64_t>& shape,
@@ -505,12 +536,14 @@ class Layers {
   }
 
   Limits limits_ = small_limits();
+  bool latent_ = false, gives_weights_ = true;
 
  private:
   Request request_;
   engine::ModelFacts facts_ = core_facts("llama");
   std::vector<sessions::LayerSpec> layers_{{}, {31, 4, false}, {-1, 0, true}};
   std::int64_t cross_tokens_;
+  std::vector<std::int64_t> starts_{0, 2, 5}, keys_{12, 3}, cross_keys_{4, 5};
 };
 
 TEST_CASE("a bad layer of a step is refused") {
@@ -549,6 +582,12 @@ TEST_CASE("a bad layer of a step is refused") {
        "the step)"},
       {"chunks", [](Attend& a) { a.query->content = wire::TensorMessage::Content::kChunked; },
        invalid, "query.chunked: given set; allowed: data; chunks go over AttendStream"},
+      {"weights of no such session", [](Attend& a) { a.returns.weights_of = {0, 2}; }, invalid,
+       "returns.weights_of[1]: given 2; allowed: 0..1, the sessions of the step"},
+      {"weights of a session twice", [](Attend& a) { a.returns.weights_of = {1, 1}; }, invalid,
+       "returns.weights_of[1]: given 1; allowed: more than 1, before it"},
+      {"hidden states", [&](Attend& a) { a.hidden_states = layers.tensor({5, 8}); }, invalid,
+       "hidden_states: given a tensor; allowed: nothing for a core model: query, key and value"},
       {"nothing to return", [](Attend& a) { a.returns.no_output = true; }, invalid,
        "returns: given nothing to return; allowed: at least one thing"},
       {"a region too small",
@@ -569,7 +608,8 @@ TEST_CASE("a layer model takes hidden states alone") {
   facts.kind = engine::Kind::kLayer;
   facts.embed_dim = 32;
   const std::vector<sessions::LayerSpec> specs(2);
-  const StepShape step{facts, specs, 5, 0};
+  const std::vector<std::int64_t> starts{0, 2, 5}, keys{2, 9};
+  const StepShape step{facts, specs, 5, 0, false, starts, keys, {}};
   Request request;
   Attend good;
   good.layer = 1;
@@ -586,6 +626,9 @@ TEST_CASE("a layer model takes hidden states alone") {
   CHECK(part.results[0].shape == Shape{5, 32});
   CHECK(part.results[1].shape == Shape{5, 4});
   CHECK(!takes_key(step, specs[1]));
+  Attend weighty = good;
+  weighty.returns = {true, false, false, {1}};
+  CHECK(check(weighty).results[0].shape == Shape{3, 4, 9});
 
   const auto invalid = Code::kInvalidArgument;
   const auto tensor = [&] { return request.tensor({5, 4, 8}, DataType::kFp32); };
@@ -666,6 +709,61 @@ TEST_CASE("a layer answers what was asked for") {
   part = layers.check(message);
   REQUIRE(part.results.size() == 1);
   CHECK(part.results[0].output == wire::LayerOutput::kLogSumExp);
+}
+
+TEST_CASE("weights are of the sessions that are named, for all keys that these have") {
+  Layers layers;
+  Attend message = layers.attend();
+  message.returns = {true, false, true, {1}};
+  LayerPart part = layers.check(message);
+  REQUIRE(part.results.size() == 2);
+  CHECK(part.results[1].output == wire::LayerOutput::kWeights);
+  CHECK(part.results[1].shape == Shape{3, 4, 3});
+  CHECK(part.weights_of == std::vector<std::int64_t>{1});
+  CHECK(part.response_bytes == 80 + 3 * 4 * 3 * 4);
+  message = layers.attend(2);
+  message.returns.weights_of = {0, 1};
+  part = layers.check(message);
+  REQUIRE(part.results.size() == 3);
+  CHECK(part.results[1].shape == Shape{2, 4, 4});
+  CHECK(part.results[2].shape == Shape{3, 4, 5});
+  CHECK(part.results[2].byte_size == 240);
+  layers.limits_.max_response_bytes = part.response_bytes - 1;
+  CHECK(status_thrown([&] { layers.check(message); }).code == Code::kResourceExhausted);
+  layers.gives_weights_ = false;
+  const Status status = status_thrown([&] { layers.check(message); });
+  CHECK(status.code == Code::kFailedPrecondition);
+  CHECK(status.message ==
+        "returns.weights_of: given 2 of them; allowed: none, as the variant 'paged' of llama gives "
+        "no weights: export it again");
+}
+
+TEST_CASE("a latent layer has no value") {
+  Layers layers;
+  layers.latent_ = true;
+  Attend message = layers.attend(1);
+  const auto status = [&] { return status_thrown([&] { layers.check(message); }); };
+  CHECK(status().message ==
+        "value: given a tensor; allowed: nothing for layer 1, a latent layer, whose keys hold it");
+  message.value.reset();
+  LayerPart part = layers.check(message);
+  CHECK(part.has_key());
+  CHECK(!part.value);
+  CHECK(part.results[0].shape == Shape{5, 4, 6});
+  message.query.reset();
+  CHECK(layers.check(message).has_key());
+  message.key.reset();
+  CHECK(status().message == "query: given nothing; allowed: query and key, or one of them");
+}
+
+TEST_CASE("sessions of latent layers are planned as such") {
+  Paged world;
+  wire::OpenSessions open = opening();
+  open.layers = {{100, 2, false, true}};
+  const OpenPlan plan = plan_open(open, world.context(), kPageTokens);
+  CHECK(plan.spec.layout == sessions::PageLayout{2, 8, 6, sessions::CacheType::kFp32, 16, true});
+  CHECK(plan.spec.layers == std::vector<sessions::LayerSpec>(2, {99, 2, false}));
+  CHECK(kv_models(plan.spec, world.context()).of(0).model == plan.models.of(0).model);
 }
 
 TEST_CASE("a layer of too many bytes is refused") {
