@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from attnserve_client import AttentionClient, Session
 from attnserve_server.app import AttentionServer
+from attnserve_server.settings import Limits
 from decode_streams import DIM, HEADS, KV_HEADS, VALUE_DIM
 from handmade import attention, write_core
 from plain_sessions import PlainLayer, PlainSession
@@ -30,7 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttentionServer
     folder = tmp_path_factory.mktemp("models")
     causal = attention(HEADS, DIM, num_kv_heads=KV_HEADS, value_head_dim=VALUE_DIM, mask="causal")
     write_core(folder, "llama", causal)
-    with serving(folder) as running:
+    # Refused for a long wait a caller would end before it is killed.
+    with serving(folder, limits=Limits(max_queue_seconds=60)) as running:
         yield running
 
 
