@@ -104,6 +104,13 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
         steps[body.step_id] = (body, set())
 
     def _attend_layer(self, body: pb.AttendLayer, response: pb.DecodeResponse, steps: Any) -> None:
+        if body.HasField("begin"):
+            if body.query.shape[1] != HEADS:  # as below: then the step has not begun
+                raise ValueError(f"query.shape: {list(body.query.shape)}")
+            body.begin.step_id = body.step_id
+            begun = pb.DecodeResponse()
+            self._begin_step(body.begin, begun, steps)
+            response.attended.lengths.extend(begun.begun.lengths)
         step, done = steps[body.step_id]
         query, key, value = (array_of(t) for t in (body.query, body.key, body.value))
         if query.shape[1] != HEADS:
@@ -340,7 +347,7 @@ def test_layers_are_told_to_the_server() -> None:
         query, key, value = random(GENERATOR, 3)
         _, far_key, far_value = random(GENERATOR, 9)
         session.attend(0, query, key, value, cross_tokens=9)
-        assert service.requests[-2].begin_step.sessions[0].cross_tokens == 9
+        assert service.requests[-1].attend_layer.begin.sessions[0].cross_tokens == 9
         assert session.attend(1, query, far_key, far_value).output is not None
         assert session.attend(2, query, key, value).step_ended
         session.attend(0, query, key, value)
@@ -358,7 +365,7 @@ def test_pages_have_hashes() -> None:
         session = client.session("m", num_layers=1, max_tokens=64, prefix_hashes=hashes)
         session.attend(0, *random(GENERATOR, 16), prefix_hashes=hashes[:1])
         assert service.requests[0].open.sessions[0].prefix_hashes == b"".join(hashes)
-        assert service.requests[1].begin_step.sessions[0].prefix_hashes == hashes[0]
+        assert service.requests[1].attend_layer.begin.sessions[0].prefix_hashes == hashes[0]
         with pytest.raises(ValueError, match="prefix_hashes: one of 3 bytes"):
             client.session("m", num_layers=1, max_tokens=64, prefix_hashes=[b"abc"])
 
@@ -401,14 +408,13 @@ def broken_once(action: str, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_step_that_had_not_begun_is_repeated_after_a_lost_connection() -> None:
-    for action in ("begin_step", "attend_layer"):
-        with (
-            served(broken_once(action)) as (_, client),
-            client.session("m", num_layers=LAYERS, max_tokens=64) as session,
-        ):
-            for layer in range(LAYERS):
-                session.attend(layer, *random(GENERATOR, 2))
-            assert session.length == 2
+    with (
+        served(broken_once("attend_layer")) as (_, client),
+        client.session("m", num_layers=LAYERS, max_tokens=64) as session,
+    ):
+        for layer in range(LAYERS):
+            session.attend(layer, *random(GENERATOR, 2))
+        assert session.length == 2
 
 
 def test_a_step_that_is_lost_says_that_its_sessions_are_not() -> None:
@@ -441,6 +447,7 @@ def test_a_step_that_may_have_ended_is_not_repeated() -> None:
         def end_and_break(request: pb.DecodeRequest) -> None:
             if request.HasField("attend_layer"):
                 service._look = lambda _: None
+                service.sessions[session.id].begin(2)
                 service.sessions[session.id].end()
                 raise BreakError(grpc.StatusCode.UNAVAILABLE)
 
@@ -454,7 +461,7 @@ def test_a_session_lost_with_its_server_is_not_found() -> None:
     with served() as (service, client), client.session("m", num_layers=1, max_tokens=64) as session:
 
         def forget(request: pb.DecodeRequest) -> None:
-            if request.HasField("begin_step"):
+            if request.attend_layer.HasField("begin"):
                 service.sessions.clear()
                 raise BreakError(grpc.StatusCode.UNAVAILABLE)
 

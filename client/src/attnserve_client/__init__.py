@@ -37,14 +37,17 @@ from attnserve_client._results import (
     TransformerAttention,
     Variant,
 )
-from attnserve_client._session_steps import Batch
-from attnserve_client._sessions import Session, page_hashes
+from attnserve_client._session_flows import page_hashes
+from attnserve_client._session_messages import SessionOptions
+from attnserve_client._sessions import AsyncBatch, AsyncSession, Batch, Session
 from attnserve_client._stream import AttendStream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncAttentionClient",
+    "AsyncBatch",
+    "AsyncSession",
     "AttendResult",
     "AttendStream",
     "AttentionClient",
@@ -64,6 +67,7 @@ __all__ = [
     "ServerInfo",
     "Session",
     "SessionLayer",
+    "SessionOptions",
     "StoredTensor",
     "Timings",
     "TokensResult",

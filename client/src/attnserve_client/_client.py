@@ -1,7 +1,7 @@
 """The blocking client."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,20 +23,24 @@ from attnserve_client import (
 )
 from attnserve_client._assembly import Assembler
 from attnserve_client._attend import AttendCall
+from attnserve_client._decode_call import DecodeCall
+from attnserve_client._errors import AttnserveError
+from attnserve_client._flows import blocking
 from attnserve_client._messages import Tokens
 from attnserve_client._results import (
     Array,
     AttendResult,
     Model,
     ServerInfo,
-    SessionLayer,
     StoredTensor,
     TokensResult,
 )
 from attnserve_client._session_files import PathOrFile
-from attnserve_client._session_steps import Batch, Connection
-from attnserve_client._session_stream import SessionStreams
-from attnserve_client._sessions import Session
+from attnserve_client._session_messages import METHOD
+from attnserve_client._session_opening import OpeningFlows
+from attnserve_client._session_state import Connection
+from attnserve_client._session_stream import SessionStream, SessionStreams
+from attnserve_client._sessions import Batch, Session
 from attnserve_client._sharing import SharedCall, Sharing
 from attnserve_client._stream import AttendStream
 
@@ -98,12 +102,11 @@ class AttentionClient:
             _channel.method_path("AttendStream"), None, None
         )
         self._put_tensor = self._channel.stream_unary(_channel.method_path("PutTensor"), None, None)
-        decode = self._channel.stream_stream(_channel.method_path("Decode"), None, None)
-
-        def start(messages: Iterator[bytes], timeout: float | None) -> Any:
-            return decode(messages, timeout=timeout)
-
-        self._sessions = Connection(SessionStreams(start), self._retries)
+        self._decode = self._channel.stream_stream(_channel.method_path(METHOD), None, None)
+        self._streams = SessionStreams(lambda: SessionStream(self._start_decode))
+        self._runner = self._retries
+        self._sessions = Connection(self._streams, self._retries)
+        self._flows = OpeningFlows(self._sessions, Session)
         self._sharing = (
             Sharing(shared_memory_bytes, self._register_shared_memory) if shared_memory else None
         )
@@ -122,7 +125,7 @@ class AttentionClient:
     def close(self) -> None:
         """Close the connection; calls under way are cancelled. Arrays live on."""
         self._retries.close()
-        self._sessions.streams.close()
+        self._streams.close()
         if self._sharing is not None:
             self._sharing.close(self._unregister_shared_memory)
         self._channel.close()
@@ -380,94 +383,8 @@ class AttentionClient:
             timeout,
         )
 
-    def session(
-        self,
-        model: str,
-        *,
-        num_layers: int,
-        max_tokens: int,
-        version: str | int = "",
-        layers: Sequence[SessionLayer] | None = None,
-        cache_dtype: str | None = None,
-        reserved_tokens: int = 0,
-        cross_tokens: int = 0,
-        prefix_hashes: Iterable[bytes] = (),
-        lease: float | None = None,
-        timeout: float | None = 60.0,
-    ) -> Session:
-        """Open a KV session: keys and values of its tokens stay in the server. Use it in `with`.
-
-        Args:
-            model: a core model with the variant `paged`.
-            num_layers: of the caller's model, each with a cache of its own.
-            max_tokens: the most that it may hold.
-            version: empty is the highest.
-            layers: what each sees; one: for all; None: each as the model.
-            cache_dtype: "fp32", "fp16", "bf16", "int8" or "fp8"; None is as the model.
-            reserved_tokens: tokens that room is promised for; 0: max_tokens.
-            cross_tokens: the most keys of its cross layers.
-            prefix_hashes: of the pages of tokens that it begins with (`page_hashes`): what the
-                server still has of them is there from the start, as the session's `length` says.
-            lease: seconds that it is kept after its last use; None is the server's default.
-            timeout: seconds; None waits for ever.
-
-        Raises:
-            ResourceExhaustedError: not so much can be promised.
-            FailedPreconditionError: the model keeps no sessions, or not of such layers.
-        """
-        opening = _session_messages.open_sessions(
-            1,
-            model,
-            str(version),
-            num_layers,
-            max_tokens,
-            layers,
-            cache_dtype,
-            reserved_tokens,
-            cross_tokens,
-            prefix_hashes,
-            lease,
-        )
-        return self._open(opening, timeout)[0]
-
-    def sessions(
-        self,
-        count: int,
-        model: str,
-        *,
-        num_layers: int,
-        max_tokens: int,
-        version: str | int = "",
-        layers: Sequence[SessionLayer] | None = None,
-        cache_dtype: str | None = None,
-        reserved_tokens: int = 0,
-        cross_tokens: int = 0,
-        lease: float | None = None,
-        timeout: float | None = 60.0,
-    ) -> list[Session]:
-        """Open `count` equal KV sessions, all or none; else as `session`."""
-        opening = _session_messages.open_sessions(
-            count,
-            model,
-            str(version),
-            num_layers,
-            max_tokens,
-            layers,
-            cache_dtype,
-            reserved_tokens,
-            cross_tokens,
-            (),
-            lease,
-        )
-        return self._open(opening, timeout)
-
-    def _open(self, opening: pb.OpenSessions, timeout: float | None) -> list[Session]:
-        # Repeated after a lost connection too: what was opened then ends with its lease.
-        answer = self._sessions.repeat(pb.DecodeRequest(open=opening), timeout)
-        return [
-            Session(self._sessions, state, opening.model, opening.num_layers)
-            for state in answer.opened.sessions
-        ]
+    session = blocking(OpeningFlows[Session].session)
+    sessions = blocking(OpeningFlows[Session].sessions)
 
     def batch(self, sessions: Sequence[Session]) -> Batch:
         """Steps of several sessions of one model together, each with any number of new tokens.
@@ -486,12 +403,12 @@ class AttentionClient:
         """
         export = pb.ExportSession(session_id=session.id)
         message = pb.DecodeRequest(request_id=1, export_session=export).SerializeToString()
-        answers = self._sessions.streams.once(iter([message]), timeout)
+        answers = self._answers(iter([message]), timeout)
         _session_files.write(
             to,
             session.model,
             session.num_layers,
-            (answer.message.chunk.data for answer in answers),
+            (answer.chunk.data for answer in answers),
         )
 
     def load(
@@ -520,9 +437,41 @@ class AttentionClient:
             messages = _session_messages.import_messages(
                 1, chunks, max_tokens, reserved_tokens, lease
             )
-            for answer in self._sessions.streams.once(messages, timeout):
-                return Session(self._sessions, answer.message.session, model, num_layers)
+            for answer in self._answers(messages, timeout):
+                return Session(self._sessions, answer.session, model, num_layers)
         raise _errors.InternalError("the stream ended without an answer", method="Decode")
+
+    def _start_decode(self) -> DecodeCall:
+        return DecodeCall(self._channel, _channel.method_path(METHOD), METHOD, ())
+
+    def _answers(
+        self, messages: Iterator[bytes], timeout: float | None
+    ) -> Iterator[pb.DecodeResponse]:
+        """A stream of its own, for what takes long: the answers to some requests.
+
+        Raises:
+            AttnserveError: one of them failed, or the stream.
+            Exception: what `messages` raises.
+        """
+        faults: list[Exception] = []
+
+        def guarded() -> Iterator[bytes]:
+            try:
+                yield from messages
+            except Exception as error:  # grpc would but log it
+                faults.append(error)
+
+        call = self._decode(guarded(), timeout=timeout)
+        try:
+            for received in call:
+                yield _session_messages.read(received)
+        except (grpc.RpcError, AttnserveError) as error:
+            if not faults:
+                raise _errors.from_call(error, METHOD) from None
+        finally:
+            call.cancel()
+        if faults:
+            raise faults[0]
 
     def attend_tokens(
         self,

@@ -20,6 +20,7 @@ import grpc
 
 from attnserve_client import _errors
 from attnserve_client._errors import AttnserveError
+from attnserve_client._flows import Flow
 
 T = TypeVar("T")
 
@@ -41,6 +42,25 @@ class Retries:
     def close(self) -> None:
         """Try no more: what fails from now on has failed, and who waits for a try stops waiting."""
         self._closed.set()
+
+    def run(self, flow: Flow[T]) -> T:
+        """Make the calls of a flow, one after another; its result."""
+        try:
+            call = next(flow)
+            while True:
+                try:
+                    answer = (
+                        self.call(call.method, call.send, call.timeout)
+                        if call.again
+                        else call.send(call.timeout)
+                    )
+                except BaseException as error:
+                    call = flow.throw(error)
+                else:
+                    call = flow.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
     def call(self, method: str, function: Callable[[float | None], T], timeout: float | None) -> T:
         """Call a method that can be repeated safely, until it answers or the time is up.
@@ -78,6 +98,25 @@ class AsyncRetries:
     def close(self) -> None:
         """As `Retries.close`."""
         self._closed.set()
+
+    async def run(self, flow: Flow[T]) -> T:
+        """As `Retries.run`."""
+        try:
+            call = next(flow)
+            while True:
+                try:
+                    answer = await (
+                        self.call(call.method, call.send, call.timeout)
+                        if call.again
+                        else call.send(call.timeout)
+                    )
+                except BaseException as error:
+                    call = flow.throw(error)
+                else:
+                    call = flow.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
     async def call(
         self, method: str, function: Callable[[float | None], Awaitable[T]], timeout: float | None
