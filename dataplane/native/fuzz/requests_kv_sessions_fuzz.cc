@@ -75,7 +75,9 @@ struct Check {
     kv_model(plan.spec, server().world.context());
   }
   void operator()(const wire::BeginStep& step) const {
-    const StepPlan plan = plan_step(step, server().world.limits);
+    check(plan_step(step, server().world.limits));
+  }
+  void check(const StepPlan& plan) const {
     std::set<std::string_view> ids;
     std::uint64_t tokens = 0, cross_tokens = 0;
     for (const sessions::SessionStep& session : plan.sessions) {
@@ -91,6 +93,7 @@ struct Check {
     require(static_cast<std::uint64_t>(plan.cross_tokens) == cross_tokens);
   }
   void operator()(const wire::AttendLayer& message) const {
+    if (message.begin) check(plan_begun_step(message, server().world.limits));
     const engine::ModelFacts facts = paged_facts();
     const StepShape step{facts, server().layers, kTokens,
                          message.step_id % 2 == 0 ? 0 : kCrossTokens};

@@ -35,6 +35,13 @@ TensorSpec checked(std::string_view field, const wire::TensorMessage& message, c
 }
 
 void check_there(const wire::AttendLayer& message, bool with_key) {
+  if (message.hidden_states) {
+    refuse("hidden_states", "a tensor", "nothing for a core model: query, key and value");
+  }
+  if (!message.returns.weights_of.empty()) {
+    refuse("returns.weights_of", text(message.returns.weights_of.size(), " of them"),
+           "none: this server does not return them");
+  }
   if (!message.query && !message.key && !message.value) {
     refuse("query", "nothing",
            with_key ? "query, key and value, or one part of them" : "[T, H, D]");

@@ -71,6 +71,8 @@ std::int64_t store_window(std::uint64_t window) { return static_cast<std::int64_
 sessions::LayerSpec checked_layer(const std::string& field, const wire::LayerSpec& message,
                                   const engine::ModelFacts& model) {
   sessions::LayerSpec layer;
+  if (message.latent)
+    refuse(text(field, ".latent"), "true", "false: this server has no such layers");
   layer.cross = message.cross;
   if (message.cross) {
     if (message.window || message.kept_first != 0) {
@@ -165,6 +167,10 @@ KvModel kv_model(const sessions::SessionSpec& spec, const Context& context) {
 
 OpenPlan plan_open(const wire::OpenSessions& message, const Context& context,
                    std::size_t page_tokens) {
+  if (!message.layer_models.empty()) {
+    refuse("layer_models", text(message.layer_models.size(), " of them"),
+           "none: this server keeps sessions of core models");
+  }
   if (message.model.empty()) refuse("model", "nothing", "a name that ListModels gives");
   OpenPlan plan;
   plan.model = paged(context.models.get(message.model, message.version));

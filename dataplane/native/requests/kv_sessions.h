@@ -47,6 +47,8 @@ struct StepPlan {
 
 // Throws RequestError INVALID_ARGUMENT.
 StepPlan plan_step(const wire::BeginStep& message, const Limits& limits);
+// Of the step that a layer begins. Fields in messages as of BeginStep.
+StepPlan plan_begun_step(const wire::AttendLayer& message, const Limits& limits);
 
 // What the layers of a step are like. Views.
 struct StepShape {

@@ -50,12 +50,10 @@ void check_total(std::string_view letter, std::string_view field, std::int64_t t
          text("0..", limits.max_seq_len));
 }
 
-}  // namespace
-
-StepPlan plan_step(const wire::BeginStep& message, const Limits& limits) {
+StepPlan plan_of(std::uint64_t step_id, const wire::BeginStep& message, const Limits& limits) {
   StepPlan plan;
-  if (message.step_id == 0) refuse("step_id", "0", "1 or more");
-  plan.step_id = message.step_id;
+  if (step_id == 0) refuse("step_id", "0", "1 or more");
+  plan.step_id = step_id;
   plan.priority = checked_priority(message.priority);
   const std::size_t count = message.sessions.size();
   if (count < 1 || count > static_cast<std::size_t>(limits.max_batch)) {
@@ -81,6 +79,21 @@ StepPlan plan_step(const wire::BeginStep& message, const Limits& limits) {
   check_total("T", "new_tokens", plan.tokens, limits);
   check_total("C", "cross_tokens", plan.cross_tokens, limits);
   return plan;
+}
+
+}  // namespace
+
+StepPlan plan_step(const wire::BeginStep& message, const Limits& limits) {
+  return plan_of(message.step_id, message, limits);
+}
+
+StepPlan plan_begun_step(const wire::AttendLayer& message, const Limits& limits) {
+  const std::uint64_t given = message.begin->step_id;
+  if (given != 0 && given != message.step_id) {
+    refuse("begin.step_id", std::to_string(given),
+           text(message.step_id, ", the layer's step_id, or 0"));
+  }
+  return plan_of(message.step_id, *message.begin, limits);
 }
 
 void check_session_id(std::string_view session_id) {

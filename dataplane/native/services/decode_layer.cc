@@ -130,7 +130,7 @@ class LayerJob final : public schedule::Job {
       }
       Lease lease(core_.budget);
       lease.grow_or_throw(part.response_bytes);
-      answer_.emplace(asked_.request_id, part.results);
+      answer_.emplace(asked_.request_id, part.results, lengths());
       answer_->bytes().lease = std::move(lease);
       places = answer_->places;
     }
@@ -147,19 +147,28 @@ class LayerJob final : public schedule::Job {
         case wire::LayerOutput::kEntropy:
           work_.entropy = tensor;
           break;
+        case wire::LayerOutput::kWeights:
+          break;
       }
     }
+  }
+
+  // Of the sessions before the step, where it is this that tells them.
+  std::span<const std::int64_t> lengths() const {
+    if (!asked_.begins) return {};
+    return asked_.step->step->lengths();
   }
 
   Bytes finish(bool ended, const Spans& spans) {
     const wire::Timings timings = timings_of(spans, Clock::now());
     if (answer_) return std::move(*answer_).finish(ended, timings);
-    return wire::encode_attended_layer(asked_.request_id, asked_.part.results, shared_, ended,
-                                       timings);
+    return wire::encode_attended_layer(asked_.request_id, asked_.part.results, shared_, lengths(),
+                                       ended, timings);
   }
 
   void deliver(Delivery delivery) noexcept {
     layer_.reset();  // not done: it may be sent again
+    if (asked_.begins && delivery.status.code != Code::kOk) asked_.step->give_up();
     asked_.admitted.release();
     asked_.step->computing = false;
     stream_->answer(asked_.request, decode_delivery(asked_.request_id, std::move(delivery)));
@@ -183,6 +192,9 @@ void LayerRequest::add(const wire::AttendLayer& message, const requests::Limits&
   if (!messages.empty() && (message.step_id != step_id || message.layer != part.layer)) {
     requests::refuse("step_id and layer", text(message.step_id, ", ", message.layer),
                      text(step_id, ", ", part.layer, ", as the request's first part has"));
+  }
+  if (!messages.empty() && message.begin) {
+    requests::refuse("begin", "a step in the layer's second part", "it in the first part");
   }
   LayerPart more = requests::check_layer(message, step->shape(), limits);
   if (more.has_query() && part.has_query()) requests::refuse("query", "it again", "once");

@@ -328,6 +328,28 @@ TEST_CASE("a step has the tokens of its sessions") {
 
 using Attend = wire::AttendLayer;
 
+TEST_CASE("a step that a layer begins has the layer's id") {
+  Attend message;
+  message.step_id = 5;
+  message.begin = stepping();
+  for (const std::uint64_t id : {0, 5}) {
+    message.begin->step_id = id;
+    const StepPlan plan = plan_begun_step(message, small_limits());
+    CHECK(plan.step_id == 5);
+    CHECK(plan.tokens == 7);
+  }
+  const auto refusal = [&] {
+    return status_thrown([&] { plan_begun_step(message, small_limits()); }).message;
+  };
+  message.begin->step_id = 6;
+  CHECK(refusal() == "begin.step_id: given 6; allowed: 5, the layer's step_id, or 0");
+  message.begin->step_id = message.step_id = 0;
+  CHECK(refusal() == "step_id: given 0; allowed: 1 or more");
+  message.step_id = 5;
+  message.begin->sessions[0].new_tokens = 0;
+  CHECK(refusal() == "sessions[0].new_tokens: given 0; allowed: 1..4096");
+}
+
 // A step of 5 tokens in three layers, the last one cross, whose 9 keys come with it.
 class Layers {
  public:
@@ -402,7 +424,7 @@ TEST_CASE("a bad layer of a step is refused") {
        "returns: given nothing to return; allowed: at least one thing"},
       {"a region too small",
        [](Attend& a) {
-         a.returns = {false, true, true};  // 480 bytes, and 80 at 512 and at 640
+         a.returns = {false, true, true, {}};  // 480 bytes, and 80 at 512 and at 640
          a.output_region = wire::RegionMessage{"region", 0, 719};
        },
        invalid, "output_region.byte_size: given 719; allowed: 720 or more, for this answer"},
@@ -450,7 +472,7 @@ TEST_CASE("a layer's query and its key and value may come apart") {
 TEST_CASE("a layer answers what was asked for") {
   Layers layers;
   Attend message = layers.attend();
-  message.returns = {false, true, true};
+  message.returns = {false, true, true, {}};
   message.output_region = wire::RegionMessage{"region", 64, 720};
   LayerPart part = layers.check(message);
   REQUIRE(part.results.size() == 3);
@@ -462,7 +484,7 @@ TEST_CASE("a layer answers what was asked for") {
   CHECK(part.results[2].byte_size == 80);
   CHECK(part.response_bytes == 640);
   CHECK(part.output_region->name == "region");
-  message.returns = {true, true, false};
+  message.returns = {true, true, false, {}};
   part = layers.check(message);
   REQUIRE(part.results.size() == 1);
   CHECK(part.results[0].output == wire::LayerOutput::kLogSumExp);

@@ -14,10 +14,13 @@ using protozero::pbf_writer;
 // Of DecodeResponse.
 constexpr std::uint32_t kOpened = 2, kBegun = 3, kAttended = 4, kSession = 5, kChunk = 6, kDone = 7,
                         kError = 8;
-constexpr std::uint32_t kStepEnded = 4, kPadding = 14, kTimings = 15;  // of AttendedLayer
-constexpr std::uint32_t kChunkData = 2;                                // of SessionChunk
+// Of AttendedLayer.
+constexpr std::uint32_t kStepEnded = 4, kWeights = 5, kLengths = 6, kPadding = 14, kTimings = 15;
+constexpr std::uint32_t kChunkData = 2;  // of SessionChunk
 
-std::uint32_t field_of(LayerOutput output) { return 1 + static_cast<std::uint32_t>(output); }
+std::uint32_t field_of(LayerOutput output) {
+  return output == LayerOutput::kWeights ? kWeights : 1 + static_cast<std::uint32_t>(output);
+}
 
 // A request_id as the beginning of a DecodeResponse.
 std::string head_of(std::uint64_t request_id) {
@@ -44,7 +47,11 @@ std::string body_of(const SessionState& session) {
   return body;
 }
 
-// What follows the tensors.
+void append_lengths(std::string& to, std::uint32_t number, std::span<const std::int64_t> lengths) {
+  pbf_writer(to).add_packed_uint64(number, lengths.begin(), lengths.end());
+}
+
+// What comes last.
 std::string tail_of(bool step_ended, const Timings& timings) {
   std::string tail;
   if (step_ended) pbf_writer(tail).add_bool(kStepEnded, true);
@@ -62,11 +69,11 @@ Bytes encode_opened(std::uint64_t request_id, std::span<const SessionState> sess
 }
 
 Bytes encode_begun(std::uint64_t request_id, std::uint64_t step_id,
-                   std::span<const std::uint64_t> lengths) {
+                   std::span<const std::int64_t> lengths) {
   std::string begun;
   pbf_writer writer(begun);
   add_number(writer, 1, step_id);
-  writer.add_packed_uint64(2, lengths.begin(), lengths.end());
+  append_lengths(begun, 2, lengths);
   return response(request_id, kBegun, begun);
 }
 
@@ -92,7 +99,8 @@ Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, b
   return bytes_of(message + chunk);
 }
 
-LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> results) {
+LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> results,
+                         std::span<const std::int64_t> lengths) {
   std::size_t held = 0;  // bytes of elements
   for (const LayerResult& result : results) held += result.byte_size;
   const Frame frame = enclose(head_of(request_id), kAttended, held, [&](std::size_t before) {
@@ -100,6 +108,7 @@ LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> 
     for (const LayerResult& result : results) {
       add_tensor(inside, field_of(result.output), result.dtype, result.shape, result.byte_size);
     }
+    append_lengths(inside.text(), kLengths, lengths);
     tail_ = inside.size();
     inside.text().append(kTimingsRoom, '\0');
     return inside;
@@ -115,7 +124,8 @@ Bytes LayerAnswer::finish(bool step_ended, const Timings& timings) && {
 }
 
 Bytes encode_attended_layer(std::uint64_t request_id, std::span<const LayerResult> results,
-                            std::span<const SharedPlace> places, bool step_ended,
+                            std::span<const SharedPlace> places,
+                            std::span<const std::int64_t> lengths, bool step_ended,
                             const Timings& timings) {
   std::string attended;
   for (std::size_t index = 0; index < results.size(); ++index) {
@@ -123,6 +133,7 @@ Bytes encode_attended_layer(std::uint64_t request_id, std::span<const LayerResul
     append_shared_tensor(attended, field_of(result.output), result.dtype, result.shape,
                          result.byte_size, places[index]);
   }
+  append_lengths(attended, kLengths, lengths);
   attended += tail_of(step_ended, timings);
   return response(request_id, kAttended, attended);
 }
