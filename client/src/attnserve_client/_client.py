@@ -469,7 +469,7 @@ class AttentionClient:
             if not faults:
                 raise _errors.from_call(error, METHOD) from None
         finally:
-            call.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
         if faults:
             raise faults[0]
 

@@ -113,7 +113,7 @@ def open_sessions(
         raise ValueError(f"cache_dtype: {cache_dtype!r}; allowed: {allowed}, or None: as the model")
     if num_layers and layer_models and num_layers != len(layer_models):
         raise ValueError(
-            f"num_layers: {num_layers} beside {len(layer_models)} layer_models; allowed: one of both"
+            f"num_layers: {num_layers} beside {len(layer_models)} layer_models; allowed: one"
         )
     new = pb.NewSession(
         max_tokens=max_tokens,

@@ -89,5 +89,3 @@ class SessionState:
         renew = pb.RenewSession(session_id=self.id, lease=messages.microseconds(lease))
         answer = yield from self.connection.ask(pb.DecodeRequest(renew=renew), timeout)
         self.take(answer.session)
-
-

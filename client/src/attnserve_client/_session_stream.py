@@ -173,7 +173,9 @@ class SessionStream:
         while True:
             with self._state:
                 now = time.monotonic()
-                if any(each.until is not None and now > each.until for each in self._pending.values()):
+                if any(
+                    each.until is not None and now > each.until for each in self._pending.values()
+                ):
                     self._give_up()
                 idle = self._failure is not None or not self._pending
                 while idle and self._call.due and not self._reading:
