@@ -5,7 +5,7 @@ depend on who waits, and how, is in flows: arguments, messages, results, what fo
 
 >>> class GreetingFlows:
 ...     def greet(self, name: str) -> Flow[str]:
-...         answer = yield Call("Greet", lambda left: self.stub.Greet(name, left), timeout=10.0)
+...         answer = yield Call(lambda left: self.stub.Greet(name, left), 10.0)
 ...         return answer.text
 >>> class Client:  # with _flows: GreetingFlows and _runner
 ...     greet = blocking(GreetingFlows.greet)
@@ -13,10 +13,12 @@ depend on who waits, and how, is in flows: arguments, messages, results, what fo
 ...     greet = awaited(GreetingFlows.greet)
 """
 
+import asyncio
 import functools
+import threading
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -25,37 +27,92 @@ P = ParamSpec("P")
 
 @dataclass(slots=True)
 class Call:
-    """One call, which its flow waits for.
+    """One call, whose answer its flow waits for.
 
     Attributes:
-        method: its name, for messages.
-        send: makes it, given the seconds left (None: without end). Gives the answer; in asyncio,
-            what gives it when it is awaited.
-        timeout: seconds for all tries together; None waits for ever.
-        again: whether it can be repeated safely: it is then, while no server is there.
+        send: makes it, given the seconds that it may take (None: any). Gives the answer; in
+            asyncio, what gives it when it is awaited.
+        left: those seconds.
     """
 
-    method: str
     send: Callable[[float | None], Any]
-    timeout: float | None
-    again: bool = True
+    left: float | None
 
 
-Flow = Generator[Call, Any, T]
+@dataclass(slots=True)
+class Pause:
+    """Wait for so many seconds; answered by whether the client was closed meanwhile."""
+
+    seconds: float
 
 
-class Runner(Protocol):
-    """Who makes the calls of flows, and waits for them in a thread."""
+Flow = Generator[Call | Pause, Any, T]
+
+
+class Runner:
+    """Runs the flows of one client: makes their calls, one after another. Safe to share."""
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Whoever pauses stops pausing."""
+        self._closed.set()
 
     def run(self, flow: Flow[T]) -> T:
-        """Make the calls of a flow, one after another; its result."""
+        """The result of a flow."""
+        try:
+            wanted = next(flow)
+            while True:
+                try:
+                    answer = (
+                        wanted.send(wanted.left)
+                        if isinstance(wanted, Call)
+                        else self._closed.wait(wanted.seconds)
+                    )
+                except BaseException as error:
+                    wanted = flow.throw(error)
+                else:
+                    wanted = flow.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
-class AsyncRunner(Protocol):
-    """Who makes the calls of flows, and awaits them."""
+class AsyncRunner:
+    """`Runner`, awaited."""
+
+    def __init__(self) -> None:
+        self._closed = asyncio.Event()
+
+    def close(self) -> None:
+        """As `Runner.close`."""
+        self._closed.set()
 
     async def run(self, flow: Flow[T]) -> T:
-        """As `Runner.run`."""
+        """The result of a flow."""
+        try:
+            wanted = next(flow)
+            while True:
+                try:
+                    answer = await (
+                        wanted.send(wanted.left)
+                        if isinstance(wanted, Call)
+                        else self._pause(wanted.seconds)
+                    )
+                except BaseException as error:
+                    wanted = flow.throw(error)
+                else:
+                    wanted = flow.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    async def _pause(self, seconds: float) -> bool:
+        try:
+            return await asyncio.wait_for(self._closed.wait(), seconds)
+        except TimeoutError:
+            return False
 
 
 def blocking(flow: Callable[Concatenate[F, P], Flow[T]]) -> Callable[Concatenate[Any, P], T]:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _retries
 from attnserve_client import _session_messages as messages
 from attnserve_client._flows import Call, Flow
 from attnserve_client._session_messages import METHOD
@@ -53,7 +54,11 @@ class Connection:
         def send(left: float | None) -> Any:
             return self.streams.get().exchange(make, messages.read, left)
 
-        response: pb.DecodeResponse = yield Call(METHOD, send, timeout, again)
+        response: pb.DecodeResponse = (
+            (yield from _retries.again(METHOD, send, timeout))
+            if again
+            else (yield Call(send, timeout))
+        )
         return response
 
 

@@ -158,7 +158,7 @@ class BatchFlows:
             return step.stream.exchange(make, messages.read, left)
 
         try:
-            yield Call(METHOD, send, _FIND_SECONDS, again=False)
+            yield Call(send, _FIND_SECONDS)
         except AttnserveError as error:
             # A stream that ended, and a step of which a session is gone, are abandoned already.
             if error.code not in _LOST | {grpc.StatusCode.NOT_FOUND}:
@@ -252,7 +252,7 @@ class BatchFlows:
             return step.stream.exchange(make, plan.read, left)
 
         try:
-            attended: Attended = yield Call(METHOD, send, wanted.timeout, again=False)
+            attended: Attended = yield Call(send, wanted.timeout)
         except AttnserveError:
             raise
         except BaseException:  # an interrupt, or a task that is cancelled
