@@ -40,13 +40,21 @@ void add_number(std::string& to, std::uint64_t number) {
 // No two specs have one digest: each part has a fixed size, or says how long it is.
 PageHash digest_of(const SessionSpec& spec) {
   std::string all;
-  for (const std::string* name : {&spec.model, &spec.version}) {
-    add_number(all, name->size());
-    all += *name;
+  const auto add_name = [&](const std::string& name) {
+    add_number(all, name.size());
+    all += name;
+  };
+  add_name(spec.model);
+  add_name(spec.version);
+  add_number(all, spec.layer_models.size());
+  for (const ModelName& each : spec.layer_models) {
+    add_name(each.model);
+    add_name(each.version);
   }
   const PageLayout& layout = spec.layout;
-  for (const std::size_t size : {layout.num_kv_heads, layout.head_dim, layout.value_head_dim,
-                                 static_cast<std::size_t>(layout.type), layout.page_tokens}) {
+  for (const std::size_t size :
+       {layout.num_kv_heads, layout.head_dim, layout.value_head_dim,
+        static_cast<std::size_t>(layout.type), layout.page_tokens, std::size_t{layout.latent}}) {
     add_number(all, size);
   }
   for (const LayerSpec& layer : spec.layers) {
@@ -65,6 +73,10 @@ KvPlanPtr make_plan(const SessionSpec& spec, std::uint64_t promised_step) {
   if (spec.layers.empty() || spec.layers.size() > kMostLayers) {
     throw RequestError(
         invalid_argument("num_layers", text(spec.layers.size()), text("1 to ", kMostLayers)));
+  }
+  if (!spec.layer_models.empty() && spec.layer_models.size() != spec.layers.size()) {
+    throw RequestError(invalid_argument("layer_models", text(spec.layer_models.size()),
+                                        text("none, or one for each of ", spec.layers.size())));
   }
   auto plan = std::make_shared<KvPlan>();
   plan->spec = spec;

@@ -36,12 +36,11 @@ void move_rows(KvSession& session, std::span<const std::uint32_t> accepted) {
   const PageLayout& layout = session.plan().spec.layout;
   for (std::size_t layer = 0; layer < session.plan().spec.layers.size(); ++layer) {
     if (session.plan().spec.layers[layer].cross) continue;
-    const KvSession::Table& table = session.table(layer);
     for (std::size_t index = 0; index < accepted.size(); ++index) {
       if (accepted[index] == index) continue;
       const std::size_t from = session.length + accepted[index], to = session.length + index;
-      const std::byte* source = session.data(table[from / layout.page_tokens]);
-      std::byte* target = session.data(table[to / layout.page_tokens]);
+      const std::byte* source = session.data(session.page(layer, from / layout.page_tokens));
+      std::byte* target = session.data(session.page(layer, to / layout.page_tokens));
       copy_tokens(layout, source, from % layout.page_tokens, target, to % layout.page_tokens, 1);
     }
   }

@@ -177,6 +177,8 @@ KvStep::KvStep(KvSessions& store, SessionSpecPtr spec, std::size_t size)
   lengths_.reserve(size);
   starts_.reserve(size + 1);
   cross_starts_.reserve(size + 1);
+  keys_.reserve(size);
+  cross_keys_.reserve(size);
   starts_.push_back(0);
   cross_starts_.push_back(0);
 }
@@ -185,6 +187,8 @@ void KvStep::add(const KvSession& session, const SessionStep& asked) {
   lengths_.push_back(static_cast<std::int64_t>(session.length));
   starts_.push_back(starts_.back() + static_cast<std::int64_t>(asked.new_tokens));
   cross_starts_.push_back(cross_starts_.back() + static_cast<std::int64_t>(asked.cross_tokens));
+  keys_.push_back(static_cast<std::int64_t>(session.length + asked.new_tokens));
+  cross_keys_.push_back(static_cast<std::int64_t>(session.cross_length + asked.cross_tokens));
 }
 
 void KvStep::add_trees(std::span<const SessionStep> sessions) {

@@ -171,13 +171,16 @@ class PagedBatch:
 
     def store(self, s: PagedSequence, begin: int, end: int) -> None:
         """Write a sequence's keys and values begin..end into its pages."""
-        for i in range(begin, end):
-            page = self._page(s, i // self.layout.page_size)
-            slot = i % self.layout.page_size
-            for rows, part, scales in ((s.keys[i], *page[0::2]), (s.values[i], *page[1::2])):
-                part[:, slot], scale = encode(rows, self.layout.dtype)
+        size = self.layout.page_size
+        for number in range(begin // size, -(-end // size)):
+            first, last = max(begin, number * size), min(end, (number + 1) * size)
+            page = self._page(s, number)
+            slots = slice(first - number * size, last - number * size)
+            for rows, part, scales in ((s.keys, *page[0::2]), (s.values, *page[1::2])):
+                elements, scale = encode(rows[first:last], self.layout.dtype)
+                part[:, slots] = elements.swapaxes(0, 1)
                 if self.layout.scaled:
-                    scales[:, slot] = scale
+                    scales[:, slots] = scale.T
 
     def stored(self, s: PagedSequence) -> tuple[Array, Array]:
         """Keys and values of a sequence as its pages have them, in float64."""
@@ -244,18 +247,24 @@ class PagedBatch:
             at += s.count
         return {name: np.concatenate(arrays) for name, arrays in answers.items()}
 
+    def positions(self, s: PagedSequence) -> Array:
+        """Of all tokens of a sequence [length]: in a tree, one more than the parent's."""
+        positions = np.arange(s.length)
+        for i, parent in enumerate(s.parents or ()):
+            before = s.before - 1 if parent < 0 else positions[s.before + parent]
+            positions[s.before + i] = before + 1
+        return positions
+
     def _sight(self, s: PagedSequence) -> tuple[Array, Array]:
         """Which keys each new token sees, and how far they are before it: [count, length]."""
-        positions = np.arange(s.length)
+        positions = self.positions(s)
         visible = np.zeros((s.count, s.length), bool)
         for i in range(s.count):
             parent = i - 1 if s.parents is None else s.parents[i]
             if parent >= 0:
                 visible[i] = visible[parent]
-                positions[s.before + i] = positions[s.before + parent] + 1
             else:
                 visible[i, : s.before] = True
-                positions[s.before + i] = s.before
             visible[i, s.before + i] = True
         apart = positions[s.before :, None] - positions
         if not self.causal:

@@ -88,8 +88,8 @@ def attention_reference(
             hidden |= distance > scheme.right
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
-            left = _turned(q[row, head], positions, scheme)
-            right = _turned(k[row, kv_head], np.arange(key_len), scheme)
+            left = turned(q[row, head], positions, scheme)
+            right = turned(k[row, kv_head], np.arange(key_len), scheme)
             scores = used_scale * (left @ right.T)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
@@ -188,8 +188,14 @@ def diagnostics_reference(
     }
 
 
-def _turned(heads: Float64, positions: NDArray[Any], scheme: Scheme) -> Float64:
-    """Rotary embedding as the multiplication of complex numbers."""
+def turned(heads: Float64, positions: NDArray[Any], scheme: Scheme) -> Float64:
+    """Rotary embedding as the multiplication of complex numbers.
+
+    Args:
+        heads: [n, D].
+        positions: [n].
+        scheme: without a rotary style, heads are given back as they are.
+    """
     if scheme.rotary_style is None:
         return heads
     dims = scheme.rotary_dims
