@@ -79,7 +79,10 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
         specs = body.layers or [pb.LayerSpec()]
         specs = [specs[0]] * body.num_layers if len(specs) == 1 else specs
         for _ in body.sessions:
-            layers = [PlainLayer(spec.window, spec.kept_first, spec.cross) for spec in specs]
+            layers = [
+                PlainLayer(spec.window, spec.kept_first, spec.cross, VALUE_DIM * spec.latent)
+                for spec in specs
+            ]
             self._add(PlainSession(layers), response.opened.sessions.add())
 
     def _begin_step(self, body: pb.BeginStep, response: pb.DecodeResponse, steps: Any) -> None:
@@ -92,7 +95,7 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
 
     def _attend_layer(self, body: pb.AttendLayer, response: pb.DecodeResponse, steps: Any) -> None:
         if body.HasField("begin"):
-            if body.query.shape[1] != HEADS:  # as below: then the step has not begun
+            if body.query.shape[1:2] != [HEADS]:  # as below: then the step has not begun
                 raise ValueError(f"query.shape: {list(body.query.shape)}")
             body.begin.step_id = body.step_id
             begun = pb.DecodeResponse()
@@ -103,14 +106,16 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
         if query.shape[1] != HEADS:
             raise ValueError(f"query.shape: {query.shape}")
         outputs: list[tuple[Array, Array, Array]] = []
+        weights: list[Array | None] = []
         first = cross = 0
         for each in step.sessions:
             session = self.sessions[each.session_id]
             held = session.layers[body.layer]
             rows = slice(first, first + each.new_tokens)
             keys = slice(cross, cross + each.cross_tokens) if held.cross else rows
-            given = (key[keys], value[keys]) if keys.start != keys.stop else (None, None)
+            given = [t[keys] if len(t) and keys.start != keys.stop else None for t in (key, value)]
             outputs.append(session.attend(body.layer, query[rows], *given))
+            weights.append(session.weights)
             first, cross = rows.stop, keys.stop
         done.add(body.layer)
         names = ("output", "log_sum_exp", "entropy")
@@ -118,6 +123,8 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
         for name, want, arrays in zip(names, wanted, zip(*outputs, strict=True), strict=True):
             if want:
                 getattr(response.attended, name).CopyFrom(tensor_of(np.concatenate(arrays)))
+        for index in body.returns.weights_of:
+            response.attended.weights.append(tensor_of(weights[index]))
         response.attended.timings.batch_size = len(step.sessions)
         if len(done) == len(self.sessions[step.sessions[0].session_id].layers):
             response.attended.step_ended = True
@@ -173,8 +180,9 @@ def array_of(tensor: pb.Tensor) -> Array:
     return np.frombuffer(tensor.data, np.float32).reshape(tuple(tensor.shape))
 
 
-def tensor_of(array: Array) -> pb.Tensor:
+def tensor_of(array: Array | None) -> pb.Tensor:
     """An array in FP32."""
+    assert array is not None
     data = array.astype(np.float32)
     return pb.Tensor(dtype=pb.FP32, shape=data.shape, data=data.tobytes())
 

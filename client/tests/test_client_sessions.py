@@ -23,7 +23,9 @@ from attnserve_client import (
 from attnserve_proto import attention_pb2 as pb
 from plain_sessions import PlainLayer, PlainSession
 from session_server import (
+    HEADS,
     LAYERS,
+    VALUE_DIM,
     Array,
     BreakError,
     Look,
@@ -85,6 +87,66 @@ def test_elements_travel_aligned_and_are_asked_for_alone() -> None:
             sent = service.requests[-1].attend_layer
             for tensor, array in zip((sent.query, sent.key, sent.value), arrays, strict=True):
                 np.testing.assert_array_equal(array_of(tensor), array)
+
+
+def test_weights_of_named_sessions_come_beside_the_output() -> None:
+    plains = [PlainSession([PlainLayer()]) for _ in range(3)]
+    with served() as (_, client):
+        sessions = client.sessions(3, "m", num_layers=1, max_tokens=64)
+        with client.batch(sessions) as batch:
+            for counts in ([3, 1, 4], [1, 2, 1]):
+                parts = [random(GENERATOR, count) for count in counts]
+                lists = [list(each) for each in zip(*parts, strict=True)]
+                result = batch.attend(0, *lists, return_weights_of=[0, 2])
+                for plain, count, part in zip(plains, counts, parts, strict=True):
+                    plain.begin(count)
+                    plain.attend(0, *part)
+                    plain.end()
+                for given, plain in zip(result.weights, (plains[0], plains[2]), strict=True):
+                    np.testing.assert_allclose(given, plain.weights, rtol=1e-4, atol=1e-6)
+                    assert given.flags.writeable
+        alone = sessions[0].attend(0, *random(GENERATOR, 2), return_weights=True)
+        assert [each.shape for each in alone.weights] == [(2, HEADS, 6)]
+        assert sessions[0].attend(0, *random(GENERATOR, 2)).weights == []
+
+
+def test_a_latent_layer_takes_no_value() -> None:
+    plain = PlainSession([PlainLayer(latent=VALUE_DIM)])
+    layers = [SessionLayer(latent=True)]
+    with (
+        served() as (service, client),
+        client.session("m", num_layers=1, max_tokens=64, layers=layers) as session,
+    ):
+        assert service.requests[0].open.layers[0].latent
+        for tokens in (4, 1, 2):
+            query, key, _ = random(GENERATOR, tokens)
+            plain.begin(tokens)
+            expected, _, _ = plain.attend(0, query, key)
+            plain.end()
+            result = session.attend(0, query, key)
+            np.testing.assert_allclose(result.output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_models_and_their_hidden_states_are_told_to_the_server() -> None:
+    with served() as (service, client):
+        session = client.session(layer_models=["a", ("b", 2)], max_tokens=8)
+        assert session.num_layers == 2
+        assert service.requests[0].open == pb.OpenSessions(
+            num_layers=2,
+            layer_models=[pb.ModelOfLayer(model="a"), pb.ModelOfLayer(model="b", version="2")],
+            sessions=[pb.NewSession(max_tokens=8)],
+        )
+        hidden = GENERATOR.standard_normal((3, 5)).astype(np.float32)
+        with pytest.raises(InvalidArgumentError):  # this server has none
+            session.attend(0, hidden_states=hidden)
+        sent = service.requests[-1].attend_layer.hidden_states
+        np.testing.assert_array_equal(array_of(sent), hidden)
+        with pytest.raises(ValueError, match=r"hidden_states: shape \[3, 5, 1\]; allowed: \[T"):
+            session.attend(0, hidden_states=hidden[..., None])
+        with pytest.raises(ValueError, match="query: not given"):
+            session.attend(0)
+        with pytest.raises(ValueError, match="num_layers: 3 beside 2 layer_models"):
+            client.session(layer_models=["a", "b"], num_layers=3, max_tokens=8)
 
 
 def test_a_batch_steps_sessions_of_different_lengths() -> None:

@@ -60,10 +60,10 @@ class AsyncAttendStream:
     ) -> "asyncio.Future[AttendResult]":
         """Send a request, without waiting for anything; as `AttendStream.submit`."""
         call = _attend.attend_call(query, key, value, **options)
-        if self._failure is not None:
-            raise self._failure
         if self._closed:
             raise RuntimeError("this stream is closed")
+        if self._failure is not None:
+            raise self._failure
         self._last_id += 1
         future: asyncio.Future[AttendResult] = asyncio.get_running_loop().create_future()
         self._waiting[self._last_id] = future

@@ -75,10 +75,10 @@ class AttendStream:
         # It cannot be cancelled: the request is on its way, and its answer will come.
         future.set_running_or_notify_cancel()
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
             if self._closed:
                 raise RuntimeError("this stream is closed")
+            if self._failure is not None:
+                raise self._failure
             self._last_id += 1
             self._waiting[self._last_id] = future
             self._assembler.expect(self._last_id, call.plan.answers)
