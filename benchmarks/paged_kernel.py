@@ -189,7 +189,7 @@ class Pages:
             "lengths": np.array([self.lengths[i] for i in chosen]),
             "table_starts": np.cumsum([0, *(len(t) for t in tables)]),
             "table": np.concatenate(tables),
-            "spec": np.array([PAGE_SIZE, CACHE_TYPES[self.dtype][0], -1, 0, 1]),
+            "spec": np.array([PAGE_SIZE, CACHE_TYPES[self.dtype][0], -1, 0, 1, 0]),
         }
         rows = (tokens, shape.num_heads)
         outputs = {
