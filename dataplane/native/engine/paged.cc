@@ -17,6 +17,9 @@ constexpr std::int64_t kFewTokens = 8;
 // What a sequence costs beside its keys, and a run beside its sequences, in keys.
 constexpr std::int64_t kSequenceUnits = 64, kRunUnits = 256;
 constexpr std::size_t kTileBytes = std::size_t{1} << 20;
+// What graphs that make heads themselves hold of them, each as large as the query in FP32 at most:
+// query, key and value, the first two turned, and the output.
+constexpr std::size_t kHeadCopies = 6;
 
 std::uint64_t bits_of(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
 
@@ -46,12 +49,31 @@ Tensor none_of(Tensor tensor) {
   return tensor;
 }
 
+// Of each new token in its sequence: as many keys are before it, in a tree on its path.
+std::vector<std::int64_t> positions_of(const PagedWork& work) {
+  std::vector<std::int64_t> positions;
+  positions.reserve(static_cast<std::size_t>(work.starts.back()));
+  for (std::size_t at = 0; at < work.lengths.size(); ++at) {
+    const std::int64_t begin = work.starts[at], count = work.starts[at + 1] - begin;
+    const std::int64_t before = work.lengths[at] - count;
+    for (std::int64_t token = 0; token < count; ++token) {
+      const std::int64_t parent =
+          work.parents.empty() ? token - 1 : work.parents[static_cast<std::size_t>(begin + token)];
+      positions.push_back(parent < 0 ? before
+                                     : positions[static_cast<std::size_t>(begin + parent)] + 1);
+    }
+  }
+  return positions;
+}
+
 class Run {
  public:
   explicit Run(const PagedWork& work)
       : work_(work),
         spec_{work.spec.page_tokens, work.spec.cache_type,     work.spec.window,
-              work.spec.kept_first,  work.spec.causal ? 1 : 0, work.spec.latent ? 1 : 0} {}
+              work.spec.kept_first,  work.spec.causal ? 1 : 0, work.spec.latent ? 1 : 0} {
+    if (takes_positions(*work.variant)) positions_ = positions_of(work);
+  }
 
   void attend(bool adds_keys, Stop* stop) {
     const auto [key, value] = keys(adds_keys);
@@ -115,7 +137,8 @@ class Run {
            Stop* stop) {
     const Tensor cache{
         DataType::kUint8, {static_cast<std::int64_t>(work_.cache.size())}, work_.cache.data()};
-    const std::array<Session::Feed, 11> feeds{{{"query", query},
+    // More than a graph takes: query, key and value, or hidden states; positions or none.
+    const std::array<Session::Feed, 13> feeds{{{"query", query},
                                                {"key", key},
                                                {"value", value},
                                                {"cache", cache},
@@ -125,7 +148,9 @@ class Run {
                                                {"table", integers(work_.table)},
                                                {"spec", integers(spec())},
                                                {"parents", integers(parents)},
-                                               {"weights_of", integers(weights_of)}}};
+                                               {"weights_of", integers(weights_of)},
+                                               {"hidden_states", work_.hidden_states},
+                                               {"positions", integers(positions_)}}};
     work_.variant->session->run(feeds, fetches, stop);
   }
 
@@ -135,6 +160,7 @@ class Run {
 
   const PagedWork& work_;
   const std::array<std::int64_t, 6> spec_;
+  std::vector<std::int64_t> positions_;
 };
 
 void attend(const PagedWork& work, Stop* stop) {
@@ -176,7 +202,13 @@ class JoinedPaged {
     if (trees) join_parents();
     joint_.starts = joint_.key_starts = starts_;
     joint_.parents = parents_;
-    gather(&PagedWork::query, tokens);
+    joint_.query = first.query;
+    joint_.query.shape[0] = tokens;
+    if (first.hidden_states.data != nullptr) {
+      gather(&PagedWork::hidden_states, tokens);
+    } else {
+      gather(&PagedWork::query, tokens);
+    }
     if (first.key.data != nullptr) {
       gather(&PagedWork::key, tokens);
       if (!first.spec.latent) gather(&PagedWork::value, tokens);
@@ -252,6 +284,7 @@ class JoinedPaged {
 
 }  // namespace
 
+bool takes_positions(const Variant& paged) { return paged.session->takes("positions"); }
 bool gives_weights(const Variant& paged) { return paged.session->takes("weights_of"); }
 
 void PagedWork::add(std::int64_t length, std::span<const std::int64_t> pages) {
@@ -286,6 +319,10 @@ std::int64_t units(const PagedWork& work) {
     if (spec.window >= 0) keys = std::min(keys, spec.window + 1 + spec.kept_first);
     sum += kSequenceUnits + (tokens > kFewTokens ? tokens : 1) * keys;
   }
+  // A token's projections are about as much as attention to so many keys; so is reading weights.
+  if (work.hidden_states.data != nullptr) {
+    sum += (1 + work.starts.back()) * work.hidden_states.shape[1];
+  }
   for (const std::int64_t of : work.weights_of) {
     const auto at = static_cast<std::size_t>(of);
     sum += (work.starts[at + 1] - work.starts[at]) * work.lengths[at];
@@ -297,6 +334,10 @@ std::size_t working_bytes(const PagedWork& work) {
   std::size_t tensors = 0;
   for (const Tensor* tensor : {&work.query, &work.key, &work.value, &work.output}) {
     if (tensor->data != nullptr) tensors += tensor->byte_size();
+  }
+  if (work.hidden_states.data != nullptr) tensors += work.hidden_states.byte_size();
+  if (work.hidden_states.data != nullptr || takes_positions(*work.variant)) {
+    tensors += kHeadCopies * Tensor{DataType::kFp32, work.query.shape, nullptr}.byte_size();
   }
   for (const Tensor& weights : work.weights) tensors += weights.byte_size();
   return kTileBytes + 2 * tensors;

@@ -33,20 +33,22 @@ struct PagedWork {
   PagedSpec spec;
   MutableByteSpan cache;  // with the sequences' pages, which are read and written
 
-  Tensor query;                           // [T, H, D]
+  Tensor query;                           // [T, H, D]; data == nullptr: from hidden_states
   std::span<const std::int64_t> starts;   // [S+1], of each sequence's tokens
   std::span<const std::int64_t> parents;  // [T], as the operator takes them; empty: no trees
   // Added to the cache before the queries are computed. data == nullptr: there are none, and of
   // their shapes the first size does not count. Of a latent layer there is no value.
   Tensor key, value;                         // [C, Hkv, D] and [C, Hkv, Dv]
   std::span<const std::int64_t> key_starts;  // [S+1]; same as `starts` where causal
+  // Of a layer model, which makes query, key and value of it itself; they have shapes alone.
+  Tensor hidden_states;  // [T, E]
 
   std::vector<std::int64_t> lengths;          // [S], of keys, the new ones included
   std::vector<std::int64_t> table_starts{0};  // [S+1]
   std::vector<std::int64_t> table;            // offset of each page in `cache`; -1: given back
 
   // Where to put what is wanted; data == nullptr: not wanted. May be unaligned.
-  Tensor output;                // [T, H, Dv], the model's dtype
+  Tensor output;                // [T, H, Dv], of a layer model [T, E]; the model's dtype
   Tensor log_sum_exp, entropy;  // [T, H] FP32
   // Attention weights of these sequences, ascending: [t, H, K] FP32 of t tokens and K keys each.
   std::vector<std::int64_t> weights_of;
@@ -56,6 +58,10 @@ struct PagedWork {
   void add(std::int64_t length, std::span<const std::int64_t> pages);
   bool joinable() const { return spec.causal || key.data == nullptr; }
 };
+
+// Whether a graph of the variant kPagedVariant turns queries and keys by their positions itself.
+// Then keys of a step are at its queries' positions, as in causal layers alone.
+bool takes_positions(const Variant& paged);
 
 // Equal for works that can run as one if both are joinable, and take alike long for a unit.
 BatchKey batch_key(const PagedWork& work);

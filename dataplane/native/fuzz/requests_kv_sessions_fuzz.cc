@@ -34,6 +34,14 @@ engine::ModelFacts paged_facts() {
   return facts;
 }
 
+engine::ModelFacts block_facts() {
+  engine::ModelFacts facts = paged_facts();
+  facts.name = "block";
+  facts.kind = engine::Kind::kLayer;
+  facts.embed_dim = 8;
+  return facts;
+}
+
 struct Server {
   World world;
   std::vector<sessions::LayerSpec> layers{{}, {7, 4, false}, {-1, 0, true}};
@@ -41,6 +49,9 @@ struct Server {
     const auto model = model_of(paged_facts());
     add(*model, "paged", {"query", "cache", "weights_of"}, {"output"}, true);
     world.models.put("paged", {model});
+    const auto block = model_of(block_facts());
+    add(*block, "paged", {"hidden_states", "cache"}, {"output"}, true);
+    world.models.put("block", {block});
   }
 };
 
@@ -61,7 +72,7 @@ struct Check {
   void operator()(const wire::AbandonStep&) const {}
   void operator()(const wire::OpenSessions& open) const {
     const OpenPlan plan = plan_open(open, server().world.context(), kPageTokens);
-    require(plan.model.paged != nullptr && plan.opened.size() == open.sessions.size());
+    require(plan.models.of(0).paged != nullptr && plan.opened.size() == open.sessions.size());
     require(plan.spec.layers.size() == open.num_layers);
     bool cross = false;
     for (const sessions::LayerSpec& layer : plan.spec.layers) {
@@ -75,7 +86,7 @@ struct Check {
       require(session.max_tokens > 0 && (session.cross_tokens > 0) == cross);
       require(session.prefix_hashes.size() * kPageTokens <= session.max_tokens);
     }
-    kv_model(plan.spec, server().world.context());
+    kv_models(plan.spec, server().world.context());
   }
   void operator()(const wire::BeginStep& step) const {
     check(plan_step(step, server().world.limits));
@@ -96,8 +107,10 @@ struct Check {
   }
   void operator()(const wire::AttendLayer& message) const {
     if (message.begin) check(plan_begun_step(message, server().world.limits));
-    const engine::ModelFacts facts = paged_facts();
-    const bool latent = message.step_id % 3 == 0;
+    // Of a layer model if it says so.
+    const bool of_block = message.hidden_states && message.step_id % 5 == 0;
+    const engine::ModelFacts facts = of_block ? block_facts() : paged_facts();
+    const bool latent = !of_block && message.step_id % 3 == 0;
     const StepShape step{
         facts,  server().layers, kTokens, message.step_id % 2 == 0 ? 0 : kCrossTokens,
         latent, kStarts,         kKeys,   kCrossKeys};
@@ -110,6 +123,8 @@ struct Check {
       before = session;
     }
     require(part.has_query() != part.results.empty());
+    require(part.hidden_states.has_value() == of_block && !(part.query && of_block));
+    if (of_block) require(part.hidden_states->shape == Shape{kTokens, facts.embed_dim});
     for (const auto* spec : {&part.query, &part.key, &part.value}) {
       if (!*spec) continue;
       require(!(*spec)->chunked && !(*spec)->stored && (*spec)->shape.rank() == 3);

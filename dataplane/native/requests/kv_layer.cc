@@ -11,10 +11,12 @@
 namespace attnserve::requests {
 namespace {
 
-using Dims = std::array<std::string_view, 3>;
-constexpr Dims kQueryDims{"T", "H", "D"};
-constexpr Dims kKeyDims{"T", "Hkv", "D"}, kValueDims{"T", "Hkv", "Dv"};
-constexpr Dims kCrossKeyDims{"C", "Hkv", "D"}, kCrossValueDims{"C", "Hkv", "Dv"};
+template <std::size_t rank>
+using Dims = std::array<std::string_view, rank>;
+constexpr Dims<3> kQueryDims{"T", "H", "D"};
+constexpr Dims<3> kKeyDims{"T", "Hkv", "D"}, kValueDims{"T", "Hkv", "Dv"};
+constexpr Dims<3> kCrossKeyDims{"C", "Hkv", "D"}, kCrossValueDims{"C", "Hkv", "Dv"};
+constexpr Dims<2> kHiddenDims{"T", "E"};
 constexpr std::string_view kTokens = "T, the new_tokens of all sessions of the step";
 constexpr std::string_view kCrossTokens = "C, the cross_tokens of all sessions of the step";
 
@@ -23,8 +25,10 @@ struct Expected {
   std::string_view what;
 };
 
-TensorSpec checked(std::string_view field, const wire::TensorMessage& message, const Dims& dims,
-                   DataType dtype, const std::array<Expected, 3>& shape) {
+template <std::size_t rank>
+TensorSpec checked(std::string_view field, const wire::TensorMessage& message,
+                   const Dims<rank>& dims, DataType dtype,
+                   const std::array<Expected, rank>& shape) {
   TensorSpec spec = check_tensor(TensorRule{field, dtype, dims}, message, false, nullptr);
   for (std::size_t axis = 0; axis < shape.size(); ++axis) {
     if (spec.shape[axis] == shape[axis].size) continue;
@@ -32,6 +36,18 @@ TensorSpec checked(std::string_view field, const wire::TensorMessage& message, c
            text(shape[axis].size, " at axis ", axis, " (", shape[axis].what, ")"));
   }
   return spec;
+}
+
+// Of a layer model.
+void check_hidden_there(const wire::AttendLayer& message) {
+  const std::array<std::pair<std::string_view, bool>, 3> others{
+      {{"query", message.query.has_value()},
+       {"key", message.key.has_value()},
+       {"value", message.value.has_value()}}};
+  for (const auto& [field, given] : others) {
+    if (given) refuse(field, "a tensor", "nothing for a layer model: hidden_states");
+  }
+  if (!message.hidden_states) refuse("hidden_states", "nothing", "[T, E]");
 }
 
 void check_there(const wire::AttendLayer& message, bool with_key, bool latent) {
@@ -63,12 +79,12 @@ void check_key_and_value(const wire::AttendLayer& message, const StepShape& step
   const Expected tokens =
       cross ? Expected{step.cross_tokens, kCrossTokens} : Expected{step.tokens, kTokens};
   const Expected heads{model.num_kv_heads, "num_kv_heads of the model"};
-  part.key = checked("key", *message.key, cross ? kCrossKeyDims : kKeyDims, model.dtype,
-                     {tokens, heads, Expected{model.head_dim, "head_dim of the model"}});
+  part.key = checked<3>("key", *message.key, cross ? kCrossKeyDims : kKeyDims, model.dtype,
+                        {tokens, heads, Expected{model.head_dim, "head_dim of the model"}});
   if (step.latent) return;
   part.value =
-      checked("value", *message.value, cross ? kCrossValueDims : kValueDims, model.dtype,
-              {tokens, heads, Expected{model.value_head_dim, "value_head_dim of the model"}});
+      checked<3>("value", *message.value, cross ? kCrossValueDims : kValueDims, model.dtype,
+                 {tokens, heads, Expected{model.value_head_dim, "value_head_dim of the model"}});
 }
 
 const std::vector<std::uint32_t>& checked_weights_of(const std::vector<std::uint32_t>& sessions,
@@ -94,13 +110,9 @@ const std::vector<std::uint32_t>& checked_weights_of(const std::vector<std::uint
   return sessions;
 }
 
-void check_query(const wire::AttendLayer& message, const StepShape& step, const Limits& limits,
-                 LayerPart& part) {
+void plan_results(const wire::AttendLayer& message, const StepShape& step, const Limits& limits,
+                  const Shape& of_output, LayerPart& part) {
   const engine::ModelFacts& model = step.model;
-  part.query =
-      checked("query", *message.query, kQueryDims, model.dtype,
-              {Expected{step.tokens, kTokens}, Expected{model.num_heads, "num_heads of the model"},
-               Expected{model.head_dim, "head_dim of the model"}});
   const Shape rows{step.tokens, model.num_heads};
   Wide total = 0;
   const auto add = [&](bool asked, wire::LayerOutput output, DataType dtype, const Shape& shape) {
@@ -110,8 +122,7 @@ void check_query(const wire::AttendLayer& message, const StepShape& step, const 
     total = plus(total, bytes);
     part.results.push_back({output, dtype, shape, static_cast<std::size_t>(bytes)});
   };
-  add(!message.returns.no_output, wire::LayerOutput::kOutput, model.dtype,
-      {step.tokens, model.num_heads, model.value_head_dim});
+  add(!message.returns.no_output, wire::LayerOutput::kOutput, model.dtype, of_output);
   add(message.returns.log_sum_exp, wire::LayerOutput::kLogSumExp, DataType::kFp32, rows);
   add(message.returns.entropy, wire::LayerOutput::kEntropy, DataType::kFp32, rows);
   const bool cross = step.layers[message.layer].cross;
@@ -131,9 +142,29 @@ void check_query(const wire::AttendLayer& message, const StepShape& step, const 
   part.output_region = checked_output_region(*message.output_region, sizes);
 }
 
+void check_query(const wire::AttendLayer& message, const StepShape& step, const Limits& limits,
+                 LayerPart& part) {
+  const engine::ModelFacts& model = step.model;
+  part.query = checked<3>(
+      "query", *message.query, kQueryDims, model.dtype,
+      {Expected{step.tokens, kTokens}, Expected{model.num_heads, "num_heads of the model"},
+       Expected{model.head_dim, "head_dim of the model"}});
+  plan_results(message, step, limits, {step.tokens, model.num_heads, model.value_head_dim}, part);
+}
+
+void check_hidden_states(const wire::AttendLayer& message, const StepShape& step,
+                         const Limits& limits, LayerPart& part) {
+  const engine::ModelFacts& model = step.model;
+  part.hidden_states = checked<2>(
+      "hidden_states", *message.hidden_states, kHiddenDims, model.dtype,
+      {Expected{step.tokens, kTokens}, Expected{model.embed_dim, "embed_dim of the model"}});
+  plan_results(message, step, limits, {step.tokens, model.embed_dim}, part);
+}
+
 }  // namespace
 
 bool takes_key(const StepShape& step, const sessions::LayerSpec& layer) {
+  if (step.model.kind == engine::Kind::kLayer) return false;
   return !layer.cross || step.cross_tokens != 0;
 }
 
@@ -143,13 +174,19 @@ LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
     refuse("layer", std::to_string(message.layer), text("0..", step.layers.size() - 1));
   }
   const sessions::LayerSpec& layer = step.layers[message.layer];
-  check_there(message, takes_key(step, layer), step.latent);
+  const bool of_core = step.model.kind != engine::Kind::kLayer;
+  if (of_core) {
+    check_there(message, takes_key(step, layer), step.latent);
+  } else {
+    check_hidden_there(message);
+  }
   LayerPart part;
   part.layer = message.layer;
   if (message.query) check_query(message, step, limits, part);
+  if (message.hidden_states) check_hidden_states(message, step, limits, part);
   if (message.key) check_key_and_value(message, step, layer.cross, part);
   Wide total = 0;
-  for (const auto* spec : {&part.query, &part.key, &part.value}) {
+  for (const auto* spec : {&part.query, &part.key, &part.value, &part.hidden_states}) {
     if (*spec) total = plus(total, (*spec)->byte_size);
   }
   check_request_bytes(total, limits);

@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "engine/model.h"
@@ -21,14 +22,48 @@ namespace attnserve::requests {
 struct KvModel {
   engine::ModelPtr model;
   const engine::Variant* paged = nullptr;  // of the model
+  const engine::ModelFacts& facts() const { return model->facts; }
 };
 
-// The model of sessions that were opened or exported before. Throws RequestError: NOT_FOUND or
-// UNAVAILABLE, it is not here; FAILED_PRECONDITION, it is another one now.
-KvModel kv_model(const sessions::SessionSpec& spec, const Context& context);
+// Whether its graph makes query and key itself, of hidden states or by position: not of cross or
+// latent layers.
+bool needs_plain_layers(const KvModel& model);
+// Rows of a latent layer hold the value at their beginning. Throws RequestError FAILED_PRECONDITION
+// for a model of other dimensions, or of a graph that knows no such layers.
+void check_latent(const KvModel& model);
+
+// The models of a session's layers: one for all, or one for each, of equal heads, dimensions and
+// dtype.
+class KvModels {
+ public:
+  KvModels() = default;
+  explicit KvModels(std::vector<KvModel> models);  // at least one
+
+  const KvModel& of(std::size_t layer) const {
+    return models_.size() == 1 ? models_.front() : models_[layer];
+  }
+  std::size_t size() const { return models_.size(); }
+  // Of any of them: kind, heads, dimensions and dtype.
+  const engine::ModelFacts& facts() const { return models_.front().facts(); }
+  bool give_weights() const { return give_weights_; }  // all of them, of their graphs
+  void name(sessions::SessionSpec& spec) const;        // says in it which they are
+
+ private:
+  std::vector<KvModel> models_;
+  bool give_weights_ = false;
+};
+
+// The models of sessions that are to be opened. Throws RequestError as plan_open.
+KvModels models_to_open(const wire::OpenSessions& message, const Context& context);
+// Those of sessions that were opened or exported before. Throws RequestError: NOT_FOUND or
+// UNAVAILABLE, one is not here; FAILED_PRECONDITION, it is another one now.
+KvModels kv_models(const sessions::SessionSpec& spec, const Context& context);
+
+sessions::PageLayout layout_of(const engine::ModelFacts& model, sessions::CacheType type,
+                               std::size_t page_tokens, bool latent);
 
 struct OpenPlan {
-  KvModel model;
+  KvModels models;
   sessions::SessionSpec spec;
   std::vector<sessions::NewSession> opened;  // in the order of the request
 };
@@ -62,12 +97,12 @@ struct StepShape {
   bool gives_weights = true;
 };
 
-// What one AttendLayer brings: the query, or key and value, or all three. A latent layer has no
-// value.
+// What one AttendLayer brings: the query, or key and value, or all three; a latent layer has no
+// value. Of a layer model: hidden states.
 struct LayerPart {
   std::uint32_t layer = 0;
-  std::optional<TensorSpec> query, key, value;
-  bool has_query() const { return query.has_value(); }
+  std::optional<TensorSpec> query, key, value, hidden_states;
+  bool has_query() const { return query.has_value() || hidden_states.has_value(); }
   bool has_key() const { return key.has_value(); }
 
   // Of the part with the query:
@@ -77,7 +112,8 @@ struct LayerPart {
   std::size_t response_bytes = 0;
 };
 
-// Whether a layer takes key and value in this step; a cross layer does not, once they are there.
+// Whether a layer takes key and value in this step; one of a layer model never does, a cross layer
+// does not once they are there.
 bool takes_key(const StepShape& step, const sessions::LayerSpec& layer);
 
 // Throws RequestError: INVALID_ARGUMENT; RESOURCE_EXHAUSTED for tensors of more bytes than are

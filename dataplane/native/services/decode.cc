@@ -258,7 +258,7 @@ class DecodeHandler final : public grpc::CallHandler {
     }
     auto step = std::make_shared<OpenStep>();
     step->step = core_.kv.begin_step(plan.sessions, owner_);
-    step->model = requests::kv_model(step->step->spec(), core_.context());
+    step->models = requests::kv_models(step->step->spec(), core_.context());
     step->tokens = plan.tokens;
     step->cross_tokens = plan.cross_tokens;
     step->priority = plan.priority;
@@ -408,7 +408,7 @@ class DecodeHandler final : public grpc::CallHandler {
     const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     check_transfers();
     const sessions::ExportedSession exported = sessions::read_exported(asked.chunk.data);
-    requests::kv_model(exported.spec, core_.context());
+    requests::kv_models(exported.spec, core_.context());
     const auto coming = std::make_shared<SessionImport>(
         core_, state_, call_, id,
         core_.kv.import_session(exported, growth, lease_of(asked.lease), owner_));

@@ -32,7 +32,8 @@ class LayerJob final : public schedule::Job {
     joinable = work_.joinable();
     sequences = static_cast<std::int64_t>(asked_.step->step->size());
     units = engine::units(work_);
-    tensor_bytes = work_.query.byte_size() + asked_.part.response_bytes;
+    const Tensor& given = asked_.part.query ? work_.query : work_.hidden_states;
+    tensor_bytes = given.byte_size() + asked_.part.response_bytes;
     working_bytes = engine::working_bytes(work_);
     asked_.step->computing = true;
     validated_ = Clock::now();
@@ -69,8 +70,8 @@ class LayerJob final : public schedule::Job {
                         outcome.ended,  outcome.sequences, outcome.leads};
       delivery.messages.push_back(OutMessage::of(finish(ended, spans)));
       if (outcome.leads) core_.admission.computed(outcome.ended - outcome.started);
-      core_.statistics.ran(asked_.step->model.model->facts.name, work_.variant->name(), spans,
-                           sequences);
+      const requests::KvModel& model = asked_.step->models.of(asked_.part.layer);
+      core_.statistics.ran(model.facts().name, work_.variant->name(), spans, sequences);
       asked_.admitted.answered();
     } catch (...) {
       delivery.status = status_of(std::current_exception());
@@ -86,8 +87,9 @@ class LayerJob final : public schedule::Job {
     const OpenStep& step = *asked_.step;
     const sessions::SessionSpec& spec = step.step->spec();
     const sessions::LayerSpec& layer = spec.layers[asked_.part.layer];
-    const engine::ModelFacts& facts = step.model.model->facts;
-    work_.variant = step.model.paged;
+    const requests::KvModel& model = step.models.of(asked_.part.layer);
+    const engine::ModelFacts& facts = model.facts();
+    work_.variant = model.paged;
     work_.spec = {static_cast<std::int64_t>(spec.layout.page_tokens),
                   static_cast<std::int64_t>(spec.layout.type),
                   layer.window,
@@ -98,6 +100,7 @@ class LayerJob final : public schedule::Job {
     work_.starts = step.step->starts();
     work_.key_starts = step.step->key_starts(asked_.part.layer);
     if (!layer.cross) work_.parents = step.step->parents();
+    work_.query = {facts.dtype, {step.tokens, facts.num_heads, facts.head_dim}, nullptr};
     work_.key = {facts.dtype, {0, facts.num_kv_heads, facts.head_dim}, nullptr};
     work_.value = {facts.dtype, {0, facts.num_kv_heads, facts.value_head_dim}, nullptr};
     const auto view = [&](const std::optional<requests::TensorSpec>& given, ByteSpan sent,
@@ -109,6 +112,7 @@ class LayerJob final : public schedule::Job {
     view(asked_.part.query, asked_.elements[0], work_.query);
     view(asked_.part.key, asked_.elements[1], work_.key);
     view(asked_.part.value, asked_.elements[2], work_.value);
+    view(asked_.part.hidden_states, asked_.elements[3], work_.hidden_states);
     work_.weights_of = asked_.part.weights_of;
   }
 
@@ -205,8 +209,10 @@ void LayerRequest::add(const wire::AttendLayer& message, const requests::Limits&
   if (more.has_query() && part.has_query()) requests::refuse("query", "it again", "once");
   if (more.has_key() && part.has_key()) requests::refuse("key", "it again", "once");
   if (more.has_query()) {
-    elements[0] = message.query->data;
+    if (message.query) elements[0] = message.query->data;
+    if (message.hidden_states) elements[3] = message.hidden_states->data;
     part.query = std::move(more.query);
+    part.hidden_states = std::move(more.hidden_states);
     part.results = std::move(more.results);
     part.weights_of = std::move(more.weights_of);
     part.output_region = std::move(more.output_region);

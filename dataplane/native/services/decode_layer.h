@@ -19,7 +19,7 @@ namespace attnserve::services {
 
 // A step that is open on a stream. Constant but for what is atomic, and `step` when it is given up.
 struct OpenStep {
-  requests::KvModel model;
+  requests::KvModels models;
   std::shared_ptr<sessions::KvStep> step;  // until `ended`
   std::vector<std::string> session_ids;    // in the order of their names
   std::int64_t tokens = 0, cross_tokens = 0;
@@ -29,9 +29,9 @@ struct OpenStep {
   std::atomic<bool> ended{false};  // all layers are computed, or it was given up
 
   requests::StepShape shape() const {
-    return {model.model->facts, step->spec().layers,        tokens,
-            cross_tokens,       step->spec().layout.latent, step->starts(),
-            step->keys(),       step->cross_keys(),         engine::gives_weights(*model.paged)};
+    return {models.facts(), step->spec().layers,        tokens,
+            cross_tokens,   step->spec().layout.latent, step->starts(),
+            step->keys(),   step->cross_keys(),         models.give_weights()};
   }
   // Its sessions hold what they held before it. By whoever computes a layer of it, or while nobody
   // does.
@@ -51,7 +51,7 @@ struct LayerRequest {
   Admitted admitted;
   TimePoint arrived{};               // its first part
   requests::LayerPart part;          // of all that is there
-  std::array<ByteSpan, 3> elements;  // of query, key and value, as far as they were sent
+  std::array<ByteSpan, 4> elements;  // of query, key, value and hidden states, as far as sent
   std::vector<std::shared_ptr<const Bytes>> messages;  // that hold them
 
   // Throws RequestError, and is then of no more use.

@@ -68,13 +68,19 @@ class Reader {
   ByteSpan left_;
 };
 
-// In this order: model, version; num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the
-// cache type, and 1 if it is latent, as u32; the number of layers as u32, and of each window and
-// kept_first as i64, cross as u32 and the first page as u32; length, max_tokens, reserved_tokens,
-// cross_length and cross_tokens as u64. A name is its bytes after their number as u32.
+// In this order: model, version; the number of layer models as u32, of each model and version;
+// num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the cache type, and 1 if it is
+// latent, as u32; the number of layers as u32, and of each window and kept_first as i64, cross as
+// u32 and the first page as u32; length, max_tokens, reserved_tokens, cross_length and cross_tokens
+// as u64. A name is its bytes after their number as u32.
 void write_description(Writer& to, const ExportedSession& session) {
   to.name(session.spec.model);
   to.name(session.spec.version);
+  to.number(static_cast<std::uint32_t>(session.spec.layer_models.size()));
+  for (const ModelName& each : session.spec.layer_models) {
+    to.name(each.model);
+    to.name(each.version);
+  }
   const PageLayout& layout = session.spec.layout;
   for (const std::size_t size :
        {layout.num_kv_heads, layout.head_dim, layout.value_head_dim, layout.page_tokens}) {
@@ -100,6 +106,14 @@ ExportedSession read_description(ByteSpan payload) {
   ExportedSession session;
   session.spec.model = from.name();
   session.spec.version = from.name();
+  const auto models = from.number<std::uint32_t>();
+  if (models > kMostLayers) refuse_chunk("the number of layer models is out of range");
+  for (std::uint32_t layer = 0; layer < models; ++layer) {
+    ModelName each;
+    each.model = from.name();
+    each.version = from.name();
+    session.spec.layer_models.push_back(std::move(each));
+  }
   PageLayout& layout = session.spec.layout;
   for (std::size_t* size :
        {&layout.num_kv_heads, &layout.head_dim, &layout.value_head_dim, &layout.page_tokens}) {
@@ -114,6 +128,7 @@ ExportedSession read_description(ByteSpan payload) {
   layout.latent = latent == 1;
   const auto layers = from.number<std::uint32_t>();
   if (layers == 0 || layers > kMostLayers) refuse_chunk("the number of layers is out of range");
+  if (models != 0 && models != layers) refuse_chunk("not every layer has a model");
   for (std::uint32_t layer = 0; layer < layers; ++layer) {
     LayerSpec spec;
     spec.window = from.number<std::int64_t>();

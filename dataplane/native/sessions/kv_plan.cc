@@ -17,9 +17,16 @@ void add_number(std::string& to, std::uint64_t number) {
 // No two specs have one digest: each part has a fixed size, or says how long it is.
 PageHash digest_of(const SessionSpec& spec) {
   std::string all;
-  for (const std::string* name : {&spec.model, &spec.version}) {
-    add_number(all, name->size());
-    all += *name;
+  const auto add_name = [&](const std::string& name) {
+    add_number(all, name.size());
+    all += name;
+  };
+  add_name(spec.model);
+  add_name(spec.version);
+  add_number(all, spec.layer_models.size());
+  for (const ModelName& each : spec.layer_models) {
+    add_name(each.model);
+    add_name(each.version);
   }
   const PageLayout& layout = spec.layout;
   for (const std::size_t size :

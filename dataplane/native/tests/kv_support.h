@@ -89,7 +89,7 @@ Status refusal(const Action& action) {
 
 inline SessionSpec spec_of(std::vector<LayerSpec> layers, CacheType type = CacheType::kFp32,
                            std::size_t head_dim = 8, bool latent = false) {
-  return {"core", "1", {2, head_dim, head_dim, type, 16, latent}, std::move(layers)};
+  return {"core", "1", {2, head_dim, head_dim, type, 16, latent}, std::move(layers), {}};
 }
 
 inline NewSession room_for(std::uint64_t max_tokens, std::uint64_t reserved_tokens = 0) {

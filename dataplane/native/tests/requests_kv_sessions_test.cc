@@ -14,11 +14,12 @@ namespace {
 
 constexpr std::size_t kPageTokens = 16;
 
-void add_paged(World& world, engine::ModelFacts facts, bool on_cuda = false, bool old = false) {
+const std::vector<std::string> kHeads{"query", "key", "value", "cache", "weights_of"};
+
+void add_paged(World& world, engine::ModelFacts facts, bool on_cuda = false,
+               const std::vector<std::string>& inputs = kHeads) {
   const auto model = model_of(std::move(facts));
   add(*model, "native", {"query", "key", "value"}, {"output"}, true);
-  std::vector<std::string> inputs{"query", "key", "value", "cache"};
-  if (!old) inputs.push_back("weights_of");
   add(*model, "paged", inputs, {"output"}, true);
   model->on_cuda = on_cuda;
   world.models.put(model->facts.name, {model});
@@ -40,10 +41,31 @@ struct Paged : World {
     facts.dtype = DataType::kFp16;
     add_paged(*this, facts);
     add_paged(*this, core_facts("gpu"), true);
-    add_paged(*this, core_facts("old"), false, true);
+    add_paged(*this, core_facts("old"), false, {"query", "key", "value", "cache"});
     facts = core_facts("long");
     facts.value_head_dim = 9;
     add_paged(*this, facts);
+    facts = core_facts("turning");
+    add_paged(*this, facts, false, {"query", "key", "value", "positions", "cache", "weights_of"});
+    facts.kind = engine::Kind::kLayer;
+    facts.num_kv_heads = 2;
+    facts.embed_dim = 32;
+    const auto add_layer = [&](const char* name) {
+      facts.name = name;
+      add_paged(*this, facts, false, {"hidden_states", "positions", "cache", "weights_of"});
+    };
+    add_layer("block");
+    add_layer("other-block");
+    facts.window = 100;
+    add_layer("windowed-block");
+    facts.window.reset();
+    facts.dtype = DataType::kFp16;
+    add_layer("half-block");
+    facts.dtype = DataType::kFp32;
+    facts.embed_dim = 64;
+    add_layer("wide");
+    facts.num_kv_heads = 1;
+    add_layer("narrow");
   }
 };
 
@@ -88,14 +110,80 @@ void check_refusals(const std::vector<Refusal<Message>>& refusals, const Message
 }
 
 using Open = wire::OpenSessions;
+
+// A model for each layer.
+std::function<void(Open&)> layers(std::vector<std::string_view> names) {
+  return [names = std::move(names)](Open& open) {
+    open.model = "";
+    for (const std::string_view name : names) open.layer_models.push_back({name, ""});
+  };
+}
+
 const std::vector<Refusal<Open>> kOpenRefusals{
     {"no model", [](Open& o) { o.model = ""; }, Code::kInvalidArgument,
      "model: given nothing; allowed: a name that ListModels gives"},
     {"unknown version", [](Open& o) { o.version = "3"; }, Code::kNotFound,
      "version: given '3'; versions of llama: 1"},
-    {"layer model", [](Open& o) { o.model = "self"; }, Code::kFailedPrecondition,
-     "model: self version 1 is a layer; allowed: a core model, to which callers send query, key "
-     "and value"},
+    {"transformer", [](Open& o) { o.model = "bert"; }, Code::kFailedPrecondition,
+     "model: bert version 1 is a transformer; allowed: a core model, to which callers send query, "
+     "key and value, or a layer model, to which they send hidden states"},
+    {"layer model of before", [](Open& o) { o.model = "self"; }, Code::kFailedPrecondition,
+     "model: self version 1 has no variant 'paged'; allowed: a model that has one: export it "
+     "again"},
+    {"layers and a model", [](Open& o) { o.layer_models = {{"block", ""}, {"block", ""}}; },
+     Code::kInvalidArgument, "model: given 'llama'; allowed: nothing with layer_models"},
+    {"layers and a version",
+     [](Open& o) {
+       o.model = "";
+       o.version = "1";
+       o.layer_models = {{"block", ""}, {"block", ""}};
+     },
+     Code::kInvalidArgument, "version: given '1'; allowed: nothing with layer_models"},
+    {"layers' models and num_layers", layers({"block"}), Code::kInvalidArgument,
+     "layer_models: given 1 of them; allowed: none, or num_layers, 2"},
+    {"a layer without a model", layers({"block", ""}), Code::kInvalidArgument,
+     "layer_models[1].model: given nothing; allowed: a name that ListModels gives"},
+    {"a layer of no version",
+     [](Open& o) {
+       layers({"block", "block"})(o);
+       o.layer_models[1].version = "3";
+     },
+     Code::kNotFound, "layer_models[1].version: given '3'; versions of block: 1"},
+    {"a layer's model without the variant", layers({"block", "self"}), Code::kFailedPrecondition,
+     "layer_models[1].model: self version 1 has no variant 'paged'; allowed: a model that has one: "
+     "export it again"},
+    {"a core as a layer's model", layers({"llama", "block"}), Code::kFailedPrecondition,
+     "layer_models[0].model: llama is a core; allowed: a layer model"},
+    {"layers of other heads", layers({"block", "narrow"}), Code::kInvalidArgument,
+     "layer_models[1].model: given narrow of num_kv_heads 1; allowed: num_kv_heads 2, as the first "
+     "layer's, block, has"},
+    {"layers of other widths", layers({"block", "wide"}), Code::kInvalidArgument,
+     "layer_models[1].model: given wide of embed_dim 64; allowed: embed_dim 32, as the first "
+     "layer's, block, has"},
+    {"layers of other dtypes", layers({"block", "half-block"}), Code::kInvalidArgument,
+     "layer_models[1].model: given half-block of dtype FP16; allowed: dtype FP32, as the first "
+     "layer's, block, has"},
+    {"cross layer of a layer model",
+     [](Open& o) {
+       o.model = "block";
+       o.layers = {cross()};
+     },
+     Code::kInvalidArgument,
+     "layers[0].cross: given true; allowed: false, as block is a layer model"},
+    {"latent layer of a layer model",
+     [](Open& o) {
+       layers({"block", "windowed-block"})(o);
+       o.layers = {{}, {std::nullopt, 0, false, true}};
+     },
+     Code::kInvalidArgument,
+     "layers[1].latent: given true; allowed: false, as windowed-block is a layer model"},
+    {"cross layer of a model that turns heads",
+     [](Open& o) {
+       o.model = "turning";
+       o.layers = {cross()};
+     },
+     Code::kInvalidArgument,
+     "layers[0].cross: given true; allowed: false, as turning has rotary embedding"},
     {"without the variant", [](Open& o) { o.model = "causal"; }, Code::kFailedPrecondition,
      "model: causal version 1 has no variant 'paged'; allowed: a model that has one: export it "
      "again"},
@@ -212,8 +300,9 @@ TEST_CASE("sessions are planned as they were asked for") {
   wire::OpenSessions open = opening();
   open.sessions = {{64, 0, hashes(2), 0}, {1 << 24, 5, {}, 0}};
   const OpenPlan plan = plan_open(open, world.context(), kPageTokens);
-  CHECK(plan.model.model->facts.name == "llama");
-  CHECK(plan.model.paged->name() == "paged");
+  CHECK(plan.models.size() == 1);
+  CHECK(plan.models.of(1).facts().name == "llama");
+  CHECK(plan.models.of(1).paged->name() == "paged");
   CHECK(plan.spec.model == "llama");
   CHECK(plan.spec.version == "1");
   CHECK(plan.spec.layout == sessions::PageLayout{2, 8, 6, sessions::CacheType::kFp32, 16});
@@ -236,10 +325,10 @@ TEST_CASE("the model of a session is found again, if it is still the same") {
   Paged world;
   const sessions::SessionSpec spec = plan_open(opening(), world.context(), kPageTokens).spec;
   const auto found = [&](const sessions::SessionSpec& sought) {
-    return kv_model(sought, world.context());
+    return kv_models(sought, world.context());
   };
-  CHECK(found(spec).model->facts.name == "llama");
-  CHECK(found(spec).paged->name() == "paged");
+  CHECK(found(spec).facts().name == "llama");
+  CHECK(found(spec).of(0).paged->name() == "paged");
   sessions::SessionSpec other = spec;
   other.model = "nope";
   CHECK(status_thrown([&] { found(other); }).code == Code::kNotFound);
@@ -256,6 +345,46 @@ TEST_CASE("the model of a session is found again, if it is still the same") {
   CHECK(status_thrown([&] { found(other); }).code == Code::kFailedPrecondition);
   for (sessions::LayerSpec& layer : other.layers) layer.cross = true;
   CHECK(status_thrown([&] { found(other); }).ok());
+}
+
+TEST_CASE("each layer is computed by its own model, or all by one") {
+  Paged world;
+  const auto planned = [&](std::vector<std::string_view> names) {
+    Open open = opening();
+    open.num_layers = static_cast<std::uint32_t>(names.size());
+    layers(std::move(names))(open);
+    return plan_open(open, world.context(), kPageTokens);
+  };
+  const OpenPlan plan = planned({"block", "windowed-block", "other-block"});
+  CHECK(plan.models.of(1).facts().name == "windowed-block");
+  CHECK(plan.models.of(2).facts().name == "other-block");
+  CHECK(plan.spec.model == "");
+  using Names = std::vector<sessions::ModelName>;
+  const Names names{{"block", "1"}, {"windowed-block", "1"}, {"other-block", "1"}};
+  CHECK(plan.spec.layer_models == names);
+  // Each has its own model's window.
+  using Layers = std::vector<sessions::LayerSpec>;
+  CHECK(plan.spec.layers == Layers{{-1, 0, false}, {99, 0, false}, {-1, 0, false}});
+  CHECK(plan.spec.layout == sessions::PageLayout{2, 8, 8, sessions::CacheType::kFp32, 16});
+  CHECK(kv_models(plan.spec, world.context()).of(1).facts().name == "windowed-block");
+  // Those who say one model for all and those who say it of each can be in one step.
+  const OpenPlan one = planned({"block", "block"});
+  CHECK(one.models.size() == 1);
+  Open open = opening();
+  open.model = "block";
+  CHECK(one.spec == plan_open(open, world.context(), kPageTokens).spec);
+
+  // What nobody opens but an export might say.
+  sessions::SessionSpec forged = plan.spec;
+  forged.layer_models[1].model = "wide";
+  CHECK(status_thrown([&] { kv_models(forged, world.context()); }).code == Code::kInvalidArgument);
+  forged.layer_models[1].model = "llama";
+  CHECK(status_thrown([&] { kv_models(forged, world.context()); }).code ==
+        Code::kFailedPrecondition);
+  forged = plan.spec;
+  forged.layers[2] = {-1, 0, true};
+  CHECK(status_thrown([&] { kv_models(forged, world.context()); }).code ==
+        Code::kFailedPrecondition);
 }
 
 TEST_CASE("a cache is of the type asked for, or of the model's") {
@@ -470,6 +599,59 @@ TEST_CASE("a bad layer of a step is refused") {
   check_refusals(refusals, layers.attend(), [&](const Attend& message) { layers.check(message); });
 }
 
+TEST_CASE("a layer model takes hidden states alone") {
+  engine::ModelFacts facts = core_facts("block");
+  facts.kind = engine::Kind::kLayer;
+  facts.embed_dim = 32;
+  const std::vector<sessions::LayerSpec> specs(2);
+  const std::vector<std::int64_t> starts{0, 2, 5}, keys{2, 9};
+  const StepShape step{facts, specs, 5, 0, false, starts, keys, {}};
+  Request request;
+  Attend good;
+  good.layer = 1;
+  good.hidden_states = request.tensor({5, 32}, DataType::kFp32);
+  good.returns = {false, true, false, {}};
+  const auto check = [&](const Attend& message) {
+    return check_layer(message, step, small_limits());
+  };
+  const LayerPart part = check(good);
+  CHECK(part.has_query());
+  CHECK(!part.query);
+  CHECK(part.hidden_states->byte_size == 5 * 32 * 4);
+  REQUIRE(part.results.size() == 2);
+  CHECK(part.results[0].shape == Shape{5, 32});
+  CHECK(part.results[1].shape == Shape{5, 4});
+  CHECK(!takes_key(step, specs[1]));
+  Attend weighty = good;
+  weighty.returns = {true, false, false, {1}};
+  CHECK(check(weighty).results[0].shape == Shape{3, 4, 9});
+
+  const auto invalid = Code::kInvalidArgument;
+  const auto tensor = [&] { return request.tensor({5, 4, 8}, DataType::kFp32); };
+  const std::vector<Refusal<Attend>> refusals{
+      {"nothing", [](Attend& a) { a.hidden_states.reset(); }, invalid,
+       "hidden_states: given nothing; allowed: [T, E]"},
+      {"a query", [&](Attend& a) { a.query = tensor(); }, invalid,
+       "query: given a tensor; allowed: nothing for a layer model: hidden_states"},
+      {"a key", [&](Attend& a) { a.key = tensor(); }, invalid,
+       "key: given a tensor; allowed: nothing for a layer model: hidden_states"},
+      {"a value", [&](Attend& a) { a.value = tensor(); }, invalid,
+       "value: given a tensor; allowed: nothing for a layer model: hidden_states"},
+      {"tokens", [&](Attend& a) { a.hidden_states = request.tensor({4, 32}, DataType::kFp32); },
+       invalid,
+       "hidden_states.shape: given [4, 32]; allowed: 5 at axis 0 (T, the new_tokens of all "
+       "sessions of the step)"},
+      {"width", [&](Attend& a) { a.hidden_states = request.tensor({5, 31}, DataType::kFp32); },
+       invalid,
+       "hidden_states.shape: given [5, 31]; allowed: 32 at axis 1 (embed_dim of the model)"},
+      {"rank", [&](Attend& a) { a.hidden_states = tensor(); }, invalid,
+       "hidden_states.shape: given [5, 4, 8] of rank 3; allowed: rank 2, [T, E]"},
+      {"dtype", [&](Attend& a) { a.hidden_states = request.tensor({5, 32}, DataType::kFp16); },
+       invalid, "hidden_states.dtype: given FP16; allowed: FP32"},
+  };
+  check_refusals(refusals, good, check);
+}
+
 TEST_CASE("a cross layer takes no key once its keys are there") {
   Layers layers(0);
   Attend message = layers.attend(2);
@@ -577,7 +759,7 @@ TEST_CASE("sessions of latent layers are planned as such") {
   const OpenPlan plan = plan_open(open, world.context(), kPageTokens);
   CHECK(plan.spec.layout == sessions::PageLayout{2, 8, 6, sessions::CacheType::kFp32, 16, true});
   CHECK(plan.spec.layers == std::vector<sessions::LayerSpec>(2, {99, 2, false}));
-  CHECK(kv_model(plan.spec, world.context()).model == plan.model.model);
+  CHECK(kv_models(plan.spec, world.context()).of(0).model == plan.models.of(0).model);
 }
 
 TEST_CASE("a layer of too many bytes is refused") {

@@ -380,8 +380,11 @@ TEST_CASE("a session begins with the prefix that another one published") {
   CHECK(found("you", spec) == 0);
   CHECK(found("me", spec_of({kFull, kFull}, CacheType::kFp16)) == 0);
   CHECK(found("me", spec_of({kFull})) == 0);
+  SessionSpec of_layers = spec;
+  of_layers.layer_models = {{"core", "1"}, {"core", "1"}};
+  CHECK(found("me", of_layers) == 0);
   CHECK(store.statistics().prefix_pages_found == 3);
-  CHECK(store.statistics().prefix_pages_asked == 12);
+  CHECK(store.statistics().prefix_pages_asked == 15);
 
   store.close(id, "me");
   CHECK(store.statistics().pages_in_use == 0);

@@ -127,6 +127,19 @@ TEST_CASE("an export says what the session is; an import may leave it other room
   CHECK(refusal([&] { imported(store, chunks, {149, 0}); }).code == Code::kInvalidArgument);
 }
 
+TEST_CASE("an export names the model of each layer") {
+  KvSessions store(config_of(1 << 20));
+  SessionSpec spec = spec_of({{}, {20, 3, false}});
+  spec.model = spec.version = "";
+  spec.layer_models = {{"first", "1"}, {"second", "12"}};
+  const std::string id = open_one(store, spec, room_for(100));
+  const auto step = begin_one(store, id, 20);
+  run_layers(store, step);
+  const std::vector<std::string> chunks = chunks_of(store.export_session(id, "me"), 4000);
+  CHECK(read_exported(bytes_of(chunks[0])).spec == spec);
+  CHECK(imported(store, chunks).length == 20);
+}
+
 TEST_CASE("an export is what the session was then, while it goes on") {
   KvSessions store(config_of(1 << 20));
   std::vector<std::uint64_t> held;
