@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar, Unpack
 import grpc
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _attend, _errors, _messages, _session_files, _tensors
 from attnserve_client import _session_messages as session_messages
 from attnserve_client._arena import Arena
@@ -22,7 +23,7 @@ from attnserve_client._results import (
 )
 from attnserve_client._retries import again, all_again
 from attnserve_client._session_files import PathOrFile
-from attnserve_client._session_messages import METHOD
+from attnserve_client._session_messages import METHOD, MOST_TOKENS
 from attnserve_client._session_opening import OpeningFlows
 from attnserve_client._session_state import Connection, SessionState
 from attnserve_client._sharing import SharedCall, Sharing
@@ -211,9 +212,10 @@ class ClientFlows(OpeningFlows[S]):
             ResourceExhaustedError: the server keeps as many bytes as it may.
         """
         elements = _tensors.as_array(array, "array")
+        kept = arguments.microseconds("lease", lease)
 
         def send(left: float | None) -> Any:
-            return self._transport.put(_messages.put_messages(elements, lease, CHUNK_BYTES), left)
+            return self._transport.put(_messages.put_messages(elements, kept, CHUNK_BYTES), left)
 
         answer = yield from again("PutTensor", send, timeout)
         stored = pb.StoredTensor.FromString(answer)
@@ -227,7 +229,9 @@ class ClientFlows(OpeningFlows[S]):
         Raises:
             NotFoundError: the lease has run out.
         """
-        request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
+        arguments.kind("tensor", tensor, StoredTensor, "what put_tensor gave")
+        kept = arguments.microseconds("lease", lease)
+        request = pb.RenewTensorRequest(handle=tensor.handle, lease=kept)
         answer = yield from self._unary("RenewTensor", request, timeout)
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
 
@@ -237,6 +241,7 @@ class ClientFlows(OpeningFlows[S]):
         Raises:
             NotFoundError: the lease has run out, or the server was started anew.
         """
+        arguments.kind("tensor", tensor, StoredTensor, "what put_tensor gave")
         yield from self._unary("DropTensor", pb.DropTensorRequest(handle=tensor.handle), timeout)
 
     def attend_tokens(
@@ -270,7 +275,10 @@ class ClientFlows(OpeningFlows[S]):
         Raises:
             NotFoundError: no such model or version.
         """
-        request = pb.GetModelRequest(name=name, version=str(version))
+        request = pb.GetModelRequest(
+            name=arguments.text("name", name, empty=False),
+            version=arguments.version("version", version),
+        )
         answer = yield from self._unary("GetModel", request, timeout)
         return _messages.model_from(answer.model, answer.manifest_json)
 
@@ -290,6 +298,8 @@ class ClientFlows(OpeningFlows[S]):
             to: a path, or a file open for writing bytes.
             timeout: seconds; None waits for ever.
         """
+        arguments.kind("session", session, SessionState, "a session")
+        timeout = arguments.seconds("timeout", timeout)
         export = pb.ExportSession(session_id=session.id)
         message = pb.DecodeRequest(request_id=1, export_session=export).SerializeToString()
         with _session_files.writing(to, session.model, session.num_layers) as write:
@@ -322,10 +332,14 @@ class ClientFlows(OpeningFlows[S]):
             ValueError: it is no saved session.
         """
         answers: list[pb.DecodeResponse] = []
+        timeout = arguments.seconds("timeout", timeout)
+        room = (
+            arguments.integer("max_tokens", max_tokens, 0, MOST_TOKENS),
+            arguments.integer("reserved_tokens", reserved_tokens, 0, MOST_TOKENS),
+            arguments.microseconds("lease", lease),
+        )
         with _session_files.reading(source) as (model, num_layers, chunks):
-            messages = session_messages.import_messages(
-                1, chunks, max_tokens, reserved_tokens, lease
-            )
+            messages = session_messages.import_messages(1, chunks, *room)
             yield Call(lambda left: self._transport.decode(messages, answers.append, left), timeout)
         if not answers:
             raise _errors.InternalError("the stream ended without an answer", method=METHOD)

@@ -12,6 +12,7 @@ from attnserve_proto import buffers, encoding, wire
 from attnserve_proto.frames import Frame, lay_out_within
 from google.protobuf.message import DecodeError
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _errors, _tensors
 from attnserve_client._answers import timings_from
 from attnserve_client._results import Array, LayerResult
@@ -86,18 +87,32 @@ def rows(value: Any, name: str) -> Rows:
     return Rows(parts)
 
 
-@lru_cache(maxsize=256)
 def returns_of(
+    return_output: bool,
+    return_log_sum_exp: bool,
+    return_entropy: bool,
+    return_weights_of: Sequence[int],
+) -> bytes:
+    """What a layer is asked for, as a field of `AttendLayer`."""
+    named = tuple(arguments.integers("return_weights_of", return_weights_of))
+    flags = (return_output, return_log_sum_exp, return_entropy)
+    try:
+        return _returns_of(*flags, named)
+    except TypeError:  # what cannot be looked up is of a wrong type: this says which
+        return _returns_of.__wrapped__(*flags, named)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _returns_of(
     return_output: bool,
     return_log_sum_exp: bool,
     return_entropy: bool,
     return_weights_of: tuple[int, ...],
 ) -> bytes:
-    """What a layer is asked for, as a field of `AttendLayer`."""
     message = pb.LayerReturns(
-        no_output=not return_output,
-        log_sum_exp=return_log_sum_exp,
-        entropy=return_entropy,
+        no_output=not arguments.flag("return_output", return_output),
+        log_sum_exp=arguments.flag("return_log_sum_exp", return_log_sum_exp),
+        entropy=arguments.flag("return_entropy", return_entropy),
         weights_of=return_weights_of,
     )
     return encoding.embedded(_RETURNS, message.SerializeToString())

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _retries
 from attnserve_client import _session_messages as messages
 from attnserve_client._flows import Call, Flow
@@ -54,11 +55,11 @@ class Connection:
         def send(left: float | None) -> Any:
             return self.streams.get().exchange(make, messages.read, left)
 
-        response: pb.DecodeResponse = (
-            (yield from _retries.again(METHOD, send, timeout))
-            if again
-            else (yield Call(send, timeout))
-        )
+        response: pb.DecodeResponse
+        if again:
+            response = yield from _retries.again(METHOD, send, timeout)
+        else:
+            response = yield Call(send, arguments.seconds("timeout", timeout))
         return response
 
 
@@ -91,6 +92,6 @@ class SessionState:
 
     def renewing(self, lease: float | None, timeout: float | None) -> Flow[None]:
         """Start its lease anew, and take its state."""
-        renew = pb.RenewSession(session_id=self.id, lease=messages.microseconds(lease))
+        renew = pb.RenewSession(session_id=self.id, lease=arguments.microseconds("lease", lease))
         answer = yield from self.connection.ask(pb.DecodeRequest(renew=renew), timeout)
         self.take(answer.session)

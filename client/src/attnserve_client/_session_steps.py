@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _errors
 from attnserve_client import _session_layers as layers
 from attnserve_client import _session_messages as messages
@@ -20,6 +21,7 @@ from attnserve_client._session_state import Connection, SessionState, Stream
 
 # How long it is asked after a lost connection whether sessions survived, seconds.
 _FIND_SECONDS = 30.0
+_INT32 = (1 << 31) - 1
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
@@ -86,7 +88,7 @@ class BatchFlows:
         hidden_states: Any = None,
         new_tokens: Sequence[int] | None = None,
         parents: Sequence[Sequence[int] | None] | None = None,
-        cross_tokens: Sequence[int] | None = None,
+        cross_tokens: Sequence[int] | int = 0,
         prefix_hashes: Sequence[Iterable[bytes]] | None = None,
         return_output: bool = True,
         return_log_sum_exp: bool = False,
@@ -109,7 +111,8 @@ class BatchFlows:
                 each.
             parents: with layer 0: for each session, the parent of each new token (-1: the last one
                 before the step), or None where there is no tree.
-            cross_tokens: with layer 0: keys that come for each session's cross layers.
+            cross_tokens: with layer 0: keys that come for each session's cross layers; one number:
+                for each session.
             prefix_hashes: with layer 0: for each session, the hashes of the pages that are full
                 with this step, so that others may share them.
             return_output: send the output back.
@@ -128,9 +131,11 @@ class BatchFlows:
             ValueError: tensors of a wrong rank, lengths that do not match, a layer other than 0
                 without a step.
         """
+        arguments.integer("layer", layer)
+        timeout = arguments.seconds("timeout", timeout)
         tensors = _given(query, key, value, hidden_states)
         returns = layers.returns_of(
-            return_output, return_log_sum_exp, return_entropy, tuple(return_weights_of)
+            return_output, return_log_sum_exp, return_entropy, return_weights_of
         )
         kinds = tuple([(name, each.parts[0].dtype, each.shape) for name, each in tensors.items()])
         plan = layers.plan_of(returns, kinds)
@@ -172,7 +177,11 @@ class BatchFlows:
         if new_tokens is None and len(first.parts) == count:
             return tuple(first.lengths)
         total = first.shape[0]
-        lengths = (total // count,) * count if new_tokens is None else tuple(new_tokens)
+        lengths = (
+            (total // count,) * count
+            if new_tokens is None
+            else tuple(arguments.integers("new_tokens", new_tokens))
+        )
         if len(lengths) != count or sum(lengths) != total:
             raise ValueError(
                 f"new_tokens: {list(lengths)} for {count} sessions and a query of {total} tokens; "
@@ -184,21 +193,28 @@ class BatchFlows:
         self,
         counts: tuple[int, ...],
         parents: Sequence[Sequence[int] | None] | None,
-        cross_tokens: Sequence[int] | None,
+        cross_tokens: Sequence[int] | int,
         prefix_hashes: Sequence[Iterable[bytes]] | None,
         priority: int,
     ) -> _Beginning:
-        plain = not (parents or cross_tokens or prefix_hashes or priority)
+        plain = parents is None and prefix_hashes is None and (cross_tokens, priority) == (0, 0)
         if plain and counts in self._plain:
             return self._plain[counts]
-        begin = pb.BeginStep(priority=priority)
-        for index, session in enumerate(self._sessions):
+        begin = pb.BeginStep(priority=arguments.integer("priority", priority, 0, 3))
+        if not isinstance(cross_tokens, list | tuple):
+            cross_tokens = [arguments.integer("cross_tokens", cross_tokens)] * len(counts)
+        crossing = self._each("cross_tokens", arguments.integers("cross_tokens", cross_tokens), 0)
+        trees = self._each("parents", parents, None)
+        hashes = self._each("prefix_hashes", prefix_hashes, ())
+        for session, new, tree, pages, cross in zip(
+            self._sessions, counts, trees, hashes, crossing, strict=True
+        ):
             begin.sessions.add(
                 session_id=session.id,
-                new_tokens=counts[index],
-                parents=(parents[index] if parents else None) or (),
-                cross_tokens=cross_tokens[index] if cross_tokens else 0,
-                prefix_hashes=messages.joined_hashes(prefix_hashes[index] if prefix_hashes else ()),
+                new_tokens=new,
+                parents=() if tree is None else arguments.integers("parents", tree, -1, _INT32),
+                cross_tokens=cross,
+                prefix_hashes=messages.joined_hashes("prefix_hashes", pages),
             )
         kept = [0 if each.parents else each.new_tokens for each in begin.sessions]
         starts = tuple(accumulate(counts, initial=0))
@@ -206,6 +222,16 @@ class BatchFlows:
         if plain:
             self._plain = {counts: beginning}  # the next step is most often like this one
         return beginning
+
+    def _each(self, name: str, given: Any, nothing: Any) -> list[Any]:
+        """What is given for each session; None: nothing for any."""
+        count = len(self._sessions)
+        if given is None:
+            return [nothing] * count
+        each = arguments.items(name, given, f"a list of {count}, one for each session")
+        if len(each) != count:
+            raise arguments.refused(name, given, f"a list of {count}, one for each session")
+        return each
 
     def _first(self, beginning: _Beginning, wanted: _Layer) -> Flow[LayerResult]:
         """Begin a step and compute its first layer, in one go.
