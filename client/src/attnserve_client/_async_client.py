@@ -7,6 +7,7 @@ from typing import Any, Self, Unpack
 import grpc
 import numpy as np
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _tensors
 from attnserve_client._async_session_stream import AsyncSessionStream
 from attnserve_client._async_stream import AsyncAttendStream
@@ -70,7 +71,7 @@ class AsyncAttentionClient:
 
     def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         """As `AttentionClient.shared_empty`; not awaited."""
-        return shared_by(self._sharing).arena.empty(tuple(shape), np.dtype(dtype))
+        return shared_by(self._sharing).empty(shape, dtype)
 
     def shared(self, array: Any) -> Array:
         """As `AttentionClient.shared`; not awaited."""
@@ -86,7 +87,8 @@ class AsyncAttentionClient:
         Args:
             timeout: seconds that the whole stream may last; None is unlimited.
         """
-        return AsyncAttendStream(self._transport.attend_stream, timeout=timeout)
+        lasting = arguments.seconds("timeout", timeout)
+        return AsyncAttendStream(self._transport.attend_stream, timeout=lasting)
 
     put_tensor = awaited(ClientFlows.put_tensor)
     renew_tensor = awaited(ClientFlows.renew_tensor)

@@ -8,6 +8,7 @@ import grpc
 import grpc.experimental
 import numpy as np
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _tensors
 from attnserve_client._client_flows import ClientFlows
 from attnserve_client._flows import Runner, blocking
@@ -89,7 +90,7 @@ class AttentionClient:
             RuntimeError: this client shares no memory.
             MemoryError: not so much of it is free.
         """
-        return shared_by(self._sharing).arena.empty(tuple(shape), np.dtype(dtype))
+        return shared_by(self._sharing).empty(shape, dtype)
 
     def shared(self, array: Any) -> Array:
         """A copy of an array in the memory shared with the server; errors as `shared_empty`."""
@@ -105,7 +106,8 @@ class AttentionClient:
         Args:
             timeout: seconds that the whole stream may last; None is unlimited.
         """
-        return AttendStream(self._transport.attend_stream, timeout=timeout)
+        lasting = arguments.seconds("timeout", timeout)
+        return AttendStream(self._transport.attend_stream, timeout=lasting)
 
     put_tensor = blocking(ClientFlows.put_tensor)
     renew_tensor = blocking(ClientFlows.renew_tensor)

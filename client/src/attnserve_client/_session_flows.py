@@ -39,9 +39,9 @@ class SessionFlows(Generic[S]):
     def __init__(self, session: S, make: Callable[[pb.SessionState], S]) -> None:
         self._session = session
         self._make = make
-        self._ask = session.connection.ask
+        self._ask = session._connection.ask
         self._closed = False
-        self._alone = BatchFlows(session.connection, [session])
+        self._alone = BatchFlows(session._connection, [session])
 
     def attend(
         self,
@@ -114,7 +114,7 @@ class SessionFlows(Generic[S]):
         )
         # Not repeated: once it is done, it cannot be done again.
         answer = yield from self._ask(pb.DecodeRequest(commit=commit), timeout, again=False)
-        self._session.take(answer.session)
+        self._session._take(answer.session)
 
     def truncate(self, length: int, *, timeout: float | None = 10.0) -> Flow[None]:
         """Keep the first `length` tokens.
@@ -128,7 +128,7 @@ class SessionFlows(Generic[S]):
             length=arguments.integer("length", length, 0, arguments.UINT64),
         )
         answer = yield from self._ask(pb.DecodeRequest(truncate=truncate), timeout)
-        self._session.take(answer.session)
+        self._session._take(answer.session)
 
     def fork(
         self,
@@ -165,10 +165,11 @@ class SessionFlows(Generic[S]):
         Raises:
             NotFoundError: it has expired, or the server was started anew.
         """
-        return self._session.renewing(lease, timeout)
+        return self._session._renewing(lease, timeout)
 
     def close(self, *, timeout: float | None = 10.0) -> Flow[None]:
         """Give it up, and what it was promised; no error if it or the server is gone already."""
+        timeout = arguments.seconds("timeout", timeout)
         if self._closed:
             return
         self._closed = True

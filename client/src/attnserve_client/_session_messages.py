@@ -140,7 +140,8 @@ def open_sessions(
 def _specs(layers: Sequence[SessionLayer] | None) -> list[pb.LayerSpec]:
     specs = []
     allowed = "a list of SessionLayer, or None: each as the model"
-    for index, layer in enumerate(arguments.items("layers", layers or (), allowed)):
+    given = () if layers is None else layers
+    for index, layer in enumerate(arguments.items("layers", given, allowed)):
         name = f"layers[{index}]"
         arguments.kind(name, layer, SessionLayer, "a SessionLayer")
         window = layer.window

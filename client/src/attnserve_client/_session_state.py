@@ -77,21 +77,21 @@ class SessionState:
     def __init__(
         self, connection: Connection, state: pb.SessionState, model: str, num_layers: int
     ) -> None:
-        self.connection = connection
+        self._connection = connection
         self.id = state.session_id
         self.model = model
         self.num_layers = num_layers
-        self.take(state)
+        self._take(state)
 
-    def take(self, state: pb.SessionState) -> None:
+    def _take(self, state: pb.SessionState) -> None:
         """What the server says of it."""
         self.length = state.length
         self.max_tokens = state.max_tokens
         self.reserved_tokens = state.reserved_tokens
         self.lease = state.lease / 1e6
 
-    def renewing(self, lease: float | None, timeout: float | None) -> Flow[None]:
+    def _renewing(self, lease: float | None, timeout: float | None) -> Flow[None]:
         """Start its lease anew, and take its state."""
         renew = pb.RenewSession(session_id=self.id, lease=arguments.microseconds("lease", lease))
-        answer = yield from self.connection.ask(pb.DecodeRequest(renew=renew), timeout)
-        self.take(answer.session)
+        answer = yield from self._connection.ask(pb.DecodeRequest(renew=renew), timeout)
+        self._take(answer.session)

@@ -71,10 +71,15 @@ class BatchFlows:
     """
 
     def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
-        if not sessions:
-            raise ValueError("sessions: none; allowed: one or more")
+        allowed = "a list of sessions, one or more"
         self._connection = connection
-        self._sessions = tuple(sessions)
+        self._sessions: tuple[SessionState, ...] = tuple(
+            arguments.items("sessions", sessions, allowed)
+        )
+        for session in self._sessions:
+            arguments.kind("sessions", session, SessionState, allowed)
+        if not self._sessions:
+            raise ValueError("sessions: none; allowed: one or more")
         self._step: _Step | None = None
         self._plain: dict[tuple[int, ...], _Beginning] = {}  # of steps without anything special
 
@@ -318,7 +323,7 @@ class BatchFlows:
         lost = []
         for session in self._sessions:
             try:
-                yield from session.renewing(None, _FIND_SECONDS)
+                yield from session._renewing(None, _FIND_SECONDS)
             except _errors.NotFoundError:
                 lost.append(session.id)
         return lost

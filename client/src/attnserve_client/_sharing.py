@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _attend, _errors, _tensors
 from attnserve_client._answers import AnswerReader, Region
 from attnserve_client._arena import ALIGNMENT, Arena
@@ -78,6 +80,21 @@ class Sharing:
             if self.arena is arena:
                 self._name = name
             return self.arena is arena
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Array:
+        """An array in the memory, its elements undefined.
+
+        Raises:
+            MemoryError: there is no room.
+        """
+        allowed = "float32, float16, bfloat16 or another dtype that can be sent"
+        try:
+            kind = np.dtype(dtype)
+        except TypeError:
+            raise arguments.mistyped("dtype", dtype, allowed) from None
+        if not _tensors.can_be_sent(kind):
+            raise arguments.refused("dtype", dtype, allowed)
+        return self.arena.empty(tuple(arguments.integers("shape", shape, 1, 1 << 48)), kind)
 
     def copy(self, array: Array) -> Array:
         """A copy of an array in the memory.
