@@ -150,7 +150,8 @@ def check(
     plains: Sequence[PlainSession],
     lengths: Sequence[int],
     layer: int,
-    arrays: tuple[Array, Array, Array],
+    arrays: Sequence[Array],
+    tolerance: float = 1e-5,
 ) -> None:
     """Compare a layer's answer with what the plain sessions give, which have begun the step."""
     output = np.frombuffer(attended.output.data, np.float32).reshape(attended.output.shape)
@@ -159,5 +160,7 @@ def check(
     for one, length in zip(plains, lengths, strict=True):
         part = [array[at : at + length] for array in arrays]
         expected, _, _ = one.attend(layer, *part)
-        np.testing.assert_allclose(output[at : at + length], expected, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(
+            output[at : at + length], expected, atol=tolerance, rtol=tolerance
+        )
         at += length

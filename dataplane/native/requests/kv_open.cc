@@ -118,7 +118,6 @@ bool checked_latent(const wire::OpenSessions& message, const KvModel& model) {
 sessions::NewSession checked_session(const std::string& field, const wire::NewSession& message,
                                      bool any_cross, std::size_t page_tokens) {
   const auto name = [&](std::string_view part) { return text(field, ".", part); };
-  checked_tokens(name("max_tokens"), message.max_tokens, 1, sessions::kMostTokens);
   const sessions::Growth room =
       checked_room(text(field, "."), message.max_tokens, message.reserved_tokens);
   sessions::NewSession session{room.max_tokens, room.reserved_tokens, message.cross_tokens, {}};

@@ -121,12 +121,7 @@ bool takes_key(const StepShape& step, const sessions::LayerSpec& layer);
 LayerPart check_layer(const wire::AttendLayer& message, const StepShape& step,
                       const Limits& limits);
 
-// "session_id: given nothing; allowed: ...", INVALID_ARGUMENT. The other actions have little else
-// that can be checked: accepted indices rise, room is no more than there may be, a chunk is not
-// empty. They throw INVALID_ARGUMENT.
-void check_session_id(std::string_view session_id);
-void check_commit(const wire::CommitTree& message);
-sessions::Growth check_fork(const wire::ForkSession& message);
-sessions::Growth check_import(const wire::ImportSession& message);
+// Throws RequestError INVALID_ARGUMENT for a chunk without data.
+void check_import(const wire::ImportSession& message);
 
 }  // namespace attnserve::requests

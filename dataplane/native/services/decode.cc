@@ -348,17 +348,15 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::CommitTree& asked, const MessagePtr&) {
-    requests::check_commit(asked);
     answer(session_message(id, core_.kv.commit(asked.session_id, asked.accepted, owner_)));
   }
 
   void act(std::uint64_t id, const wire::TruncateSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     answer(session_message(id, core_.kv.truncate(asked.session_id, asked.length, owner_)));
   }
 
   void act(std::uint64_t id, const wire::ForkSession& asked, const MessagePtr&) {
-    const sessions::Growth growth = requests::check_fork(asked);
+    const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     const Duration lease = lease_of(asked.lease);
     const sessions::SessionState forked =
         asked.length ? core_.kv.fork(asked.session_id, *asked.length, growth, lease, owner_)
@@ -367,12 +365,10 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::RenewSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     answer(session_message(id, core_.kv.renew(asked.session_id, lease_of(asked.lease), owner_)));
   }
 
   void act(std::uint64_t id, const wire::CloseSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     core_.kv.close(asked.session_id, owner_);
     answer(wire::encode_done(id));
   }
@@ -400,7 +396,6 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::ExportSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     check_transfers();
     const auto leaving = std::make_shared<SessionExport>(
         core_, state_, id, core_.kv.export_session(asked.session_id, owner_));
@@ -409,7 +404,8 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::ImportSession& asked, const MessagePtr& message) {
-    const sessions::Growth growth = requests::check_import(asked);
+    requests::check_import(asked);
+    const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     check_transfers();
     const sessions::ExportedSession exported = sessions::read_exported(asked.chunk.data);
     requests::kv_models(exported.spec, core_.context());

@@ -134,6 +134,11 @@ ExportedSession read_description(ByteSpan payload) {
     spec.window = from.number<std::int64_t>();
     spec.kept_first = from.number<std::int64_t>();
     spec.cross = from.number<std::uint32_t>() != 0;
+    const auto most = static_cast<std::int64_t>(kMostTokens);
+    if (spec.window < -1 || spec.window > most || spec.kept_first < 0 || spec.kept_first > most ||
+        (spec.window < 0 && spec.kept_first > 0) || (spec.cross && spec.window >= 0)) {
+      refuse_chunk(text("what layer ", layer, " sees is out of range"));
+    }
     session.spec.layers.push_back(spec);
     session.first_pages.push_back(from.number<std::uint32_t>());
   }

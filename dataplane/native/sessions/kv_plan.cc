@@ -4,34 +4,11 @@
 
 #include <string>
 
-#include "base/status.h"
-#include "base/text.h"
 #include "sessions/kv_sessions.h"
 
 namespace attnserve::sessions {
 
 namespace {
-
-void check_layer(const LayerSpec& layer, std::size_t index) {
-  const std::string field = text("layers[", index, "]");
-  const auto most = static_cast<std::int64_t>(kMostTokens);
-  if (layer.window < -1 || layer.window > most) {
-    throw RequestError(invalid_argument(field + ".window", text(layer.window),
-                                        text("-1, all keys, or 0 to ", kMostTokens)));
-  }
-  if (layer.kept_first < 0 || layer.kept_first > most) {
-    throw RequestError(invalid_argument(field + ".kept_first", text(layer.kept_first),
-                                        text("0 to ", kMostTokens)));
-  }
-  if (layer.kept_first > 0 && layer.window < 0) {
-    throw RequestError(
-        invalid_argument(field + ".kept_first", text(layer.kept_first), "0 without a window"));
-  }
-  if (layer.cross && layer.window >= 0) {
-    throw RequestError(invalid_argument(field + ".window", text(layer.window),
-                                        "none in a cross layer, whose queries see all keys"));
-  }
-}
 
 void add_number(std::string& to, std::uint64_t number) {
   for (int shift = 0; shift < 64; shift += 8) to += static_cast<char>(number >> shift & 0xFF);
@@ -70,20 +47,11 @@ PageHash digest_of(const SessionSpec& spec) {
 }  // namespace
 
 KvPlanPtr make_plan(const SessionSpec& spec, std::uint64_t promised_step) {
-  if (spec.layers.empty() || spec.layers.size() > kMostLayers) {
-    throw RequestError(
-        invalid_argument("num_layers", text(spec.layers.size()), text("1 to ", kMostLayers)));
-  }
-  if (!spec.layer_models.empty() && spec.layer_models.size() != spec.layers.size()) {
-    throw RequestError(invalid_argument("layer_models", text(spec.layer_models.size()),
-                                        text("none, or one for each of ", spec.layers.size())));
-  }
   auto plan = std::make_shared<KvPlan>();
   plan->spec = spec;
   plan->digest = digest_of(spec);
   for (std::size_t index = 0; index < spec.layers.size(); ++index) {
     const LayerSpec& layer = spec.layers[index];
-    check_layer(layer, index);
     const auto number = static_cast<std::uint32_t>(index);
     if (layer.cross || layer.window < 0) {
       (layer.cross ? plan->cross : plan->full).push_back(number);

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "kv_support.h"
+#include "sessions/kv_chunk.h"
 
 using namespace attnserve;
 using namespace attnserve::sessions;
@@ -207,6 +208,26 @@ TEST_CASE("chunks that were changed, left out, mixed or of another format are re
   CHECK(refused([](auto& of) { std::swap(of[0], of[1]); }).code == Code::kDataLoss);
   CHECK(refused([](auto& of) { of[0][8] = 1; }).message ==
         "chunk: given version 1 of the format; allowed: 2");
+}
+
+TEST_CASE("an export of layers that cannot be is refused") {
+  const auto read = [](const LayerSpec& layer) {
+    ExportedSession session{spec_of({layer}), 0, 16, 16, 0, 0, {0}};
+    Bytes chunk = description_chunk(session);
+    seal_chunk(chunk, 0, true, std::array<std::byte, kChunkNonceBytes>{});
+    return refusal([&] { read_exported(chunk.span()); });
+  };
+  CHECK(read({5, 3, false}).ok());
+  constexpr std::int64_t kTooMany = kMostTokens + 1;
+  for (const LayerSpec& layer : std::vector<LayerSpec>{{-2, 0, false},
+                                                       {kTooMany, 0, false},
+                                                       {5, -1, false},
+                                                       {5, kTooMany, false},
+                                                       {-1, 3, false},
+                                                       {5, 0, true}}) {
+    CHECK(read(layer).code == Code::kDataLoss);
+    CHECK(read(layer).message == "chunk: what layer 0 sees is out of range");
+  }
 }
 
 TEST_CASE("an import that does not fit is refused") {

@@ -1,5 +1,5 @@
 // Answers of Decode.
-#include <cstring>
+#include <utility>
 
 #include "wire/kv_sessions.h"
 #include "wire/layout.h"
@@ -20,20 +20,6 @@ constexpr std::uint32_t kChunkData = 2;  // of SessionChunk
 
 std::uint32_t field_of(LayerOutput output) {
   return output == LayerOutput::kWeights ? kWeights : 1 + static_cast<std::uint32_t>(output);
-}
-
-// A request_id as the beginning of a DecodeResponse.
-std::string head_of(std::uint64_t request_id) {
-  std::string head;
-  pbf_writer writer(head);
-  add_number(writer, 1, request_id);
-  return head;
-}
-
-Bytes response(std::uint64_t request_id, std::uint32_t number, const std::string& result) {
-  std::string message = head_of(request_id);
-  pbf_writer(message).add_message(number, result);
-  return bytes_of(message);
 }
 
 std::string body_of(const SessionState& session) {
@@ -65,7 +51,7 @@ Bytes encode_opened(std::uint64_t request_id, std::span<const SessionState> sess
   std::string opened;
   pbf_writer writer(opened);
   for (const SessionState& session : sessions) writer.add_message(1, body_of(session));
-  return response(request_id, kOpened, opened);
+  return stream_message(request_id, kOpened, opened);
 }
 
 Bytes encode_begun(std::uint64_t request_id, std::uint64_t step_id,
@@ -74,17 +60,17 @@ Bytes encode_begun(std::uint64_t request_id, std::uint64_t step_id,
   pbf_writer writer(begun);
   add_number(writer, 1, step_id);
   append_lengths(begun, 2, lengths);
-  return response(request_id, kBegun, begun);
+  return stream_message(request_id, kBegun, begun);
 }
 
 Bytes encode_session(std::uint64_t request_id, const SessionState& session) {
-  return response(request_id, kSession, body_of(session));
+  return stream_message(request_id, kSession, body_of(session));
 }
 
-Bytes encode_done(std::uint64_t request_id) { return response(request_id, kDone, {}); }
+Bytes encode_done(std::uint64_t request_id) { return stream_message(request_id, kDone, {}); }
 
 Bytes encode_decode_error(std::uint64_t request_id, const Status& status) {
-  return response(request_id, kError, error_message(status));
+  return stream_message(request_id, kError, error_message(status));
 }
 
 Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, bool last,
@@ -94,7 +80,7 @@ Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, b
   add_number(writer, 1, index);
   if (last) writer.add_bool(3, true);
   append_length(chunk, kChunkData, size);
-  std::string message = head_of(request_id);
+  std::string message = stream_head(request_id);
   append_length(message, kChunk, chunk.size() + size);
   return bytes_of(message + chunk);
 }
@@ -103,7 +89,7 @@ LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> 
                          std::span<const std::int64_t> lengths) {
   std::size_t held = 0;  // bytes of elements
   for (const LayerResult& result : results) held += result.byte_size;
-  const Frame frame = enclose(head_of(request_id), kAttended, held, [&](std::size_t before) {
+  const Frame frame = enclose(stream_head(request_id), kAttended, held, [&](std::size_t before) {
     Frame inside(kPadding, before);
     for (const LayerResult& result : results) {
       add_tensor(inside, field_of(result.output), result.dtype, result.shape, result.byte_size);
@@ -117,9 +103,7 @@ LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> 
 }
 
 Bytes LayerAnswer::finish(bool step_ended, const Timings& timings) && {
-  std::string tail = tail_of(step_ended, timings);
-  append_padding(tail, kPadding, kTimingsRoom - tail.size());
-  std::memcpy(bytes_.data() + tail_, tail.data(), tail.size());
+  fill_tail(bytes_, tail_, tail_of(step_ended, timings), kPadding);
   return std::move(bytes_);
 }
 
@@ -135,7 +119,7 @@ Bytes encode_attended_layer(std::uint64_t request_id, std::span<const LayerResul
   }
   append_lengths(attended, kLengths, lengths);
   attended += tail_of(step_ended, timings);
-  return response(request_id, kAttended, attended);
+  return stream_message(request_id, kAttended, attended);
 }
 
 }  // namespace attnserve::wire

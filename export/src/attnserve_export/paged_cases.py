@@ -31,6 +31,7 @@ class Situation:
         tree: whether new tokens branch.
         appends: whether new keys come with the queries, or are there before.
         first: the position of each sequence's first token, where a graph is told positions.
+        latent: whether the keys hold the values.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Situation:
     appends: bool = True
     magnitude: float = 1.0
     first: int = 0
+    latent: bool = False
 
 
 SITUATIONS = (
@@ -65,6 +67,11 @@ SITUATIONS = (
         for name in CACHE_TYPES
         if name != "fp32"
     ),
+    *(
+        Situation(f"latent rows of {name}", ((70, 1), (3, 17), (1100, 2)), cache=name, latent=True)
+        for name in CACHE_TYPES
+    ),
+    Situation("latent trees", ((50, 12), (7, 30)), window=11, tree=True, latent=True),
 )
 
 
@@ -94,6 +101,8 @@ def paged_cases(
             continue
         if layer is not None and situation.magnitude != 1:
             continue
+        if situation.latent and (derived or config.value_head_dim > config.head_dim):
+            continue
         batch = PagedBatch(
             PageLayout(
                 config.num_kv_heads,
@@ -101,6 +110,7 @@ def paged_cases(
                 config.value_head_dim,
                 situation.page_size,
                 situation.cache,
+                situation.latent,
             ),
             config.num_heads,
             numpy_type,
@@ -117,6 +127,7 @@ def paged_cases(
             causal=causal,
             appends=situation.appends,
             magnitude=situation.magnitude,
+            weights_of=range(0, len(situation.sequences), 2),
         )
         given = {} if layer is None else paged_sources.project(batch, layer)
         if config.rotary is not None:

@@ -117,7 +117,7 @@ def paged_reference(
     softcap: float = 0.0,
     penalty: ArrayLike | None = None,
     slopes: ArrayLike | None = None,
-) -> tuple[Float64, Float64, Float64]:
+) -> tuple[Float64, Float64, Float64, Float64]:
     """Attention of one sequence's new tokens, in the layout of sessions.
 
     Args:
@@ -131,7 +131,7 @@ def paged_reference(
 
     Returns:
         Output [n, H, Dv]; log of the sum of exponentials of the scores [n, H]; entropy of the
-        weights [n, H] in nats. Queries that see no key have 0, -inf and 0.
+        weights [n, H] in nats; the weights [n, H, L]. Queries that see no key have 0, -inf, 0 and 0.
     """
     q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
     groups = q.shape[1] // k.shape[1]
@@ -149,7 +149,7 @@ def paged_reference(
     with np.errstate(divide="ignore"):
         log_sum_exp = (highest + np.log(total))[..., 0].T
     logs = np.log(np.where(weights > 0, weights, 1))
-    return output, log_sum_exp, -(weights * logs).sum(axis=-1).T
+    return output, log_sum_exp, -(weights * logs).sum(axis=-1).T, weights.swapaxes(0, 1)
 
 
 def diagnostics_reference(

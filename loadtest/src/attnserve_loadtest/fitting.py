@@ -16,7 +16,7 @@ neighbouring lengths are reported too: read the last of those for large n.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from attnserve_loadtest.report.schema import Fit, LocalExponent, Residual
 
@@ -58,7 +58,8 @@ def fit_power_law(
     freedom = len(usable) - 2
     if freedom > 0:
         variance = float(errors @ errors) / freedom
-        reach = float(stats.t.ppf((1 + confidence) / 2, freedom))
+        # Student's t; `scipy.stats`, which has it too, takes a second to load.
+        reach = float(special.stdtrit(freedom, (1 + confidence) / 2))
         margin = reach * (variance / sum_of_squares) ** 0.5
         low, high = exponent - margin, exponent + margin
         total = float((y - y.mean()) @ (y - y.mean()))

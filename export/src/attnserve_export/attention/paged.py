@@ -17,8 +17,9 @@ from attnserve_export.attention.positions import Rotary
 from attnserve_export.attention.text import joined
 
 # Outputs of the graph; its inputs after those that carry the tokens.
-OUTPUTS = ("output", "log_sum_exp", "entropy")
-INPUTS = ("cache", "starts", "lengths", "table_starts", "table", "spec", "parents")
+OUTPUTS = ("output", "log_sum_exp", "entropy", "weights")
+OF_OPERATOR = ("cache", "starts", "lengths", "table_starts", "table", "spec", "parents")
+INPUTS = (*OF_OPERATOR, "weights_of")
 # Of each new token, where query and key are turned by it.
 POSITIONS = "positions"
 
@@ -59,7 +60,7 @@ def paged_attention(config: AttentionConfig, dtype: str, opset: int) -> onnx.Mod
     own: dict[str, tuple[int, Shape]] = {
         "query": (kind, ("tokens", config.num_heads, config.head_dim)),
         "key": (kind, ("new_keys", config.num_kv_heads, config.head_dim)),
-        "value": (kind, ("new_keys", config.num_kv_heads, config.value_head_dim)),
+        "value": (kind, ("new_values", config.num_kv_heads, config.value_head_dim)),
     }
     output = (kind, ("tokens", config.num_heads, config.value_head_dim))
     if config.rotary is None:
@@ -107,16 +108,18 @@ def paged_model(
         "lengths": (TensorProto.INT64, ("sequences",)),
         "table_starts": (TensorProto.INT64, ("sequences_and_end",)),
         "table": (TensorProto.INT64, ("pages",)),
-        "spec": (TensorProto.INT64, (5,)),
+        "spec": (TensorProto.INT64, (6,)),
         "parents": (TensorProto.INT64, ("parents",)),
+        "weights_of": (TensorProto.INT64, ("weighed_sequences",)),
         "output": output,
         "log_sum_exp": (TensorProto.FLOAT, ("tokens", config.num_heads)),
         "entropy": (TensorProto.FLOAT, ("tokens", config.num_heads)),
+        "weights": (TensorProto.FLOAT, ("weights",)),
     }
-    slopes = [] if config.slopes is None else ["slopes"]
+    slopes = "" if config.slopes is None else "slopes"
     node = helper.make_node(
         "PagedAttention",
-        [*heads, *INPUTS, *slopes],
+        [*heads, *OF_OPERATOR, slopes, "weights_of"],
         ["heads" if after else "output", *OUTPUTS[1:]],
         name="paged",
         domain=DOMAIN,
