@@ -130,3 +130,44 @@ def test_asyncio_has_sessions_streams_and_shared_memory(server: AttentionServer)
                 stream.submit(query, key, value, model="core")
 
     asyncio.run(main())
+
+
+def test_long_chunks_of_a_session_lie_in_shared_memory(server: AttentionServer) -> None:
+    address = f"127.0.0.1:{server.port}"
+    with (
+        AttentionClient(address) as plain,
+        AttentionClient(address, shared_memory=True, shared_memory_bytes=32 << 20) as sharing,
+    ):
+        one, other = (
+            client.sessions(2, "core", num_layers=1, max_tokens=4096) for client in (plain, sharing)
+        )
+        assert sharing._sharing is not None
+        arena = sharing._sharing.arena
+        with plain.batch(one) as sent, sharing.batch(other) as shared:
+            for counts in ((700, 500), (1, 2), (600, 900)):
+                lists = [list(each) for each in zip(*map(heads_of, counts), strict=True)]
+                packed = [np.concatenate(each) for each in lists]
+                want = sent.attend(0, *lists, return_log_sum_exp=True, return_entropy=True)
+                own = [sharing.shared(array) for array in packed]
+                got = [
+                    shared.attend(0, *given, **count, return_log_sum_exp=True, return_entropy=True)
+                    for given, count in ((lists, {}),)
+                ]
+                for session in other:
+                    session.truncate(session.length - counts[other.index(session)])
+                got.append(
+                    shared.attend(
+                        0, *own, new_tokens=counts, return_log_sum_exp=True, return_entropy=True
+                    )
+                )
+                for result in got:
+                    for name in ("output", "log_sum_exp", "entropy"):
+                        array = getattr(result, name)
+                        np.testing.assert_array_equal(array, getattr(want, name))
+                        assert array.flags.writeable
+                        assert (arena.offset_of(array) is not None) == (sum(counts) > 100)
+                # What a server knows no more is registered again.
+                _, region = sharing._sharing.known()
+                if region is not None:
+                    sharing._transport.unregister_now(region)
+        assert [session.length for session in other] == [1301, 1402]

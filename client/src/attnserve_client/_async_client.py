@@ -20,6 +20,7 @@ from attnserve_client._session_stream import SessionStreams
 from attnserve_client._sessions import AsyncBatch, AsyncSession
 from attnserve_client._settings import ClientOptions, settings
 from attnserve_client._sharing import Sharing, shared_by
+from attnserve_client._sharing_flows import SharingFlows
 
 
 class AsyncAttentionClient:
@@ -39,13 +40,14 @@ class AsyncAttentionClient:
         self._runner = AsyncRunner()
         self._transport = AsyncTransport(self._channel, given.metadata)
         self._streams = SessionStreams(lambda: AsyncSessionStream(self._transport.decode_call))
-        self._connection = Connection(self._streams, self._runner)
         shared = given.shared_memory_bytes
         self._sharing = None if shared is None else Sharing(shared)
+        memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
+        self._connection = Connection(self._streams, self._runner, memory)
         self._flows = ClientFlows(
             self._transport,
             given.stream_threshold_bytes,
-            self._sharing,
+            memory,
             self._connection,
             AsyncSession,
         )

@@ -18,6 +18,7 @@ from attnserve_client._session_stream import SessionStream, SessionStreams
 from attnserve_client._sessions import Batch, Session
 from attnserve_client._settings import ClientOptions, settings
 from attnserve_client._sharing import Sharing, shared_by
+from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._stream import AttendStream
 from attnserve_client._transport import BlockingTransport
 
@@ -53,11 +54,12 @@ class AttentionClient:
         self._runner = Runner()
         self._transport = BlockingTransport(self._channel, given.metadata)
         self._streams = SessionStreams(lambda: SessionStream(self._transport.decode_call))
-        self._connection = Connection(self._streams, self._runner)
         shared = given.shared_memory_bytes
         self._sharing = None if shared is None else Sharing(shared)
+        memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
+        self._connection = Connection(self._streams, self._runner, memory)
         self._flows = ClientFlows(
-            self._transport, given.stream_threshold_bytes, self._sharing, self._connection, Session
+            self._transport, given.stream_threshold_bytes, memory, self._connection, Session
         )
 
     def __enter__(self) -> Self:

@@ -34,7 +34,7 @@ _TENSORS = {
 _ATTENDED = pb.DecodeResponse.ATTENDED_FIELD_NUMBER
 # What begins an answer of the server.
 _ANSWER_ID = encoding.tag(pb.DecodeResponse.REQUEST_ID_FIELD_NUMBER, 0)
-_ANSWERED = {
+ANSWERED = {
     pb.AttendedLayer.OUTPUT_FIELD_NUMBER: "output",
     pb.AttendedLayer.LOG_SUM_EXP_FIELD_NUMBER: "log_sum_exp",
     pb.AttendedLayer.ENTROPY_FIELD_NUMBER: "entropy",
@@ -61,6 +61,11 @@ class Rows:
         """Of all parts together."""
         first = self.parts[0].shape
         return first if len(self.parts) == 1 else (sum(self.lengths), *first[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts together."""
+        return sum(part.nbytes for part in self.parts)
 
 
 def rows(value: Any, name: str) -> Rows:
@@ -186,6 +191,14 @@ class LayerPlan:
         return layout.read(received)
 
 
+def layer_of(received: bytes) -> "Attended":
+    """An answer, taken apart anew; as `LayerPlan.read`."""
+    try:
+        return _layout_of(received).read(received)
+    except DecodeError as error:
+        raise _errors.InternalError(f"cannot be read: {error}", method=METHOD) from None
+
+
 @lru_cache(maxsize=256)
 def plan_of(
     options: bytes, kinds: "tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]"
@@ -268,7 +281,7 @@ def _layout_of(received: bytes) -> _Layout:
         read(received)
         raise DecodeError("it does not answer a layer")
     first, last = body
-    message, rooms = wire.locate(view[first:last], pb.AttendedLayer, _ANSWERED)
+    message, rooms = wire.locate(view[first:last], pb.AttendedLayer, ANSWERED)
     arrays = []
     pieces = []
     at = _after_id(received)
@@ -279,7 +292,7 @@ def _layout_of(received: bytes) -> _Layout:
         arrays.append((name, shape, dtype, first + start))
         pieces.append((at, received[at : first + start]))
         at = first + end
-    known = {*_ANSWERED, _ANSWER_PADDING}
+    known = {*ANSWERED, _ANSWER_PADDING}
     before = [n for n, _, _, end in encoding.fields(view[first:last]) if first + end <= at]
     behind = len(arrays) > 0 and last == len(received) and known.issuperset(before)
     tail = at if behind and not message.weights else 0

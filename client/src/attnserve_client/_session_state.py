@@ -11,6 +11,7 @@ from attnserve_client import _retries
 from attnserve_client import _session_messages as messages
 from attnserve_client._flows import Call, Flow
 from attnserve_client._session_messages import METHOD
+from attnserve_client._sharing_flows import SharingFlows
 
 
 class Stream(Protocol):
@@ -38,10 +39,15 @@ class Streams(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What the sessions of one client share."""
+    """What the sessions of one client share.
+
+    Attributes:
+        memory: shared with the server, if any is.
+    """
 
     streams: Streams
     runner: Any
+    memory: SharingFlows | None = None
 
     def ask(
         self, request: pb.DecodeRequest, timeout: float | None, *, again: bool = True

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -12,16 +13,19 @@ from attnserve_client import _arguments as arguments
 from attnserve_client import _errors
 from attnserve_client import _session_layers as layers
 from attnserve_client import _session_messages as messages
+from attnserve_client import _shared_layers as shared_layers
 from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Call, Flow
 from attnserve_client._results import LayerResult
 from attnserve_client._session_layers import Attended, LayerPlan, Rows
 from attnserve_client._session_messages import METHOD
 from attnserve_client._session_state import Connection, SessionState, Stream
+from attnserve_client._sharing_flows import SharingFlows
 
 # How long it is asked after a lost connection whether sessions survived, seconds.
 _FIND_SECONDS = 30.0
 _INT32 = (1 << 31) - 1
+_NOT_FOUND = grpc.StatusCode.NOT_FOUND
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
@@ -58,7 +62,7 @@ class _Layer:
 
     layer: int
     returns: bytes
-    tensors: tuple[Rows, ...]
+    tensors: dict[str, Rows]
     plan: LayerPlan
     timeout: float | None
 
@@ -144,7 +148,7 @@ class BatchFlows:
         )
         kinds = tuple([(name, each.parts[0].dtype, each.shape) for name, each in tensors.items()])
         plan = layers.plan_of(returns, kinds)
-        wanted = _Layer(layer, returns, tuple(tensors.values()), plan, timeout)
+        wanted = _Layer(layer, returns, tensors, plan, timeout)
         if self._step is not None:
             return (yield from self._next(self._step, wanted))
         if layer != 0:
@@ -171,7 +175,7 @@ class BatchFlows:
             yield Call(send, _FIND_SECONDS)
         except AttnserveError as error:
             # A stream that ended, and a step of which a session is gone, are abandoned already.
-            if error.code not in _LOST | {grpc.StatusCode.NOT_FOUND}:
+            if error.code not in _LOST | {_NOT_FOUND}:
                 raise
         if step.unsure:
             yield from self._lengths_anew()
@@ -274,21 +278,15 @@ class BatchFlows:
             raise failure from error
 
     def _compute(self, step: _Step, wanted: _Layer, begin: bytes = b"") -> Flow[LayerResult]:
-        plan, options = wanted.plan, begin + wanted.returns
-
-        def make(request_id: int) -> bytes:
-            return plan.message(request_id, step.step_id, wanted.layer, options, wanted.tensors)
-
-        def send(left: float | None) -> Any:
-            return step.stream.exchange(make, plan.read, left)
-
-        try:
-            attended: Attended = yield Call(send, wanted.timeout)
-        except AttnserveError:
-            raise
-        except BaseException:  # an interrupt, or a task that is cancelled
-            step.unsure = True
-            raise
+        memory = self._connection.memory
+        answer_bytes = None
+        if memory is not None:
+            returns = pb.AttendLayer.FromString(wanted.returns).returns
+            answer_bytes = shared_layers.answer_bytes(wanted.tensors, returns)
+        if memory is None or answer_bytes is None:
+            attended = yield from self._sent(step, wanted, begin)
+        else:
+            attended = yield from self._shared(memory, answer_bytes, step, wanted, begin)
         if begin:
             for session, length in zip(self._sessions, attended.message.lengths, strict=True):
                 session.length = length
@@ -298,6 +296,59 @@ class BatchFlows:
             for session, kept in zip(self._sessions, step.kept, strict=True):
                 session.length += kept
         return result
+
+    def _sent(self, step: _Step, wanted: _Layer, begin: bytes) -> Flow[Attended]:
+        """A layer whose tensors travel within messages."""
+        plan, options, tensors = wanted.plan, begin + wanted.returns, tuple(wanted.tensors.values())
+
+        def make(request_id: int) -> bytes:
+            return plan.message(request_id, step.step_id, wanted.layer, options, tensors)
+
+        def send(left: float | None) -> Any:
+            return step.stream.exchange(make, plan.read, left)
+
+        return self._answered(step, Call(send, wanted.timeout))
+
+    def _answered(self, step: _Step, call: Call) -> Flow[Attended]:
+        try:
+            attended: Attended = yield call
+        except AttnserveError:
+            raise
+        except BaseException:  # an interrupt, or a task that is cancelled
+            step.unsure = True
+            raise
+        return attended
+
+    def _shared(
+        self, memory: SharingFlows, answer_bytes: int, step: _Step, wanted: _Layer, begin: bytes
+    ) -> Flow[Attended]:
+        """A layer whose tensors lie in shared memory, and whose answer's will."""
+        options, forgotten = begin + wanted.returns, False
+        while True:
+            arena, name = yield from memory.registered(wanted.timeout)
+            placed = shared_layers.place(memory.sharing, arena, name, wanted.tensors, answer_bytes)
+            make = partial(
+                shared_layers.message,
+                step_id=step.step_id,
+                layer=wanted.layer,
+                options=options,
+                placed=placed,
+            )
+            call = Call(
+                partial(step.stream.exchange, make, partial(shared_layers.read, placed=placed)),
+                wanted.timeout,
+            )
+            try:
+                return (yield from self._answered(step, call))
+            except BaseException as error:
+                if not isinstance(error, AttnserveError) or step.stream.failed:
+                    memory.lost(placed)
+                    raise
+                if forgotten or error.code != _NOT_FOUND or name not in error.message:
+                    raise
+            # The server was started anew, or took this for another caller after a reconnect.
+            memory.sharing.forget(placed)
+            forgotten = True
 
     def _after_loss(self, error: AttnserveError) -> Flow[AttnserveError]:
         """What to raise after the stream was lost: whether the sessions were lost with it."""
