@@ -1,6 +1,7 @@
 """What both clients do with sessions of a real server: layer models, and asyncio's own."""
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from attnserve_client import (
     AttentionClient,
     CancelledError,
     InvalidArgumentError,
+    SessionLayer,
 )
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig
 from attnserve_export.attention.positions import Rotary
@@ -42,6 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     core = attention(HEADS, DIM, num_kv_heads=KV_HEADS, value_head_dim=VALUE_DIM, mask="causal")
     write_core(folder, "core", core)
+    write_core(folder, "latent", dataclasses.replace(core, num_kv_heads=1))
     for name, module in LAYERS.items():
         write_layer(folder, name, module)
     return folder
@@ -86,6 +89,31 @@ def test_each_layer_of_a_session_has_its_model(server: AttentionServer) -> None:
         assert (session.length, other.length) == (26, 4)
         with pytest.raises(InvalidArgumentError, match="hidden_states"):
             session.attend(0, *heads_of(1))
+
+
+def test_weights_of_named_sessions_and_latent_layers(server: AttentionServer) -> None:
+    layers = [SessionLayer(latent=True)]
+    with AttentionClient(f"127.0.0.1:{server.port}") as client:
+        cores = client.sessions(3, "core", num_layers=1, max_tokens=64)
+        latents = client.sessions(3, "latent", num_layers=1, max_tokens=64, layers=layers)
+        for sessions, latent in ((cores, 0), (latents, VALUE_DIM)):
+            plains = [PlainSession([PlainLayer(latent=latent)]) for _ in sessions]
+            with client.batch(sessions) as batch:
+                for counts in ((20, 1, 5), (1, 1, 17)):
+                    query, key, value = ([], [], [])
+                    for count, plain in zip(counts, plains, strict=True):
+                        arrays = heads_of(count)
+                        if latent:
+                            arrays = [arrays[0], arrays[1][:, :1].copy()]
+                        for each, array in zip((query, key, value), arrays, strict=False):
+                            each.append(array)
+                        plain.begin(count)
+                        plain.attend(0, *arrays)
+                        plain.end()
+                    result = batch.attend(0, query, key, value or None, return_weights_of=[0, 2])
+                    assert result.output is not None
+                    for given, plain in zip(result.weights, (plains[0], plains[2]), strict=True):
+                        np.testing.assert_allclose(given, plain.weights, atol=1e-5)
 
 
 def test_asyncio_has_sessions_streams_and_shared_memory(server: AttentionServer) -> None:

@@ -99,7 +99,9 @@ def returns_of(
     return_weights_of: Sequence[int],
 ) -> bytes:
     """What a layer is asked for, as a field of `AttendLayer`."""
-    named = tuple(arguments.integers("return_weights_of", return_weights_of))
+    named: tuple[int, ...] = ()
+    if not isinstance(return_weights_of, tuple) or return_weights_of:
+        named = tuple(arguments.integers("return_weights_of", return_weights_of))
     flags = (return_output, return_log_sum_exp, return_entropy)
     try:
         return _returns_of(*flags, named)
