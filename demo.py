@@ -22,9 +22,9 @@ SENTENCE = "The animal didn't cross the street because it was too tired"
 
 NEXT = """
 Three things to try next:
-  serve the models            .venv/bin/attnserve-server --repository models
-  then, beside it, ask        .venv/bin/attnserve tokens "Paris is in France" --model minilm --query paris
-  or load it, with a web page .venv/bin/locust -f loadtest/locustfile.py --host 127.0.0.1:8001"""
+  serve the models      .venv/bin/attnserve-server --repository models
+  then, beside it, ask  .venv/bin/attnserve tokens "Paris is big" --model minilm --query paris
+  or load it            .venv/bin/locust -f loadtest/locustfile.py --host 127.0.0.1:8001"""
 
 
 def run(*command: str) -> None:
