@@ -143,7 +143,7 @@ def _figures(report: Report) -> str:
             "the tables below hold the means.",
         )
     )
-    return "\n".join(f"<figure>{figure}</figure>" for figure in figures)
+    return "\n".join(f'<figure tabindex="0">{figure}</figure>' for figure in figures)
 
 
 def _spoken_fits(report: Report) -> str:
@@ -306,10 +306,11 @@ def page_style() -> str:
 _RULES = """
 body{margin:0;background:var(--paper);color:var(--ink);
   font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:62rem;margin:0 auto;padding:1.5rem}
+main{max-width:76rem;margin:0 auto;padding:1.5rem}p{max-width:62rem}
 h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.2rem}
 h3{font-size:1.05rem}
-figure{margin:1.5rem 0}svg{width:100%;height:auto;display:block}
+figure{margin:1.5rem 0;overflow-x:auto}svg{width:100%;height:auto;display:block}
+@media(max-width:44rem){main{padding:1rem}figure svg{min-width:40rem}}
 .scroll{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--muted);padding-bottom:.3rem}
