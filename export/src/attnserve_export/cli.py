@@ -41,7 +41,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         if options.kind == "tune":
             folder = repository.folder_of(options.out, options.name, options.version)
-            repository.read(folder)
+            repository.read_content(folder)
             from attnserve_export import building
 
             for line in building.tune(options, folder, progress):

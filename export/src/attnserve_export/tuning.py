@@ -80,7 +80,7 @@ def tune(
         provider: ONNX Runtime's name of it.
         batch: sequences per run.
         seconds: to spend on each length: variants that would take more, by the length before, are
-            left out there; the fastest runs once in any case.
+            left out there. At the shortest length each runs once in any case, at others the fastest.
         progress: told what is going on.
 
     Raises:
@@ -113,7 +113,8 @@ def tune(
                 f"ONNX Runtime fell back to {session.get_providers()[0]}"
             )
     measurements: list[Measurement] = []
-    times: Mapping[str, float] = {}
+    # Of each variant, the longest length measured so far, and its seconds there.
+    known: dict[str, tuple[int, float]] = {}
     lengths = sorted(set(seq_lens))
     try:
         for index, seq_len in enumerate(lengths):
@@ -123,21 +124,20 @@ def tune(
                 if entry.memory == "linear"
                 or 4 * batch * manifest.attention.num_heads * seq_len**2 <= _MOST_SCORE_BYTES
             ]
-            # No variant takes more than its share of the square of the length.
-            growth = (seq_len / lengths[index - 1]) ** 2 if index else 0.0
-            expected = {name: growth * times.get(name, 0.0) for name, _ in tried}
+            expected = {name: _expected(known.get(name), seq_len) for name, _ in tried}
             try:
                 times = _times(manifest, tried, batch, seq_len, seconds, expected)
             except MemoryError:
                 raise ExportError(
                     f"--seq-lens: {seq_len} with --batch {batch} takes more memory than there is"
                 ) from None
+            known |= {name: (seq_len, each) for name, each in times.items()}
             found = [Measurement(name, seq_len, each * 1e3) for name, each in times.items()]
             found.sort(key=lambda measurement: measurement.milliseconds)
             measurements += found
             said = ", ".join(f"{m.variant} {m.milliseconds:.3f} ms" for m in found)
             left = len(lengths) - index - 1
-            more = f"; {left} more, {left * seconds:.0f} s" if left else ""
+            more = f"; {left} to go, about {left * seconds:.3g} s" if left else ""
             progress(f"{provider}, {seq_len} positions: {said}{more}")
     finally:
         # What was measured is kept, whatever happens after it.
@@ -145,6 +145,14 @@ def tune(
             complete = measurements[-1].seq_len == lengths[-1]
             _keep(folder, manifest, provider, batch, measurements, complete=complete)
     return measurements
+
+
+def _expected(known: tuple[int, float] | None, seq_len: int) -> float:
+    """The seconds of a run, growing with the square of the length; 0 of what is not known."""
+    if known is None:
+        return 0.0
+    length, seconds = known
+    return seconds * (seq_len / length) ** 2
 
 
 def _keep(
@@ -183,7 +191,13 @@ def picks_from(measurements: Sequence[Measurement]) -> tuple[Pick, ...]:
     A variant that was too large or slow to try at a length comes after all that were.
     """
     lengths = sorted({m.seq_len for m in measurements})
-    everyone = sorted({m.variant for m in measurements})
+    longest: dict[str, Measurement] = {}
+    for measured in sorted(measurements, key=lambda m: m.seq_len):
+        longest[measured.variant] = measured
+    # Whoever got further is the faster.
+    everyone = sorted(
+        longest, key=lambda name: (-longest[name].seq_len, longest[name].milliseconds)
+    )
     rows: list[Pick] = []
     for index, length in enumerate(lengths):
         fastest = sorted(
@@ -245,7 +259,8 @@ def _times(
 
     fastest_first = sorted(contenders, key=lambda each: expected[each[0]])
     for name, session in fastest_first:  # the first run allocates
-        if not first or time.monotonic() + expected[name] <= until:
+        known = expected[name] > 0
+        if not first or not known or time.monotonic() + expected[name] <= until:
             first[name], times[name] = timed(session), []
     running = [each for each in contenders if each[0] in first]
     while running:
