@@ -80,7 +80,7 @@ def tune(
         provider: ONNX Runtime's name of it.
         batch: sequences per run.
         seconds: to spend on each length: variants that would take more, by the length before, are
-            left out there. At the shortest length each runs once in any case, at others the fastest.
+            left out there. At the shortest length each runs at least once, at others the fastest.
         progress: told what is going on.
 
     Raises:
