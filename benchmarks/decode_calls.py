@@ -131,15 +131,15 @@ class Group:
 
 def step(sessions: Sequence[Session]) -> list[pb.DecodeRequest]:
     """A step of one token and one layer of these sessions."""
-    begin = pb.BeginStep(step_id=1)
+    begin = pb.BeginStep()
     for session in sessions:
         begin.sessions.add(session_id=session.id, new_tokens=1)
     query, key, value = (
         pb.Tensor(dtype=pb.FP32, shape=array.shape, data=array.tobytes())
         for array in random(len(sessions))
     )
-    layer = pb.AttendLayer(step_id=1, layer=0, query=query, key=key, value=value)
-    return [pb.DecodeRequest(begin_step=begin), pb.DecodeRequest(attend_layer=layer)]
+    layer = pb.AttendLayer(step_id=1, layer=0, begin=begin, query=query, key=key, value=value)
+    return [pb.DecodeRequest(attend_layer=layer)]
 
 
 def back(sessions: Sequence[Session]) -> Group:

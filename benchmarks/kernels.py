@@ -259,11 +259,12 @@ def windowed(models: Models, options: argparse.Namespace) -> list[dict[str, Any]
 
 def other_shapes(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Grouped heads, cross-attention and single queries."""
+    square, keys = options.grouped_seq_len, options.cross_key_len
     shapes = {
-        "grouped": (["--mask", "causal"], Shape(32, 8, 1024, 1024, 128)),
-        "cross": (["--mask", "cross"], Shape(8, 8, 128, 8192, 64)),
-        "one query": (["--mask", "cross"], Shape(8, 8, 1, 8192, 64)),
-        "one grouped": (["--mask", "cross"], Shape(32, 8, 1, 8192, 128)),
+        "grouped": (["--mask", "causal"], Shape(32, 8, square, square, 128)),
+        "cross": (["--mask", "cross"], Shape(8, 8, 128, keys, 64)),
+        "one query": (["--mask", "cross"], Shape(8, 8, 1, keys, 64)),
+        "one grouped": (["--mask", "cross"], Shape(32, 8, 1, keys, 128)),
     }
     rows = []
     for section, (chosen, shape) in shapes.items():
@@ -352,10 +353,12 @@ def main() -> int:
     options.window_seq_lens = [2048, 4096, 8192, 16_384, 32_768]
     options.memory_seq_lens = [4096, 16_384, 65_536]
     options.compare_seq_len, options.flex, shortest = 16_384, True, 2048
+    options.grouped_seq_len, options.cross_key_len = 1024, 8192
     if options.quick:
         options.seq_lens, options.window_seq_lens = [128, 256], [128, 256, 512]
         options.memory_seq_lens, options.compare_seq_len = [1024], 1024
-        options.flex, options.seconds, options.rounds, shortest = False, 0.2, 3, 128
+        options.grouped_seq_len, options.cross_key_len = 128, 1024
+        options.flex, options.seconds, options.rounds, shortest = False, 0.05, 3, 128
     torch.set_num_threads(cores())
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -41,6 +41,7 @@ setup(
                 "native/paged.h",
                 "native/paged_operator.h",
                 "native/paged_tiles.inc",
+                "native/paged_weights.inc",
             ],
             include_dirs=["native"],
             extra_compile_args=FLAGS,

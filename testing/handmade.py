@@ -7,7 +7,7 @@ is verified as an exported one is; `export/tests/test_handmade.py` compares them
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.paged import paged_attention
+from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.text import exact, joined
 from attnserve_export.attention.variants import (
     CPU,
@@ -86,14 +87,29 @@ def write_core(
 
 
 def write_layer(
-    out: Path, name: str, module: AttentionLayer | MultiheadAttention, *, mask: str = ""
+    out: Path,
+    name: str,
+    module: AttentionLayer | MultiheadAttention,
+    *,
+    mask: str = "",
+    variants: Collection[str] | None = None,
 ) -> None:
-    """Write a layer in FP32 into a repository; `mask` is that of a `MultiheadAttention`."""
+    """Write a layer in FP32 into a repository.
+
+    Args:
+        out: the repository.
+        name: of the model.
+        module: the layer.
+        mask: of a `MultiheadAttention`.
+        variants: those to write; None: all.
+    """
     is_own = isinstance(module, AttentionLayer)
     layer = module if is_own else AttentionLayer.of_multihead(module, mask)
     config = layer.config
     native = attnserve_kernels.library_path() is not None
     specs = layer_specs(config.attention, "FP32", native=native)
+    if variants is not None:
+        specs = {name: spec for name, spec in specs.items() if name in variants}
     original = copy.deepcopy(module).eval().double()
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
@@ -169,6 +185,8 @@ def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.M
 
 
 def _layer_graph(layer: AttentionLayer, spec: VariantSpec) -> onnx.ModelProto:
+    if spec.core is PagedCore:
+        return paged_layer(layer, "FP32", runtime.MIN_OPSET)
     config, c = layer.config, layer.config.attention
     cross = config.context_dim is not None
     own = [f"float[batch, query_len, {config.embed_dim}] hidden_states"]

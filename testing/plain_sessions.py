@@ -16,12 +16,14 @@ Array = NDArray[Any]
 class PlainLayer:
     """What a layer holds: keys [N, Hkv, D] and values [N, Hkv, Dv], of all tokens so far.
 
-    `window` counts a query's own key; 0: none.
+    `window` counts a query's own key; 0: none. `latent`: how many of a key's numbers are its value,
+    where no values are given.
     """
 
     window: int = 0
     kept_first: int = 0
     cross: bool = False
+    latent: int = 0
     key: Array | None = None
     value: Array | None = None
 
@@ -43,6 +45,7 @@ class PlainSession:
     layers: list[PlainLayer]
     length: int = 0
     tree_tokens: int = 0  # of the last step, while it waits for `commit`
+    weights: Array | None = None  # [n, H, N] of the layer that was computed last
     _parents: list[int] = field(default_factory=list)
     _new: int = 0
 
@@ -55,10 +58,13 @@ class PlainSession:
     def attend(
         self, layer: int, query: Array, key: Array | None = None, value: Array | None = None
     ) -> tuple[Array, Array, Array]:
-        """Output [n, H, Dv], log-sum-exp and entropy [n, H], of the step's n tokens."""
+        """Output [n, H, Dv], log-sum-exp and entropy [n, H], of the step's n tokens.
+
+        Afterwards `weights` has their attention weights.
+        """
         held = self.layers[layer]
-        if key is not None and value is not None:
-            held.append(key, value)
+        if key is not None:
+            held.append(key, key[..., : held.latent] if value is None else value)
         assert held.key is not None
         assert held.value is not None
         seen = np.ones((len(query), len(held.key)), bool) if held.cross else self._seen(held)
@@ -70,6 +76,7 @@ class PlainSession:
         scores = _scores(*heads) + bias[0]
         top = scores.max(axis=-1, keepdims=True)
         log_sum_exp = (top + np.log(np.exp(scores - top).sum(-1, keepdims=True)))[..., 0]
+        self.weights = weights[0].swapaxes(0, 1)
         logs = np.log(np.where(weights > 0, weights, 1.0))
         entropy = -(weights * logs).sum(-1)[0]
         return output[0].swapaxes(0, 1), log_sum_exp.T, entropy.T

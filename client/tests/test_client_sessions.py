@@ -1,12 +1,11 @@
-"""KV sessions of the SDK against a real grpc server that has its cache in NumPy and misbehaves."""
+"""KV sessions of the blocking SDK against a server that has its cache in NumPy and misbehaves."""
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -22,186 +21,26 @@ from attnserve_client import (
     page_hashes,
 )
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import attention_pb2_grpc as pb_grpc
 from plain_sessions import PlainLayer, PlainSession
-
-HEADS, KV_HEADS, DIM, VALUE_DIM, LAYERS = 4, 2, 8, 6, 2
-
-Array = np.ndarray[Any, Any]
-# Called with each request, before it is answered; may raise `BreakError`.
-Look = Callable[[pb.DecodeRequest], None]
-
-
-class BreakError(Exception):
-    """The stream ends here."""
-
-    def __init__(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-
-class NumpyServer(pb_grpc.AttentionServiceServicer):
-    """Decode in NumPy: just so much of it as the SDK relies on."""
-
-    def __init__(self, look: Look) -> None:
-        self.sessions: dict[str, PlainSession] = {}
-        self.requests: list[pb.DecodeRequest] = []
-        self._look = look
-
-    def Decode(  # noqa: N802
-        self, requests: Iterator[pb.DecodeRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.DecodeResponse]:
-        steps: dict[int, pb.BeginStep] = {}
-        chunks: list[bytes] = []
-        try:
-            for request in requests:
-                self.requests.append(request)
-                self._look(request)
-                action = request.WhichOneof("action")
-                assert action is not None
-                body = getattr(request, action)
-                response = pb.DecodeResponse(request_id=request.request_id)
-                try:
-                    if action == "export_session":
-                        yield from self._export(response, body)
-                        continue
-                    if action == "import_session":
-                        chunks.append(body.chunk.data)
-                        if not body.chunk.last:
-                            continue
-                        body = b"".join(chunks)
-                    getattr(self, f"_{action}")(body, response, steps)
-                except (KeyError, ValueError) as error:
-                    code = grpc.StatusCode.NOT_FOUND
-                    if isinstance(error, ValueError):
-                        code = grpc.StatusCode.INVALID_ARGUMENT
-                    response.error.code, response.error.message = code.value[0], str(error)
-                yield response
-        except BreakError as broken:
-            context.abort(broken.code, "restarting")
-
-    def _state(self, name: str, response: pb.SessionState) -> None:
-        response.session_id, response.length = name, self.sessions[name].length
-        response.max_tokens, response.lease = 4096, 30_000_000
-
-    def _add(self, session: PlainSession, response: pb.SessionState) -> None:
-        name = f"session {len(self.sessions)}"
-        self.sessions[name] = session
-        self._state(name, response)
-
-    def _open(self, body: pb.OpenSessions, response: pb.DecodeResponse, steps: Any) -> None:
-        specs = body.layers or [pb.LayerSpec()]
-        specs = [specs[0]] * body.num_layers if len(specs) == 1 else specs
-        for _ in body.sessions:
-            layers = [PlainLayer(spec.window, spec.kept_first, spec.cross) for spec in specs]
-            self._add(PlainSession(layers), response.opened.sessions.add())
-
-    def _begin_step(self, body: pb.BeginStep, response: pb.DecodeResponse, steps: Any) -> None:
-        for each in body.sessions:
-            session = self.sessions[each.session_id]
-            response.begun.lengths.append(session.length)
-            session.begin(each.new_tokens, each.parents or None)
-        response.begun.step_id = body.step_id
-        steps[body.step_id] = (body, set())
-
-    def _attend_layer(self, body: pb.AttendLayer, response: pb.DecodeResponse, steps: Any) -> None:
-        step, done = steps[body.step_id]
-        query, key, value = (array_of(t) for t in (body.query, body.key, body.value))
-        if query.shape[1] != HEADS:
-            raise ValueError(f"query.shape: {query.shape}")
-        outputs: list[tuple[Array, Array, Array]] = []
-        first = cross = 0
-        for each in step.sessions:
-            session = self.sessions[each.session_id]
-            held = session.layers[body.layer]
-            rows = slice(first, first + each.new_tokens)
-            keys = slice(cross, cross + each.cross_tokens) if held.cross else rows
-            given = (key[keys], value[keys]) if keys.start != keys.stop else (None, None)
-            outputs.append(session.attend(body.layer, query[rows], *given))
-            first, cross = rows.stop, keys.stop
-        done.add(body.layer)
-        names = ("output", "log_sum_exp", "entropy")
-        wanted = (not body.returns.no_output, body.returns.log_sum_exp, body.returns.entropy)
-        for name, want, arrays in zip(names, wanted, zip(*outputs, strict=True), strict=True):
-            if want:
-                getattr(response.attended, name).CopyFrom(tensor_of(np.concatenate(arrays)))
-        response.attended.timings.batch_size = len(step.sessions)
-        if len(done) == len(self.sessions[step.sessions[0].session_id].layers):
-            response.attended.step_ended = True
-            for each in step.sessions:
-                self.sessions[each.session_id].end()
-
-    def _abandon_step(self, body: pb.AbandonStep, response: pb.DecodeResponse, steps: Any) -> None:
-        step, _ = steps.pop(body.step_id)
-        for each in step.sessions:
-            self.sessions[each.session_id].truncate(self.sessions[each.session_id].length)
-        response.done.SetInParent()
-
-    def _commit(self, body: pb.CommitTree, response: pb.DecodeResponse, steps: Any) -> None:
-        self.sessions[body.session_id].commit(body.accepted)
-        self._state(body.session_id, response.session)
-
-    def _truncate(self, body: pb.TruncateSession, response: pb.DecodeResponse, steps: Any) -> None:
-        self.sessions[body.session_id].truncate(body.length)
-        self._state(body.session_id, response.session)
-
-    def _fork(self, body: pb.ForkSession, response: pb.DecodeResponse, steps: Any) -> None:
-        session = self.sessions[body.session_id]
-        length = body.length if body.HasField("length") else session.length
-        self._add(session.fork(length), response.session)
-
-    def _renew(self, body: pb.RenewSession, response: pb.DecodeResponse, steps: Any) -> None:
-        self._state(body.session_id, response.session)
-
-    def _close(self, body: pb.CloseSession, response: pb.DecodeResponse, steps: Any) -> None:
-        del self.sessions[body.session_id]
-        response.done.SetInParent()
-
-    def _export(
-        self, response: pb.DecodeResponse, body: pb.ExportSession
-    ) -> Iterator[pb.DecodeResponse]:
-        data = body.session_id.encode() + bytes(self.sessions[body.session_id].length)
-        for index in range(len(data)):
-            response.chunk.index, response.chunk.data = index, data[index : index + 1]
-            response.chunk.last = index + 1 == len(data)
-            yield response
-
-    def _import_session(self, body: bytes, response: pb.DecodeResponse, steps: Any) -> None:
-        name = body.rstrip(b"\0").decode()
-        if name not in self.sessions:
-            raise ValueError(f"chunk: {name}")
-        self._add(self.sessions[name].fork(self.sessions[name].length), response.session)
-
-
-def array_of(tensor: pb.Tensor) -> Array:
-    if not tensor.shape:
-        return np.empty(0)
-    return np.frombuffer(tensor.data, np.float32).reshape(tuple(tensor.shape))
-
-
-def tensor_of(array: Array) -> pb.Tensor:
-    data = array.astype(np.float32)
-    return pb.Tensor(dtype=pb.FP32, shape=data.shape, data=data.tobytes())
+from session_server import (
+    HEADS,
+    LAYERS,
+    VALUE_DIM,
+    Array,
+    BreakError,
+    Look,
+    NumpyServer,
+    array_of,
+    broken_once,
+    random,
+    serving_sessions,
+)
 
 
 @contextmanager
 def served(look: Look = lambda request: None) -> Iterator[tuple[NumpyServer, AttentionClient]]:
-    service = NumpyServer(look)
-    server = grpc.server(ThreadPoolExecutor(8))
-    pb_grpc.add_AttentionServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    with AttentionClient(f"127.0.0.1:{port}") as client:
+    with serving_sessions(look) as (service, address), AttentionClient(address) as client:
         yield service, client
-    server.stop(0).wait()
-
-
-def random(generator: np.random.Generator, tokens: int) -> tuple[Array, Array, Array]:
-    """Query, key and value of so many tokens."""
-    shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
-    query, key, value = (
-        generator.standard_normal((tokens, *shape)).astype(np.float32) for shape in shapes
-    )
-    return query, key, value
 
 
 GENERATOR = np.random.default_rng()
@@ -248,6 +87,66 @@ def test_elements_travel_aligned_and_are_asked_for_alone() -> None:
             sent = service.requests[-1].attend_layer
             for tensor, array in zip((sent.query, sent.key, sent.value), arrays, strict=True):
                 np.testing.assert_array_equal(array_of(tensor), array)
+
+
+def test_weights_of_named_sessions_come_beside_the_output() -> None:
+    plains = [PlainSession([PlainLayer()]) for _ in range(3)]
+    with served() as (_, client):
+        sessions = client.sessions(3, "m", num_layers=1, max_tokens=64)
+        with client.batch(sessions) as batch:
+            for counts in ([3, 1, 4], [1, 2, 1]):
+                parts = [random(GENERATOR, count) for count in counts]
+                lists = [list(each) for each in zip(*parts, strict=True)]
+                result = batch.attend(0, *lists, return_weights_of=[0, 2])
+                for plain, count, part in zip(plains, counts, parts, strict=True):
+                    plain.begin(count)
+                    plain.attend(0, *part)
+                    plain.end()
+                for given, plain in zip(result.weights, (plains[0], plains[2]), strict=True):
+                    np.testing.assert_allclose(given, plain.weights, rtol=1e-4, atol=1e-6)
+                    assert given.flags.writeable
+        alone = sessions[0].attend(0, *random(GENERATOR, 2), return_weights=True)
+        assert [each.shape for each in alone.weights] == [(2, HEADS, 6)]
+        assert sessions[0].attend(0, *random(GENERATOR, 2)).weights == []
+
+
+def test_a_latent_layer_takes_no_value() -> None:
+    plain = PlainSession([PlainLayer(latent=VALUE_DIM)])
+    layers = [SessionLayer(latent=True)]
+    with (
+        served() as (service, client),
+        client.session("m", num_layers=1, max_tokens=64, layers=layers) as session,
+    ):
+        assert service.requests[0].open.layers[0].latent
+        for tokens in (4, 1, 2):
+            query, key, _ = random(GENERATOR, tokens)
+            plain.begin(tokens)
+            expected, _, _ = plain.attend(0, query, key)
+            plain.end()
+            result = session.attend(0, query, key)
+            np.testing.assert_allclose(result.output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_models_and_their_hidden_states_are_told_to_the_server() -> None:
+    with served() as (service, client):
+        session = client.session(layer_models=["a", ("b", 2)], max_tokens=8)
+        assert session.num_layers == 2
+        assert service.requests[0].open == pb.OpenSessions(
+            num_layers=2,
+            layer_models=[pb.ModelOfLayer(model="a"), pb.ModelOfLayer(model="b", version="2")],
+            sessions=[pb.NewSession(max_tokens=8)],
+        )
+        hidden = GENERATOR.standard_normal((3, 5)).astype(np.float32)
+        with pytest.raises(InvalidArgumentError):  # this server has none
+            session.attend(0, hidden_states=hidden)
+        sent = service.requests[-1].attend_layer.hidden_states
+        np.testing.assert_array_equal(array_of(sent), hidden)
+        with pytest.raises(ValueError, match=r"hidden_states: shape \[3, 5, 1\]; allowed: \[T"):
+            session.attend(0, hidden_states=hidden[..., None])
+        with pytest.raises(ValueError, match="query: not given"):
+            session.attend(0)
+        with pytest.raises(ValueError, match="num_layers: 3 beside 2 layer_models"):
+            client.session(layer_models=["a", "b"], num_layers=3, max_tokens=8)
 
 
 def test_a_batch_steps_sessions_of_different_lengths() -> None:
@@ -340,7 +239,7 @@ def test_layers_are_told_to_the_server() -> None:
         query, key, value = random(GENERATOR, 3)
         _, far_key, far_value = random(GENERATOR, 9)
         session.attend(0, query, key, value, cross_tokens=9)
-        assert service.requests[-2].begin_step.sessions[0].cross_tokens == 9
+        assert service.requests[-1].attend_layer.begin.sessions[0].cross_tokens == 9
         assert session.attend(1, query, far_key, far_value).output is not None
         assert session.attend(2, query, key, value).step_ended
         session.attend(0, query, key, value)
@@ -358,7 +257,7 @@ def test_pages_have_hashes() -> None:
         session = client.session("m", num_layers=1, max_tokens=64, prefix_hashes=hashes)
         session.attend(0, *random(GENERATOR, 16), prefix_hashes=hashes[:1])
         assert service.requests[0].open.sessions[0].prefix_hashes == b"".join(hashes)
-        assert service.requests[1].begin_step.sessions[0].prefix_hashes == hashes[0]
+        assert service.requests[1].attend_layer.begin.sessions[0].prefix_hashes == hashes[0]
         with pytest.raises(ValueError, match="prefix_hashes: one of 3 bytes"):
             client.session("m", num_layers=1, max_tokens=64, prefix_hashes=[b"abc"])
 
@@ -389,26 +288,14 @@ def test_a_refused_step_has_not_begun() -> None:
         assert session.attend(0, *random(GENERATOR, 1)).step_ended
 
 
-def broken_once(action: str, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> Look:
-    left = [True]
-
-    def look(request: pb.DecodeRequest) -> None:
-        if request.WhichOneof("action") == action and left:
-            left.clear()
-            raise BreakError(code)
-
-    return look
-
-
 def test_a_step_that_had_not_begun_is_repeated_after_a_lost_connection() -> None:
-    for action in ("begin_step", "attend_layer"):
-        with (
-            served(broken_once(action)) as (_, client),
-            client.session("m", num_layers=LAYERS, max_tokens=64) as session,
-        ):
-            for layer in range(LAYERS):
-                session.attend(layer, *random(GENERATOR, 2))
-            assert session.length == 2
+    with (
+        served(broken_once("attend_layer")) as (_, client),
+        client.session("m", num_layers=LAYERS, max_tokens=64) as session,
+    ):
+        for layer in range(LAYERS):
+            session.attend(layer, *random(GENERATOR, 2))
+        assert session.length == 2
 
 
 def test_a_step_that_is_lost_says_that_its_sessions_are_not() -> None:
@@ -441,6 +328,7 @@ def test_a_step_that_may_have_ended_is_not_repeated() -> None:
         def end_and_break(request: pb.DecodeRequest) -> None:
             if request.HasField("attend_layer"):
                 service._look = lambda _: None
+                service.sessions[session.id].begin(2)
                 service.sessions[session.id].end()
                 raise BreakError(grpc.StatusCode.UNAVAILABLE)
 
@@ -454,7 +342,7 @@ def test_a_session_lost_with_its_server_is_not_found() -> None:
     with served() as (service, client), client.session("m", num_layers=1, max_tokens=64) as session:
 
         def forget(request: pb.DecodeRequest) -> None:
-            if request.HasField("begin_step"):
+            if request.attend_layer.HasField("begin"):
                 service.sessions.clear()
                 raise BreakError(grpc.StatusCode.UNAVAILABLE)
 

@@ -5,15 +5,19 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from attnserve_export import models
 from attnserve_export.attention.core import AttentionConfig, FusedCore
+from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.masks import Mask
-from attnserve_export.attention.variants import FUSED, VariantSpec
+from attnserve_export.attention.positions import Rotary
+from attnserve_export.attention.variants import FUSED, VariantSpec, core_specs, layer_specs
 from attnserve_export.cli import main
 from attnserve_export.reference import BIDIRECTIONAL, CAUSAL, attention_reference
 from hypothesis import given, settings
@@ -141,8 +145,6 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
 
 
 def test_fused_is_a_single_attention_node(repository: Path) -> None:
-    import onnx
-
     graph = onnx.load(repository / "one/1/model.onnx").graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("Attention") == 1
@@ -170,6 +172,73 @@ def test_a_wrong_graph_is_not_written(
     assert "not written: variant fused: case" in message
     assert "allowed:" in message
     assert not list((tmp_path / "m").rglob("*"))
+
+
+def _paged_layers_alone(
+    config: AttentionConfig, dtype: str, *, native: bool
+) -> dict[str, VariantSpec]:
+    return {"paged": layer_specs(config, dtype, native=native)["paged"]}
+
+
+TURNING = ["--num-heads", "4", "--num-kv-heads", "2", "--embed-dim", "24", "--mask", "causal"]
+TURNING += ["--rotary", "interleaved", "--rotary-dims", "4"]
+
+
+@pytest.mark.needs_library
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_layers_and_rotary_cores_keep_sessions_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(models, "layer_specs", _paged_layers_alone)
+    out = ["--out", str(tmp_path), "--name", "x", "--dtype", dtype]
+    assert main(["layer", *out, *TURNING]) == 0
+    manifest = json.loads((tmp_path / "x/1/model.json").read_text())
+    (variant,) = manifest["variants"]
+    inputs = {entry["name"]: entry["shape"] for entry in variant["inputs"]}
+    assert inputs["hidden_states"] == ["tokens", 24]
+    assert inputs["positions"] == ["tokens"]
+    assert set(inputs).isdisjoint({"query", "key", "value"})
+    assert variant["outputs"][0]["shape"] == ["tokens", 24]
+    assert "far on" in {case["case"] for case in variant["verification"]["cases"]}
+
+
+@pytest.mark.needs_library
+def test_a_layer_that_turns_heads_wrongly_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = models.paged_layer
+
+    def wrong(layer: AttentionLayer, dtype: str, opset: int) -> onnx.ModelProto:
+        model = right(layer, dtype, opset)
+        for node in model.graph.node:
+            if node.op_type == "RotaryEmbedding":
+                del node.attribute[:]
+                heads = 4 if "query" in node.input[0] else 2
+                node.attribute.append(onnx.helper.make_attribute("num_heads", heads))
+                node.attribute.append(onnx.helper.make_attribute("rotary_embedding_dim", 4))
+        return model
+
+    monkeypatch.setattr(models, "layer_specs", _paged_layers_alone)
+    monkeypatch.setattr(models, "paged_layer", wrong)
+    assert main(["layer", "--out", str(tmp_path), "--name", "x", *TURNING]) == 1
+    assert "not written: variant paged: case" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "core", "layer"),
+    [
+        ({"mask": "causal", "window": 9, "alibi": True}, True, True),
+        ({"mask": "causal", "rotary": Rotary("half", 8)}, True, True),
+        ({"mask": "bidirectional"}, True, False),
+        ({"mask": "cross"}, True, False),
+        ({"mask": "cross", "rotary": Rotary("half", 8)}, False, False),
+        ({"mask": "bidirectional", "window": 9}, False, False),
+    ],
+)
+def test_which_models_have_pages(config: dict[str, Any], core: bool, layer: bool) -> None:
+    attention = AttentionConfig(2, 8, 2, 8, scale=1.0, **config)
+    assert ("paged" in core_specs(attention, "FP32", native=True)) == core
+    assert ("paged" in layer_specs(attention, "FP32", native=True)) == layer
 
 
 def test_a_version_is_replaced_only_when_told_to(

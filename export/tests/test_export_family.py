@@ -42,6 +42,9 @@ FAMILY: dict[str, tuple[str, dict]] = {
         "mask": "causal", "alibi": True, "window": 20}),
     "half": ("--rotary half --dtype fp16", {"rotary": Rotary("half", 8)}),
 }  # fmt: skip
+# What they have, another has too; `-m slow` has them all.
+SLOW = ("bottom", "both", "alibi")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILY]
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 8, 5
 DTYPES = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
 TOLERANCE = {"FP16": 2e-3, "BF16": 1.6e-2}
@@ -50,11 +53,17 @@ TOLERANCE = {"FP16": 2e-3, "BF16": 1.6e-2}
 @pytest.fixture(scope="module")
 def family(
     tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
-) -> Path:
-    folder = tmp_path_factory.mktemp("family")
+) -> Callable[[str], Path]:
+    """Where a model is, which is exported when it is first asked for."""
+    out = tmp_path_factory.mktemp("family")
     sizes = ["--num-heads", "6", "--num-kv-heads", "2", "--head-dim", "8", "--value-head-dim", "5"]
-    core = ["core", "--out", str(folder), *sizes]
-    export_all([[*core, "--name", name, *options.split()] for name, (options, _) in FAMILY.items()])
+
+    def folder(name: str) -> Path:
+        if not (out / name).exists():
+            command = ["core", "--out", str(out), *sizes, "--name", name]
+            export_all([[*command, *FAMILY[name][0].split()]])
+        return out / name / "1"
+
     return folder
 
 
@@ -74,12 +83,12 @@ lengths = st.integers(1, 24) | st.sampled_from([127, 128, 129, 150, 260])
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_variant_at_any_shape(
-    family: Path, name: str, data: st.DataObject, seed: int
+    family: Callable[[str], Path], name: str, data: st.DataObject, seed: int
 ) -> None:
     config = config_of(name)
-    manifest = json.loads((family / name / "1/model.json").read_text())
+    manifest = json.loads((family(name) / "model.json").read_text())
     dtype = DTYPES[manifest["dtype"]]
     generator = np.random.default_rng(seed)
     batch, sq, sk = data.draw(st.integers(1, 3)), data.draw(lengths), data.draw(lengths)
@@ -111,7 +120,7 @@ def test_every_variant_at_any_shape(
             continue
         shapes = {n: a.shape for n, a in (("output", expected), ("weights", weights))}
         answers = sessions.run(
-            opened(family / name / "1" / variant["file"]),
+            opened(family(name) / variant["file"]),
             feeds,
             {n: shape for n, shape in shapes.items() if n in outputs},
         )
@@ -122,25 +131,25 @@ def test_every_variant_at_any_shape(
 
 
 @pytest.mark.needs_library
-def test_no_variant_of_the_family_is_missing(family: Path) -> None:
-    for name in FAMILY:
-        manifest = json.loads((family / name / "1/model.json").read_text())
-        config = config_of(name)
-        expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
-        if not config.softcap and not config.alibi:
-            expected.add("fused")
-        if has_paged(config):
-            expected.add("paged")
-        assert {v["name"] for v in manifest["variants"]} == expected
-        attention = manifest["attention"]
-        assert attention["window"] == config.window
-        assert attention["window_right"] == config.window_right
-        assert attention["alignment"] == config.alignment
+@pytest.mark.parametrize("name", NAMES)
+def test_no_variant_of_the_family_is_missing(family: Callable[[str], Path], name: str) -> None:
+    manifest = json.loads((family(name) / "model.json").read_text())
+    config = config_of(name)
+    expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
+    if not config.softcap and not config.alibi:
+        expected.add("fused")
+    if has_paged(config):
+        expected.add("paged")
+    assert {v["name"] for v in manifest["variants"]} == expected
+    attention = manifest["attention"]
+    assert attention["window"] == config.window
+    assert attention["window_right"] == config.window_right
+    assert attention["alignment"] == config.alignment
 
 
-def test_blocked_needs_no_operators_of_ours(family: Path) -> None:
+def test_blocked_needs_no_operators_of_ours(family: Callable[[str], Path]) -> None:
     """Any ONNX Runtime runs it: its operator is a function that the graph brings along."""
-    path = family / "alibi/1/model.onnx"
+    path = family("brain") / "model.onnx"
     model = onnx.load(path)
     assert [f.name for f in model.functions] == ["BlockedAttention"]
     onnx.checker.check_model(model, full_check=False)
@@ -191,13 +200,14 @@ def test_bottom_right_is_torchs_causal_lower_right() -> None:
 
 @pytest.mark.needs_library
 def test_tuning_measures_and_the_manifest_says_so(
-    family: Path, capsys: pytest.CaptureFixture[str]
+    family: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["tune", "--out", str(family), "--name", "window", "--seq-lens", "8,64"]
+    out = family("window").parents[1]
+    arguments = ["tune", "--out", str(out), "--name", "window", "--seq-lens", "8,64"]
     assert main([*arguments, "--seconds", "0.3"]) == 0
     printed = capsys.readouterr()
     assert "64 positions: " in printed.err
-    manifest = json.loads((family / "window/1/model.json").read_text())
+    manifest = json.loads((family("window") / "model.json").read_text())
     tuned = manifest["tuned"]["CPUExecutionProvider"]
     assert {m["seq_len"] for m in tuned["measurements"]} == {8, 64}
     assert all(m["milliseconds"] > 0 for m in tuned["measurements"])
@@ -209,8 +219,10 @@ def test_tuning_measures_and_the_manifest_says_so(
 
 
 @pytest.mark.needs_library
-def test_tuning_that_is_interrupted_keeps_what_it_measured(family: Path) -> None:
-    folder = family / "alibi/1"
+def test_tuning_that_is_interrupted_keeps_what_it_measured(
+    family: Callable[[str], Path],
+) -> None:
+    folder = family("window")
     before = json.loads((folder / "model.json").read_text())["picks"]["CPUExecutionProvider"]
 
     def interrupt(said: str) -> None:
@@ -245,14 +257,16 @@ def test_picks_follow_the_measurements() -> None:
 
 
 def test_tuning_refuses_what_it_cannot_measure(
-    family: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    family: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert main(["tune", "--out", str(family), "--name", "nothing"]) == 2
+    assert main(["tune", "--out", str(family("half").parents[1]), "--name", "nothing"]) == 2
     assert "model.json" in capsys.readouterr().err
     monkeypatch.setattr(
         tuning.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"]
     )
-    arguments = ["tune", "--out", str(family), "--name", "half"]
+    arguments = ["tune", "--out", str(family("half").parents[1]), "--name", "half"]
     assert main([*arguments, "--provider", "CUDAExecutionProvider"]) == 2
     assert "available here" in capsys.readouterr().err
 
@@ -279,11 +293,19 @@ def test_options_that_do_not_go_together(
     reason="this ONNX Runtime knows no CUDA",
 )
 def test_tuning_for_cuda_without_a_gpu_changes_nothing(
-    family: Path, capsys: pytest.CaptureFixture[str]
+    family: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = family / "half/1/model.json"
+    path = family("half") / "model.json"
     before = path.read_bytes()
-    arguments = ["tune", "--out", str(family), "--name", "half", "--seq-lens", "8"]
+    arguments = [
+        "tune",
+        "--out",
+        str(family("half").parents[1]),
+        "--name",
+        "half",
+        "--seq-lens",
+        "8",
+    ]
     code = main([*arguments, "--provider", "CUDAExecutionProvider"])
     if code == 0:
         pytest.skip("there is a GPU")
@@ -324,11 +346,12 @@ def test_a_layer_in_bfloat16_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_tuning_stays_within_the_repository(
-    family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outside = f"../{family.name}/half"
+    out = family("half").parents[1]
+    outside = f"../{out.name}/half"
     with pytest.raises(SystemExit):
-        main(["tune", "--out", str(family.parent / "other"), "--name", outside])
+        main(["tune", "--out", str(out.parent / "other"), "--name", outside])
     assert "--name: given" in capsys.readouterr().err
     (tmp_path / "bad/1").mkdir(parents=True)
     for text, message in (("{", "not JSON"), ("{}", "of kind None")):

@@ -14,17 +14,18 @@ struct Implementation {
   Kernel diagnose;
   PagedKernel store_pages;
   PagedKernel attend_pages;
+  PagedKernel weigh_pages;
 };
 
 Implementation choose() {
   const Implementation generic_one = {"generic", generic::attend, generic::diagnose, generic::store_pages,
-                                        generic::attend_pages};
+                                        generic::attend_pages, generic::weigh_pages};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const Implementation avx512_one = {"avx512", avx512::attend, avx512::diagnose, avx512::store_pages,
-                                        avx512::attend_pages};
+                                        avx512::attend_pages, avx512::weigh_pages};
   const Implementation avx2_one = {"avx2", avx2::attend, avx2::diagnose, avx2::store_pages,
-                                        avx2::attend_pages};
+                                        avx2::attend_pages, avx2::weigh_pages};
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -57,6 +58,7 @@ Kernel attention_kernel() { return implementation().attend; }
 Kernel diagnosis_kernel() { return implementation().diagnose; }
 PagedKernel store_kernel() { return implementation().store_pages; }
 PagedKernel paged_attention_kernel() { return implementation().attend_pages; }
+PagedKernel weights_kernel() { return implementation().weigh_pages; }
 const char* instruction_set() { return implementation().name; }
 
 }  // namespace attnserve

@@ -24,4 +24,5 @@
 #define ATTNSERVE_STEP 6
 #include "attention_tiles.inc"
 #include "paged_tiles.inc"
+#include "paged_weights.inc"
 #endif

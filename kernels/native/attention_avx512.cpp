@@ -24,4 +24,5 @@
 #define ATTNSERVE_STEP 8
 #include "attention_tiles.inc"
 #include "paged_tiles.inc"
+#include "paged_weights.inc"
 #endif

@@ -5,3 +5,4 @@
 #define ATTNSERVE_STEP 4
 #include "attention_tiles.inc"
 #include "paged_tiles.inc"
+#include "paged_weights.inc"

@@ -57,10 +57,12 @@ class Context {
     return tensor;
   }
 
+  // Null if it is optional and not asked for.
   template <typename T>
   T* output(std::size_t index, const std::vector<std::int64_t>& shape) const {
     ort::Value* value = nullptr;
     check(api_.output(context_, index, shape.data(), shape.size(), &value));
+    if (value == nullptr) return nullptr;
     void* data = nullptr;
     check(api_.tensor_data(value, &data));
     return static_cast<T*>(data);

@@ -5,7 +5,7 @@
 //     -> entropy, mass_per_key, mass_by_distance, top_k_indices, top_k_weights
 //
 // PagedAttention(query, key?, value?, cache, starts, lengths, table_starts, table, spec, parents?,
-//                slopes?) -> output, log_sum_exp, entropy?
+//                slopes?, weights_of?) -> output, log_sum_exp, entropy?, weights?
 //
 // Attributes of the first two: scale, softcap (float; an input of that name replaces it unless it is
 // negative), left, right (integer; -1 is all), bottom_right (0 or 1). Of PagedAttention: scale,
@@ -269,7 +269,7 @@ struct DiagnosticsOperator {
 template <Element kElement>
 struct PagedOperator {
   static constexpr const char* kName = "PagedAttention";
-  static constexpr std::size_t kInputs = 11, kOutputs = 3;
+  static constexpr std::size_t kInputs = 12, kOutputs = 4;
   static bool requires_input(std::size_t index) { return index == 0 || (index >= 3 && index <= 8); }
   static bool requires_output(std::size_t index) { return index < 2; }
   static ort::ElementType input(std::size_t index) {

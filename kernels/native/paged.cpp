@@ -93,6 +93,7 @@ PagedPlan::PagedPlan(const PagedProblem& p) : problem_(p) {
   }
   if (!p.attends) return;
   for (std::int64_t index = 0; index < p.num_sequences; ++index) cut(index);
+  list_weights();
   // The same keys one after another, for sequences that share pages; of these the last rows first,
   // which under a causal mask take longest.
   std::stable_sort(pieces_.begin(), pieces_.end(), [](const PagedPiece& a, const PagedPiece& b) {
@@ -163,6 +164,23 @@ void PagedPlan::cut(std::int64_t index) {
   }
 }
 
+void PagedPlan::list_weights() {
+  const PagedProblem& p = problem_;
+  const std::int64_t heads_per_group = p.num_heads / p.layout.num_kv_heads;
+  for (std::int64_t i = 0; i < p.num_weights_of; ++i) {
+    const std::int64_t index = p.weights_of[i], least = i == 0 ? 0 : p.weights_of[i - 1] + 1;
+    if (index < least || index >= p.num_sequences)
+      refuse(at("weights_of", i) + ": given " + std::to_string(index) + "; allowed: " +
+             std::to_string(least) + ".." + std::to_string(p.num_sequences - 1) + ", ascending");
+    const PagedSequence& s = sequences_[index];
+    for (std::int64_t token = 0; token < s.count; ++token) {
+      const std::int64_t first_row = token * heads_per_group;
+      weights_.push_back({{index, first_row, heads_per_group, 0, s.length, 0, 0}, weights_size_});
+      weights_size_ += p.num_heads * s.length;
+    }
+  }
+}
+
 int PagedPlan::ranges(const PagedPiece& piece, KeyRange* out) const {
   const PagedProblem& p = problem_;
   const PagedSequence& s = sequences_[piece.sequence];
@@ -199,6 +217,12 @@ double PagedPlan::store_work() const {
   const PageLayout& layout = problem_.layout;
   return 8.0 * static_cast<double>(problem_.num_tokens) * layout.num_kv_heads *
          (layout.head_dim + layout.value_head_dim);
+}
+
+double PagedPlan::weigh_work() const {
+  double rows = 0;
+  for (const WeightsTask& task : weights_) rows += static_cast<double>(task.piece.end);
+  return rows * static_cast<double>(problem_.num_heads) * problem_.layout.head_dim;
 }
 
 std::int64_t PagedPlan::sequence_of(std::int64_t token) const {

@@ -9,7 +9,8 @@
 //   key scales    [num_kv_heads][page_size]  float32, int8 and fp8 alone
 //   value scales  [num_kv_heads][page_size]  float32, int8 and fp8 alone
 //
-// rounded up to a multiple of 64 bytes. Pages begin at multiples of 64 bytes. The token at slot i
+// rounded up to a multiple of 64 bytes. A latent page holds keys, and scales of keys, alone: the value
+// of a token is the first value_head_dim numbers of its key. Pages begin at multiples of 64 bytes. The token at slot i
 // of a sequence lies in its page i / page_size, at i % page_size of it. A number of an int8 or fp8
 // page is what is stored times the scale of its token and head, which is chosen so that the largest
 // magnitude of the row becomes 127 or 448. A row with an infinity or no number in it is all no
@@ -38,28 +39,33 @@ enum class CacheType : std::int64_t { kFloat32, kFloat16, kBFloat16, kInt8, kFlo
 struct PageLayout {
   std::int64_t num_kv_heads, head_dim, value_head_dim, page_size;
   CacheType type;
+  bool latent = false;
 
   constexpr std::int64_t element() const {
     return type == CacheType::kFloat32 ? 4 : type >= CacheType::kInt8 ? 1 : 2;
   }
   constexpr bool scaled() const { return type >= CacheType::kInt8; }
   constexpr std::int64_t rows() const { return num_kv_heads * page_size; }
+  // Bytes of a token and head's key, of its value, and from its value to the next token's.
+  constexpr std::int64_t key_row() const { return head_dim * element(); }
+  constexpr std::int64_t value_row() const { return latent ? key_row() : value_head_dim * element(); }
+  // Bytes of all that is stored of a token and head, but for scales.
+  constexpr std::int64_t row() const { return key_row() + (latent ? 0 : value_row()); }
   constexpr std::int64_t key(std::int64_t head, std::int64_t slot) const {
-    return (head * page_size + slot) * head_dim * element();
+    return (head * page_size + slot) * key_row();
   }
   constexpr std::int64_t value(std::int64_t head, std::int64_t slot) const {
-    return (rows() * head_dim + (head * page_size + slot) * value_head_dim) * element();
+    return latent ? key(head, slot) : rows() * key_row() + (head * page_size + slot) * value_row();
   }
   constexpr std::int64_t key_scale(std::int64_t head, std::int64_t slot) const {
-    return rows() * (head_dim + value_head_dim) * element() + (head * page_size + slot) * 4;
+    return rows() * row() + (head * page_size + slot) * 4;
   }
   constexpr std::int64_t value_scale(std::int64_t head, std::int64_t slot) const {
-    return key_scale(head, slot) + rows() * 4;
+    return key_scale(head, slot) + (latent ? 0 : rows() * 4);
   }
   constexpr std::int64_t bytes() const {
-    const std::int64_t used =
-        rows() * ((head_dim + value_head_dim) * element() + (scaled() ? 2 * 4 : 0));
-    return (used + 63) / 64 * 64;
+    const std::int64_t scales = scaled() ? (latent ? 4 : 2 * 4) : 0;
+    return (rows() * (row() + scales) + 63) / 64 * 64;
   }
 };
 
@@ -71,7 +77,7 @@ struct PagedProblem {
   PageLayout layout;
   const void* query;  // [T, num_heads, head_dim]; without tokens if new keys are to be stored alone
   const void* key;    // null, or [T, num_kv_heads, head_dim]: stored before anything is computed
-  const void* value;  // null, or [T, num_kv_heads, value_head_dim]
+  const void* value;  // null, or [T, num_kv_heads, value_head_dim]; of latent pages null
   std::uint8_t* cache;
   std::int64_t cache_bytes;
   const std::int64_t* starts;        // [S + 1]: tokens of sequence s are starts[s]..starts[s + 1]
@@ -80,13 +86,17 @@ struct PagedProblem {
   const std::int64_t* table;         // offsets in `cache`; -1: given back, no query sees it
   std::int64_t table_size;
   const std::int64_t* parents;  // null, or [T]: among its sequence's new tokens; -1: what is before
+  const std::int64_t* weights_of;  // [W]: ascending, the sequences whose weights are wanted
   const float* slopes;          // null, or [num_heads]: ALiBi, -slope * |position - key's position|
 
   void* output;        // [T, num_heads, value_head_dim]; 0 where no key is seen
   float* log_sum_exp;  // [T, num_heads]; -inf there
   float* entropy;      // null, or [T, num_heads], in nats; 0 there
+  // Null, or for each of weights_of, one after another, [its new tokens, num_heads, its keys]: 0
+  // where a key is not seen.
+  float* weights;
 
-  std::int64_t num_sequences, num_tokens, num_heads;
+  std::int64_t num_sequences, num_tokens, num_heads, num_weights_of;
   bool attends;             // whether there are queries: one for each token
   float scale, softcap;     // softcap 0: none
   std::int64_t window;      // keys before its own position that a query sees; negative: all
@@ -148,7 +158,14 @@ struct KeyRange {
   bool tree;  // keys of this step, in a tree
 };
 
-// How a batch is computed: first `stores` tasks, each done once by any thread, then `attends` ones.
+// The weights of one new token.
+struct WeightsTask {
+  PagedPiece piece;  // its rows of a key head, and all keys
+  std::int64_t at;   // where its weights [num_heads, keys] begin
+};
+
+// How a batch is computed: first `stores` tasks, each done once by any thread, then `attends` ones,
+// then `weighs` ones.
 class PagedPlan {
  public:
   // Throws std::invalid_argument, naming what is wrong with the problem.
@@ -158,9 +175,13 @@ class PagedPlan {
   std::int64_t attends() const {
     return static_cast<std::int64_t>(pieces_.size()) * problem_.layout.num_kv_heads;
   }
+  std::int64_t weighs() const { return static_cast<std::int64_t>(weights_.size()); }
   // About how many multiplications take as long as all tasks.
   double store_work() const;
   double attend_work() const { return attend_work_; }
+  double weigh_work() const;
+  // The size of PagedProblem::weights, which may be set once this is known, as may other outputs.
+  std::int64_t weights_size() const { return weights_size_; }
 
   const PagedProblem& problem() const { return problem_; }
   const PagedSequence& sequence(std::int64_t index) const { return sequences_[index]; }
@@ -173,6 +194,7 @@ class PagedPlan {
   std::int64_t kv_head(std::int64_t task) const {
     return task / static_cast<std::int64_t>(pieces_.size());
   }
+  const WeightsTask& weights(std::int64_t task) const { return weights_[task]; }
   // The keys that a piece's rows may see, at most three ranges in ascending order.
   int ranges(const PagedPiece& piece, KeyRange* out) const;
 
@@ -185,12 +207,15 @@ class PagedPlan {
  private:
   void check_pages(const PagedSequence& sequence, std::int64_t index) const;
   void cut(std::int64_t index);
+  void list_weights();
 
   const PagedProblem& problem_;
   std::vector<PagedSequence> sequences_;
   std::vector<PagedGroup> groups_;
   std::vector<PagedPiece> pieces_;
+  std::vector<WeightsTask> weights_;
   double attend_work_ = 0;
+  std::int64_t weights_size_ = 0;
   std::unique_ptr<float[]> sums_;
   std::unique_ptr<std::atomic<std::int64_t>[]> done_;  // parts, by group and key head
 };
@@ -202,18 +227,22 @@ using PagedKernel = void (*)(PagedPlan& plan, std::int64_t task);
 
 PagedKernel store_kernel();
 PagedKernel paged_attention_kernel();
+PagedKernel weights_kernel();
 
 namespace avx512 {
 void store_pages(PagedPlan& plan, std::int64_t task);
 void attend_pages(PagedPlan& plan, std::int64_t task);
+void weigh_pages(PagedPlan& plan, std::int64_t task);
 }  // namespace avx512
 namespace avx2 {
 void store_pages(PagedPlan& plan, std::int64_t task);
 void attend_pages(PagedPlan& plan, std::int64_t task);
+void weigh_pages(PagedPlan& plan, std::int64_t task);
 }  // namespace avx2
 namespace generic {
 void store_pages(PagedPlan& plan, std::int64_t task);
 void attend_pages(PagedPlan& plan, std::int64_t task);
+void weigh_pages(PagedPlan& plan, std::int64_t task);
 }  // namespace generic
 
 }  // namespace attnserve

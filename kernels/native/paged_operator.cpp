@@ -47,19 +47,27 @@ const std::int64_t* integers(const Tensor& tensor) {
 constexpr std::int64_t kFarthest = std::int64_t{1} << 40;
 
 void read_spec(const Context& context, const Tensor& spec, PagedProblem& p) {
-  require_shape(context, "spec", spec, {5});
+  // Graphs exported before there were latent pages give five numbers.
+  const bool early = spec.shape == Shape{5};
+  if (!early) require_shape(context, "spec", spec, {6});
   const std::int64_t* given = integers(spec);
   require_range(context, "page_size", given[0], 1, 1 << 16);
   require_range(context, "cache_dtype", given[1], 0, 4);
   require_range(context, "window", given[2], -1, kFarthest);
   require_range(context, "kept_first", given[3], 0, kFarthest);
   require_range(context, "causal", given[4], 0, 1);
+  if (!early) require_range(context, "latent", given[5], 0, 1);
   p.layout.page_size = given[0];
   p.layout.type = static_cast<CacheType>(given[1]);
   p.window = given[2];
   p.kept_first = given[3];
   p.causal = given[4] != 0;
+  p.layout.latent = !early && given[5] != 0;
   if (!p.causal) require_range(context, "window without causal", p.window, -1, -1);
+  if (p.layout.latent && p.layout.value_head_dim > p.layout.head_dim)
+    context.refuse("attnserve: spec: latent: given 1 where value_head_dim is " +
+                   std::to_string(p.layout.value_head_dim) + "; allowed: 0, or value_head_dim up to " +
+                   std::to_string(p.layout.head_dim));
 }
 
 }  // namespace
@@ -70,8 +78,9 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   const Tensor cache = context.input(3), starts = context.input(4), lengths = context.input(5);
   const Tensor table_starts = context.input(6), table = context.input(7);
   const Tensor parents = context.input(9), slopes = context.input(10);
+  const Tensor weights_of = context.input(11);
   PagedProblem p{};
-  p.layout = {settings.num_kv_heads, settings.head_dim, settings.value_head_dim, 0, {}};
+  p.layout = {settings.num_kv_heads, settings.head_dim, settings.value_head_dim, 0, {}, false};
   read_spec(context, context.input(8), p);
   p.element = element;
   p.scale = settings.scale;
@@ -92,16 +101,21 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   p.num_tokens = query.shape[0];
   p.attends = true;
   const std::int64_t new_keys = key.shape.empty() ? 0 : key.shape[0];
-  context.require((new_keys > 0) == (!value.shape.empty() && value.shape[0] > 0),
+  const bool values = !value.shape.empty() && value.shape[0] > 0;
+  context.require(p.layout.latent || (new_keys > 0) == values,
                   "attnserve: key, value: one of them is absent or empty; allowed: both or none");
+  context.require(!p.layout.latent || !values,
+                  "attnserve: value: given where spec: latent is 1; allowed: none");
   if (new_keys > 0) {
     // New keys and values may come without queries, to be stored alone.
     p.attends = p.num_tokens > 0;
     if (!p.attends) p.num_tokens = new_keys;
     require_shape(context, "key", key, {p.num_tokens, settings.num_kv_heads, settings.head_dim});
+    p.key = key.data;
+  }
+  if (values) {
     require_shape(context, "value", value,
                   {p.num_tokens, settings.num_kv_heads, settings.value_head_dim});
-    p.key = key.data;
     p.value = value.data;
   }
   if (!parents.shape.empty() && parents.shape[0] > 0) {
@@ -110,6 +124,13 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
     p.parents = integers(parents);
   }
   if (slopes.data != nullptr) require_shape(context, "slopes", slopes, {p.num_heads});
+
+  if (!weights_of.shape.empty() && weights_of.shape[0] > 0) {
+    require_shape(context, "weights_of", weights_of, {-1});
+    context.require(p.attends, "attnserve: weights_of: given without query; allowed: none");
+    p.weights_of = integers(weights_of);
+    p.num_weights_of = weights_of.shape[0];
+  }
 
   p.query = query.data;
   p.cache = static_cast<std::uint8_t*>(const_cast<void*>(cache.data));
@@ -121,19 +142,25 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   p.table_size = table.shape[0];
   p.slopes = static_cast<const float*>(slopes.data);
 
+  PagedPlan plan(p);
   const std::int64_t rows = query.shape[0];
   p.output = context.output<void>(0, {rows, p.num_heads, settings.value_head_dim});
   p.log_sum_exp = context.output<float>(1, {rows, p.num_heads});
-  if (context.output_count() > 2) p.entropy = context.output<float>(2, {rows, p.num_heads});
+  const std::size_t outputs = context.output_count();
+  if (outputs > 2) p.entropy = context.output<float>(2, {rows, p.num_heads});
+  if (outputs > 3) p.weights = context.output<float>(3, {plan.weights_size()});
 
-  PagedPlan plan(p);
   const PagedKernel store = store_kernel(), attend = paged_attention_kernel();
+  const PagedKernel weigh = weights_kernel();
   if (plan.stores() > 0)
     context.run([&](std::int64_t task) { store(plan, task); }, stop, plan.stores(),
                 plan.store_work());
   if (plan.attends() > 0)
     context.run([&](std::int64_t task) { attend(plan, task); }, stop, plan.attends(),
                 plan.attend_work());
+  if (plan.weighs() > 0 && p.weights != nullptr)
+    context.run([&](std::int64_t task) { weigh(plan, task); }, stop, plan.weighs(),
+                plan.weigh_work());
 }
 
 }  // namespace attnserve

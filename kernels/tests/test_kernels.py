@@ -19,6 +19,9 @@ from attnserve_export.reference import Scheme, attention_reference, diagnostics_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+# Of the examples that are drawn, one in so many is.
+SHARE = int(os.environ.get("ATTNSERVE_TEST_SHARE", "1"))
+
 TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.bfloat16, 16)}
 INPUTS = {
     "Attention": ("query", "key", "value", "key_lengths", "bias", "slopes", "softcap"),
@@ -163,7 +166,7 @@ def growth(p: dict, scheme: Scheme) -> float:
     return max(1.0, max(p["sq"], p["sk"]) * float(np.max(scheme.slopes)) / 8)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=150 // SHARE)
 @given(p=problems())
 @pytest.mark.needs_library
 def test_any_attention_is_within_tolerance(p: dict) -> None:
@@ -176,7 +179,7 @@ def test_any_attention_is_within_tolerance(p: dict) -> None:
     np.testing.assert_allclose(output.astype(np.float64), expected, atol=tolerance, rtol=0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100 // SHARE)
 @given(p=problems(), data=st.data())
 @pytest.mark.needs_library
 def test_any_diagnosis_is_within_tolerance(p: dict, data: st.DataObject) -> None:
@@ -327,11 +330,15 @@ def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
         run("Attention", "FP32", feeds, ())
 
 
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
 @pytest.mark.needs_library
-def test_other_instruction_sets_compute_the_same(instruction_set: str) -> None:
+def test_other_instruction_sets_compute_the_same(instruction_set: str, share: int) -> None:
     """The tests above, once more, in a process told to use another implementation."""
-    environment = os.environ | {"ATTNSERVE_KERNELS_ISA": instruction_set}
+    environment = os.environ | {
+        "ATTNSERVE_KERNELS_ISA": instruction_set,
+        "ATTNSERVE_TEST_SHARE": str(share),
+    }
     used = subprocess.run(
         [sys.executable, "-c", "import attnserve_kernels as k; print(k.instruction_set())"],
         env=environment, capture_output=True, text=True, check=True,

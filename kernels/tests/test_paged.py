@@ -34,6 +34,9 @@ INPUTS = (
 
 pytestmark = pytest.mark.needs_library
 
+# Of the examples that are drawn, one in so many is.
+SHARE = int(os.environ.get("ATTNSERVE_TEST_SHARE", "1"))
+
 
 @cache
 def session(kind: int, present: frozenset[str], attributes: tuple[Any, ...], threads: int) -> Any:
@@ -187,13 +190,13 @@ def plain(*sequences: PagedSequence, seed: int = 0, **others: Any) -> PagedBatch
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=200 // SHARE)
 @given(batch=batches())
 def test_any_batch_is_within_tolerance(batch: PagedBatch) -> None:
     check(batch, run(batch))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100 // SHARE)
 @given(batch=batches())
 def test_any_new_keys_are_stored_and_nothing_else_is_touched(batch: PagedBatch) -> None:
     given = batch.cache.copy()
@@ -348,10 +351,14 @@ def test_a_stop_flag_ends_what_begins_on_its_thread() -> None:
         np.testing.assert_array_equal(array, before[name])
 
 
+@pytest.mark.parametrize("share", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
-def test_other_instruction_sets_compute_the_same(instruction_set: str) -> None:
+def test_other_instruction_sets_compute_the_same(instruction_set: str, share: int) -> None:
     """The tests above, once more, in a process told to use another implementation."""
-    environment = os.environ | {"ATTNSERVE_KERNELS_ISA": instruction_set}
+    environment = os.environ | {
+        "ATTNSERVE_KERNELS_ISA": instruction_set,
+        "ATTNSERVE_TEST_SHARE": str(share),
+    }
     used = subprocess.run(
         [sys.executable, "-c", "import attnserve_kernels as k; print(k.instruction_set())"],
         env=environment, capture_output=True, text=True, check=True,

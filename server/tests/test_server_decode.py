@@ -4,30 +4,40 @@ What the SDK can't do or hides: requests sent ahead of answers, streams that bre
 a step, callers that are computed together, and every kind of bad input.
 """
 
-import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import shared_memory
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 from attnserve_server.app import AttentionServer
 from attnserve_server.settings import MIB, Limits
+from decode_streams import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    VALUE_DIM,
+    Array,
+    Refused,
+    Stream,
+    check,
+    generator,
+    layer_of,
+    opening_of,
+    plain,
+    result_of,
+    rows,
+    step_of,
+    tensor,
+)
 from handmade import attention, write_core
-from numpy.typing import NDArray
-from plain_sessions import PlainLayer, PlainSession
 from serving import serving
 
 pytestmark = pytest.mark.needs_library
-
-HEADS, KV_HEADS, DIM, VALUE_DIM, PAGE = 4, 2, 8, 6, 16
-Array = NDArray[Any]
-generator = np.random.default_rng()
 
 
 @pytest.fixture(scope="module")
@@ -42,140 +52,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(models: Path) -> Iterator[AttentionServer]:
     with serving(models) as running:
         yield running
-
-
-class Refused(Exception):  # noqa: N818 (a test's word for an answer that is an error)
-    """A request's answer was an error."""
-
-    def __init__(self, error: pb.Error) -> None:
-        super().__init__(f"{grpc.StatusCode(_STATUSES[error.code]).name}: {error.message}")
-
-
-_STATUSES = {status.value[0]: status.value for status in grpc.StatusCode}
-
-
-class Stream:
-    """A Decode stream: requests go out as they are asked for, answers come back one by one."""
-
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(
-            address, options=[("grpc.use_local_subchannel_pool", 1)]
-        )
-        self._requests: queue.SimpleQueue[pb.DecodeRequest | None] = queue.SimpleQueue()
-        self.call = pb_grpc.AttentionServiceStub(self.channel).Decode(
-            iter(self._requests.get, None)
-        )
-        self._last_id = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._requests.put(None)
-        self.call.cancel()
-        self.channel.close()
-
-    def send(self, request_id: int | None = None, **action: Any) -> int:
-        if request_id is None:
-            request_id = self._last_id = self._last_id + 1
-        self._requests.put(pb.DecodeRequest(request_id=request_id, **action))
-        return request_id
-
-    def end(self) -> None:
-        self._requests.put(None)
-
-    def receive(self) -> pb.DecodeResponse:
-        answer: pb.DecodeResponse = next(self.call)
-        return answer
-
-    def ask(self, **action: Any) -> Any:
-        request_id = self.send(**action)
-        answer = self.receive()
-        assert answer.request_id == request_id
-        return result_of(answer)
-
-    def open(self, count: int = 1, **fields: Any) -> list[str]:
-        opening = opening_of(count, **fields)
-        return [session.session_id for session in self.ask(open=opening).sessions]
-
-    def begin(self, step_id: int, ids: Sequence[str], lengths: Sequence[int]) -> list[int]:
-        return list(self.ask(begin_step=step_of(step_id, ids, lengths)).lengths)
-
-    def step(self, step_id: int, ids: Sequence[str], plains: Sequence[PlainSession]) -> None:
-        """A step of random lengths through all layers, compared with the plain ones."""
-        lengths = [int(n) for n in generator.integers(1, 20, len(ids))]
-        assert self.begin(step_id, ids, lengths) == [plain.length for plain in plains]
-        for plain, length in zip(plains, lengths, strict=True):
-            plain.begin(length)
-        for layer in range(len(plains[0].layers)):
-            arrays = rows(sum(lengths))
-            attended = self.ask(attend_layer=layer_of(step_id, layer, arrays))
-            check(attended, plains, lengths, layer, arrays)
-        for plain in plains:
-            plain.end()
-
-
-def result_of(answer: pb.DecodeResponse) -> Any:
-    name = answer.WhichOneof("result")
-    if name == "error":
-        raise Refused(answer.error)
-    return getattr(answer, name)
-
-
-def opening_of(count: int = 1, **fields: Any) -> pb.OpenSessions:
-    room = {"max_tokens": fields.pop("max_tokens", 256)}
-    for name in {"cross_tokens", "reserved_tokens"} & set(fields):
-        room[name] = fields.pop(name)
-    given: dict[str, Any] = {"model": "causal", "num_layers": 2}
-    return pb.OpenSessions(sessions=[pb.NewSession(**room)] * count, **given | fields)
-
-
-def step_of(step_id: int, ids: Sequence[str], lengths: Sequence[int]) -> pb.BeginStep:
-    sessions = [
-        pb.SessionStep(session_id=name, new_tokens=length)
-        for name, length in zip(ids, lengths, strict=True)
-    ]
-    return pb.BeginStep(step_id=step_id, sessions=sessions)
-
-
-def rows(tokens: int) -> tuple[Array, Array, Array]:
-    query, key, value = (
-        generator.standard_normal((tokens, heads, dim)).astype(np.float32)
-        for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
-    )
-    return query, key, value
-
-
-def tensor(array: Array) -> pb.Tensor:
-    return pb.Tensor(dtype=pb.FP32, shape=array.shape, data=array.tobytes())
-
-
-def layer_of(step_id: int, layer: int, arrays: Sequence[Array], **fields: Any) -> pb.AttendLayer:
-    names = ("query", "key", "value")
-    tensors = {name: tensor(array) for name, array in zip(names, arrays, strict=False)}
-    return pb.AttendLayer(step_id=step_id, layer=layer, **tensors, **fields)
-
-
-def plain(layers: int = 2) -> PlainSession:
-    return PlainSession([PlainLayer() for _ in range(layers)])
-
-
-def check(
-    attended: pb.AttendedLayer,
-    plains: Sequence[PlainSession],
-    lengths: Sequence[int],
-    layer: int,
-    arrays: tuple[Array, Array, Array],
-) -> None:
-    """Compare a layer's answer with what the plain sessions give, which have begun the step."""
-    output = np.frombuffer(attended.output.data, np.float32).reshape(attended.output.shape)
-    assert output.shape == (sum(lengths), HEADS, VALUE_DIM)
-    at = 0
-    for one, length in zip(plains, lengths, strict=True):
-        part = [array[at : at + length] for array in arrays]
-        expected, _, _ = one.attend(layer, *part)
-        np.testing.assert_allclose(output[at : at + length], expected, atol=1e-5, rtol=1e-5)
-        at += length
 
 
 @pytest.fixture
@@ -312,6 +188,61 @@ def test_a_tree_is_computed_together_with_others(models: Path) -> None:
             attended = result_of(stream.receive())
             assert attended.timings.batch_size == 2
             check(attended, [plains[at]], [tokens], 0, arrays[at])
+
+
+def begun_layer(
+    step_id: int, ids: Sequence[str], lengths: Sequence[int], layer: int, arrays: Sequence[Array]
+) -> pb.AttendLayer:
+    return layer_of(step_id, layer, arrays, begin=step_of(0, ids, lengths))
+
+
+def test_a_layer_begins_its_step(stream: Stream) -> None:
+    ids = stream.open(2)
+    plains = [plain(), plain()]
+    for lengths in ([3, 20], [1, 1]):
+        before = [each.length for each in plains]
+        for each, length in zip(plains, lengths, strict=True):
+            each.begin(length)
+        arrays = rows(sum(lengths))
+        attended = stream.ask(attend_layer=begun_layer(1, ids, lengths, 1, arrays))
+        assert list(attended.lengths) == before
+        check(attended, plains, lengths, 1, arrays)
+        attended = stream.ask(attend_layer=layer_of(1, 0, arrays))
+        assert not attended.lengths
+        assert attended.step_ended
+        check(attended, plains, lengths, 0, arrays)
+        for each in plains:
+            each.end()
+
+
+def test_a_step_is_begun_by_the_first_part_of_a_layer(stream: Stream) -> None:
+    ids = stream.open()
+    expected = plain()
+    query, key, value = rows(3)
+    request_id = stream.send(attend_layer=begun_layer(1, ids, [3], 0, (query,)))
+    expected.begin(3)
+    other = rows(3)
+    check(stream.ask(attend_layer=layer_of(1, 1, other)), [expected], [3], 1, other)
+    rest = pb.AttendLayer(step_id=1, key=tensor(key), value=tensor(value))
+    stream.send(request_id, attend_layer=rest)
+    attended = result_of(stream.receive())
+    assert list(attended.lengths) == [0]
+    assert attended.step_ended
+    check(attended, [expected], [3], 0, (query, key, value))
+
+
+def test_steps_that_layers_begin_are_sent_ahead_of_answers(stream: Stream) -> None:
+    ids = stream.open(num_layers=1)
+    expected = plain(1)
+    sent = [(tokens, rows(tokens)) for tokens in (30, 1, 1, 5)]
+    for tokens, arrays in sent:
+        stream.send(attend_layer=begun_layer(1, ids, [tokens], 0, arrays))
+    for tokens, arrays in sent:
+        attended = result_of(stream.receive())
+        assert list(attended.lengths) == [expected.length]
+        expected.begin(tokens)
+        check(attended, [expected], [tokens], 0, arrays)
+        expected.end()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -599,6 +530,70 @@ def test_a_layer_that_is_refused_can_be_sent_again(
             stream.ask(attend_layer=bad)
         attended = stream.ask(attend_layer=layer_of(1, layer, arrays))
         check(attended, [expected], [3], layer, arrays)
+
+
+BAD_BEGINNINGS: list[tuple[Callable[[pb.AttendLayer], None], str]] = [
+    *(case for case in BAD_LAYERS if "step_id" not in case[1]),
+    (lambda message: message.begin.MergeFrom(pb.BeginStep(step_id=2)), r"begin\.step_id: given 2"),
+    (lambda message: message.begin.MergeFrom(pb.BeginStep(priority=9)), "priority: given 9"),
+    (lambda message: message.begin.sessions.add(session_id="?", new_tokens=1), "NOT_FOUND: sess"),
+    (lambda message: message.begin.ClearField("sessions"), "sessions: given 0 of them"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_BEGINNINGS)
+def test_a_layer_that_is_refused_has_not_begun_its_step(
+    stream: Stream, change: Callable[[pb.AttendLayer], None], message: str
+) -> None:
+    ids = stream.open()
+    bad = begun_layer(1, ids, [3], 0, rows(3))
+    change(bad)
+    with pytest.raises(Refused, match=message):
+        stream.ask(attend_layer=bad)
+    with pytest.raises(Refused, match="NOT_FOUND: step_id: given 1; no such step"):
+        stream.ask(attend_layer=layer_of(1, 1, rows(3)))
+    assert stream.ask(truncate=pb.TruncateSession(session_id=ids[0])).length == 0
+    stream.step(1, ids, [plain()])
+
+
+def test_a_second_part_that_is_refused_ends_the_step_that_the_first_began(stream: Stream) -> None:
+    ids = stream.open()
+    query, key, value = rows(3)
+    for second, message in (
+        (layer_of(1, 0, (query,)), "query: given it again"),
+        (begun_layer(1, ids, [3], 0, ()), "begin: given a step in the layer's second part"),
+    ):
+        request_id = stream.send(attend_layer=begun_layer(1, ids, [3], 0, (query,)))
+        stream.send(request_id, attend_layer=second)
+        with pytest.raises(Refused, match=f"INVALID_ARGUMENT: {message}"):
+            result_of(stream.receive())
+        assert stream.ask(truncate=pb.TruncateSession(session_id=ids[0])).length == 0
+    # One that is open already goes on.
+    expected = plain()
+    stream.begin(1, ids, [3])
+    expected.begin(3)
+    with pytest.raises(Refused, match="step_id: given 1; allowed: one that no other step"):
+        stream.ask(attend_layer=begun_layer(1, ids, [3], 0, (query, key, value)))
+    attended = stream.ask(attend_layer=layer_of(1, 0, (query, key, value)))
+    check(attended, [expected], [3], 0, (query, key, value))
+
+
+def test_a_session_that_is_closed_while_its_step_is_begun_harms_no_other(models: Path) -> None:
+    with (
+        serving(models, batch_delay=0.3) as server,
+        Stream(server.address) as first,
+        Stream(server.address) as second,
+    ):
+        ids = first.open(2)
+        query, key, value = rows(8)
+        request_id = first.send(attend_layer=begun_layer(1, ids, [4, 4], 0, (query,)))
+        wait_until(lambda: in_step(second, ids[1]))
+        second.ask(close=pb.CloseSession(session_id=ids[0]))
+        rest = pb.AttendLayer(step_id=1, key=tensor(key), value=tensor(value))
+        first.send(request_id, attend_layer=rest)
+        with pytest.raises(Refused, match=r"NOT_FOUND: sessions\[0\]\.session_id"):
+            result_of(first.receive())
+        first.step(1, ids[1:], [plain()])
 
 
 def test_a_layer_in_shared_memory_gives_what_one_in_messages_gives(stream: Stream) -> None:

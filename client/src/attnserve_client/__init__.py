@@ -9,6 +9,8 @@
 from attnserve_proto.allocator import keep_freed_memory
 
 from attnserve_client._async_client import AsyncAttentionClient
+from attnserve_client._async_stream import AsyncAttendStream
+from attnserve_client._attend import AttendOptions
 from attnserve_client._client import AttentionClient
 from attnserve_client._errors import (
     AttnserveError,
@@ -24,6 +26,7 @@ from attnserve_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
+from attnserve_client._messages import TokensOptions
 from attnserve_client._results import (
     AttendResult,
     LayerResult,
@@ -37,14 +40,19 @@ from attnserve_client._results import (
     TransformerAttention,
     Variant,
 )
-from attnserve_client._session_steps import Batch
-from attnserve_client._sessions import Session, page_hashes
+from attnserve_client._session_flows import page_hashes
+from attnserve_client._session_messages import SessionOptions
+from attnserve_client._sessions import AsyncBatch, AsyncSession, Batch, Session
 from attnserve_client._stream import AttendStream
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncAttendStream",
     "AsyncAttentionClient",
+    "AsyncBatch",
+    "AsyncSession",
+    "AttendOptions",
     "AttendResult",
     "AttendStream",
     "AttentionClient",
@@ -64,8 +72,10 @@ __all__ = [
     "ServerInfo",
     "Session",
     "SessionLayer",
+    "SessionOptions",
     "StoredTensor",
     "Timings",
+    "TokensOptions",
     "TokensResult",
     "TransformerAttention",
     "UnauthenticatedError",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
@@ -150,21 +150,68 @@ class AttendCall:
         return b"".join(parts)
 
 
+class AttendOptions(TypedDict, total=False):
+    """What `attend` takes by name.
+
+    Attributes:
+        model: its name; `client.list_models()` lists them.
+        version: empty is the highest.
+        variant: force one; empty lets the server pick.
+        hidden_states: [B, Sq, E], for a layer model, instead of query, key and value.
+        context: [B, Sk, E], for a cross-attention layer.
+        key_lengths: [B] integers; keys from that position on are padding.
+        bias: added to the scores; [B or 1, H or 1, Sq or 1, Sk or 1].
+        scale: multiplies query x key; None is the model's own.
+        softcap: None is the model's own, 0 none.
+        return_output: also send the output back; it is, unless this is False.
+        return_weights: also send the attention weights, [B, H, Sq, Sk].
+        return_entropy: also the entropy of each query's weights, nats.
+        top_k: also the heaviest keys of each query, this many.
+        return_mass_per_key: also the weight each key receives over all queries.
+        mass_by_distance: also the weight given at each distance between query and key, for this
+            many distances; the last one gathers all beyond.
+        priority: who is served first among those that wait: 1 high, 2 or 0 normal, 3 low.
+    """
+
+    model: Required[str]
+    version: str | int
+    variant: str
+    hidden_states: Any
+    context: Any
+    key_lengths: Any
+    bias: Any
+    scale: float | None
+    softcap: float | None
+    return_output: bool
+    return_weights: bool
+    return_entropy: bool
+    top_k: int
+    return_mass_per_key: bool
+    mass_by_distance: int
+    priority: int
+
+
 def attend_call(
-    tensors: dict[str, Any],
+    query: Any,
+    key: Any,
+    value: Any,
     *,
     model: str,
-    version: str,
-    variant: str,
-    scale: float | None,
-    softcap: float | None,
-    no_output: bool,
-    return_weights: bool,
-    return_entropy: bool,
-    top_k: int,
-    return_mass_per_key: bool,
-    mass_by_distance: int,
-    priority: int,
+    version: str | int = "",
+    variant: str = "",
+    hidden_states: Any = None,
+    context: Any = None,
+    key_lengths: Any = None,
+    bias: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_output: bool = True,
+    return_weights: bool = False,
+    return_entropy: bool = False,
+    top_k: int = 0,
+    return_mass_per_key: bool = False,
+    mass_by_distance: int = 0,
+    priority: int = 0,
 ) -> AttendCall:
     """Build a request from the arguments of `attend`; tensors that are None are left out."""
     if top_k < 0:
@@ -175,11 +222,11 @@ def attend_call(
         raise ValueError(f"priority: {priority}; allowed: 0 (normal) or more")
     head = _head(
         model,
-        version,
+        str(version),
         variant,
         scale,
         softcap,
-        no_output,
+        not return_output,
         return_weights,
         return_entropy,
         top_k,
@@ -189,16 +236,25 @@ def attend_call(
     )
     arrays: dict[str, Array] = {}
     stored: dict[str, StoredTensor] = {}
-    for name, value in tensors.items():
-        if value is None:
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "hidden_states": hidden_states,
+        "context": context,
+        "key_lengths": key_lengths,
+        "bias": bias,
+    }
+    for name, given in tensors.items():
+        if given is None:
             continue
-        if isinstance(value, StoredTensor):
-            stored[name] = value
+        if isinstance(given, StoredTensor):
+            stored[name] = given
             head += encoding.embedded(
-                _REQUEST_FIELD[name], pb.Tensor(stored=value.handle).SerializeToString()
+                _REQUEST_FIELD[name], pb.Tensor(stored=given.handle).SerializeToString()
             )
             continue
-        array = _tensors.as_array(value, name)
+        array = _tensors.as_array(given, name)
         if name == "key_lengths":
             array = array.astype(np.int64, casting="same_kind")
         arrays[name] = array

@@ -1,47 +1,23 @@
 """The blocking client."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 import grpc.experimental
 import numpy as np
-from attnserve_proto import attention_pb2 as pb
-from attnserve_proto import attention_pb2_grpc as pb_grpc
 
-from attnserve_client import (
-    _attend,
-    _channel,
-    _errors,
-    _messages,
-    _retries,
-    _session_files,
-    _session_messages,
-    _tensors,
-)
-from attnserve_client._assembly import Assembler
-from attnserve_client._attend import AttendCall
-from attnserve_client._messages import Tokens
-from attnserve_client._results import (
-    Array,
-    AttendResult,
-    Model,
-    ServerInfo,
-    SessionLayer,
-    StoredTensor,
-    TokensResult,
-)
-from attnserve_client._session_files import PathOrFile
-from attnserve_client._session_steps import Batch, Connection
-from attnserve_client._session_stream import SessionStreams
-from attnserve_client._sessions import Session
-from attnserve_client._sharing import SharedCall, Sharing
+from attnserve_client import _channel, _tensors
+from attnserve_client._client_flows import ClientFlows
+from attnserve_client._flows import Runner, blocking
+from attnserve_client._results import Array
+from attnserve_client._session_state import Connection
+from attnserve_client._session_stream import SessionStream, SessionStreams
+from attnserve_client._sessions import Batch, Session
+from attnserve_client._sharing import Sharing, shared_by
 from attnserve_client._stream import AttendStream
-
-# That a server may take to map shared memory, for callers without a timeout.
-_REGISTER_SECONDS = 10.0
+from attnserve_client._transport import BlockingTransport
 
 # The answers to a single message are read by the thread that sent it, not by one that wakes it.
 _ANSWERS_READ_BY_CALLER: list[tuple[str, str | int]] = [
@@ -85,27 +61,13 @@ class AttentionClient:
             if credentials
             else grpc.insecure_channel(target, options=options)
         )
-        self._threshold = stream_threshold_bytes
-        self._retries = _retries.Retries()
-        self._stub = pb_grpc.AttentionServiceStub(self._channel)
-        # Raw bytes: the SDK places tensors in messages, and finds them there, without copies.
-        self._attend = self._channel.unary_unary(_channel.method_path("Attend"), None, None)
-        self._attend_stream = self._channel.stream_stream(
-            _channel.method_path("AttendStream"), None, None
-        )
-        # The same method for requests of one message, which need no thread that sends them.
-        self._attend_stream_of_one = self._channel.unary_stream(
-            _channel.method_path("AttendStream"), None, None
-        )
-        self._put_tensor = self._channel.stream_unary(_channel.method_path("PutTensor"), None, None)
-        decode = self._channel.stream_stream(_channel.method_path("Decode"), None, None)
-
-        def start(messages: Iterator[bytes], timeout: float | None) -> Any:
-            return decode(messages, timeout=timeout)
-
-        self._sessions = Connection(SessionStreams(start), self._retries)
-        self._sharing = (
-            Sharing(shared_memory_bytes, self._register_shared_memory) if shared_memory else None
+        self._runner = Runner()
+        self._transport = BlockingTransport(self._channel, ())
+        self._streams = SessionStreams(lambda: SessionStream(self._transport.decode_call))
+        self._connection = Connection(self._streams, self._runner)
+        self._sharing = Sharing(shared_memory_bytes) if shared_memory else None
+        self._flows = ClientFlows(
+            self._transport, stream_threshold_bytes, self._sharing, self._connection, Session
         )
 
     def __enter__(self) -> Self:
@@ -121,10 +83,10 @@ class AttentionClient:
 
     def close(self) -> None:
         """Close the connection; calls under way are cancelled. Arrays live on."""
-        self._retries.close()
-        self._sessions.streams.close()
-        if self._sharing is not None:
-            self._sharing.close(self._unregister_shared_memory)
+        self._runner.close()
+        self._streams.close()
+        if self._sharing is not None and (region := self._sharing.close()) is not None:
+            self._transport.unregister_now(region)
         self._channel.close()
 
     def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
@@ -138,182 +100,13 @@ class AttentionClient:
             RuntimeError: this client shares no memory.
             MemoryError: not so much of it is free.
         """
-        return self._shared().arena.empty(tuple(shape), np.dtype(dtype))
+        return shared_by(self._sharing).arena.empty(tuple(shape), np.dtype(dtype))
 
     def shared(self, array: Any) -> Array:
         """A copy of an array in the memory shared with the server; errors as `shared_empty`."""
-        elements = _tensors.as_array(array, "array")
-        copy = self.shared_empty(elements.shape, elements.dtype)
-        copy[...] = elements
-        return copy
+        return shared_by(self._sharing).copy(_tensors.as_array(array, "array"))
 
-    def _shared(self) -> Sharing:
-        if self._sharing is None:
-            raise RuntimeError("this client shares no memory; give it shared_memory=True")
-        return self._sharing
-
-    def attend(
-        self,
-        query: Any = None,
-        key: Any = None,
-        value: Any = None,
-        *,
-        model: str,
-        version: str | int = "",
-        variant: str = "",
-        hidden_states: Any = None,
-        context: Any = None,
-        key_lengths: Any = None,
-        bias: Any = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        return_output: bool = True,
-        return_weights: bool = False,
-        return_entropy: bool = False,
-        top_k: int = 0,
-        return_mass_per_key: bool = False,
-        mass_by_distance: int = 0,
-        priority: int = 0,
-        timeout: float | None = 60.0,
-    ) -> AttendResult:
-        """Compute attention.
-
-        Args:
-            query: [B, H, Sq, D], for a core model. FP32, FP16 or BF16 as the model is, like all
-                tensors. Each tensor may also be a `StoredTensor` that `put_tensor` gave.
-            key: [B, Hkv, Sk, D].
-            value: [B, Hkv, Sk, Dv].
-            model: its name; `client.list_models()` lists them.
-            version: empty is the highest.
-            variant: force one; empty lets the server pick.
-            hidden_states: [B, Sq, E], for a layer model, instead of query, key and value.
-            context: [B, Sk, E], for a cross-attention layer.
-            key_lengths: [B] integers; keys from that position on are padding.
-            bias: added to the scores; [B or 1, H or 1, Sq or 1, Sk or 1].
-            scale: multiplies query x key; None is the model's own.
-            softcap: None is the model's own, 0 none.
-            return_output: also send the output back.
-            return_weights: also send the attention weights, [B, H, Sq, Sk].
-            return_entropy: also the entropy of each query's weights, nats.
-            top_k: also the heaviest keys of each query, this many.
-            return_mass_per_key: also the weight each key receives over all queries.
-            mass_by_distance: also the weight given at each distance between query and key, for
-                this many distances; the last one gathers all beyond.
-            priority: who is served first among those that wait: 1 high, 2 or 0 normal, 3 low.
-            timeout: seconds; None waits for ever.
-
-        Raises:
-            AttnserveError: one subclass per gRPC status.
-            TypeError: an argument cannot be read as an array.
-            ValueError: a count or the priority is below 0.
-            MemoryError: not enough of the memory shared with the server is free.
-        """
-        call = _attend.attend_call(
-            {
-                "query": query,
-                "key": key,
-                "value": value,
-                "hidden_states": hidden_states,
-                "context": context,
-                "key_lengths": key_lengths,
-                "bias": bias,
-            },
-            model=model,
-            version=str(version),
-            variant=variant,
-            scale=scale,
-            softcap=softcap,
-            no_output=not return_output,
-            return_weights=return_weights,
-            return_entropy=return_entropy,
-            top_k=top_k,
-            return_mass_per_key=return_mass_per_key,
-            mass_by_distance=mass_by_distance,
-            priority=priority,
-        )
-        if self._sharing is not None:
-            answer_bytes = self._sharing.answer_bytes(call)
-            if answer_bytes is not None:
-                return self._attend_shared(self._sharing, call, answer_bytes, timeout)
-        plan = call.plan
-        if plan.request_bytes + plan.response_bytes > self._threshold:
-            return self._attend_streamed(call, timeout)
-        answer = self._retries.call(
-            "Attend", lambda left: self._attend(call.to_bytes(), left), timeout
-        )
-        result, _ = plan.answers.read(answer)
-        return result
-
-    def _attend_shared(
-        self, sharing: Sharing, call: AttendCall, answer_bytes: int, timeout: float | None
-    ) -> AttendResult:
-        shared: SharedCall | None = None  # where the request lies, from try to try
-
-        def send(left: float | None) -> tuple[SharedCall, bytes]:
-            nonlocal shared
-            if shared is None:
-                shared = sharing.call(call, answer_bytes, left)
-            try:
-                return shared, self._attend(shared.message, timeout=left)
-            except BaseException as error:  # an interrupt leaves the server computing, too
-                if _errors.may_still_run(error):
-                    lost, shared = shared, None
-                    if sharing.give_up(lost, error):
-                        old = pb.UnregisterSharedMemoryRequest(name=lost.region)
-                        with contextlib.suppress(ValueError):  # this client has been closed
-                            self._stub.UnregisterSharedMemory.future(old, timeout=10.0)
-                raise
-
-        def send_again_if_forgotten(left: float | None) -> tuple[SharedCall, bytes]:
-            nonlocal shared
-            try:
-                return send(left)
-            except grpc.RpcError as error:
-                if shared is None or not _errors.is_unknown_region(error, shared.region):
-                    raise
-            # The server was started anew, or took this for another caller after a reconnect.
-            sharing.forget(shared)
-            shared = None
-            return send(left)
-
-        return sharing.result(*self._retries.call("Attend", send_again_if_forgotten, timeout))
-
-    def _register_shared_memory(self, key: str, byte_size: int, timeout: float | None) -> str:
-        request = pb.RegisterSharedMemoryRequest(key=key, byte_size=byte_size)
-        try:
-            answer = self._stub.RegisterSharedMemory(
-                request, timeout=_REGISTER_SECONDS if timeout is None else timeout
-            )
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, "RegisterSharedMemory") from None
-        return answer.name
-
-    def _unregister_shared_memory(self, name: str) -> None:
-        with contextlib.suppress(grpc.RpcError):  # the server may be gone
-            request = pb.UnregisterSharedMemoryRequest(name=name)
-            self._stub.UnregisterSharedMemory(request, timeout=1.0)
-
-    def _attend_streamed(self, call: AttendCall, timeout: float | None) -> AttendResult:
-        def send(left: float | None) -> AttendResult:
-            assembler = Assembler()
-            assembler.expect(1, call.plan.answers)
-            finished = None
-            stream = (
-                self._attend_stream(call.to_stream(1, None), timeout=left)
-                if call.plan.streamed.chunks
-                else self._attend_stream_of_one(call.announcement(1, None), timeout=left)
-            )
-            for message in stream:
-                done = assembler.add(message)
-                if done is not None:
-                    finished = done[1]
-                    if isinstance(finished, _errors.AttnserveError):
-                        # What is left of the request need not be sent.
-                        stream.cancel()  # type: ignore[no-untyped-call]
-                        break
-            return _errors.result_of(finished, "AttendStream")
-
-        return self._retries.call("AttendStream", send, timeout)
+    attend = blocking(ClientFlows.attend)
 
     def stream(self, *, timeout: float | None = None) -> AttendStream:
         """Open one stream for many requests in flight; use it in `with`.
@@ -323,311 +116,26 @@ class AttentionClient:
         Args:
             timeout: seconds that the whole stream may last; None is unlimited.
         """
-        return AttendStream(self._attend_stream, timeout=timeout)
+        return AttendStream(self._transport.attend_stream, timeout=timeout)
 
-    def put_tensor(
-        self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
-    ) -> StoredTensor:
-        """Keep a tensor in the server, for many requests: keys and values of one context, say.
+    put_tensor = blocking(ClientFlows.put_tensor)
+    renew_tensor = blocking(ClientFlows.renew_tensor)
+    drop_tensor = blocking(ClientFlows.drop_tensor)
 
-        Args:
-            array: a tensor of any shape, dtypes as in `attend`.
-            lease: seconds that it is kept after its last use; None is the server's default.
-            timeout: seconds; None waits for ever.
-
-        Returns:
-            What `attend` takes instead of the array. Whoever knows its handle may use it.
-
-        Raises:
-            ResourceExhaustedError: the server keeps as many bytes as it may.
-        """
-        elements = _tensors.as_array(array, "array")
-
-        def send(left: float | None) -> bytes:
-            messages = _messages.put_messages(elements, lease, _channel.CHUNK_BYTES)
-            answer: bytes = self._put_tensor(messages, timeout=left)
-            return answer
-
-        answer = self._retries.call("PutTensor", send, timeout)
-        stored = pb.StoredTensor.FromString(answer)
-        return _messages.stored_from(stored, elements.shape, elements.dtype)
-
-    def renew_tensor(
-        self, tensor: StoredTensor, *, lease: float | None = None, timeout: float | None = 10.0
-    ) -> StoredTensor:
-        """Start a stored tensor's lease anew, with another length if one is given.
-
-        Raises:
-            NotFoundError: the lease has run out.
-        """
-        request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
-        answer = self._retries.call(
-            "RenewTensor", lambda left: self._stub.RenewTensor(request, timeout=left), timeout
-        )
-        return _messages.stored_from(answer, tensor.shape, tensor.dtype)
-
-    def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> None:
-        """Give a stored tensor up.
-
-        Raises:
-            NotFoundError: the lease has run out, or the server was started anew.
-        """
-        self._retries.call(
-            "DropTensor",
-            lambda left: self._stub.DropTensor(
-                pb.DropTensorRequest(handle=tensor.handle), timeout=left
-            ),
-            timeout,
-        )
-
-    def session(
-        self,
-        model: str,
-        *,
-        num_layers: int,
-        max_tokens: int,
-        version: str | int = "",
-        layers: Sequence[SessionLayer] | None = None,
-        cache_dtype: str | None = None,
-        reserved_tokens: int = 0,
-        cross_tokens: int = 0,
-        prefix_hashes: Iterable[bytes] = (),
-        lease: float | None = None,
-        timeout: float | None = 60.0,
-    ) -> Session:
-        """Open a KV session: keys and values of its tokens stay in the server. Use it in `with`.
-
-        Args:
-            model: a core model with the variant `paged`.
-            num_layers: of the caller's model, each with a cache of its own.
-            max_tokens: the most that it may hold.
-            version: empty is the highest.
-            layers: what each sees; one: for all; None: each as the model.
-            cache_dtype: "fp32", "fp16", "bf16", "int8" or "fp8"; None is as the model.
-            reserved_tokens: tokens that room is promised for; 0: max_tokens.
-            cross_tokens: the most keys of its cross layers.
-            prefix_hashes: of the pages of tokens that it begins with (`page_hashes`): what the
-                server still has of them is there from the start, as the session's `length` says.
-            lease: seconds that it is kept after its last use; None is the server's default.
-            timeout: seconds; None waits for ever.
-
-        Raises:
-            ResourceExhaustedError: not so much can be promised.
-            FailedPreconditionError: the model keeps no sessions, or not of such layers.
-        """
-        opening = _session_messages.open_sessions(
-            1,
-            model,
-            str(version),
-            num_layers,
-            max_tokens,
-            layers,
-            cache_dtype,
-            reserved_tokens,
-            cross_tokens,
-            prefix_hashes,
-            lease,
-        )
-        return self._open(opening, timeout)[0]
-
-    def sessions(
-        self,
-        count: int,
-        model: str,
-        *,
-        num_layers: int,
-        max_tokens: int,
-        version: str | int = "",
-        layers: Sequence[SessionLayer] | None = None,
-        cache_dtype: str | None = None,
-        reserved_tokens: int = 0,
-        cross_tokens: int = 0,
-        lease: float | None = None,
-        timeout: float | None = 60.0,
-    ) -> list[Session]:
-        """Open `count` equal KV sessions, all or none; else as `session`."""
-        opening = _session_messages.open_sessions(
-            count,
-            model,
-            str(version),
-            num_layers,
-            max_tokens,
-            layers,
-            cache_dtype,
-            reserved_tokens,
-            cross_tokens,
-            (),
-            lease,
-        )
-        return self._open(opening, timeout)
-
-    def _open(self, opening: pb.OpenSessions, timeout: float | None) -> list[Session]:
-        # Repeated after a lost connection too: what was opened then ends with its lease.
-        answer = self._sessions.repeat(pb.DecodeRequest(open=opening), timeout)
-        return [
-            Session(self._sessions, state, opening.model, opening.num_layers)
-            for state in answer.opened.sessions
-        ]
+    session = blocking(ClientFlows[Session].session)
+    sessions = blocking(ClientFlows[Session].sessions)
 
     def batch(self, sessions: Sequence[Session]) -> Batch:
         """Steps of several sessions of one model together, each with any number of new tokens.
 
         Use it in `with`: a step that has not ended then is abandoned.
         """
-        return Batch(self._sessions, sessions)
+        return Batch(self._connection, sessions)
 
-    def save(self, session: Session, to: PathOrFile, *, timeout: float | None = None) -> None:
-        """Write a copy of a session into a file, for `load` here or at another server.
+    save = blocking(ClientFlows[Session].save)
+    load = blocking(ClientFlows[Session].load)
 
-        Args:
-            session: not in a step. It stays.
-            to: a path, or a file open for writing bytes.
-            timeout: seconds; None waits for ever.
-        """
-        export = pb.ExportSession(session_id=session.id)
-        message = pb.DecodeRequest(request_id=1, export_session=export).SerializeToString()
-        answers = self._sessions.streams.once(iter([message]), timeout)
-        _session_files.write(
-            to,
-            session.model,
-            session.num_layers,
-            (answer.message.chunk.data for answer in answers),
-        )
-
-    def load(
-        self,
-        source: PathOrFile,
-        *,
-        max_tokens: int = 0,
-        reserved_tokens: int = 0,
-        lease: float | None = None,
-        timeout: float | None = None,
-    ) -> Session:
-        """Open a session from what `save` wrote.
-
-        Args:
-            source: a path, or a file open for reading bytes.
-            max_tokens: 0 is as saved.
-            reserved_tokens, lease: as in `session`.
-            timeout: seconds; None waits for ever.
-
-        Raises:
-            AttnserveError: DATA_LOSS: the file was changed.
-            FailedPreconditionError: this server cannot hold it.
-            ValueError: it is no saved session.
-        """
-        with _session_files.reading(source) as (model, num_layers, chunks):
-            messages = _session_messages.import_messages(
-                1, chunks, max_tokens, reserved_tokens, lease
-            )
-            for answer in self._sessions.streams.once(messages, timeout):
-                return Session(self._sessions, answer.message.session, model, num_layers)
-        raise _errors.InternalError("the stream ended without an answer", method="Decode")
-
-    def attend_tokens(
-        self,
-        inputs: Tokens,
-        *,
-        model: str,
-        version: str | int = "",
-        variant: str = "",
-        targets: Tokens | None = None,
-        attention: str = "",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
-        return_hidden: bool = True,
-        return_pooled: bool = False,
-        return_weights: bool | None = None,
-        return_entropy: bool = False,
-        return_effective_context: bool = False,
-        mass_by_distance: int = 0,
-        mass_on_first: int = 0,
-        truncate: bool = False,
-        timeout: float | None = 60.0,
-    ) -> TokensResult:
-        """Run texts or token ids through a transformer model.
-
-        Args:
-            inputs: a list of texts, or a list of id sequences of any lengths (special tokens
-                included).
-            model: its name.
-            version: empty is the highest.
-            variant: force one; empty lets the server pick.
-            targets: for an encoder-decoder, what its decoder reads: a list of texts, or of id
-                sequences (start token included), one for each of `inputs`; None is the start
-                token alone.
-            attention: "encoder", "decoder" or "cross"; empty is the first that the model has.
-            layers: 0-based, for weights and all that is said of them; None is all.
-            heads: 0-based, likewise; None is all.
-            return_hidden: send the hidden states back.
-            return_pooled: also one vector per sequence.
-            return_weights: also the attention weights of `layers` and `heads`; None asks for
-                them exactly if `layers` or `heads` is given and nothing is asked of the weights
-                (the four below).
-            return_entropy: also the entropy of each query's weights, nats.
-            return_effective_context: also its exponential: over how many keys the weights of each
-                query are spread.
-            mass_by_distance: also the weight given at each distance between query and key, for
-                this many distances; the last one gathers all beyond.
-            mass_on_first: also the weight that each query gives to this many first keys.
-            truncate: cut texts that are too long instead of refusing them.
-            timeout: seconds; None waits for ever.
-
-        Raises:
-            AttnserveError: one subclass per gRPC status.
-        """
-        request = _messages.tokens_request(
-            inputs,
-            model=model,
-            version=str(version),
-            variant=variant,
-            targets=targets,
-            attention=attention,
-            layers=layers,
-            heads=heads,
-            return_hidden=return_hidden,
-            return_pooled=return_pooled,
-            return_weights=return_weights,
-            return_entropy=return_entropy,
-            return_effective_context=return_effective_context,
-            mass_by_distance=mass_by_distance,
-            mass_on_first=mass_on_first,
-            truncate=truncate,
-        )
-        return _messages.tokens_result(
-            self._retries.call(
-                "AttendTokens", lambda left: self._stub.AttendTokens(request, timeout=left), timeout
-            )
-        )
-
-    def list_models(self, *, timeout: float | None = 10.0) -> list[Model]:
-        """All models and versions, by name and version."""
-        answer = self._retries.call(
-            "ListModels",
-            lambda left: self._stub.ListModels(pb.ListModelsRequest(), timeout=left),
-            timeout,
-        )
-        return [_messages.model_from(model) for model in answer.models]
-
-    def get_model(
-        self, name: str, version: str | int = "", *, timeout: float | None = 10.0
-    ) -> Model:
-        """One model, its manifest included.
-
-        Raises:
-            NotFoundError: no such model or version.
-        """
-        request = pb.GetModelRequest(name=name, version=str(version))
-        answer = self._retries.call(
-            "GetModel", lambda left: self._stub.GetModel(request, timeout=left), timeout
-        )
-        return _messages.model_from(answer.model, answer.manifest_json)
-
-    def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
-        """What the server is, what it runs on and what it accepts."""
-        answer = self._retries.call(
-            "ServerInfo",
-            lambda left: self._stub.ServerInfo(pb.ServerInfoRequest(), timeout=left),
-            timeout,
-        )
-        return _messages.server_info_from(answer)
+    attend_tokens = blocking(ClientFlows.attend_tokens)
+    list_models = blocking(ClientFlows.list_models)
+    get_model = blocking(ClientFlows.get_model)
+    server_info = blocking(ClientFlows.server_info)

@@ -14,6 +14,7 @@ AttnserveError
 └── InternalError             a fault in the server
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import grpc
@@ -146,15 +147,20 @@ def from_status(
 
 def from_stream_error(error: pb.Error, method: str) -> AttnserveError:
     """The exception of a failed request within a stream."""
-    code = _CODE_BY_NUMBER.get(error.code, grpc.StatusCode.UNKNOWN)
-    return from_status(code, error.message, method, error.retry_after / 1e6 or None)
+    return from_status(code_of(error.code), error.message, method, error.retry_after / 1e6 or None)
+
+
+def code_of(number: int) -> grpc.StatusCode:
+    """A status by its number; UNKNOWN for one that there is not."""
+    return _CODE_BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)
 
 
 def from_rpc_error(error: grpc.RpcError, method: str) -> AttnserveError:
     """The exception of what grpc raised."""
     code = getattr(error, "code", lambda: None)() or grpc.StatusCode.UNKNOWN
     details = getattr(error, "details", lambda: None)() or str(error)
-    return from_status(code, details, method, _retry_after(error))
+    trailing = getattr(error, "trailing_metadata", lambda: None)()
+    return from_status(code, details, method, retry_after_of(trailing))
 
 
 def from_call(error: Exception, method: str) -> AttnserveError:
@@ -206,8 +212,9 @@ def is_unloaded_model(error: AttnserveError) -> bool:
     return error.code == grpc.StatusCode.UNAVAILABLE and error.message.startswith("model: ")
 
 
-def _retry_after(error: grpc.RpcError) -> float | None:
-    for name, value in getattr(error, "trailing_metadata", lambda: None)() or ():
+def retry_after_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> float | None:
+    """Seconds after which a refused call may be repeated, as trailing metadata says; None: not."""
+    for name, value in metadata or ():
         if name == "retry-after":
             try:
                 return float(value)

@@ -1,7 +1,7 @@
 """Requests from arguments and results from answers, of all methods but `attend`."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
@@ -40,24 +40,67 @@ def stored_from(
     return StoredTensor(answer.handle, answer.lease / 1e6, shape, dtype)
 
 
+class TokensOptions(TypedDict, total=False):
+    """What `attend_tokens` takes by name.
+
+    Attributes:
+        model: its name.
+        version: empty is the highest.
+        variant: force one; empty lets the server pick.
+        targets: for an encoder-decoder, what its decoder reads: a list of texts, or of id sequences
+            (start token included), one for each of the inputs; None is the start token alone.
+        attention: "encoder", "decoder" or "cross"; empty is the first that the model has.
+        layers: 0-based, for weights and all that is said of them; None is all.
+        heads: 0-based, likewise; None is all.
+        return_hidden: send the hidden states back; they are, unless this is False.
+        return_pooled: also one vector per sequence.
+        return_weights: also the attention weights of `layers` and `heads`; None asks for them
+            exactly if `layers` or `heads` is given and nothing is asked of the weights (the four
+            below).
+        return_entropy: also the entropy of each query's weights, nats.
+        return_effective_context: also its exponential: over how many keys the weights of each
+            query are spread.
+        mass_by_distance: also the weight given at each distance between query and key, for this
+            many distances; the last one gathers all beyond.
+        mass_on_first: also the weight that each query gives to this many first keys.
+        truncate: cut texts that are too long instead of refusing them.
+    """
+
+    model: Required[str]
+    version: str | int
+    variant: str
+    targets: Tokens | None
+    attention: str
+    layers: Sequence[int] | None
+    heads: Sequence[int] | None
+    return_hidden: bool
+    return_pooled: bool
+    return_weights: bool | None
+    return_entropy: bool
+    return_effective_context: bool
+    mass_by_distance: int
+    mass_on_first: int
+    truncate: bool
+
+
 def tokens_request(
     inputs: Tokens,
     *,
     model: str,
-    version: str,
-    variant: str,
-    targets: Tokens | None,
-    attention: str,
-    layers: Sequence[int] | None,
-    heads: Sequence[int] | None,
-    return_hidden: bool,
-    return_pooled: bool,
-    return_weights: bool | None,
-    return_entropy: bool,
-    return_effective_context: bool,
-    mass_by_distance: int,
-    mass_on_first: int,
-    truncate: bool,
+    version: str | int = "",
+    variant: str = "",
+    targets: Tokens | None = None,
+    attention: str = "",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    return_hidden: bool = True,
+    return_pooled: bool = False,
+    return_weights: bool | None = None,
+    return_entropy: bool = False,
+    return_effective_context: bool = False,
+    mass_by_distance: int = 0,
+    mass_on_first: int = 0,
+    truncate: bool = False,
 ) -> pb.AttendTokensRequest:
     """Build a request from the arguments of `attend_tokens`."""
     for name, count in (("mass_by_distance", mass_by_distance), ("mass_on_first", mass_on_first)):

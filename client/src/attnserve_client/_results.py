@@ -80,11 +80,14 @@ class SessionLayer:
         window: keys up to its own that a query sees, itself included; None: as the model, 0: all.
         kept_first: with a window: the session's first keys that it sees besides.
         cross: keys are written once, by a step with `cross_tokens`, and every query sees all.
+        latent: one row is kept of each token, the key, whose first Dv numbers are the value (MLA);
+            no value is sent.
     """
 
     window: int | None = None
     kept_first: int = 0
     cross: bool = False
+    latent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +95,12 @@ class LayerResult:
     """One layer of a step; what was not asked for is None.
 
     Attributes:
-        output: [T, H, Dv], T the new tokens of all sessions of the step, one after another.
+        output: [T, H, Dv], T the new tokens of all sessions of the step, one after another; of a
+            layer model [T, E].
         log_sum_exp: [T, H] float32, of each query's scores; -inf where it saw no key.
         entropy: [T, H] float32, nats.
+        weights: of each session that was asked for, [t, H, K] float32: of its t new tokens and the
+            K keys that it has with them; 0 where a key is not seen.
         starts: where each session's tokens begin in T, and where the last one's end.
         step_ended: whether this was the step's last layer.
         timings: where the server spent its time.
@@ -103,13 +109,14 @@ class LayerResult:
     output: Array | None
     log_sum_exp: Array | None
     entropy: Array | None
+    weights: list[Array]
     starts: tuple[int, ...]
     step_ended: bool
     timings: Timings
 
     @property
     def outputs(self) -> list[Array]:
-        """The output of each session, [its new tokens, H, Dv]: views of `output`."""
+        """The output of each session, [its new tokens, ...]: views of `output`."""
         if self.output is None:
             return []
         return [self.output[first:last] for first, last in pairwise(self.starts)]

@@ -9,17 +9,16 @@ task that is cancelled gets asyncio's own exception, and a client that is closed
 Only calls that can be repeated safely come here: all but those of a stream.
 """
 
-import asyncio
 import random
-import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import grpc
 
 from attnserve_client import _errors
 from attnserve_client._errors import AttnserveError
+from attnserve_client._flows import Call, Flow, Pause
 
 T = TypeVar("T")
 
@@ -32,78 +31,51 @@ _AGAIN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 _FIRST_SECONDS, _MULTIPLIER, _LONGEST_SECONDS, _JITTER = 0.05, 2.0, 1.0, 0.25
 
 
-class Retries:
-    """The tries of one client's calls. Safe to share between threads."""
+def again(method: str, send: Callable[[float | None], Any], timeout: float | None) -> Flow[Any]:
+    """Call a method that can be repeated safely, until it answers or the time is up.
 
-    def __init__(self) -> None:
-        self._closed = threading.Event()
+    Args:
+        method: its name, for messages.
+        send: as `Call` has it.
+        timeout: seconds for all tries together; None waits for an answer for ever, and for a
+            server that can be reached `UNTIMED_SECONDS`.
 
-    def close(self) -> None:
-        """Try no more: what fails from now on has failed, and who waits for a try stops waiting."""
-        self._closed.set()
+    Raises:
+        AttnserveError: how the last try failed.
+    """
 
-    def call(self, method: str, function: Callable[[float | None], T], timeout: float | None) -> T:
-        """Call a method that can be repeated safely, until it answers or the time is up.
+    def attempt(left: float | None) -> Flow[Any]:
+        return (yield Call(send, left))
 
-        Args:
-            method: its name, for messages.
-            function: calls it, given the seconds left (None: without end).
-            timeout: seconds for all tries together; None waits for an answer for ever, and for a
-                server that can be reached `UNTIMED_SECONDS`.
-
-        Raises:
-            AttnserveError: how the last try failed.
-        """
-        tries = _Tries(timeout)
-        left = timeout
-        while True:
-            try:
-                return function(left)
-            except (grpc.RpcError, AttnserveError) as error:
-                failure = _errors.from_call(error, method)
-            delay = None if self._closed.is_set() else tries.delay(failure)
-            if delay is None:
-                raise failure
-            if self._closed.wait(delay):
-                raise _closed(method)
-            left = tries.left()
+    return all_again(method, attempt, timeout)
 
 
-class AsyncRetries:
-    """The tries of one asyncio client's calls: `Retries`, awaited."""
-
-    def __init__(self) -> None:
-        self._closed = asyncio.Event()
-
-    def close(self) -> None:
-        """As `Retries.close`."""
-        self._closed.set()
-
-    async def call(
-        self, method: str, function: Callable[[float | None], Awaitable[T]], timeout: float | None
-    ) -> T:
-        """As `Retries.call`."""
-        tries = _Tries(timeout)
-        while True:
-            try:
-                return await function(tries.left())
-            except (grpc.RpcError, AttnserveError) as error:
-                failure = _errors.from_call(error, method)
-            delay = None if self._closed.is_set() else tries.delay(failure)
-            if delay is None:
-                raise failure
-            try:
-                await asyncio.wait_for(self._closed.wait(), delay)
-            except TimeoutError:
-                continue
-            raise _closed(method)
+def all_again(
+    method: str, attempt: Callable[[float | None], Flow[T]], timeout: float | None
+) -> Flow[T]:
+    """As `again`, of calls that are repeated together: `attempt` makes them, in the time given."""
+    tries = None
+    left = timeout
+    began = time.monotonic()
+    while True:
+        try:
+            return (yield from attempt(left))
+        except (grpc.RpcError, AttnserveError) as error:
+            failure = _errors.from_call(error, method)
+        tries = tries or _Tries(began, timeout)
+        delay = tries.delay(failure)
+        if delay is None:
+            raise failure
+        if (yield Pause(delay)):
+            raise _errors.CancelledError("the client was closed", method=method)
+        left = tries.left()
 
 
 class _Tries:
     """The clock of one call's tries."""
 
-    def __init__(self, timeout: float | None) -> None:
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+    def __init__(self, began: float, timeout: float | None) -> None:
+        self._deadline = None if timeout is None else began + timeout
         self._until = self._deadline
         self._next = _FIRST_SECONDS
 
@@ -122,7 +94,3 @@ class _Tries:
         delay = max(delay, failure.retry_after or 0.0)
         self._next = min(self._next * _MULTIPLIER, _LONGEST_SECONDS)
         return delay if now + delay < self._until else None
-
-
-def _closed(method: str) -> AttnserveError:
-    return _errors.CancelledError("the client was closed", method=method)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,27 +22,31 @@ _MOST_CHUNK_BYTES = 1 << 31  # as a message of protobuf
 PathOrFile = str | os.PathLike[str] | BinaryIO
 
 
-def write(to: PathOrFile, model: str, num_layers: int, chunks: Iterable[bytes]) -> None:
-    """Write a session. A file of a path is there once it is whole."""
+@contextlib.contextmanager
+def writing(to: PathOrFile, model: str, num_layers: int) -> Iterator[Callable[[bytes], None]]:
+    """What writes a session's chunks, one after another. A file of a path is there once whole."""
     if not isinstance(to, str | os.PathLike):
-        _write(to, model, num_layers, chunks)
+        yield _writer(to, model, num_layers)
         return
     path = Path(to)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
-            _write(file, model, num_layers, chunks)
+            yield _writer(file, model, num_layers)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _write(file: BinaryIO, model: str, num_layers: int, chunks: Iterable[bytes]) -> None:
+def _writer(file: BinaryIO, model: str, num_layers: int) -> Callable[[bytes], None]:
     facts = json.dumps({"model": model, "num_layers": num_layers})
     file.write(_FIRST_LINE + facts.encode() + b"\n")
-    for chunk in chunks:
+
+    def write(chunk: bytes) -> None:
         file.write(_SIZE.pack(len(chunk)))
         file.write(chunk)
+
+    return write
 
 
 @contextlib.contextmanager

@@ -2,91 +2,88 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
 
 from attnserve_client import _errors
+from attnserve_client import _session_layers as layers
 from attnserve_client import _session_messages as messages
 from attnserve_client._errors import AttnserveError
+from attnserve_client._flows import Call, Flow
 from attnserve_client._results import LayerResult
-from attnserve_client._retries import Retries
-from attnserve_client._session_messages import METHOD, Rows
-from attnserve_client._session_stream import SessionStream, SessionStreams
-
-if TYPE_CHECKING:
-    from attnserve_client._sessions import Session
+from attnserve_client._session_layers import Attended, LayerPlan, Rows
+from attnserve_client._session_messages import METHOD
+from attnserve_client._session_state import Connection, SessionState, Stream
 
 # How long it is asked after a lost connection whether sessions survived, seconds.
 _FIND_SECONDS = 30.0
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """What sessions of one client share."""
-
-    streams: SessionStreams
-    retries: Retries
-
-    def repeat(self, request: pb.DecodeRequest, timeout: float | None) -> pb.DecodeResponse:
-        """Send what can be repeated safely, until it is answered."""
-        return self.retries.call(METHOD, lambda left: self.streams.call(request, left), timeout)
-
-
 @dataclass(slots=True)
 class _Step:
-    """A step that is under way."""
+    """A step that is under way.
 
-    stream: SessionStream
+    Attributes:
+        kept: of each session, the new tokens that it holds when the step has ended; a tree's are
+            kept by `commit`.
+        starts: where each session's tokens begin, and where the last one's end.
+        unsure: whether an answer was not waited for.
+    """
+
+    stream: Stream
     step_id: int
-    new_tokens: list[int]
-    has_tree: list[bool]
+    kept: list[int]
+    starts: tuple[int, ...]
+    unsure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """What begins a step: as a field of the first layer, and as `_Step` has it."""
+
+    field: bytes
+    kept: list[int]
     starts: tuple[int, ...]
 
 
-class Batch:
-    """Steps of several sessions together; `client.batch` makes it.
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer to be computed."""
+
+    layer: int
+    returns: bytes
+    tensors: tuple[Rows, ...]
+    plan: LayerPlan
+    timeout: float | None
+
+
+class BatchFlows:
+    """Steps of several sessions together.
 
     A step adds tokens to each session: it begins with layer 0, and ends once every layer has been
-    computed. Not to be used by several threads at once; different batches may.
-
-    >>> with client.batch([first, second]) as batch:
-    ...     for layer in range(num_layers):
-    ...         result = batch.attend(layer, [q1, q2], [k1, k2], [v1, v2])
-    ...         x1, x2 = result.outputs
+    computed. Not to be used by several threads, or tasks, at once; different batches may.
     """
 
-    def __init__(self, connection: Connection, sessions: "Sequence[Session]") -> None:
+    def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
         if not sessions:
             raise ValueError("sessions: none; allowed: one or more")
         self._connection = connection
         self._sessions = tuple(sessions)
         self._step: _Step | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Abandons a step that has not ended; the sessions live on."""
-        self.abandon()
+        self._plain: dict[tuple[int, ...], _Beginning] = {}  # of steps without anything special
 
     def attend(
         self,
         layer: int,
-        query: Any,
+        query: Any = None,
         key: Any = None,
         value: Any = None,
         *,
+        hidden_states: Any = None,
         new_tokens: Sequence[int] | None = None,
         parents: Sequence[Sequence[int] | None] | None = None,
         cross_tokens: Sequence[int] | None = None,
@@ -94,9 +91,10 @@ class Batch:
         return_output: bool = True,
         return_log_sum_exp: bool = False,
         return_entropy: bool = False,
+        return_weights_of: Sequence[int] = (),
         priority: int = 0,
         timeout: float | None = 60.0,
-    ) -> LayerResult:
+    ) -> Flow[LayerResult]:
         """Compute one layer of a step; layer 0 begins the step.
 
         Args:
@@ -105,8 +103,9 @@ class Batch:
                 array for each session. dtype as the model's, as key and value.
             key: [T, Hkv, D], likewise; of a cross layer [C, Hkv, D] in a step with `cross_tokens`,
                 else None.
-            value: [T, Hkv, Dv], likewise.
-            new_tokens: with layer 0 and a packed query: tokens of each session; None: as many of
+            value: [T, Hkv, Dv], likewise; of a latent layer None.
+            hidden_states: of layer models, instead of query, key and value: [T, E], likewise.
+            new_tokens: with layer 0 and packed tensors: tokens of each session; None: as many of
                 each.
             parents: with layer 0: for each session, the parent of each new token (-1: the last one
                 before the step), or None where there is no tree.
@@ -116,6 +115,8 @@ class Batch:
             return_output: send the output back.
             return_log_sum_exp: also the log-sum-exp of each query's scores.
             return_entropy: also the entropy of each query's weights, nats.
+            return_weights_of: also the attention weights of these sessions: indices in the batch,
+                ascending.
             priority: with layer 0: as in `AttentionClient.attend`.
             timeout: seconds; None waits for ever. After it the step is lost.
 
@@ -127,20 +128,69 @@ class Batch:
             ValueError: tensors of a wrong rank, lengths that do not match, a layer other than 0
                 without a step.
         """
-        tensors = {"query": messages.rows(query, "query")}
-        if key is not None:
-            tensors["key"] = messages.rows(key, "key")
-        if value is not None:
-            tensors["value"] = messages.rows(value, "value")
-        head = pb.AttendLayer(
-            layer=layer,
-            returns=messages.returns(return_output, return_log_sum_exp, return_entropy),
+        tensors = _given(query, key, value, hidden_states)
+        returns = layers.returns_of(
+            return_output, return_log_sum_exp, return_entropy, tuple(return_weights_of)
         )
+        kinds = tuple([(name, each.parts[0].dtype, each.shape) for name, each in tensors.items()])
+        plan = layers.plan_of(returns, kinds)
+        wanted = _Layer(layer, returns, tuple(tensors.values()), plan, timeout)
         if self._step is not None:
-            return self._next(self._step, head, tensors, timeout)
+            return (yield from self._next(self._step, wanted))
         if layer != 0:
             raise ValueError(f"layer: {layer} without a step; allowed: 0, which begins one")
-        counts = self._lengths(tensors["query"], new_tokens)
+        counts = self._counts(next(iter(tensors.values())), new_tokens)
+        beginning = self._beginning(counts, parents, cross_tokens, prefix_hashes, priority)
+        return (yield from self._first(beginning, wanted))
+
+    def abandon(self) -> Flow[None]:
+        """Give up the step under way, if there is one: the sessions hold what they held before."""
+        step, self._step = self._step, None
+        if step is None or step.stream.failed:
+            return
+        request = pb.DecodeRequest(abandon_step=pb.AbandonStep(step_id=step.step_id))
+
+        def make(request_id: int) -> bytes:
+            request.request_id = request_id
+            return request.SerializeToString()
+
+        def send(left: float | None) -> Any:
+            return step.stream.exchange(make, messages.read, left)
+
+        try:
+            yield Call(send, _FIND_SECONDS)
+        except AttnserveError as error:
+            # A stream that ended, and a step of which a session is gone, are abandoned already.
+            if error.code not in _LOST | {grpc.StatusCode.NOT_FOUND}:
+                raise
+        if step.unsure:
+            yield from self._lengths_anew()
+
+    def _counts(self, first: Rows, new_tokens: Sequence[int] | None) -> tuple[int, ...]:
+        """The new tokens of each session."""
+        count = len(self._sessions)
+        if new_tokens is None and len(first.parts) == count:
+            return tuple(first.lengths)
+        total = first.shape[0]
+        lengths = (total // count,) * count if new_tokens is None else tuple(new_tokens)
+        if len(lengths) != count or sum(lengths) != total:
+            raise ValueError(
+                f"new_tokens: {list(lengths)} for {count} sessions and a query of {total} tokens; "
+                "allowed: one number for each session, which add up to the query's tokens"
+            )
+        return lengths
+
+    def _beginning(
+        self,
+        counts: tuple[int, ...],
+        parents: Sequence[Sequence[int] | None] | None,
+        cross_tokens: Sequence[int] | None,
+        prefix_hashes: Sequence[Iterable[bytes]] | None,
+        priority: int,
+    ) -> _Beginning:
+        plain = not (parents or cross_tokens or prefix_hashes or priority)
+        if plain and counts in self._plain:
+            return self._plain[counts]
         begin = pb.BeginStep(priority=priority)
         for index, session in enumerate(self._sessions):
             begin.sessions.add(
@@ -150,132 +200,80 @@ class Batch:
                 cross_tokens=cross_tokens[index] if cross_tokens else 0,
                 prefix_hashes=messages.joined_hashes(prefix_hashes[index] if prefix_hashes else ()),
             )
-        return self._first(begin, head, tensors, timeout)
+        kept = [0 if each.parents else each.new_tokens for each in begin.sessions]
+        starts = tuple(accumulate(counts, initial=0))
+        beginning = _Beginning(layers.begin_of(begin), kept, starts)
+        if plain:
+            self._plain = {counts: beginning}  # the next step is most often like this one
+        return beginning
 
-    def abandon(self) -> None:
-        """Give up the step under way, if there is one: the sessions hold what they held before."""
-        step, self._step = self._step, None
-        if step is None or not step.stream.alive:
-            return
-        abandon = pb.DecodeRequest(abandon_step=pb.AbandonStep(step_id=step.step_id))
-        try:
-            (request_id,) = step.stream.send([partial(_with_id, abandon)])
-            step.stream.answer(request_id, _FIND_SECONDS)
-        except AttnserveError as error:
-            # A stream that ended, and a step of which a session is gone, are abandoned already.
-            if error.code not in _LOST | {grpc.StatusCode.NOT_FOUND}:
-                raise
-
-    def _lengths(self, query: Rows, new_tokens: Sequence[int] | None) -> list[int]:
-        """The new tokens of each session."""
-        count = len(self._sessions)
-        if new_tokens is None and len(query.parts) == count:
-            return query.lengths
-        total = query.shape[0]
-        lengths = [total // count] * count if new_tokens is None else list(new_tokens)
-        if len(lengths) != count or sum(lengths) != total:
-            raise ValueError(
-                f"new_tokens: {lengths} for {count} sessions and a query of {total} tokens; "
-                "allowed: one number for each session, which add up to the query's tokens"
-            )
-        return lengths
-
-    def _first(
-        self,
-        begin: pb.BeginStep,
-        head: pb.AttendLayer,
-        tensors: dict[str, Rows],
-        timeout: float | None,
-    ) -> LayerResult:
+    def _first(self, beginning: _Beginning, wanted: _Layer) -> Flow[LayerResult]:
         """Begin a step and compute its first layer, in one go.
 
         If the connection is lost under it, once more: but only if the sessions are as they were,
         since a step of one layer may have ended just before.
         """
         before = [session.length for session in self._sessions]
-        stream = self._connection.streams.get()
-        try:
-            return self._begin(stream, begin, head, tensors, timeout)
-        except AttnserveError as error:
-            if not stream.failed:
-                raise
-            failure = self._after_loss(error)
-            if error.code not in _LOST or isinstance(failure, _errors.NotFoundError):
-                raise failure from error
-            if [session.length for session in self._sessions] != before:
-                raise failure from error
-        stream = self._connection.streams.get()
-        try:
-            return self._begin(stream, begin, head, tensors, timeout)
-        except AttnserveError as error:
-            if not stream.failed:
-                raise
-            raise self._after_loss(error) from error
+        repeated = False
+        while True:
+            stream = self._connection.streams.get()
+            step = _Step(stream, stream.new_step(), beginning.kept, beginning.starts)
+            try:
+                self._step = step
+                return (yield from self._compute(step, wanted, beginning.field))
+            except AttnserveError as error:
+                self._step = None
+                if not stream.failed:
+                    raise
+                failure = yield from self._after_loss(error)
+                same = [session.length for session in self._sessions] == before
+                gone = error.code not in _LOST or isinstance(failure, _errors.NotFoundError)
+                if repeated or gone or not same:
+                    raise failure from error
+                repeated = True
 
-    def _begin(
-        self,
-        stream: SessionStream,
-        begin: pb.BeginStep,
-        head: pb.AttendLayer,
-        tensors: dict[str, Rows],
-        timeout: float | None,
-    ) -> LayerResult:
-        begin.step_id = head.step_id = stream.new_step()
-        begun_id, layer_id = stream.send(
-            [
-                partial(_with_id, pb.DecodeRequest(begin_step=begin)),
-                partial(messages.attend_layer, head=head.SerializeToString(), tensors=tensors),
-            ]
-        )
+    def _next(self, step: _Step, wanted: _Layer) -> Flow[LayerResult]:
         try:
-            begun = stream.answer(begun_id, timeout).message.begun
-        except AttnserveError:
-            stream.forget(layer_id)
-            raise
-        for session, length in zip(self._sessions, begun.lengths, strict=True):
-            session.length = length
-        counts = [each.new_tokens for each in begin.sessions]
-        trees = [bool(each.parents) for each in begin.sessions]
-        starts = tuple(accumulate(counts, initial=0))
-        self._step = _Step(stream, begin.step_id, counts, trees, starts)
-        return self._result(self._step, layer_id, timeout)
-
-    def _next(
-        self, step: _Step, head: pb.AttendLayer, tensors: dict[str, Rows], timeout: float | None
-    ) -> LayerResult:
-        head.step_id = step.step_id
-        make = partial(messages.attend_layer, head=head.SerializeToString(), tensors=tensors)
-        try:
-            (request_id,) = step.stream.send([make])
-            return self._result(step, request_id, timeout)
+            return (yield from self._compute(step, wanted))
         except AttnserveError as error:
             if not step.stream.failed:
                 raise
-            raise self._after_loss(error) from error
+            self._step = None
+            failure = yield from self._after_loss(error)
+            raise failure from error
 
-    def _result(self, step: _Step, request_id: int, timeout: float | None) -> LayerResult:
-        answer = step.stream.answer(request_id, timeout)
-        result = messages.layer_result(answer, step.starts)
+    def _compute(self, step: _Step, wanted: _Layer, begin: bytes = b"") -> Flow[LayerResult]:
+        plan, options = wanted.plan, begin + wanted.returns
+
+        def make(request_id: int) -> bytes:
+            return plan.message(request_id, step.step_id, wanted.layer, options, wanted.tensors)
+
+        def send(left: float | None) -> Any:
+            return step.stream.exchange(make, plan.read, left)
+
+        try:
+            attended: Attended = yield Call(send, wanted.timeout)
+        except AttnserveError:
+            raise
+        except BaseException:  # an interrupt, or a task that is cancelled
+            step.unsure = True
+            raise
+        if begin:
+            for session, length in zip(self._sessions, attended.message.lengths, strict=True):
+                session.length = length
+        result = attended.result(step.starts)
         if result.step_ended:
             self._step = None
-            for session, count, tree in zip(
-                self._sessions, step.new_tokens, step.has_tree, strict=True
-            ):
-                # Which tokens of a tree are kept, `commit` says.
-                session.length += 0 if tree else count
+            for session, kept in zip(self._sessions, step.kept, strict=True):
+                session.length += kept
         return result
 
-    def _after_loss(self, error: AttnserveError) -> AttnserveError:
+    def _after_loss(self, error: AttnserveError) -> Flow[AttnserveError]:
         """What to raise after the stream was lost: whether the sessions were lost with it."""
-        self._step = None
-        lost = []
-        for session in self._sessions:
-            try:
-                session.renew(timeout=_FIND_SECONDS)
-            except _errors.NotFoundError:
-                lost.append(session.id)
-            except AttnserveError:
-                return error  # no server to ask
+        try:
+            lost = yield from self._lengths_anew()
+        except AttnserveError:
+            return error  # no server to ask
         if lost:
             return _errors.NotFoundError(
                 f"{error.message}; sessions lost: {', '.join(lost)}", method=METHOD
@@ -289,7 +287,30 @@ class Batch:
             error.retry_after,
         )
 
+    def _lengths_anew(self) -> Flow[list[str]]:
+        """Ask what the sessions hold; the ids of those that are gone."""
+        lost = []
+        for session in self._sessions:
+            try:
+                yield from session.renewing(None, _FIND_SECONDS)
+            except _errors.NotFoundError:
+                lost.append(session.id)
+        return lost
 
-def _with_id(request: pb.DecodeRequest, request_id: int) -> bytes:
-    request.request_id = request_id
-    return request.SerializeToString()
+
+def _given(query: Any, key: Any, value: Any, hidden_states: Any) -> dict[str, Rows]:
+    """The tensors of a layer that were given."""
+    tensors = {}
+    if hidden_states is not None:
+        tensors["hidden_states"] = layers.rows(hidden_states, "hidden_states")
+    if query is not None:
+        tensors["query"] = layers.rows(query, "query")
+    if key is not None:
+        tensors["key"] = layers.rows(key, "key")
+    if value is not None:
+        tensors["value"] = layers.rows(value, "value")
+    if "query" not in tensors and len(tensors) != ("hidden_states" in tensors):
+        raise ValueError("query: not given; allowed: an array with key and value")
+    if not tensors:
+        raise ValueError("query: not given, nor hidden_states; allowed: one of them")
+    return tensors

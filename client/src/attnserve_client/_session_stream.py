@@ -3,48 +3,57 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
-from typing import Any
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
-import grpc
-from attnserve_proto import attention_pb2 as pb
+from google.protobuf.message import DecodeError
 
-from attnserve_client import _errors
+from attnserve_client import _errors, _session_messages
+from attnserve_client._decode_call import DecodeCall
 from attnserve_client._errors import AttnserveError
-from attnserve_client._session_messages import METHOD, Answer, read
+from attnserve_client._session_messages import METHOD
 
-# Opens a call, given its requests and the seconds that it may last.
-Start = Callable[[Iterator[bytes], float | None], Any]
+T = TypeVar("T")
+# Makes a request, given its id.
+Make = Callable[[int], bytes]
+# Takes an answer apart, whose bytes nobody else holds; raises the error that it says.
+Read = Callable[[bytes], T]
 
 # How often it is looked at whether a request has waited for too long, seconds.
-_WATCH_SECONDS = 0.25
+_GUARD_SECONDS = 0.25
+
+
+class _Pending:
+    """A request that is not answered yet."""
+
+    __slots__ = ("answer", "until")
+
+    def __init__(self, until: float | None) -> None:
+        self.answer: bytes | None = None
+        self.until = until
 
 
 class SessionStream:
     """One Decode call. Safe to share between threads.
 
-    It has no thread that reads: whoever waits for an answer reads what comes, for all, until its
-    own is there. That saves a change of threads for each answer.
+    Whoever waits for an answer reads what comes, for all, until its own is there: that saves a
+    change of threads for each answer. A thread of its own reads only while nobody waits, so that it
+    is known when the stream has ended.
     """
 
-    def __init__(self, start: Start) -> None:
-        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        self._sending = threading.Lock()  # held from a request's id until it is on its way
-        self._state = threading.Condition()
+    def __init__(self, start: Callable[[], DecodeCall]) -> None:
+        self._sending_order = threading.Lock()  # from a request's id until it is handed over
+        self._state = threading.Condition(threading.Lock())
         self._reading = False
+        self._sending = False
+        self._outgoing: deque[bytes] = deque()
         self._last_id = 0
         self._last_step = 0
-        self._answers: dict[int, deque[Answer]] = {}
+        self._pending: dict[int, _Pending] = {}
         self._failure: AttnserveError | None = None
-        self._waiting: dict[int, float] = {}  # request and when its time is up
-        self._watched = False
-        self._incoming = start(iter(self._outgoing.get, None), None)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can still be used, as far as is known."""
-        return not self.failed and bool(self._incoming.is_active())
+        self._call = start()
+        self._call.receive()
+        threading.Thread(target=self._guard, name="decode-guard", daemon=True).start()
 
     @property
     def failed(self) -> bool:
@@ -53,192 +62,168 @@ class SessionStream:
 
     def new_step(self) -> int:
         """An id for a step."""
-        with self._sending:
+        with self._sending_order:
             self._last_step += 1
             return self._last_step
 
-    def send(self, makers: Iterable[Callable[[int], bytes]]) -> list[int]:
-        """Send requests one after another, with nothing between them.
+    def exchange(self, make: Make, read: Read[T], timeout: float | None) -> T:
+        """Send a request, and wait for what answers it.
 
         Args:
-            makers: make each request, given its id.
-
-        Raises:
-            AttnserveError: the stream has failed.
-        """
-        ids = []
-        with self._sending:
-            if self._failure is not None:
-                raise self._failure
-            for make in makers:
-                self._last_id += 1
-                self._answers[self._last_id] = deque()
-                self._outgoing.put(make(self._last_id))
-                ids.append(self._last_id)
-        return ids
-
-    def answer(self, request_id: int, timeout: float | None) -> Answer:
-        """Wait for a request's next answer, which is its last one unless it is a chunk.
-
-        Args:
+            make: the request, given its id.
+            read: what is answered.
             timeout: seconds after which the stream is given up; None waits for ever.
 
         Raises:
             AttnserveError: the request failed, or the stream.
         """
-        if timeout is not None:
-            self._watch(request_id, timeout)
-        try:
-            answer = self._wait(request_id)
-        finally:
-            self._waiting.pop(request_id, None)
-        result = answer.message.WhichOneof("result")
-        if result != "chunk" or answer.message.chunk.last:
-            self.forget(request_id)
-        if result == "error":
-            raise _errors.from_stream_error(answer.message.error, METHOD)
-        return answer
-
-    def forget(self, request_id: int) -> None:
-        """Nobody waits for a request's answers any more."""
-        self._answers.pop(request_id, None)
+        pending = _Pending(None if timeout is None else time.monotonic() + timeout)
+        with self._sending_order:
+            request_id = self._last_id + 1
+            message = make(request_id)
+            self._last_id = request_id
+            with self._state:
+                self._send(request_id, pending, message)
+        with self._state:
+            try:
+                received = self._wait(pending)
+            finally:
+                del self._pending[request_id]
+        return read(received)
 
     def close(self) -> None:
         """End the stream; the server abandons its open steps."""
         with self._state:
             self._fail(_errors.CancelledError("the client was closed", method=METHOD))
-            self._state.notify_all()
-        self._incoming.cancel()
-
-    def _wait(self, request_id: int) -> Answer:
-        with self._state:
-            mine = self._answers[request_id]
-            while not mine:
-                if self._failure is not None:
-                    raise self._failure
-                if self._reading:
-                    self._state.wait()
-                    continue
+            self._call.cancel()
+            while self._call.due and not self._reading:
                 self._read_one()
-            return mine.popleft()
+
+    def _send(self, request_id: int, pending: _Pending, message: bytes) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._sending:
+            self._outgoing.append(message)
+        else:
+            self._call.send(message)
+            self._sending = True
+        self._pending[request_id] = pending
+
+    def _wait(self, pending: _Pending) -> bytes:
+        while pending.answer is None:
+            if self._failure is not None:
+                raise self._failure
+            if not self._reading:
+                self._read_one()
+                continue
+            left = None if pending.until is None else pending.until - time.monotonic()
+            if left is not None and left <= 0:
+                self._give_up()
+            else:
+                self._state.wait(left)
+        return pending.answer
 
     def _read_one(self) -> None:
-        """Read a message for whoever waits for it. Holds the lock, but not while it reads."""
+        """Read what comes next, for whoever waits. Holds the lock, but not while it reads."""
         self._reading = True
         self._state.release()
-        answer: Answer | None = None
-        failure: AttnserveError | None = None
+        event = None
         try:
-            answer = read(next(self._incoming))
-        except StopIteration:
-            failure = _errors.UnavailableError("the stream was ended", method=METHOD)
-        except grpc.RpcError as error:
-            failure = _errors.from_rpc_error(error, METHOD)
-        except Exception as error:  # not such a server's
-            failure = _errors.InternalError(
-                f"the stream cannot be read: {type(error).__name__}: {error}", method=METHOD
-            )
-            self._incoming.cancel()
+            event = self._call.next()
         finally:
             self._state.acquire()
             self._reading = False
-            if failure is not None:
-                self._fail(failure)
-            elif answer is not None and answer.request_id in self._answers:
-                self._answers[answer.request_id].append(answer)
+            if event is None:  # an interrupt
+                self._fail(_errors.CancelledError("the stream was interrupted", method=METHOD))
+            else:
+                if event.received is not None:
+                    self._deliver(event.received)
+                if event.sent:
+                    self._sending = False
+                    if self._outgoing:
+                        self._call.send(self._outgoing.popleft())
+                        self._sending = True
+                if event.failure is not None:
+                    self._fail(event.failure)
             self._state.notify_all()
+
+    def _deliver(self, received: bytes) -> None:
+        try:
+            pending = self._pending.get(_session_messages.request_id_of(received))
+        except DecodeError as error:  # not such a server's
+            self._fail(_errors.InternalError(f"the stream cannot be read: {error}", method=METHOD))
+            self._call.cancel()
+            return
+        if pending is not None:
+            pending.answer = received
+        self._call.receive()
 
     def _fail(self, failure: AttnserveError) -> None:
         if self._failure is None:
             self._failure = failure
-            self._outgoing.put(None)
+            self._outgoing.clear()
+            self._state.notify_all()
 
-    def _watch(self, request_id: int, timeout: float) -> None:
-        self._waiting[request_id] = time.monotonic() + timeout
-        if self._watched:
-            return
-        with self._state:
-            if not self._watched:
-                self._watched = True
-                threading.Thread(target=self._watch_all, name="decode-watch", daemon=True).start()
+    def _give_up(self) -> None:
+        self._fail(_errors.DeadlineExceededError("no answer in time", method=METHOD))
+        self._call.cancel()
 
-    def _watch_all(self) -> None:
-        """End the stream if a request waits for longer than it may: grpc's reads cannot be told."""
-        while self._failure is None:
-            time.sleep(_WATCH_SECONDS)
-            now = time.monotonic()
-            if any(now > until for until in list(self._waiting.values())):
-                with self._state:
-                    self._fail(_errors.DeadlineExceededError("no answer in time", method=METHOD))
-                    self._state.notify_all()
-                self._incoming.cancel()
+    def _guard(self) -> None:
+        """End the stream if a request waits for too long; read, while nobody waits."""
+        while True:
+            with self._state:
+                now = time.monotonic()
+                if any(
+                    each.until is not None and now > each.until for each in self._pending.values()
+                ):
+                    self._give_up()
+                idle = self._failure is not None or not self._pending
+                while idle and self._call.due and not self._reading:
+                    self._read_one()
+                    idle = self._failure is not None
+                if not self._call.due:
+                    return
+            time.sleep(_GUARD_SECONDS)
 
 
-class SessionStreams:
+class Ending(Protocol):
+    """A stream, as `SessionStreams` has it."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has failed."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+E = TypeVar("E", bound=Ending)
+
+
+class SessionStreams(Generic[E]):
     """The stream of a client, opened when it is needed, and again after it has failed."""
 
-    def __init__(self, start: Start) -> None:
-        self._start = start
+    def __init__(self, make: Callable[[], E]) -> None:
+        self._make = make
         self._lock = threading.Lock()
         self._closed = False
-        self._stream: SessionStream | None = None
+        self._stream: E | None = None
 
-    def get(self) -> SessionStream:
+    def get(self) -> E:
         """One that can be used, as far as is known.
 
         Raises:
             CancelledError: the client was closed.
         """
+        stream = self._stream
+        if stream is not None and not stream.failed:
+            return stream
         with self._lock:
             if self._closed:
                 raise _errors.CancelledError("the client was closed", method=METHOD)
-            if self._stream is None or not self._stream.alive:
-                self._stream = SessionStream(self._start)
+            if self._stream is None or self._stream.failed:
+                self._stream = self._make()
             return self._stream
-
-    def call(self, request: pb.DecodeRequest, timeout: float | None) -> pb.DecodeResponse:
-        """Send one request, whose id is filled in, and wait for its answer.
-
-        Raises:
-            AttnserveError: as `SessionStream.answer`.
-        """
-
-        def make(request_id: int) -> bytes:
-            request.request_id = request_id
-            return request.SerializeToString()
-
-        stream = self.get()
-        return stream.answer(stream.send([make])[0], timeout).message
-
-    def once(self, messages: Iterator[bytes], timeout: float | None) -> Iterator[Answer]:
-        """A stream of its own, for what takes long: the answers to some requests.
-
-        Raises:
-            AttnserveError: one of them failed, or the stream.
-            Exception: what `messages` raises.
-        """
-        faults: list[Exception] = []
-
-        def guarded() -> Iterator[bytes]:
-            try:
-                yield from messages
-            except Exception as error:  # grpc would but log it
-                faults.append(error)
-
-        call = self._start(guarded(), timeout)
-        try:
-            for received in call:
-                answer = read(received)
-                if answer.message.WhichOneof("result") == "error":
-                    raise _errors.from_stream_error(answer.message.error, METHOD)
-                yield answer
-        except (grpc.RpcError, AttnserveError) as error:
-            if not faults:
-                raise _errors.from_call(error, METHOD) from None
-        finally:
-            call.cancel()
-        if faults:
-            raise faults[0]
 
     def close(self) -> None:
         """End the stream, if there is one, and open no other."""

@@ -2,7 +2,6 @@
 
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -47,15 +46,48 @@ class Sharing:
 
     Args:
         byte_size: to share.
-        register: maps an object into the server, given its key, its size and the seconds left;
-            answers its name there.
     """
 
-    def __init__(self, byte_size: int, register: Callable[[str, int, float | None], str]) -> None:
+    def __init__(self, byte_size: int) -> None:
         self.arena = Arena(byte_size)
-        self._register = register
         self._name: str | None = None
+        self._claimed = False  # somebody registers it
         self._lock = threading.Lock()
+
+    def known(self) -> tuple[Arena, str | None]:
+        """The memory, and the server's name for it; None: it is to be registered."""
+        with self._lock:
+            return self.arena, self._name
+
+    def claim(self) -> Arena | None:
+        """What the caller is to register, and then to call `registered`; None: another one is."""
+        with self._lock:
+            if self._claimed or self._name is not None:
+                return None
+            self._claimed = True
+            return self.arena
+
+    def registered(self, arena: Arena, name: str | None) -> bool:
+        """The server maps claimed memory as `name`; None: it does not.
+
+        Returns:
+            Whether that is of use: other memory is shared by now if not.
+        """
+        with self._lock:
+            self._claimed = False
+            if self.arena is arena:
+                self._name = name
+            return self.arena is arena
+
+    def copy(self, array: Array) -> Array:
+        """A copy of an array in the memory.
+
+        Raises:
+            MemoryError: there is no room.
+        """
+        copy = self.arena.empty(array.shape, array.dtype)
+        copy[...] = array
+        return copy
 
     def forget(self, call: SharedCall) -> None:
         """The server does not know the memory of a call any more: register it again."""
@@ -79,34 +111,27 @@ class Sharing:
             self.arena, self._name = Arena(self.arena.byte_size), None
             return True
 
-    def close(self, unregister: Callable[[str], None]) -> None:
-        """Share no more; `unregister` has the server unmap the memory."""
-        if self._name is not None:
-            unregister(self._name)
+    def close(self) -> str | None:
+        """Share no more; the name that is to be unregistered, if there is one."""
         self.arena.close()
+        return self._name
 
     def answer_bytes(self, call: AttendCall) -> int | None:
         """Bytes to set aside for what a request answers; None if that is not known beforehand."""
         return _answer_bytes(call.plan.head, tuple(call.shapes.items()))
 
-    def call(self, call: AttendCall, answer_bytes: int, timeout: float | None) -> SharedCall:
-        """Place a request; register the memory if the server does not know it.
+    def call(self, call: AttendCall, answer_bytes: int, arena: Arena, name: str) -> SharedCall:
+        """Place a request in memory that the server knows by a name.
 
-        Tensors that lie in shared memory already are not copied.
+        Tensors that lie there already are not copied.
 
         Args:
             call: the request.
             answer_bytes: of it.
-            timeout: seconds left; None: any.
 
         Raises:
-            AttnserveError: the memory was not registered.
             MemoryError: there is no room.
         """
-        with self._lock:
-            if self._name is None:
-                self._name = self._register(self.arena.key, self.arena.byte_size, timeout)
-            arena, name = self.arena, self._name
         held, inline, places = [], {}, []
         for field, array in call.tensors.items():
             if array.nbytes < _INLINE_BYTES:
@@ -124,6 +149,17 @@ class Sharing:
     def result(self, call: SharedCall, answer: bytes) -> AttendResult:
         """The result of an answer: its arrays lie in shared memory, and keep it taken."""
         return call.answers.read(answer, region=call.output)[0]
+
+
+def shared_by(sharing: Sharing | None) -> Sharing:
+    """What a client shares.
+
+    Raises:
+        RuntimeError: nothing.
+    """
+    if sharing is None:
+        raise RuntimeError("this client shares no memory; give it shared_memory=True")
+    return sharing
 
 
 def _shared(arena: Arena, array: Array) -> tuple[Array, int]:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 
 from attnserve_client import _attend, _errors
 from attnserve_client._assembly import Assembler
+from attnserve_client._attend import AttendOptions
 from attnserve_client._results import AttendResult
 
 
@@ -54,23 +55,8 @@ class AttendStream:
         key: Any = None,
         value: Any = None,
         *,
-        model: str,
-        version: str | int = "",
-        variant: str = "",
-        hidden_states: Any = None,
-        context: Any = None,
-        key_lengths: Any = None,
-        bias: Any = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        return_output: bool = True,
-        return_weights: bool = False,
-        return_entropy: bool = False,
-        top_k: int = 0,
-        return_mass_per_key: bool = False,
-        mass_by_distance: int = 0,
-        priority: int = 0,
         timeout: float | None = None,
+        **options: Unpack[AttendOptions],
     ) -> Future[AttendResult]:
         """Send a request; arguments as those of `AttentionClient.attend`.
 
@@ -84,37 +70,15 @@ class AttendStream:
             RuntimeError: the stream is closed.
             AttnserveError: the stream has failed.
         """
-        call = _attend.attend_call(
-            {
-                "query": query,
-                "key": key,
-                "value": value,
-                "hidden_states": hidden_states,
-                "context": context,
-                "key_lengths": key_lengths,
-                "bias": bias,
-            },
-            model=model,
-            version=str(version),
-            variant=variant,
-            scale=scale,
-            softcap=softcap,
-            no_output=not return_output,
-            return_weights=return_weights,
-            return_entropy=return_entropy,
-            top_k=top_k,
-            return_mass_per_key=return_mass_per_key,
-            mass_by_distance=mass_by_distance,
-            priority=priority,
-        )
+        call = _attend.attend_call(query, key, value, **options)
         future: Future[AttendResult] = Future()
         # It cannot be cancelled: the request is on its way, and its answer will come.
         future.set_running_or_notify_cancel()
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
             if self._closed:
                 raise RuntimeError("this stream is closed")
+            if self._failure is not None:
+                raise self._failure
             self._last_id += 1
             self._waiting[self._last_id] = future
             self._assembler.expect(self._last_id, call.plan.answers)

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from attnserve_client._results import Array, Model
-from attnserve_client._session_steps import Batch
-from attnserve_client._sessions import Session
+from attnserve_client._sessions import Batch, Session
 from attnserve_client._transformers_service import Geometry, Service
 
 _DTYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}

@@ -17,6 +17,9 @@ constexpr std::int64_t kFewTokens = 8;
 // What a sequence costs beside its keys, and a run beside its sequences, in keys.
 constexpr std::int64_t kSequenceUnits = 64, kRunUnits = 256;
 constexpr std::size_t kTileBytes = std::size_t{1} << 20;
+// What graphs that make heads themselves hold of them, each as large as the query in FP32 at most:
+// query, key and value, the first two turned, and the output.
+constexpr std::size_t kHeadCopies = 6;
 
 std::uint64_t bits_of(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
 
@@ -46,16 +49,35 @@ Tensor none_of(Tensor tensor) {
   return tensor;
 }
 
+// Of each new token in its sequence: as many keys are before it, in a tree on its path.
+std::vector<std::int64_t> positions_of(const PagedWork& work) {
+  std::vector<std::int64_t> positions;
+  positions.reserve(static_cast<std::size_t>(work.starts.back()));
+  for (std::size_t at = 0; at < work.lengths.size(); ++at) {
+    const std::int64_t begin = work.starts[at], count = work.starts[at + 1] - begin;
+    const std::int64_t before = work.lengths[at] - count;
+    for (std::int64_t token = 0; token < count; ++token) {
+      const std::int64_t parent =
+          work.parents.empty() ? token - 1 : work.parents[static_cast<std::size_t>(begin + token)];
+      positions.push_back(parent < 0 ? before
+                                     : positions[static_cast<std::size_t>(begin + parent)] + 1);
+    }
+  }
+  return positions;
+}
+
 class Run {
  public:
   explicit Run(const PagedWork& work)
       : work_(work),
-        spec_{work.spec.page_tokens, work.spec.cache_type, work.spec.window, work.spec.kept_first,
-              work.spec.causal ? 1 : 0} {}
+        spec_{work.spec.page_tokens, work.spec.cache_type,     work.spec.window,
+              work.spec.kept_first,  work.spec.causal ? 1 : 0, work.spec.latent ? 1 : 0} {
+    if (takes_positions(*work.variant)) positions_ = positions_of(work);
+  }
 
   void attend(bool adds_keys, Stop* stop) {
     const auto [key, value] = keys(adds_keys);
-    std::array<Session::Fetch, 3> fetches;
+    std::array<Session::Fetch, 4> fetches;
     std::size_t count = 0;
     const auto fetch = [&](std::string_view name, const Tensor& into) {
       if (into.data == nullptr) return;
@@ -65,7 +87,15 @@ class Run {
     fetch("output", work_.output);
     fetch("log_sum_exp", work_.log_sum_exp);
     fetch("entropy", work_.entropy);
-    run(work_.query, key, value, work_.starts, work_.parents, {fetches.data(), count}, stop);
+    const Bytes memory = add_weights(fetch);
+    run(work_.query, key, value, work_.starts, work_.parents, work_.weights_of,
+        {fetches.data(), count}, stop);
+    if (memory.empty()) return;
+    const std::byte* from = memory.data();
+    for (const Tensor& weights : work_.weights) {
+      copy_bytes(weights.data, from, weights.byte_size());
+      from += weights.byte_size();
+    }
   }
 
   // The new keys alone.
@@ -73,21 +103,42 @@ class Run {
     const auto [key, value] = keys(true);
     std::array<Session::Fetch, 1> fetches;
     fetches[0].name = "output";
-    run(none_of(work_.query), key, value, work_.key_starts, {}, fetches, stop);
+    run(none_of(work_.query), key, value, work_.key_starts, {}, {}, fetches, stop);
   }
 
  private:
   std::pair<Tensor, Tensor> keys(bool adds) const {
-    if (adds) return {work_.key, work_.value};
-    return {none_of(work_.key), none_of(work_.value)};
+    const Tensor no_value = none_of(work_.value);
+    if (!adds) return {none_of(work_.key), no_value};
+    return {work_.key, work_.spec.latent ? no_value : work_.value};
+  }
+
+  // The weights of one sequence are computed where they are wanted, those of several one after
+  // another in memory that is returned.
+  template <class Add>
+  Bytes add_weights(const Add& fetch) const {
+    if (work_.weights.empty()) return {};
+    if (work_.weights.size() == 1) {
+      Tensor all = work_.weights.front();
+      all.shape = {all.shape.elements()};
+      fetch("weights", all);
+      return {};
+    }
+    std::int64_t count = 0;
+    for (const Tensor& weights : work_.weights) count += weights.shape.elements();
+    Bytes memory = Bytes::allocate(static_cast<std::size_t>(count) * sizeof(float));
+    fetch("weights", Tensor{DataType::kFp32, {count}, memory.data()});
+    return memory;
   }
 
   void run(const Tensor& query, const Tensor& key, const Tensor& value,
            std::span<const std::int64_t> starts, std::span<const std::int64_t> parents,
-           std::span<Session::Fetch> fetches, Stop* stop) {
+           std::span<const std::int64_t> weights_of, std::span<Session::Fetch> fetches,
+           Stop* stop) {
     const Tensor cache{
         DataType::kUint8, {static_cast<std::int64_t>(work_.cache.size())}, work_.cache.data()};
-    const std::array<Session::Feed, 10> feeds{{{"query", query},
+    // More than a graph takes: query, key and value, or hidden states; positions or none.
+    const std::array<Session::Feed, 13> feeds{{{"query", query},
                                                {"key", key},
                                                {"value", value},
                                                {"cache", cache},
@@ -95,13 +146,21 @@ class Run {
                                                {"lengths", integers(work_.lengths)},
                                                {"table_starts", integers(work_.table_starts)},
                                                {"table", integers(work_.table)},
-                                               {"spec", integers(spec_)},
-                                               {"parents", integers(parents)}}};
+                                               {"spec", integers(spec())},
+                                               {"parents", integers(parents)},
+                                               {"weights_of", integers(weights_of)},
+                                               {"hidden_states", work_.hidden_states},
+                                               {"positions", integers(positions_)}}};
     work_.variant->session->run(feeds, fetches, stop);
   }
 
+  std::span<const std::int64_t> spec() const {
+    return std::span(spec_).first(gives_weights(*work_.variant) ? 6 : 5);
+  }
+
   const PagedWork& work_;
-  const std::array<std::int64_t, 5> spec_;
+  const std::array<std::int64_t, 6> spec_;
+  std::vector<std::int64_t> positions_;
 };
 
 void attend(const PagedWork& work, Stop* stop) {
@@ -127,7 +186,7 @@ class JoinedPaged {
     joint_.variant = first.variant;
     joint_.spec = first.spec;
     joint_.cache = first.cache;
-    std::int64_t tokens = 0;
+    std::int64_t tokens = 0, sequences = 0;
     bool trees = false;
     for (const PagedWork* work : works) {
       tokens += work->query.shape[0];
@@ -136,14 +195,23 @@ class JoinedPaged {
       append_starts(joint_.table_starts, work->table_starts);
       joint_.lengths.insert(joint_.lengths.end(), work->lengths.begin(), work->lengths.end());
       joint_.table.insert(joint_.table.end(), work->table.begin(), work->table.end());
+      for (const std::int64_t of : work->weights_of) joint_.weights_of.push_back(sequences + of);
+      joint_.weights.insert(joint_.weights.end(), work->weights.begin(), work->weights.end());
+      sequences += static_cast<std::int64_t>(work->lengths.size());
     }
     if (trees) join_parents();
     joint_.starts = joint_.key_starts = starts_;
     joint_.parents = parents_;
-    gather(&PagedWork::query, tokens);
+    joint_.query = first.query;
+    joint_.query.shape[0] = tokens;
+    if (first.hidden_states.data != nullptr) {
+      gather(&PagedWork::hidden_states, tokens);
+    } else {
+      gather(&PagedWork::query, tokens);
+    }
     if (first.key.data != nullptr) {
       gather(&PagedWork::key, tokens);
-      gather(&PagedWork::value, tokens);
+      if (!first.spec.latent) gather(&PagedWork::value, tokens);
     }
     for (const auto result : kResults) make_room(result, tokens);
   }
@@ -216,6 +284,9 @@ class JoinedPaged {
 
 }  // namespace
 
+bool takes_positions(const Variant& paged) { return paged.session->takes("positions"); }
+bool gives_weights(const Variant& paged) { return paged.session->takes("weights_of"); }
+
 void PagedWork::add(std::int64_t length, std::span<const std::int64_t> pages) {
   lengths.push_back(length);
   table.insert(table.end(), pages.begin(), pages.end());
@@ -228,9 +299,9 @@ BatchKey batch_key(const PagedWork& work) {
     most = std::max(most, work.starts[at + 1] - work.starts[at]);
   }
   const PagedSpec& spec = work.spec;
-  const std::uint64_t flags = (std::uint64_t{spec.causal} << 0U) |
-                              (std::uint64_t{work.key.data != nullptr} << 1U) |
-                              (std::uint64_t{most > kFewTokens} << 2U);
+  const std::uint64_t flags =
+      (std::uint64_t{spec.causal} << 0U) | (std::uint64_t{work.key.data != nullptr} << 1U) |
+      (std::uint64_t{most > kFewTokens} << 2U) | (std::uint64_t{spec.latent} << 3U);
   return {bits_of(work.variant), static_cast<std::uint64_t>(spec.page_tokens),
           static_cast<std::uint64_t>(spec.cache_type), static_cast<std::uint64_t>(spec.window),
           static_cast<std::uint64_t>(spec.kept_first),
@@ -248,6 +319,14 @@ std::int64_t units(const PagedWork& work) {
     if (spec.window >= 0) keys = std::min(keys, spec.window + 1 + spec.kept_first);
     sum += kSequenceUnits + (tokens > kFewTokens ? tokens : 1) * keys;
   }
+  // A token's projections are about as much as attention to so many keys; so is reading weights.
+  if (work.hidden_states.data != nullptr) {
+    sum += (1 + work.starts.back()) * work.hidden_states.shape[1];
+  }
+  for (const std::int64_t of : work.weights_of) {
+    const auto at = static_cast<std::size_t>(of);
+    sum += (work.starts[at + 1] - work.starts[at]) * work.lengths[at];
+  }
   return sum;
 }
 
@@ -256,6 +335,11 @@ std::size_t working_bytes(const PagedWork& work) {
   for (const Tensor* tensor : {&work.query, &work.key, &work.value, &work.output}) {
     if (tensor->data != nullptr) tensors += tensor->byte_size();
   }
+  if (work.hidden_states.data != nullptr) tensors += work.hidden_states.byte_size();
+  if (work.hidden_states.data != nullptr || takes_positions(*work.variant)) {
+    tensors += kHeadCopies * Tensor{DataType::kFp32, work.query.shape, nullptr}.byte_size();
+  }
+  for (const Tensor& weights : work.weights) tensors += weights.byte_size();
   return kTileBytes + 2 * tensors;
 }
 

@@ -1,8 +1,8 @@
 // Whatever a request of Decode says: it is refused in words, or what was checked is as the store
 // and the engine rely on.
+#include <array>
 #include <cstdint>
 #include <cstdlib>
-#include <set>
 #include <string>
 #include <variant>
 
@@ -17,7 +17,10 @@ using namespace attnserve;
 using namespace attnserve::requests;
 
 constexpr std::size_t kPageTokens = 16;
-constexpr std::int64_t kTokens = 2, kCrossTokens = 5;  // of the step whose layers come
+// Of the step whose layers come, of two sessions.
+constexpr std::int64_t kTokens = 2, kCrossTokens = 5;
+constexpr std::array<std::int64_t, 3> kStarts{0, 1, 2};
+constexpr std::array<std::int64_t, 2> kKeys{1, 30}, kCrossKeys{2, 3};
 
 void require(bool holds) {
   if (!holds) std::abort();
@@ -31,13 +34,24 @@ engine::ModelFacts paged_facts() {
   return facts;
 }
 
+engine::ModelFacts block_facts() {
+  engine::ModelFacts facts = paged_facts();
+  facts.name = "block";
+  facts.kind = engine::Kind::kLayer;
+  facts.embed_dim = 8;
+  return facts;
+}
+
 struct Server {
   World world;
   std::vector<sessions::LayerSpec> layers{{}, {7, 4, false}, {-1, 0, true}};
   Server() {
     const auto model = model_of(paged_facts());
-    add(*model, "paged", {"query", "cache"}, {"output"}, true);
+    add(*model, "paged", {"query", "cache", "weights_of"}, {"output"}, true);
     world.models.put("paged", {model});
+    const auto block = model_of(block_facts());
+    add(*block, "paged", {"hidden_states", "cache"}, {"output"}, true);
+    world.models.put("block", {block});
   }
 };
 
@@ -58,7 +72,7 @@ struct Check {
   void operator()(const wire::AbandonStep&) const {}
   void operator()(const wire::OpenSessions& open) const {
     const OpenPlan plan = plan_open(open, server().world.context(), kPageTokens);
-    require(plan.model.paged != nullptr && plan.opened.size() == open.sessions.size());
+    require(plan.models.of(0).paged != nullptr && plan.opened.size() == open.sessions.size());
     require(plan.spec.layers.size() == open.num_layers);
     bool cross = false;
     for (const sessions::LayerSpec& layer : plan.spec.layers) {
@@ -72,14 +86,15 @@ struct Check {
       require(session.max_tokens > 0 && (session.cross_tokens > 0) == cross);
       require(session.prefix_hashes.size() * kPageTokens <= session.max_tokens);
     }
-    kv_model(plan.spec, server().world.context());
+    kv_models(plan.spec, server().world.context());
   }
   void operator()(const wire::BeginStep& step) const {
-    const StepPlan plan = plan_step(step, server().world.limits);
-    std::set<std::string_view> ids;
+    check(plan_step(step, server().world.limits));
+  }
+  void check(const StepPlan& plan) const {
     std::uint64_t tokens = 0, cross_tokens = 0;
     for (const sessions::SessionStep& session : plan.sessions) {
-      require(ids.insert(session.id).second && session.new_tokens > 0);
+      require(session.new_tokens > 0);
       tokens += session.new_tokens;
       cross_tokens += session.cross_tokens;
       require(session.parents.empty() || session.parents.size() == session.new_tokens);
@@ -91,26 +106,36 @@ struct Check {
     require(static_cast<std::uint64_t>(plan.cross_tokens) == cross_tokens);
   }
   void operator()(const wire::AttendLayer& message) const {
-    const engine::ModelFacts facts = paged_facts();
-    const StepShape step{facts, server().layers, kTokens,
-                         message.step_id % 2 == 0 ? 0 : kCrossTokens};
+    if (message.begin) check(plan_begun_step(message, server().world.limits));
+    // Of a layer model if it says so.
+    const bool of_block = message.hidden_states && message.step_id % 5 == 0;
+    const engine::ModelFacts facts = of_block ? block_facts() : paged_facts();
+    const bool latent = !of_block && message.step_id % 3 == 0;
+    const StepShape step{
+        facts,  server().layers, kTokens, message.step_id % 2 == 0 ? 0 : kCrossTokens,
+        latent, kStarts,         kKeys,   kCrossKeys};
     const LayerPart part = check_layer(message, step, server().world.limits);
     require(part.layer < step.layers.size() && (part.has_query() || part.has_key()));
-    require(part.key.has_value() == part.value.has_value());
+    require((part.key.has_value() && !latent) == part.value.has_value());
+    std::int64_t before = -1;
+    for (const std::int64_t session : part.weights_of) {
+      require(session > before && session < 2);
+      before = session;
+    }
     require(part.has_query() != part.results.empty());
+    require(part.hidden_states.has_value() == of_block && !(part.query && of_block));
+    if (of_block) require(part.hidden_states->shape == Shape{kTokens, facts.embed_dim});
     for (const auto* spec : {&part.query, &part.key, &part.value}) {
       if (!*spec) continue;
       require(!(*spec)->chunked && !(*spec)->stored && (*spec)->shape.rank() == 3);
       require(Tensor{(*spec)->dtype, (*spec)->shape, nullptr}.byte_size() == (*spec)->byte_size);
     }
   }
-  void operator()(const wire::CommitTree& commit) const { check_commit(commit); }
-  void operator()(const wire::ForkSession& fork) const { check_growth(check_fork(fork)); }
   void operator()(const wire::ImportSession& session) const {
-    check_growth(check_import(session));
+    check_import(session);
     require(!session.chunk.data.empty());
   }
-  void operator()(const auto& action) const { check_session_id(action.session_id); }
+  void operator()(const auto&) const {}  // the store checks them
 };
 
 }  // namespace

@@ -39,6 +39,10 @@ struct Views {
     within(open.model, message);
     within(open.version, message);
     for (const auto& session : open.sessions) within(session.prefix_hashes, message);
+    for (const auto& layer : open.layer_models) {
+      within(layer.model, message);
+      within(layer.version, message);
+    }
   }
   void operator()(const wire::BeginStep& step) const {
     for (const auto& session : step.sessions) {
@@ -50,6 +54,8 @@ struct Views {
     within(layer.query, message);
     within(layer.key, message);
     within(layer.value, message);
+    within(layer.hidden_states, message);
+    if (layer.begin) (*this)(*layer.begin);
     if (layer.output_region) within(layer.output_region->name, message);
   }
   void operator()(const wire::ImportSession& session) const { within(session.chunk.data, message); }

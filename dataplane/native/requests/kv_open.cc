@@ -42,34 +42,21 @@ CacheType checked_cache_type(std::int32_t number, const engine::ModelFacts& mode
   return number == 0 ? type_of(model.dtype) : static_cast<CacheType>(number - 1);
 }
 
-[[noreturn]] void refuse_model(const engine::Model& model, std::string_view why) {
-  throw RequestError(Code::kFailedPrecondition,
-                     text("model: ", model.facts.name, " version ", model.version_text, " ", why));
-}
-
-KvModel paged(engine::ModelPtr found) {
-  const engine::Model& model = *found;
-  if (model.facts.kind != engine::Kind::kCore) {
-    refuse_model(model,
-                 text("is a ", name_of(model.facts.kind),
-                      "; allowed: a core model, to which callers send query, key and value"));
-  }
-  if (model.on_cuda) {
-    refuse_model(model, "runs on CUDA; allowed: models on the CPU, where sessions are kept");
-  }
-  const engine::Variant* variant = model.named(engine::kPagedVariant);
-  if (variant == nullptr) {
-    refuse_model(model, text("has no variant ", quoted(engine::kPagedVariant),
-                             "; allowed: a model that has one: export it again"));
-  }
-  return {std::move(found), variant};
-}
-
 // Callers count a query's own key in its window, the store does not.
 std::int64_t store_window(std::uint64_t window) { return static_cast<std::int64_t>(window) - 1; }
 
+void check_plain(const std::string& field, const wire::LayerSpec& message, const KvModel& used) {
+  if ((!message.cross && !message.latent) || !needs_plain_layers(used)) return;
+  const bool layer = used.facts().kind == engine::Kind::kLayer;
+  refuse(
+      text(field, message.cross ? ".cross" : ".latent"), "true",
+      text("false, as ", used.facts().name, layer ? " is a layer model" : " has rotary embedding"));
+}
+
 sessions::LayerSpec checked_layer(const std::string& field, const wire::LayerSpec& message,
-                                  const engine::ModelFacts& model) {
+                                  const KvModel& used) {
+  const engine::ModelFacts& model = used.facts();
+  check_plain(field, message, used);
   sessions::LayerSpec layer;
   layer.cross = message.cross;
   if (message.cross) {
@@ -98,27 +85,39 @@ sessions::LayerSpec checked_layer(const std::string& field, const wire::LayerSpe
 }
 
 std::vector<sessions::LayerSpec> checked_layers(const wire::OpenSessions& message,
-                                                const engine::ModelFacts& model) {
+                                                const KvModels& models) {
   const std::size_t count =
       checked_tokens("num_layers", message.num_layers, 1, sessions::kMostLayers);
-  if (message.layers.empty()) return std::vector(count, checked_layer("layers[0]", {}, model));
-  if (message.layers.size() != 1 && message.layers.size() != count) {
+  if (message.layers.size() > 1 && message.layers.size() != count) {
     refuse("layers", text(message.layers.size(), " of them"),
            text("none, 1 for all, or num_layers, ", count));
   }
   std::vector<sessions::LayerSpec> layers;
   layers.reserve(count);
-  for (std::size_t at = 0; at < message.layers.size(); ++at) {
-    layers.push_back(checked_layer(text("layers[", at, "]"), message.layers[at], model));
+  for (std::size_t at = 0; at < std::max(models.size(), message.layers.size()); ++at) {
+    const std::size_t given = message.layers.size() > 1 ? at : 0;
+    const wire::LayerSpec& layer =
+        message.layers.empty() ? wire::LayerSpec{} : message.layers[given];
+    layers.push_back(checked_layer(text("layers[", given, "]"), layer, models.of(at)));
   }
   layers.resize(count, layers.front());
   return layers;
 }
 
+bool checked_latent(const wire::OpenSessions& message, const KvModel& model) {
+  const bool latent = !message.layers.empty() && message.layers.front().latent;
+  for (std::size_t at = 0; at < message.layers.size(); ++at) {
+    if (message.layers[at].latent == latent) continue;
+    refuse(text("layers[", at, "].latent"), latent ? "false" : "true",
+           text(latent ? "true" : "false", ", as of layers[0]: all pages have one size"));
+  }
+  if (latent) check_latent(model);
+  return latent;
+}
+
 sessions::NewSession checked_session(const std::string& field, const wire::NewSession& message,
                                      bool any_cross, std::size_t page_tokens) {
   const auto name = [&](std::string_view part) { return text(field, ".", part); };
-  checked_tokens(name("max_tokens"), message.max_tokens, 1, sessions::kMostTokens);
   const sessions::Growth room =
       checked_room(text(field, "."), message.max_tokens, message.reserved_tokens);
   sessions::NewSession session{room.max_tokens, room.reserved_tokens, message.cross_tokens, {}};
@@ -140,38 +139,17 @@ sessions::NewSession checked_session(const std::string& field, const wire::NewSe
   return session;
 }
 
-sessions::PageLayout layout_of(const engine::ModelFacts& model, sessions::CacheType type,
-                               std::size_t page_tokens) {
-  return {static_cast<std::size_t>(model.num_kv_heads), static_cast<std::size_t>(model.head_dim),
-          static_cast<std::size_t>(model.value_head_dim), type, page_tokens};
-}
-
 }  // namespace
-
-KvModel kv_model(const sessions::SessionSpec& spec, const Context& context) {
-  KvModel model = paged(context.models.get(spec.model, spec.version));
-  const engine::ModelFacts& facts = model.model->facts;
-  const sessions::PageLayout& layout = spec.layout;
-  const bool causal = facts.mask == engine::Mask::kCausal ||
-                      std::ranges::all_of(spec.layers, &sessions::LayerSpec::cross);
-  if (!causal || layout != layout_of(facts, layout.type, layout.page_tokens)) {
-    refuse_model(*model.model,
-                 text("has other heads or another mask than the session: num_kv_heads ",
-                      layout.num_kv_heads, ", head_dim ", layout.head_dim, ", value_head_dim ",
-                      layout.value_head_dim, "; allowed: the model that it was opened with"));
-  }
-  return model;
-}
 
 OpenPlan plan_open(const wire::OpenSessions& message, const Context& context,
                    std::size_t page_tokens) {
-  if (message.model.empty()) refuse("model", "nothing", "a name that ListModels gives");
   OpenPlan plan;
-  plan.model = paged(context.models.get(message.model, message.version));
-  const engine::Model& model = *plan.model.model;
-  const engine::ModelFacts& facts = model.facts;
-  plan.spec = {facts.name, model.version_text, {}, checked_layers(message, facts)};
-  plan.spec.layout = layout_of(facts, checked_cache_type(message.cache_type, facts), page_tokens);
+  plan.models = models_to_open(message, context);
+  const engine::ModelFacts& facts = plan.models.facts();
+  plan.spec.layers = checked_layers(message, plan.models);
+  plan.spec.layout = layout_of(facts, checked_cache_type(message.cache_type, facts), page_tokens,
+                               checked_latent(message, plan.models.of(0)));
+  plan.models.name(plan.spec);
   const std::size_t count = message.sessions.size();
   if (count < 1 || count > static_cast<std::size_t>(context.limits.max_batch)) {
     refuse("sessions", text(count, " of them"), text("1..", context.limits.max_batch));

@@ -20,11 +20,10 @@ std::uint64_t checked_tokens(std::string_view field, std::uint64_t given, std::u
 
 sessions::Growth checked_room(std::string_view field, std::uint64_t max_tokens,
                               std::uint64_t reserved_tokens) {
-  checked_tokens(text(field, "max_tokens"), max_tokens, 0, sessions::kMostTokens);
-  const std::uint64_t most = max_tokens != 0 ? max_tokens : sessions::kMostTokens;
-  if (reserved_tokens > most) {
+  checked_tokens(text(field, "max_tokens"), max_tokens, 1, sessions::kMostTokens);
+  if (reserved_tokens > max_tokens) {
     refuse(text(field, "reserved_tokens"), std::to_string(reserved_tokens),
-           text("0..", most, max_tokens != 0 ? ", max_tokens" : ""));
+           text("0..", max_tokens, ", max_tokens"));
   }
   return {max_tokens, reserved_tokens};
 }
@@ -39,14 +38,8 @@ std::vector<sessions::PageHash> checked_hashes(std::string_view field, ByteSpan 
   return hashes;
 }
 
-sessions::Growth check_fork(const wire::ForkSession& message) {
-  check_session_id(message.session_id);
-  return checked_room("", message.max_tokens, message.reserved_tokens);
-}
-
-sessions::Growth check_import(const wire::ImportSession& message) {
+void check_import(const wire::ImportSession& message) {
   if (message.chunk.data.empty()) refuse("chunk.data", "nothing", "at least one byte");
-  return checked_room("", message.max_tokens, message.reserved_tokens);
 }
 
 }  // namespace attnserve::requests

@@ -1,5 +1,4 @@
 #include <string>
-#include <unordered_map>
 #include <utility>
 
 #include "base/text.h"
@@ -10,8 +9,6 @@
 
 namespace attnserve::requests {
 namespace {
-
-constexpr std::string_view kSessionIds = "an id that a session was opened with";
 
 // A tree: each token's parent comes before it.
 void check_parents(const std::string& field, const wire::SessionStep& message) {
@@ -34,7 +31,6 @@ void check_parents(const std::string& field, const wire::SessionStep& message) {
 
 sessions::SessionStep checked_session(const std::string& field, const wire::SessionStep& message,
                                       std::uint64_t most) {
-  if (message.session_id.empty()) refuse(text(field, ".session_id"), "nothing", kSessionIds);
   checked_tokens(text(field, ".new_tokens"), message.new_tokens, 1, most);
   checked_tokens(text(field, ".cross_tokens"), message.cross_tokens, 0, most);
   if (!message.parents.empty()) check_parents(field, message);
@@ -50,29 +46,19 @@ void check_total(std::string_view letter, std::string_view field, std::int64_t t
          text("0..", limits.max_seq_len));
 }
 
-}  // namespace
-
-StepPlan plan_step(const wire::BeginStep& message, const Limits& limits) {
+StepPlan plan_of(std::uint64_t step_id, const wire::BeginStep& message, const Limits& limits) {
   StepPlan plan;
-  if (message.step_id == 0) refuse("step_id", "0", "1 or more");
-  plan.step_id = message.step_id;
+  if (step_id == 0) refuse("step_id", "0", "1 or more");
+  plan.step_id = step_id;
   plan.priority = checked_priority(message.priority);
   const std::size_t count = message.sessions.size();
   if (count < 1 || count > static_cast<std::size_t>(limits.max_batch)) {
     refuse("sessions", text(count, " of them"), text("1..", limits.max_batch));
   }
   plan.sessions.reserve(count);
-  std::unordered_map<std::string_view, std::size_t> seen;
-  seen.reserve(count);
   for (std::size_t at = 0; at < count; ++at) {
     const std::string field = text("sessions[", at, "]");
     const wire::SessionStep& session = message.sessions[at];
-    const auto [first, is_new] = seen.emplace(session.session_id, at);
-    if (!is_new) {
-      refuse(text(field, ".session_id"),
-             text(shown(session.session_id), ", as sessions[", first->second, "] has"),
-             "each session once");
-    }
     plan.sessions.push_back(
         checked_session(field, session, static_cast<std::uint64_t>(limits.max_seq_len)));
     plan.tokens += session.new_tokens;
@@ -83,18 +69,19 @@ StepPlan plan_step(const wire::BeginStep& message, const Limits& limits) {
   return plan;
 }
 
-void check_session_id(std::string_view session_id) {
-  if (session_id.empty()) refuse("session_id", "nothing", kSessionIds);
+}  // namespace
+
+StepPlan plan_step(const wire::BeginStep& message, const Limits& limits) {
+  return plan_of(message.step_id, message, limits);
 }
 
-void check_commit(const wire::CommitTree& message) {
-  check_session_id(message.session_id);
-  for (std::size_t at = 1; at < message.accepted.size(); ++at) {
-    const std::uint32_t before = message.accepted[at - 1], index = message.accepted[at];
-    if (index > before) continue;
-    refuse(text("accepted[", at, "]"), std::to_string(index),
-           text("more than ", before, ", its parent's index"));
+StepPlan plan_begun_step(const wire::AttendLayer& message, const Limits& limits) {
+  const std::uint64_t given = message.begin->step_id;
+  if (given != 0 && given != message.step_id) {
+    refuse("begin.step_id", std::to_string(given),
+           text(message.step_id, ", the layer's step_id, or 0"));
   }
+  return plan_of(message.step_id, *message.begin, limits);
 }
 
 }  // namespace attnserve::requests

@@ -31,7 +31,7 @@ class FairQueue {
   void add(Entry entry);
   bool empty() const { return entries_.empty(); }
   std::size_t size() const { return entries_.size(); }
-  const Entry& first() const { return entries_.begin()->second; }
+
   // Takes out the first, whose turn it is: virtual time goes on to it.
   Entry serve();
   // Takes one out of turn: who comes later is not set back behind it. Returns the next place.

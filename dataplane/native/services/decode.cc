@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -183,7 +184,7 @@ class DecodeHandler final : public grpc::CallHandler {
 
   static bool more_to_come(const wire::DecodeRequest& decoded) {
     if (const auto* layer = std::get_if<wire::AttendLayer>(&decoded.action)) {
-      return !layer->query || !layer->key;
+      return !layer->hidden_states && (!layer->query || !layer->key);
     }
     const auto* import = std::get_if<wire::ImportSession>(&decoded.action);
     return import != nullptr && !import->chunk.last;
@@ -194,36 +195,36 @@ class DecodeHandler final : public grpc::CallHandler {
     refused_.push_back(id);
   }
 
+  bool is_busy(std::string_view session_id) const {
+    return std::ranges::any_of(steps_, [&](const auto& each) {
+      return each.second->computing &&
+             std::ranges::binary_search(each.second->session_ids, session_id, std::less<>{});
+    });
+  }
+
+  bool is_computing(std::uint64_t step_id) const {
+    const auto step = steps_.find(step_id);
+    return step != steps_.end() && step->second->computing;
+  }
+
+  bool names_busy(const auto& action) const {
+    if constexpr (requires { action.step_id; }) {
+      if (is_computing(action.step_id)) return true;
+    }
+    if constexpr (requires { action.session_id; }) return is_busy(action.session_id);
+    if constexpr (requires { action.sessions[0].session_id; }) {
+      return std::ranges::any_of(action.sessions,
+                                 [&](const auto& each) { return is_busy(each.session_id); });
+    }
+    if constexpr (requires { action.begin; }) return action.begin && names_busy(*action.begin);
+    return false;
+  }
+
   // What a request names is being computed.
   bool must_wait(const wire::DecodeRequest& decoded) {
     const auto computing = [](const auto& each) { return each.second->computing.load(); };
     if (std::ranges::none_of(steps_, computing)) return false;
-    const auto busy = [&](std::string_view id) {
-      return std::ranges::any_of(steps_, [&](const auto& each) {
-        return each.second->computing &&
-               std::ranges::binary_search(each.second->session_ids, id, std::less<>{});
-      });
-    };
-    if (const auto* layer = std::get_if<wire::AttendLayer>(&decoded.action)) {
-      const auto step = steps_.find(layer->step_id);
-      return step != steps_.end() && step->second->computing;
-    }
-    if (const auto* abandoned = std::get_if<wire::AbandonStep>(&decoded.action)) {
-      const auto step = steps_.find(abandoned->step_id);
-      return step != steps_.end() && step->second->computing;
-    }
-    if (const auto* begun = std::get_if<wire::BeginStep>(&decoded.action)) {
-      const auto step = steps_.find(begun->step_id);
-      return (step != steps_.end() && step->second->computing) ||
-             std::ranges::any_of(begun->sessions,
-                                 [&](const auto& each) { return busy(each.session_id); });
-    }
-    return std::visit(
-        [&](const auto& action) {
-          if constexpr (requires { action.session_id; }) return busy(action.session_id);
-          return false;
-        },
-        decoded.action);
+    return std::visit([&](const auto& action) { return names_busy(action); }, decoded.action);
   }
 
   void answer(Bytes message) {
@@ -245,7 +246,11 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::BeginStep& asked, const MessagePtr&) {
-    const requests::StepPlan plan = requests::plan_step(asked, core_.limits);
+    const std::shared_ptr<OpenStep> step = begin_step(requests::plan_step(asked, core_.limits));
+    answer(wire::encode_begun(id, asked.step_id, step->step->lengths()));
+  }
+
+  std::shared_ptr<OpenStep> begin_step(const requests::StepPlan& plan) {
     std::erase_if(steps_, [](const auto& each) { return each.second->ended.load(); });
     if (steps_.contains(plan.step_id)) {
       requests::refuse("step_id", std::to_string(plan.step_id),
@@ -253,17 +258,15 @@ class DecodeHandler final : public grpc::CallHandler {
     }
     auto step = std::make_shared<OpenStep>();
     step->step = core_.kv.begin_step(plan.sessions, owner_);
-    step->model = requests::kv_model(step->step->spec(), core_.context());
+    step->models = requests::kv_models(step->step->spec(), core_.context());
     step->tokens = plan.tokens;
     step->cross_tokens = plan.cross_tokens;
     step->priority = plan.priority;
     step->session_ids.reserve(plan.sessions.size());
     for (const auto& session : plan.sessions) step->session_ids.emplace_back(session.id);
     std::ranges::sort(step->session_ids);
-    const auto lengths = step->step->lengths();
-    const std::vector<std::uint64_t> before(lengths.begin(), lengths.end());
-    steps_.emplace(plan.step_id, std::move(step));
-    answer(wire::encode_begun(id, plan.step_id, before));
+    steps_.emplace(plan.step_id, step);
+    return step;
   }
 
   const std::shared_ptr<OpenStep>& open_step(std::uint64_t step_id) {
@@ -281,19 +284,36 @@ class DecodeHandler final : public grpc::CallHandler {
     LayerRequest layer;
     layer.request_id = id;
     layer.arrived = Clock::now();
-    layer.step = open_step(asked.step_id);
+    std::optional<requests::StepPlan> begun;
+    if (asked.begin) {
+      begun = requests::plan_begun_step(asked, core_.limits);
+    } else {
+      layer.step = open_step(asked.step_id);
+    }
     layer.request = request_context(state_->info());
-    layer.request->priority = layer.step->priority;
+    layer.request->priority = begun ? begun->priority : layer.step->priority;
     if (auto refused = core_.scheduler.check_room(*layer.request)) {
       throw RequestError(std::move(*refused));
     }
     auto admitted = Admitted::admit(core_, layer.arrived, layer.request->deadline);
     if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
     layer.admitted = std::move(std::get<Admitted>(admitted));
+    if (begun) layer.step = begin_step(*begun);
+    layer.begins = begun.has_value();
     add_part(std::move(layer), asked, message);
   }
 
   void add_part(LayerRequest layer, const wire::AttendLayer& asked, const MessagePtr& message) {
+    const std::shared_ptr<OpenStep> begun = layer.begins ? layer.step : nullptr;
+    try {
+      add_to(std::move(layer), asked, message);
+    } catch (...) {
+      if (begun) begun->give_up();
+      throw;
+    }
+  }
+
+  void add_to(LayerRequest layer, const wire::AttendLayer& asked, const MessagePtr& message) {
     open_step(asked.step_id);
     layer.add(asked, core_.limits, message);
     if (layer.complete()) {
@@ -328,17 +348,15 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::CommitTree& asked, const MessagePtr&) {
-    requests::check_commit(asked);
     answer(session_message(id, core_.kv.commit(asked.session_id, asked.accepted, owner_)));
   }
 
   void act(std::uint64_t id, const wire::TruncateSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     answer(session_message(id, core_.kv.truncate(asked.session_id, asked.length, owner_)));
   }
 
   void act(std::uint64_t id, const wire::ForkSession& asked, const MessagePtr&) {
-    const sessions::Growth growth = requests::check_fork(asked);
+    const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     const Duration lease = lease_of(asked.lease);
     const sessions::SessionState forked =
         asked.length ? core_.kv.fork(asked.session_id, *asked.length, growth, lease, owner_)
@@ -347,12 +365,10 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::RenewSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     answer(session_message(id, core_.kv.renew(asked.session_id, lease_of(asked.lease), owner_)));
   }
 
   void act(std::uint64_t id, const wire::CloseSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     core_.kv.close(asked.session_id, owner_);
     answer(wire::encode_done(id));
   }
@@ -380,7 +396,6 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::ExportSession& asked, const MessagePtr&) {
-    requests::check_session_id(asked.session_id);
     check_transfers();
     const auto leaving = std::make_shared<SessionExport>(
         core_, state_, id, core_.kv.export_session(asked.session_id, owner_));
@@ -389,10 +404,11 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::ImportSession& asked, const MessagePtr& message) {
-    const sessions::Growth growth = requests::check_import(asked);
+    requests::check_import(asked);
+    const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     check_transfers();
     const sessions::ExportedSession exported = sessions::read_exported(asked.chunk.data);
-    requests::kv_model(exported.spec, core_.context());
+    requests::kv_models(exported.spec, core_.context());
     const auto coming = std::make_shared<SessionImport>(
         core_, state_, call_, id,
         core_.kv.import_session(exported, growth, lease_of(asked.lease), owner_));

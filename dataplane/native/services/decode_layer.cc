@@ -32,7 +32,8 @@ class LayerJob final : public schedule::Job {
     joinable = work_.joinable();
     sequences = static_cast<std::int64_t>(asked_.step->step->size());
     units = engine::units(work_);
-    tensor_bytes = work_.query.byte_size() + asked_.part.response_bytes;
+    const Tensor& given = asked_.part.query ? work_.query : work_.hidden_states;
+    tensor_bytes = given.byte_size() + asked_.part.response_bytes;
     working_bytes = engine::working_bytes(work_);
     asked_.step->computing = true;
     validated_ = Clock::now();
@@ -69,8 +70,8 @@ class LayerJob final : public schedule::Job {
                         outcome.ended,  outcome.sequences, outcome.leads};
       delivery.messages.push_back(OutMessage::of(finish(ended, spans)));
       if (outcome.leads) core_.admission.computed(outcome.ended - outcome.started);
-      core_.statistics.ran(asked_.step->model.model->facts.name, work_.variant->name(), spans,
-                           sequences);
+      const requests::KvModel& model = asked_.step->models.of(asked_.part.layer);
+      core_.statistics.ran(model.facts().name, work_.variant->name(), spans, sequences);
       asked_.admitted.answered();
     } catch (...) {
       delivery.status = status_of(std::current_exception());
@@ -86,15 +87,20 @@ class LayerJob final : public schedule::Job {
     const OpenStep& step = *asked_.step;
     const sessions::SessionSpec& spec = step.step->spec();
     const sessions::LayerSpec& layer = spec.layers[asked_.part.layer];
-    const engine::ModelFacts& facts = step.model.model->facts;
-    work_.variant = step.model.paged;
+    const requests::KvModel& model = step.models.of(asked_.part.layer);
+    const engine::ModelFacts& facts = model.facts();
+    work_.variant = model.paged;
     work_.spec = {static_cast<std::int64_t>(spec.layout.page_tokens),
-                  static_cast<std::int64_t>(spec.layout.type), layer.window, layer.kept_first,
-                  !layer.cross};
+                  static_cast<std::int64_t>(spec.layout.type),
+                  layer.window,
+                  layer.kept_first,
+                  !layer.cross,
+                  spec.layout.latent};
     work_.cache = core_.kv.cache();
     work_.starts = step.step->starts();
     work_.key_starts = step.step->key_starts(asked_.part.layer);
     if (!layer.cross) work_.parents = step.step->parents();
+    work_.query = {facts.dtype, {step.tokens, facts.num_heads, facts.head_dim}, nullptr};
     work_.key = {facts.dtype, {0, facts.num_kv_heads, facts.head_dim}, nullptr};
     work_.value = {facts.dtype, {0, facts.num_kv_heads, facts.value_head_dim}, nullptr};
     const auto view = [&](const std::optional<requests::TensorSpec>& given, ByteSpan sent,
@@ -106,6 +112,8 @@ class LayerJob final : public schedule::Job {
     view(asked_.part.query, asked_.elements[0], work_.query);
     view(asked_.part.key, asked_.elements[1], work_.key);
     view(asked_.part.value, asked_.elements[2], work_.value);
+    view(asked_.part.hidden_states, asked_.elements[3], work_.hidden_states);
+    work_.weights_of = asked_.part.weights_of;
   }
 
   // The results are computed where they are sent from, or in the caller's shared memory.
@@ -130,7 +138,7 @@ class LayerJob final : public schedule::Job {
       }
       Lease lease(core_.budget);
       lease.grow_or_throw(part.response_bytes);
-      answer_.emplace(asked_.request_id, part.results);
+      answer_.emplace(asked_.request_id, part.results, lengths());
       answer_->bytes().lease = std::move(lease);
       places = answer_->places;
     }
@@ -147,19 +155,29 @@ class LayerJob final : public schedule::Job {
         case wire::LayerOutput::kEntropy:
           work_.entropy = tensor;
           break;
+        case wire::LayerOutput::kWeights:
+          work_.weights.push_back(tensor);
+          break;
       }
     }
+  }
+
+  // Of the sessions before the step, where it is this that tells them.
+  std::span<const std::int64_t> lengths() const {
+    if (!asked_.begins) return {};
+    return asked_.step->step->lengths();
   }
 
   Bytes finish(bool ended, const Spans& spans) {
     const wire::Timings timings = timings_of(spans, Clock::now());
     if (answer_) return std::move(*answer_).finish(ended, timings);
-    return wire::encode_attended_layer(asked_.request_id, asked_.part.results, shared_, ended,
-                                       timings);
+    return wire::encode_attended_layer(asked_.request_id, asked_.part.results, shared_, lengths(),
+                                       ended, timings);
   }
 
   void deliver(Delivery delivery) noexcept {
     layer_.reset();  // not done: it may be sent again
+    if (asked_.begins && delivery.status.code != Code::kOk) asked_.step->give_up();
     asked_.admitted.release();
     asked_.step->computing = false;
     stream_->answer(asked_.request, decode_delivery(asked_.request_id, std::move(delivery)));
@@ -184,19 +202,25 @@ void LayerRequest::add(const wire::AttendLayer& message, const requests::Limits&
     requests::refuse("step_id and layer", text(message.step_id, ", ", message.layer),
                      text(step_id, ", ", part.layer, ", as the request's first part has"));
   }
+  if (!messages.empty() && message.begin) {
+    requests::refuse("begin", "a step in the layer's second part", "it in the first part");
+  }
   LayerPart more = requests::check_layer(message, step->shape(), limits);
   if (more.has_query() && part.has_query()) requests::refuse("query", "it again", "once");
   if (more.has_key() && part.has_key()) requests::refuse("key", "it again", "once");
   if (more.has_query()) {
-    elements[0] = message.query->data;
+    if (message.query) elements[0] = message.query->data;
+    if (message.hidden_states) elements[3] = message.hidden_states->data;
     part.query = std::move(more.query);
+    part.hidden_states = std::move(more.hidden_states);
     part.results = std::move(more.results);
+    part.weights_of = std::move(more.weights_of);
     part.output_region = std::move(more.output_region);
     part.response_bytes = more.response_bytes;
   }
   if (more.has_key()) {
     elements[1] = message.key->data;
-    elements[2] = message.value->data;
+    if (message.value) elements[2] = message.value->data;
     part.key = std::move(more.key);
     part.value = std::move(more.value);
   }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/paged.h"
 #include "requests/kv_sessions.h"
 #include "services/core.h"
 #include "services/stream_state.h"
@@ -16,19 +17,27 @@
 
 namespace attnserve::services {
 
-// A step that is open on a stream. Constant but for what is atomic.
+// A step that is open on a stream. Constant but for what is atomic, and `step` when it is given up.
 struct OpenStep {
-  requests::KvModel model;
-  std::shared_ptr<sessions::KvStep> step;
-  std::vector<std::string> session_ids;  // in the order of their names
+  requests::KvModels models;
+  std::shared_ptr<sessions::KvStep> step;  // until `ended`
+  std::vector<std::string> session_ids;    // in the order of their names
   std::int64_t tokens = 0, cross_tokens = 0;
   std::uint32_t priority = requests::kNormal;
   // A layer of it waits to run or runs: one at a time, so that answers come in order.
   std::atomic<bool> computing{false};
-  std::atomic<bool> ended{false};  // all layers are computed
+  std::atomic<bool> ended{false};  // all layers are computed, or it was given up
 
   requests::StepShape shape() const {
-    return {model.model->facts, step->spec().layers, tokens, cross_tokens};
+    return {models.facts(), step->spec().layers,        tokens,
+            cross_tokens,   step->spec().layout.latent, step->starts(),
+            step->keys(),   step->cross_keys(),         models.give_weights()};
+  }
+  // Its sessions hold what they held before it. By whoever computes a layer of it, or while nobody
+  // does.
+  void give_up() {
+    ended = true;
+    step.reset();
   }
 };
 
@@ -37,11 +46,12 @@ struct LayerRequest {
   std::uint64_t request_id = 0;
   std::shared_ptr<OpenStep> step;
   std::uint64_t step_id = 0;
+  bool begins = false;  // the step: without its answer that has not begun
   std::shared_ptr<schedule::RequestContext> request;
   Admitted admitted;
   TimePoint arrived{};               // its first part
   requests::LayerPart part;          // of all that is there
-  std::array<ByteSpan, 3> elements;  // of query, key and value, as far as they were sent
+  std::array<ByteSpan, 4> elements;  // of query, key, value and hidden states, as far as sent
   std::vector<std::shared_ptr<const Bytes>> messages;  // that hold them
 
   // Throws RequestError, and is then of no more use.

@@ -18,7 +18,7 @@ namespace attnserve::sessions {
 namespace {
 
 constexpr std::string_view kMagic{"attnkv\0\0", 8};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::size_t kCheckedBytes = 48;  // of the header, before the checksum
 constexpr std::size_t kMostName = 4096;
 constexpr std::size_t kMostSize = 1 << 20;  // of a dimension
@@ -68,19 +68,26 @@ class Reader {
   ByteSpan left_;
 };
 
-// In this order: model, version; num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the
-// cache type as u32; the number of layers as u32, and of each window and kept_first as i64, cross
-// as u32 and the first page as u32; length, max_tokens, reserved_tokens, cross_length and
-// cross_tokens as u64. A name is its bytes after their number as u32.
+// In this order: model, version; the number of layer models as u32, of each model and version;
+// num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the cache type, and 1 if it is
+// latent, as u32; the number of layers as u32, and of each window and kept_first as i64, cross as
+// u32 and the first page as u32; length, max_tokens, reserved_tokens, cross_length and cross_tokens
+// as u64. A name is its bytes after their number as u32.
 void write_description(Writer& to, const ExportedSession& session) {
   to.name(session.spec.model);
   to.name(session.spec.version);
+  to.number(static_cast<std::uint32_t>(session.spec.layer_models.size()));
+  for (const ModelName& each : session.spec.layer_models) {
+    to.name(each.model);
+    to.name(each.version);
+  }
   const PageLayout& layout = session.spec.layout;
   for (const std::size_t size :
        {layout.num_kv_heads, layout.head_dim, layout.value_head_dim, layout.page_tokens}) {
     to.number(std::uint64_t{size});
   }
   to.number(static_cast<std::uint32_t>(layout.type));
+  to.number(std::uint32_t{layout.latent});
   to.number(static_cast<std::uint32_t>(session.spec.layers.size()));
   for (std::size_t layer = 0; layer < session.spec.layers.size(); ++layer) {
     to.number(session.spec.layers[layer].window);
@@ -99,6 +106,14 @@ ExportedSession read_description(ByteSpan payload) {
   ExportedSession session;
   session.spec.model = from.name();
   session.spec.version = from.name();
+  const auto models = from.number<std::uint32_t>();
+  if (models > kMostLayers) refuse_chunk("the number of layer models is out of range");
+  for (std::uint32_t layer = 0; layer < models; ++layer) {
+    ModelName each;
+    each.model = from.name();
+    each.version = from.name();
+    session.spec.layer_models.push_back(std::move(each));
+  }
   PageLayout& layout = session.spec.layout;
   for (std::size_t* size :
        {&layout.num_kv_heads, &layout.head_dim, &layout.value_head_dim, &layout.page_tokens}) {
@@ -108,13 +123,22 @@ ExportedSession read_description(ByteSpan payload) {
   const auto type = from.number<std::uint32_t>();
   if (type > static_cast<std::uint32_t>(CacheType::kFp8)) refuse_chunk("no such cache type");
   layout.type = static_cast<CacheType>(type);
+  const auto latent = from.number<std::uint32_t>();
+  if (latent > 1) refuse_chunk("latent is out of range");
+  layout.latent = latent == 1;
   const auto layers = from.number<std::uint32_t>();
   if (layers == 0 || layers > kMostLayers) refuse_chunk("the number of layers is out of range");
+  if (models != 0 && models != layers) refuse_chunk("not every layer has a model");
   for (std::uint32_t layer = 0; layer < layers; ++layer) {
     LayerSpec spec;
     spec.window = from.number<std::int64_t>();
     spec.kept_first = from.number<std::int64_t>();
     spec.cross = from.number<std::uint32_t>() != 0;
+    const auto most = static_cast<std::int64_t>(kMostTokens);
+    if (spec.window < -1 || spec.window > most || spec.kept_first < 0 || spec.kept_first > most ||
+        (spec.window < 0 && spec.kept_first > 0) || (spec.cross && spec.window >= 0)) {
+      refuse_chunk(text("what layer ", layer, " sees is out of range"));
+    }
     session.spec.layers.push_back(spec);
     session.first_pages.push_back(from.number<std::uint32_t>());
   }

@@ -4,34 +4,11 @@
 
 #include <string>
 
-#include "base/status.h"
-#include "base/text.h"
 #include "sessions/kv_sessions.h"
 
 namespace attnserve::sessions {
 
 namespace {
-
-void check_layer(const LayerSpec& layer, std::size_t index) {
-  const std::string field = text("layers[", index, "]");
-  const auto most = static_cast<std::int64_t>(kMostTokens);
-  if (layer.window < -1 || layer.window > most) {
-    throw RequestError(invalid_argument(field + ".window", text(layer.window),
-                                        text("-1, all keys, or 0 to ", kMostTokens)));
-  }
-  if (layer.kept_first < 0 || layer.kept_first > most) {
-    throw RequestError(invalid_argument(field + ".kept_first", text(layer.kept_first),
-                                        text("0 to ", kMostTokens)));
-  }
-  if (layer.kept_first > 0 && layer.window < 0) {
-    throw RequestError(
-        invalid_argument(field + ".kept_first", text(layer.kept_first), "0 without a window"));
-  }
-  if (layer.cross && layer.window >= 0) {
-    throw RequestError(invalid_argument(field + ".window", text(layer.window),
-                                        "none in a cross layer, whose queries see all keys"));
-  }
-}
 
 void add_number(std::string& to, std::uint64_t number) {
   for (int shift = 0; shift < 64; shift += 8) to += static_cast<char>(number >> shift & 0xFF);
@@ -40,13 +17,21 @@ void add_number(std::string& to, std::uint64_t number) {
 // No two specs have one digest: each part has a fixed size, or says how long it is.
 PageHash digest_of(const SessionSpec& spec) {
   std::string all;
-  for (const std::string* name : {&spec.model, &spec.version}) {
-    add_number(all, name->size());
-    all += *name;
+  const auto add_name = [&](const std::string& name) {
+    add_number(all, name.size());
+    all += name;
+  };
+  add_name(spec.model);
+  add_name(spec.version);
+  add_number(all, spec.layer_models.size());
+  for (const ModelName& each : spec.layer_models) {
+    add_name(each.model);
+    add_name(each.version);
   }
   const PageLayout& layout = spec.layout;
-  for (const std::size_t size : {layout.num_kv_heads, layout.head_dim, layout.value_head_dim,
-                                 static_cast<std::size_t>(layout.type), layout.page_tokens}) {
+  for (const std::size_t size :
+       {layout.num_kv_heads, layout.head_dim, layout.value_head_dim,
+        static_cast<std::size_t>(layout.type), layout.page_tokens, std::size_t{layout.latent}}) {
     add_number(all, size);
   }
   for (const LayerSpec& layer : spec.layers) {
@@ -62,16 +47,11 @@ PageHash digest_of(const SessionSpec& spec) {
 }  // namespace
 
 KvPlanPtr make_plan(const SessionSpec& spec, std::uint64_t promised_step) {
-  if (spec.layers.empty() || spec.layers.size() > kMostLayers) {
-    throw RequestError(
-        invalid_argument("num_layers", text(spec.layers.size()), text("1 to ", kMostLayers)));
-  }
   auto plan = std::make_shared<KvPlan>();
   plan->spec = spec;
   plan->digest = digest_of(spec);
   for (std::size_t index = 0; index < spec.layers.size(); ++index) {
     const LayerSpec& layer = spec.layers[index];
-    check_layer(layer, index);
     const auto number = static_cast<std::uint32_t>(index);
     if (layer.cross || layer.window < 0) {
       (layer.cross ? plan->cross : plan->full).push_back(number);

@@ -38,8 +38,7 @@ struct KvPlan {
 };
 using KvPlanPtr = std::shared_ptr<const KvPlan>;
 
-// Throws RequestError INVALID_ARGUMENT: no layers or too many, a window below -1, kept first keys
-// without a window, a cross layer with either.
+// Of layers as requests::plan_open and read_exported take them.
 KvPlanPtr make_plan(const SessionSpec& spec, std::uint64_t promised_step);
 
 }  // namespace attnserve::sessions

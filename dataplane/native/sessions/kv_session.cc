@@ -53,10 +53,10 @@ bool KvSession::recharge() {
 }
 
 void KvSession::make_common(std::uint64_t blocks) {
-  if (blocks <= common_pages_) return;
-  for (const std::uint32_t layer : plan_->full) {
-    for (std::size_t page = common_pages_; page < blocks; ++page) {
-      pages_.set_common(index(tables_[layer][page]), true);
+  if (plan_->full.empty() || blocks <= common_pages_) return;
+  for (std::size_t block = common_pages_; block < blocks; ++block) {
+    for (const std::uint32_t layer : plan_->full) {
+      pages_.set_common(blocks_[block]->page(layer), true);
     }
   }
   // What was promised to this session is promised to all of them now: the sum stays.
@@ -67,13 +67,19 @@ void KvSession::make_common(std::uint64_t blocks) {
 }
 
 void KvSession::adopt(std::size_t blocks) {
-  for (Table& table : tables_) table.reserve(blocks);  // nothing fails once pages are shared
-  for (const std::uint32_t layer : plan_->full) {
-    for (std::size_t block = 0; block < blocks; ++block) {
-      const PageIndex page = prefixes_.page(chain[block], layer);
-      pages_.share(page);
-      tables_[layer].push_back(pages_.offset(page));
+  if (!plan_->full.empty()) {
+    for (std::size_t number = 0; number < blocks; ++number) {
+      KvBlock& block =
+          *blocks_.emplace_back(std::make_shared<KvBlock>(pages_, plan_->spec.layers.size()));
+      for (const std::uint32_t layer : plan_->full) {
+        const PageIndex page = prefixes_.page(chain[number], layer);
+        pages_.share(page);
+        block.put(layer, page);
+      }
     }
+  }
+  for (const WindowGroup& group : plan_->windows) {  // nothing fails once pages are shared
+    for (const std::uint32_t layer : group.layers) tables_[layer].reserve(blocks);
   }
   for (std::size_t number = 0; number < plan_->windows.size(); ++number) {
     const WindowGroup& group = plan_->windows[number];
@@ -96,7 +102,7 @@ void KvSession::adopt(std::size_t blocks) {
       }
     }
   }
-  common_pages_ = blocks;
+  common_pages_ = blocks_.size();
   length = blocks * plan_->page_tokens();
   chain.resize(blocks);
 }
@@ -112,8 +118,12 @@ void KvSession::adopt(KvSession& other, std::uint64_t tokens) {
   const std::size_t used = plan_->pages(tokens);
   chain.assign(other.chain.begin(), other.chain.begin() + static_cast<std::ptrdiff_t>(std::min(
                                                               other.chain.size(), blocks)));
+  std::vector<KvBlockPtr> shared(
+      other.blocks_.begin(),
+      other.blocks_.begin() + static_cast<std::ptrdiff_t>(std::min(other.blocks_.size(), used)));
   std::vector<Table> tables(tables_.size());
   for (std::size_t layer = 0; layer < tables.size(); ++layer) {
+    if (in_blocks(layer)) continue;
     const Table& table = other.tables_[layer];
     const std::size_t count = plan_->spec.layers[layer].cross ? table.size() : used;
     tables[layer].assign(table.begin(), table.begin() + static_cast<std::ptrdiff_t>(count));
@@ -129,6 +139,7 @@ void KvSession::adopt(KvSession& other, std::uint64_t tokens) {
       }
     }
   }
+  blocks_ = std::move(shared);
   tables_ = std::move(tables);  // nothing fails from here on
   for (const Table& table : tables_) {
     for (const std::int64_t offset : table) {
@@ -136,7 +147,7 @@ void KvSession::adopt(KvSession& other, std::uint64_t tokens) {
     }
   }
   other.make_common(blocks);
-  common_pages_ = blocks;
+  common_pages_ = plan_->full.empty() ? 0 : blocks;
   if (other.cross_length > 0 && !other.cross_common_) {
     for (const std::uint32_t layer : plan_->cross) {
       for (const std::int64_t offset : tables_[layer]) pages_.set_common(index(offset), true);
@@ -156,6 +167,10 @@ void KvSession::provide(const std::vector<std::uint32_t>& first_pages) {
   }
   for (std::size_t layer = 0; layer < tables_.size(); ++layer) {
     const std::size_t count = plan_->pages(keys(layer));
+    if (in_blocks(layer)) {
+      fill_table(layer, count);
+      continue;
+    }
     tables_[layer].reserve(count);
     const auto group = std::ranges::find_if(plan_->windows, [&](const WindowGroup& of) {
       return std::ranges::find(of.layers, layer) != of.layers.end();
@@ -168,32 +183,65 @@ void KvSession::provide(const std::vector<std::uint32_t>& first_pages) {
   }
 }
 
-bool KvSession::own(Table& table, std::size_t page, std::size_t tokens) {
-  const PageIndex shared = index(table[page]);
-  if (pages_.references(shared) > 1) {
-    const PageIndex copy = pages_.take();
-    copy_tokens(plan_->spec.layout, data(table[page]), 0, data(pages_.offset(copy)), 0, tokens);
-    table[page] = pages_.offset(copy);
-    pages_.drop(shared);
-    return true;
+// Of a page that nobody else holds.
+void KvSession::make_own(PageIndex page) {
+  if (pages_.published(page)) prefixes_.withdraw(pages_, page);
+  pages_.set_common(page, false);
+}
+
+// A page with these tokens of another one, to be written to: itself, or a copy in its place.
+PageIndex KvSession::owned(PageIndex page, std::size_t tokens) {
+  if (pages_.references(page) == 1) {
+    make_own(page);
+    return page;
   }
-  if (pages_.published(shared)) prefixes_.withdraw(pages_, shared);
-  pages_.set_common(shared, false);
-  return false;
+  const PageIndex copy = pages_.take();
+  copy_tokens(plan_->spec.layout, data(pages_.offset(page)), 0, data(pages_.offset(copy)), 0,
+              tokens);
+  pages_.drop(page);
+  return copy;
+}
+
+// Before a layer's last page, of so many tokens, is written to. True: it is a copy now.
+bool KvSession::own_last(std::size_t layer, std::size_t number, std::size_t tokens) {
+  if (in_blocks(layer) && blocks_[number].use_count() > 1) {
+    blocks_[number] = std::make_shared<KvBlock>(*blocks_[number]);
+  }
+  std::int64_t& offset = tables_[layer][number];
+  const PageIndex before = index(offset), now = owned(before, tokens);
+  if (in_blocks(layer)) blocks_[number]->put(layer, now);
+  offset = pages_.offset(now);
+  return now != before;
+}
+
+// Brings a table up to so many pages: those of its blocks, then new ones.
+void KvSession::fill_table(std::size_t layer, std::size_t pages) {
+  Table& table = tables_[layer];
+  if (table.capacity() < pages) table.reserve(std::max(pages, 2 * table.capacity()));
+  while (table.size() < pages) {
+    if (!in_blocks(layer)) {
+      table.push_back(pages_.offset(pages_.take()));
+      continue;
+    }
+    if (table.size() == blocks_.size()) {
+      blocks_.push_back(std::make_shared<KvBlock>(pages_, tables_.size()));
+    }
+    KvBlock& block = *blocks_[table.size()];
+    if (block.page(layer) == kNoPage) block.put(layer, pages_.take());
+    table.push_back(pages_.offset(block.page(layer)));
+  }
 }
 
 bool KvSession::grow(std::size_t layer) {
-  Table& table = tables_[layer];
   const bool cross = plan_->spec.layers[layer].cross;
   const std::uint64_t before = cross ? cross_length : length;
   const std::uint64_t after = keys(layer);
   if (after == before) return false;
   const std::size_t first = before / plan_->page_tokens();
   const std::size_t tokens = before % plan_->page_tokens();
-  const bool copied = tokens > 0 && own(table, first, tokens);
-  const std::size_t needed = plan_->pages(after);
-  if (table.capacity() < needed) table.reserve(std::max(needed, 2 * table.capacity()));
-  while (table.size() < needed) table.push_back(pages_.offset(pages_.take()));
+  fill_table(layer, plan_->pages(before));
+  const bool copied = tokens > 0 && own_last(layer, first, tokens);
+  fill_table(layer, plan_->pages(after));
   return copied;
 }
 
@@ -204,22 +252,29 @@ void KvSession::drop_from(Table& table, std::size_t page) {
   }
 }
 
+// All layers but cross ones; the tables of layers in blocks stay as they are.
+void KvSession::drop_from(std::size_t page) {
+  while (blocks_.size() > page) blocks_.pop_back();
+  for (const WindowGroup& group : plan_->windows) {
+    for (const std::uint32_t layer : group.layers) drop_from(tables_[layer], page);
+  }
+}
+
 void KvSession::cut(std::uint64_t tokens) {
   const std::size_t page = plan_->pages(tokens);
   const std::size_t blocks = tokens / plan_->page_tokens();
-  for (std::size_t layer = 0; layer < tables_.size(); ++layer) {
-    if (!plan_->spec.layers[layer].cross) drop_from(tables_[layer], page);
+  drop_from(page);
+  for (const std::uint32_t layer : plan_->full) {
+    tables_[layer].resize(std::min(tables_[layer].size(), page));
   }
   for (std::size_t number = 0; number < plan_->windows.size(); ++number) {
     if (page <= plan_->windows[number].kept_pages) first_pages_[number] = 0;
   }
   if (blocks < common_pages_) {
-    if (page > blocks) {  // the last page is to be written to again
+    if (page > blocks && blocks_.back().use_count() == 1) {  // it is to be written to again
       for (const std::uint32_t layer : plan_->full) {
-        const PageIndex last = index(tables_[layer].back());
-        if (pages_.references(last) > 1) continue;
-        if (pages_.published(last)) prefixes_.withdraw(pages_, last);
-        pages_.set_common(last, false);
+        const PageIndex last = blocks_.back()->page(layer);
+        if (pages_.references(last) == 1) make_own(last);
       }
     }
     common_pages_ = blocks;
@@ -233,10 +288,11 @@ void KvSession::cut_cross() {
 
 std::size_t KvSession::common_alone(std::uint64_t tokens) const {
   std::size_t count = 0;
-  for (const std::uint32_t layer : plan_->full) {
-    for (std::size_t page = tokens / plan_->page_tokens(); page < common_pages_; ++page) {
-      const PageIndex of = index(tables_[layer][page]);
-      if (pages_.references(of) == 1 && pages_.common(of)) ++count;
+  for (std::size_t block = tokens / plan_->page_tokens(); block < common_pages_; ++block) {
+    if (blocks_[block].use_count() > 1) continue;
+    for (const std::uint32_t layer : plan_->full) {
+      const PageIndex page = blocks_[block]->page(layer);
+      if (pages_.references(page) == 1 && pages_.common(page)) ++count;
     }
   }
   return count;
@@ -275,7 +331,7 @@ void KvSession::publish(const std::vector<BlockKey>& keys) {
     for (const BlockKey& key : keys) {
       const std::size_t block = chain.size();
       for (std::size_t layer = 0; layer < tables_.size(); ++layer) {
-        const std::int64_t offset = tables_[layer][block];
+        const std::int64_t offset = page(layer, block);
         if (offset != kGivenBack) prefixes_.publish(plan_, pages_, key, layer, index(offset));
       }
       chain.push_back(key);
@@ -287,11 +343,13 @@ void KvSession::publish(const std::vector<BlockKey>& keys) {
 }
 
 void KvSession::release() {
+  cut_cross();
   std::size_t deepest = 0;
-  for (const Table& table : tables_) deepest = std::max(deepest, table.size());
-  for (std::size_t page = deepest; page-- > 0;) {
-    for (Table& table : tables_) drop_from(table, page);
+  for (std::size_t layer = 0; layer < tables_.size(); ++layer) {
+    deepest = std::max(deepest, page_count(layer));
   }
+  for (std::size_t page = deepest; page-- > 0;) drop_from(page);
+  for (const std::uint32_t layer : plan_->full) tables_[layer].clear();
   common_pages_ = 0;
   store_.promise(pages_, -static_cast<std::int64_t>(charged_));
   charged_ = 0;

@@ -1,6 +1,9 @@
 // One session: its block tables, and what it is promised. Guarded by the lock of KvSessions, which
 // alone knows it; while `users` is not 0, its tables change only by whoever they are.
 //
+// Layers without window, not cross, have their pages in blocks, so that a fork shares as many
+// blocks as there are pages in one layer; their tables are made from the blocks layer by layer.
+//
 // What is promised, per layer (`charge`): without a window, pages for as many tokens as are
 // reserved or there, those below `common_pages` apart, which are common: promised once for all
 // sessions that hold them. With a window: as many as the window needs at most, shared ones
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "sessions/kv_block.h"
 #include "sessions/kv_plan.h"
 #include "sessions/kv_prefixes.h"
 #include "sessions/kv_spec.h"
@@ -34,7 +38,14 @@ class KvSession {
 
   const KvPlan& plan() const { return *plan_; }
   const KvPlanPtr& plan_ptr() const { return plan_; }
-  const Table& table(std::size_t layer) const { return tables_[layer]; }
+  const Table& table(std::size_t layer) const { return tables_[layer]; }  // since it has grown
+  // Pages of a layer, and the offset of one, or kGivenBack.
+  std::size_t page_count(std::size_t layer) const {
+    return in_blocks(layer) ? blocks_.size() : tables_[layer].size();
+  }
+  std::int64_t page(std::size_t layer, std::size_t number) const {
+    return in_blocks(layer) ? pages_.offset(blocks_[number]->page(layer)) : tables_[layer][number];
+  }
   const std::byte* data(std::int64_t offset) const { return store_.cache() + offset; }
   std::byte* data(std::int64_t offset) { return store_.cache() + offset; }
   // Keys of a layer once the step, if it is in one, has added its own.
@@ -96,15 +107,24 @@ class KvSession {
   std::size_t window_charge(const WindowGroup& group, std::uint64_t tokens,
                             std::uint64_t step) const;
   PageIndex index(std::int64_t offset) const { return pages_.index(offset); }
+  bool in_blocks(std::size_t layer) const {
+    const LayerSpec& of = plan_->spec.layers[layer];
+    return of.window < 0 && !of.cross;
+  }
   void make_common(std::uint64_t blocks);
-  bool own(Table& table, std::size_t page, std::size_t tokens);
+  void make_own(PageIndex page);
+  PageIndex owned(PageIndex page, std::size_t tokens);
+  bool own_last(std::size_t layer, std::size_t number, std::size_t tokens);
+  void fill_table(std::size_t layer, std::size_t pages);
   void drop_from(Table& table, std::size_t page);
+  void drop_from(std::size_t page);
 
   KvPlanPtr plan_;
   PageStore& store_;
   KvPrefixes& prefixes_;
   PageClass& pages_;
-  std::vector<Table> tables_;
+  std::vector<KvBlockPtr> blocks_;
+  std::vector<Table> tables_;  // of layers in blocks: as far as they have been asked for
   std::vector<std::size_t>
       first_pages_;               // of each window: the first page there after the kept ones
   std::size_t common_pages_ = 0;  // of each layer without window

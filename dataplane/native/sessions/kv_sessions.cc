@@ -16,32 +16,16 @@ namespace {
 constexpr std::size_t kIdBytes = 16;
 constexpr std::size_t kSlabsAtOnce = 8;  // whose memory goes back under one hold of the lock
 
-void check_new(const NewSession& session, const KvPlan& plan, const std::string& prefix) {
-  checked_growth({session.max_tokens, session.reserved_tokens}, 0, 0, prefix);
-  const bool cross = !plan.cross.empty();
-  if (cross != (session.cross_tokens > 0) || session.cross_tokens > kMostTokens) {
-    throw RequestError(invalid_argument(
-        prefix + "cross_tokens", text(session.cross_tokens),
-        cross ? text("1 to ", kMostTokens) : std::string("0, as no layer is cross")));
-  }
-  if (cross && !session.prefix_hashes.empty()) {
-    throw RequestError(invalid_argument(prefix + "prefix_hashes",
-                                        text(session.prefix_hashes.size(), " hashes"),
-                                        "none with cross layers"));
-  }
-}
-
 // Moves the rows of tokens of the last step to where they are to stay: those of accepted[i] to i.
 void move_rows(KvSession& session, std::span<const std::uint32_t> accepted) {
   const PageLayout& layout = session.plan().spec.layout;
   for (std::size_t layer = 0; layer < session.plan().spec.layers.size(); ++layer) {
     if (session.plan().spec.layers[layer].cross) continue;
-    const KvSession::Table& table = session.table(layer);
     for (std::size_t index = 0; index < accepted.size(); ++index) {
       if (accepted[index] == index) continue;
       const std::size_t from = session.length + accepted[index], to = session.length + index;
-      const std::byte* source = session.data(table[from / layout.page_tokens]);
-      std::byte* target = session.data(table[to / layout.page_tokens]);
+      const std::byte* source = session.data(session.page(layer, from / layout.page_tokens));
+      std::byte* target = session.data(session.page(layer, to / layout.page_tokens));
       copy_tokens(layout, source, from % layout.page_tokens, target, to % layout.page_tokens, 1);
     }
   }
@@ -79,7 +63,6 @@ MutableByteSpan KvSessions::cache() { return {state_->store.cache(), state_->sto
 std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
                                            std::span<const NewSession> sessions, Duration lease,
                                            std::string_view owner) {
-  if (sessions.empty()) throw RequestError(invalid_argument("sessions", "none", "at least one"));
   if (spec.layout.page_tokens != state_->config.page_tokens) {
     throw RequestError(invalid_argument("page_tokens", text(spec.layout.page_tokens),
                                         text(state_->config.page_tokens)));
@@ -98,7 +81,6 @@ std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
   }
   const BlockKey root = state_->prefixes.root_of(*plan, owner);
   for (std::size_t index = 0; index < sessions.size(); ++index) {
-    check_new(sessions[index], *plan, text("sessions[", index, "]."));
     const std::size_t blocks = std::min<std::size_t>(
         sessions[index].prefix_hashes.size(), sessions[index].max_tokens / plan->page_tokens());
     KvPrefixes::append(chains[index], root, std::span(sessions[index].prefix_hashes).first(blocks));

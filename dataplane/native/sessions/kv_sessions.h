@@ -90,18 +90,20 @@ class KvSessions {
   // What tables count from: the operator's `cache`. Only pages of a KvLayer may be touched.
   MutableByteSpan cache();
 
-  // All of them or none, in order. `owner` is the caller's identity. The layout's page_tokens are
-  // the store's. A lease is what a caller asks for, the default if that is not above zero, and
-  // never longer than max_lease. Fields in messages: layers[i], sessions[i].
+  // All of them or none, in order: at least one, as requests::plan_open checks them, layers above
+  // all. `owner` is the caller's identity. The layout's page_tokens are the store's. A lease is
+  // what a caller asks for, the default if that is not above zero, and never longer than max_lease.
+  // Fields in messages: sessions[i].
   std::vector<SessionState> open(const SessionSpec& spec, std::span<const NewSession> sessions,
                                  Duration lease, std::string_view owner);
 
-  // Sessions of equal spec, each once. Takes their lease anew, as every use does, layers included.
+  // Sessions of equal spec, each once: at least one, as requests::plan_step checks what needs no
+  // session. Takes their lease anew, as every use does, layers included.
   // Fields in messages: sessions[i].
   std::shared_ptr<KvStep> begin_step(std::span<const SessionStep> sessions, std::string_view owner);
-  // INVALID_ARGUMENT: no such layer, or computed already, or being computed. NOT_FOUND: a session
-  // of the step was closed or expired meanwhile; the others are unharmed, and the step to be given
-  // up.
+  // A layer that there is. INVALID_ARGUMENT: computed already, or being computed. NOT_FOUND: a
+  // session of the step was closed or expired meanwhile; the others are unharmed, and the step to
+  // be given up.
   KvLayer begin_layer(const std::shared_ptr<KvStep>& step, std::size_t layer);
 
   // Keeps the tokens of one path of the tree, indices of the last step's new tokens from the root

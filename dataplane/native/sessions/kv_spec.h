@@ -24,13 +24,20 @@ struct LayerSpec {
   bool operator==(const LayerSpec&) const = default;
 };
 
+struct ModelName {
+  std::string model, version;
+
+  bool operator==(const ModelName&) const = default;
+};
+
 // What the sessions of one model, opened alike, have in common. The sessions of a step have equal
 // ones; equal ones are one object.
 struct SessionSpec {
-  std::string model;  // its name, and
+  std::string model;  // of all layers: its name, and
   std::string version;
   PageLayout layout;
   std::vector<LayerSpec> layers;
+  std::vector<ModelName> layer_models;  // or of each layer; then those above are empty
 
   bool operator==(const SessionSpec&) const = default;
 };

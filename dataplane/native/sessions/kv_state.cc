@@ -114,7 +114,7 @@ KvSessionPtr KvState::find_idle(std::string_view id, std::string_view owner, Tim
 
 void KvState::refuse_unknown(std::string_view id, const std::string& field) {
   if (id.empty()) {
-    throw RequestError(invalid_argument(field, "nothing", "the id of a session"));
+    throw RequestError(invalid_argument(field, "nothing", "an id that a session was opened with"));
   }
   throw RequestError(Code::kNotFound,
                      text(field, ": given ", quoted(first_characters(id, kMostNamed)),

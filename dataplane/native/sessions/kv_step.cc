@@ -15,28 +15,12 @@ std::string field_of(std::size_t index, std::string_view name) {
   return text("sessions[", index, "].", name);
 }
 
-void check_tree(const SessionStep& asked, std::size_t index) {
-  if (asked.parents.empty()) return;
-  if (asked.parents.size() != asked.new_tokens) {
-    throw RequestError(invalid_argument(field_of(index, "parents"),
-                                        text(asked.parents.size(), " tokens"),
-                                        text("one for each of new_tokens, ", asked.new_tokens)));
-  }
-  for (std::size_t token = 0; token < asked.parents.size(); ++token) {
-    const std::int32_t parent = asked.parents[token];
-    if (parent >= -1 && parent < static_cast<std::int64_t>(token)) continue;
-    throw RequestError(invalid_argument(field_of(index, text("parents[", token, "]")), text(parent),
-                                        "-1, or the index of a token before it"));
-  }
-}
-
 void check_hashes(const SessionStep& asked, const KvSession& session, std::size_t index) {
   if (asked.prefix_hashes.empty()) return;
   const std::string given = text(asked.prefix_hashes.size(), " hashes");
   const auto refuse = [&](const std::string& allowed) {
     throw RequestError(invalid_argument(field_of(index, "prefix_hashes"), given, allowed));
   };
-  if (!asked.parents.empty()) refuse("none in a step with parents");
   if (!session.plan().cross.empty()) refuse("none with cross layers");
   const std::uint64_t full = (session.length + asked.new_tokens) / session.plan().page_tokens();
   const std::uint64_t wanted = full - session.chain.size();
@@ -47,9 +31,6 @@ void check_hashes(const SessionStep& asked, const KvSession& session, std::size_
 }
 
 void check_tokens(const SessionStep& asked, const KvSession& session, std::size_t index) {
-  if (asked.new_tokens == 0) {
-    throw RequestError(invalid_argument(field_of(index, "new_tokens"), "0", "at least 1"));
-  }
   if (asked.new_tokens > session.max_tokens - session.length) {
     throw RequestError(
         Code::kResourceExhausted,
@@ -72,7 +53,6 @@ void check_tokens(const SessionStep& asked, const KvSession& session, std::size_
 
 std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sessions,
                                                std::string_view owner) {
-  if (sessions.empty()) throw RequestError(invalid_argument("sessions", "none", "at least one"));
   std::shared_ptr<KvStep> step;
   std::vector<BlockKey> ends(sessions.size());  // of each session's chain
   {
@@ -99,7 +79,6 @@ std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sess
                                             "sessions of the same model, cache type and layers"));
       }
       check_tokens(asked, *session, index);
-      check_tree(asked, index);
       check_hashes(asked, *session, index);
       charges[index] = session->charge(session->length, asked.new_tokens);
       more += static_cast<std::int64_t>(charges[index] - session->charged());
@@ -135,10 +114,6 @@ std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sess
 }
 
 KvLayer KvSessions::begin_layer(const std::shared_ptr<KvStep>& step, std::size_t layer) {
-  if (layer >= step->layers_.size()) {
-    throw RequestError(invalid_argument("layer", text(layer),
-                                        text("less than num_layers, ", step->layers_.size())));
-  }
   KvLayer running(layer);  // before the lock: lets go of the layer, if that fails, after it
   running.sequences_.reserve(step->size());
   std::unique_lock lock(state_->mutex);
@@ -177,6 +152,8 @@ KvStep::KvStep(KvSessions& store, SessionSpecPtr spec, std::size_t size)
   lengths_.reserve(size);
   starts_.reserve(size + 1);
   cross_starts_.reserve(size + 1);
+  keys_.reserve(size);
+  cross_keys_.reserve(size);
   starts_.push_back(0);
   cross_starts_.push_back(0);
 }
@@ -185,6 +162,8 @@ void KvStep::add(const KvSession& session, const SessionStep& asked) {
   lengths_.push_back(static_cast<std::int64_t>(session.length));
   starts_.push_back(starts_.back() + static_cast<std::int64_t>(asked.new_tokens));
   cross_starts_.push_back(cross_starts_.back() + static_cast<std::int64_t>(asked.cross_tokens));
+  keys_.push_back(static_cast<std::int64_t>(session.length + asked.new_tokens));
+  cross_keys_.push_back(static_cast<std::int64_t>(session.cross_length + asked.cross_tokens));
 }
 
 void KvStep::add_trees(std::span<const SessionStep> sessions) {

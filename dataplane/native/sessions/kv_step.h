@@ -40,6 +40,9 @@ class KvStep {
   std::span<const std::int64_t> key_starts(std::size_t layer) const {
     return spec_->layers[layer].cross ? cross_starts_ : starts_;
   }
+  // [S], once the step's are in it: of a layer, and of a cross layer.
+  std::span<const std::int64_t> keys() const { return keys_; }
+  std::span<const std::int64_t> cross_keys() const { return cross_keys_; }
   // [T], as the operator takes them, if any session has a tree; else none.
   std::span<const std::int64_t> parents() const { return parents_; }
 
@@ -56,7 +59,7 @@ class KvStep {
   KvSessions* store_;
   SessionSpecPtr spec_;
   std::vector<std::shared_ptr<KvSession>> sessions_;
-  std::vector<std::int64_t> lengths_, starts_, cross_starts_, parents_;
+  std::vector<std::int64_t> lengths_, starts_, cross_starts_, keys_, cross_keys_, parents_;
   // Guarded by the lock of KvSessions:
   std::vector<std::vector<PageHash>> chains_;     // of pages that each session fills, if any
   std::vector<std::vector<std::int32_t>> trees_;  // of each session, if any has one

@@ -35,9 +35,9 @@ PageCursor::PageCursor(const KvSession& session) : session_(&session) { skip(); 
 void PageCursor::skip() {
   const std::size_t layers = session_->plan().spec.layers.size();
   for (; layer_ < layers; ++layer_, page_ = 0) {
-    const KvSession::Table& table = session_->table(layer_);
-    while (page_ < table.size() && table[page_] == kGivenBack) ++page_;
-    if (page_ < table.size()) return;
+    const std::size_t count = session_->page_count(layer_);
+    while (page_ < count && page() == kGivenBack) ++page_;
+    if (page_ < count) return;
   }
   layer_ = kEnd;
 }
@@ -46,7 +46,7 @@ std::size_t PageCursor::left_in_page() const {
   return session_->plan().spec.layout.page_bytes() - offset_;
 }
 
-std::int64_t PageCursor::page() const { return session_->table(layer_)[page_]; }
+std::int64_t PageCursor::page() const { return session_->page(layer_, page_); }
 
 std::size_t PageCursor::tokens() const {
   return session_->keys(layer_) - page_ * session_->plan().page_tokens();

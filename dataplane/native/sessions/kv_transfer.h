@@ -3,7 +3,7 @@
 // Each chunk is a header of 64 bytes and a payload. Numbers are little-endian.
 //
 //   0   8  "attnkv" and two zero bytes
-//   8   4  version of the format: 1
+//   8   4  version of the format: 2
 //   12  4  index of the chunk
 //   16  4  1 if it is the last one, else 0
 //   20  4  zero

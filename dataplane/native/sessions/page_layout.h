@@ -8,7 +8,8 @@
 //   key scales    [num_kv_heads][page_tokens] float            only of kInt8 and kFp8
 //   value scales  [num_kv_heads][page_tokens] float            only of kInt8 and kFp8
 //
-// one after another without gaps, rounded up to a multiple of 64 bytes.
+// one after another without gaps, rounded up to a multiple of 64 bytes. A latent one holds keys and
+// their scales alone: the values are the keys' first value_head_dim numbers.
 #pragma once
 
 #include <cstddef>
@@ -43,6 +44,7 @@ struct PageLayout {
   std::size_t value_head_dim = 1;
   CacheType type = CacheType::kFp32;
   std::size_t page_tokens = 16;
+  bool latent = false;
 
   bool operator==(const PageLayout&) const = default;
 
@@ -53,8 +55,11 @@ struct PageLayout {
 
   // Bytes of one token and head.
   constexpr std::size_t key_row_bytes() const { return head_dim * item_bytes(type); }
-  constexpr std::size_t value_row_bytes() const { return value_head_dim * item_bytes(type); }
-  constexpr std::size_t scale_bytes() const { return has_scales(type) ? sizeof(float) : 0; }
+  constexpr std::size_t value_row_bytes() const {
+    return latent ? 0 : value_head_dim * item_bytes(type);
+  }
+  constexpr std::size_t key_scale_bytes() const { return has_scales(type) ? sizeof(float) : 0; }
+  constexpr std::size_t value_scale_bytes() const { return latent ? 0 : key_scale_bytes(); }
 
   // Bytes from the page's start; `row` as row_of gives it. Scales only where has_scales.
   constexpr std::size_t key_at(std::size_t row) const { return row * key_row_bytes(); }
@@ -62,10 +67,10 @@ struct PageLayout {
     return key_at(rows()) + row * value_row_bytes();
   }
   constexpr std::size_t key_scale_at(std::size_t row) const {
-    return value_at(rows()) + row * scale_bytes();
+    return value_at(rows()) + row * key_scale_bytes();
   }
   constexpr std::size_t value_scale_at(std::size_t row) const {
-    return key_scale_at(rows()) + row * scale_bytes();
+    return key_scale_at(rows()) + row * value_scale_bytes();
   }
 
   constexpr std::size_t page_bytes() const {

@@ -21,9 +21,9 @@ inline void copy_tokens(const PageLayout& layout, const std::byte* from, std::si
                 count * layout.value_row_bytes());
     if (!has_scales(layout.type)) continue;
     std::memcpy(to + layout.key_scale_at(target_row), from + layout.key_scale_at(source_row),
-                count * layout.scale_bytes());
+                count * layout.key_scale_bytes());
     std::memcpy(to + layout.value_scale_at(target_row), from + layout.value_scale_at(source_row),
-                count * layout.scale_bytes());
+                count * layout.value_scale_bytes());
   }
 }
 

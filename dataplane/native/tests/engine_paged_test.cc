@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 
@@ -159,6 +160,66 @@ struct Step {
   PagedWork work;
 };
 
+// A layer's graph, as far as it can be seen from outside: gives its hidden states back as output,
+// and remembers what it was given.
+class LayerGraph final : public Session {
+ public:
+  LayerGraph() {
+    for (const std::string name : {"hidden_states", "positions", "starts", "lengths", "parents"}) {
+      inputs_.push_back({name, DataType::kInt64, {-1}});
+    }
+  }
+  const std::vector<Port>& inputs() const override { return inputs_; }
+  const std::vector<Port>& outputs() const override { return outputs_; }
+  bool any_heads() const override { return false; }
+  void run(std::span<const Feed> feeds, std::span<Fetch> fetches, Stop*) override {
+    ++runs;
+    for (const Feed& feed : feeds) {
+      if (feed.name == "positions") {
+        const auto* values = reinterpret_cast<const std::int64_t*>(feed.tensor.data);
+        positions.assign(values, values + feed.tensor.shape[0]);
+      }
+      if (feed.name != "hidden_states") continue;
+      REQUIRE(fetches.size() == 1);
+      REQUIRE(fetches[0].into.shape == feed.tensor.shape);
+      std::memcpy(fetches[0].into.data, feed.tensor.data, feed.tensor.byte_size());
+    }
+  }
+  std::unique_ptr<Stop> make_stop() override { return nullptr; }
+
+  std::vector<std::int64_t> positions;
+  int runs = 0;
+
+ private:
+  std::vector<Port> inputs_, outputs_{{"output", DataType::kFp32, {-1}}};
+};
+
+// New tokens of two sequences, which have 10 and no keys before.
+struct HiddenStep {
+  HiddenStep(const Variant& variant, std::vector<std::int64_t> of_each, std::mt19937& random,
+             std::vector<std::int64_t> tree = {})
+      : starts(std::move(of_each)), parents(std::move(tree)) {
+    const std::int64_t tokens = starts.back();
+    hidden = normal(random, tokens * kHidden);
+    output.resize(hidden.size());
+    work.variant = &variant;
+    work.query = {DataType::kFp32, {tokens, kHeads, kDim}, nullptr};
+    work.hidden_states = tensor_of(hidden, {tokens, kHidden});
+    work.output = tensor_of(output, {tokens, kHidden});
+    work.starts = work.key_starts = starts;
+    work.parents = parents;
+    work.add(10 + starts[1], {});
+    work.add(starts[2] - starts[1], {});
+  }
+  HiddenStep(const HiddenStep&) = delete;
+  HiddenStep& operator=(const HiddenStep&) = delete;
+
+  static constexpr std::int64_t kHidden = 6;
+  std::vector<std::int64_t> starts, parents;
+  std::vector<float> hidden, output;
+  PagedWork work;
+};
+
 struct World {
   std::shared_ptr<Runtime> runtime = test_runtime();
   Model model;
@@ -252,6 +313,31 @@ TEST_CASE("works of other layers, or of many tokens, have other keys") {
   PagedWork typed = few.work;
   typed.spec.cache_type = 1;
   CHECK(batch_key(few.work) != batch_key(typed));
+}
+
+TEST_CASE("hidden states are joined, each token told its position in its sequence") {
+  std::mt19937 random{std::random_device{}()};
+  Model model;
+  auto made = std::make_unique<LayerGraph>();
+  LayerGraph& graph = *made;
+  const Variant& variant = add_variant(model, "paged", std::move(made));
+  CHECK(takes_positions(variant));
+  HiddenStep chains(variant, {0, 3, 5}, random);
+  HiddenStep trees(variant, {0, 4, 5}, random, {-1, 0, 0, 2, -1});
+  CHECK(batch_key(chains.work) == batch_key(trees.work));
+  CHECK(chains.work.joinable());
+  std::vector<PagedWork*> works{&chains.work, &trees.work};
+  attend_paged_together(works, nullptr);
+  CHECK(graph.runs == 1);
+  CHECK(graph.positions == std::vector<std::int64_t>{10, 11, 12, 0, 1, 10, 11, 11, 12, 0});
+  CHECK(chains.output == chains.hidden);
+  CHECK(trees.output == trees.hidden);
+  attend_paged_together(std::span(works).subspan(1), nullptr);
+  CHECK(graph.positions == std::vector<std::int64_t>{10, 11, 11, 12, 0});
+  PagedWork wider = chains.work;
+  wider.hidden_states.shape[1] *= 100;
+  CHECK(units(wider) > units(chains.work));
+  CHECK(working_bytes(wider) > working_bytes(chains.work));
 }
 
 TEST_CASE("a model never chooses its paged variant for a request") {

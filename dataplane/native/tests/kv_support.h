@@ -29,8 +29,8 @@ void each_row(const PageLayout& layout, std::size_t slot, std::size_t layer, std
     const std::uint64_t seed = mixed(token * 1024 + layer) + head * 4;
     visit(layout.key_at(row), layout.key_row_bytes(), mixed(seed));
     visit(layout.value_at(row), layout.value_row_bytes(), mixed(seed + 1));
-    visit(layout.key_scale_at(row), layout.scale_bytes(), mixed(seed + 2));
-    visit(layout.value_scale_at(row), layout.scale_bytes(), mixed(seed + 3));
+    visit(layout.key_scale_at(row), layout.key_scale_bytes(), mixed(seed + 2));
+    visit(layout.value_scale_at(row), layout.value_scale_bytes(), mixed(seed + 3));
   }
 }
 
@@ -88,8 +88,8 @@ Status refusal(const Action& action) {
 }
 
 inline SessionSpec spec_of(std::vector<LayerSpec> layers, CacheType type = CacheType::kFp32,
-                           std::size_t head_dim = 8) {
-  return {"core", "1", {2, head_dim, head_dim, type, 16}, std::move(layers)};
+                           std::size_t head_dim = 8, bool latent = false) {
+  return {"core", "1", {2, head_dim, head_dim, type, 16, latent}, std::move(layers), {}};
 }
 
 inline NewSession room_for(std::uint64_t max_tokens, std::uint64_t reserved_tokens = 0) {

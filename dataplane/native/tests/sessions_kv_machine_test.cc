@@ -470,9 +470,12 @@ std::vector<SessionSpec> all_specs() {
   SessionSpec narrow =
       spec_of({full, {24, 0, false}, {24, 0, false}, {7, 20, false}, full}, CacheType::kFp16);
   narrow.layout.value_head_dim = 5;
-  return {spec_of({full, full}), narrow, spec_of({full, {30, 4, false}}, CacheType::kInt8, 12),
+  return {spec_of({full, full}),
+          narrow,
+          spec_of({full, {30, 4, false}}, CacheType::kInt8, 12),
           spec_of({full, cross, cross}, CacheType::kFp8, 12),
-          spec_of({{0, 0, false}, {100, 33, false}}, CacheType::kBf16)};
+          spec_of({{0, 0, false}, {100, 33, false}}, CacheType::kBf16),
+          spec_of({full, {24, 0, false}}, CacheType::kInt8, 12, true)};
 }
 
 KvConfig config_of(std::size_t max_bytes) {

@@ -38,6 +38,10 @@ TEST_CASE("a page's rows lie one after another, keys, values, then scales") {
   CHECK(scaled.value_scale_at(2) == 48 * 12 + 48 * 4 + 8);
   CHECK(scaled.page_bytes() == 960);
   CHECK(PageLayout{3, 5, 7, CacheType::kFp8, 4}.page_bytes() == 256);  // 240
+  const PageLayout latent{1, 12, 8, CacheType::kFp8, 16, true};
+  CHECK(latent.key_scale_at(3) == 16 * 12 + 12);
+  CHECK(latent.page_bytes() == 256);
+  CHECK(PageLayout{1, 16, 8, CacheType::kFp16, 4, true}.page_bytes() == 4 * 16 * 2);
   CHECK(plain.pages(0) == 0);
   CHECK(plain.pages(16) == 1);
   CHECK(plain.pages(17) == 2);

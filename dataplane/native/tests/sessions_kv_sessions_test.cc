@@ -77,17 +77,6 @@ TEST_CASE("what cannot be opened is refused, and nothing of it stays") {
     return refusal([&] { store.open(spec, asked, Duration::zero(), "me"); });
   };
   const SessionSpec plain = spec_of({kFull});
-  CHECK(refused(plain, room_for(0)).message ==
-        "sessions[1].max_tokens: given 0; allowed: 1 to 16777216");
-  CHECK(refused(plain, room_for(5, 6)).message ==
-        "sessions[1].reserved_tokens: given 6; allowed: at most max_tokens, 5");
-  CHECK(refused(plain, {5, 5, 1, {}}).message ==
-        "sessions[1].cross_tokens: given 1; allowed: 0, as no layer is cross");
-  CHECK(refused(spec_of({}), room_for(5)).message == "num_layers: given 0; allowed: 1 to 1024");
-  CHECK(refused(spec_of({{-1, 3, false}}), room_for(5)).message ==
-        "layers[0].kept_first: given 3; allowed: 0 without a window");
-  CHECK(refused(spec_of({{5, 0, true}}), room_for(5)).code == Code::kInvalidArgument);
-
   const Status full = refused(plain, room_for(160));
   CHECK(full.code == Code::kResourceExhausted);
   CHECK(full.message ==
@@ -109,7 +98,8 @@ TEST_CASE("a session of another owner is not there") {
   CHECK(refusal([&] { begin_one(store, id, 1, "you"); }).message ==
         "sessions[0].session_id: given '" + id +
             "'; no such session is open: never opened here, closed, or its lease ran out");
-  CHECK(refusal([&] { store.close("", "me"); }).code == Code::kInvalidArgument);
+  CHECK(refusal([&] { store.close("", "me"); }).message ==
+        "session_id: given nothing; allowed: an id that a session was opened with");
   step_one(store, id, 1);
 }
 
@@ -134,8 +124,6 @@ TEST_CASE("a layer is computed once, and again if that failed") {
   KvSessions store(config_of(100));
   const std::string id = open_one(store, spec_of({kFull, kFull}), room_for(100));
   const auto step = begin_one(store, id, 3);
-  CHECK(refusal([&] { store.begin_layer(step, 2); }).message ==
-        "layer: given 2; allowed: less than num_layers, 2");
   {
     const KvLayer failed = store.begin_layer(step, 0);
     CHECK(refusal([&] { store.begin_layer(step, 0); }).code == Code::kInvalidArgument);
@@ -168,7 +156,6 @@ TEST_CASE("a step names equal sessions, each once, and what each may take") {
   const std::string first = open_one(store, spec_of({kFull}), room_for(20, 10));
   const std::string second = open_one(store, spec_of({kFull}), room_for(20));
   const std::string other = open_one(store, spec_of({{3, 0, false}}), room_for(20));
-  const std::vector<std::int32_t> tree = {-1, 0, 2};
   const auto refused = [&](const SessionStep& step) {
     const std::vector<SessionStep> steps = {{first, 1, {}, {}, 0}, step};
     return refusal([&] { store.begin_step(steps, "me"); });
@@ -176,12 +163,6 @@ TEST_CASE("a step names equal sessions, each once, and what each may take") {
   CHECK(refused({first, 1, {}, {}, 0}).message ==
         "sessions[1].session_id: given '" + first + "'; allowed: each session once in a step");
   CHECK(refused({other, 1, {}, {}, 0}).code == Code::kInvalidArgument);
-  CHECK(refused({second, 0, {}, {}, 0}).message ==
-        "sessions[1].new_tokens: given 0; allowed: at least 1");
-  CHECK(refused({second, 3, tree, {}, 0}).message ==
-        "sessions[1].parents[2]: given 2; allowed: -1, or the index of a token before it");
-  CHECK(refused({second, 2, tree, {}, 0}).message ==
-        "sessions[1].parents: given 3 tokens; allowed: one for each of new_tokens, 2");
   CHECK(refused({second, 16, {}, {PageHash{}, PageHash{}}, 0}).message ==
         "sessions[1].prefix_hashes: given 2 hashes; allowed: none, or 1: for pages 0 to 1, which "
         "are full with this step and have none yet");
@@ -399,8 +380,11 @@ TEST_CASE("a session begins with the prefix that another one published") {
   CHECK(found("you", spec) == 0);
   CHECK(found("me", spec_of({kFull, kFull}, CacheType::kFp16)) == 0);
   CHECK(found("me", spec_of({kFull})) == 0);
+  SessionSpec of_layers = spec;
+  of_layers.layer_models = {{"core", "1"}, {"core", "1"}};
+  CHECK(found("me", of_layers) == 0);
   CHECK(store.statistics().prefix_pages_found == 3);
-  CHECK(store.statistics().prefix_pages_asked == 12);
+  CHECK(store.statistics().prefix_pages_asked == 15);
 
   store.close(id, "me");
   CHECK(store.statistics().pages_in_use == 0);

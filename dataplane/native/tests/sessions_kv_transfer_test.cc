@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "kv_support.h"
+#include "sessions/kv_chunk.h"
 
 using namespace attnserve;
 using namespace attnserve::sessions;
@@ -18,10 +19,13 @@ KvConfig config_of(std::size_t max_bytes) {
   return config;
 }
 
-SessionSpec spec_with_window() { return spec_of({{}, {20, 3, false}}, CacheType::kInt8, 12); }
+SessionSpec spec_with_window(bool latent = false) {
+  return spec_of({{}, {20, 3, false}}, CacheType::kInt8, 12, latent);
+}
 
-std::string filled(KvSessions& store, std::vector<std::uint64_t>& held, std::size_t tokens) {
-  const std::string id = open_one(store, spec_with_window(), room_for(300));
+std::string filled(KvSessions& store, std::vector<std::uint64_t>& held, std::size_t tokens,
+                   bool latent = false) {
+  const std::string id = open_one(store, spec_with_window(latent), room_for(300));
   while (held.size() < tokens) {
     std::vector<std::uint64_t> more(std::min<std::size_t>(25, tokens - held.size()));
     std::iota(more.begin(), more.end(), held.size() + 1);
@@ -90,6 +94,23 @@ TEST_CASE("an exported session is the same elsewhere") {
   CHECK(elsewhere.statistics().pages_promised == 0);
 }
 
+TEST_CASE("an export of latent layers is smaller, and says that they are") {
+  KvSessions store(config_of(1 << 20));
+  std::vector<std::uint64_t> held, plain;
+  const auto size_of = [](const std::vector<std::string>& chunks) {
+    std::size_t sum = 0;
+    for (const std::string& chunk : chunks) sum += chunk.size();
+    return sum;
+  };
+  const std::vector<std::string> chunks =
+      chunks_of(store.export_session(filled(store, held, 150, true), "me"), 1000);
+  const std::vector<std::string> others =
+      chunks_of(store.export_session(filled(store, plain, 150), "me"), 1000);
+  CHECK(size_of(chunks) < size_of(others) * 0.6);
+  CHECK(read_exported(bytes_of(chunks[0])).spec == spec_with_window(true));
+  CHECK(holds(store, imported(store, chunks).id, held, 130));
+}
+
 TEST_CASE("an export says what the session is; an import may leave it other room") {
   KvSessions store(config_of(1 << 20));
   std::vector<std::uint64_t> held;
@@ -104,6 +125,19 @@ TEST_CASE("an export says what the session is; an import may leave it other room
   CHECK(state.max_tokens == 200);
   CHECK(state.reserved_tokens == 160);
   CHECK(refusal([&] { imported(store, chunks, {149, 0}); }).code == Code::kInvalidArgument);
+}
+
+TEST_CASE("an export names the model of each layer") {
+  KvSessions store(config_of(1 << 20));
+  SessionSpec spec = spec_of({{}, {20, 3, false}});
+  spec.model = spec.version = "";
+  spec.layer_models = {{"first", "1"}, {"second", "12"}};
+  const std::string id = open_one(store, spec, room_for(100));
+  const auto step = begin_one(store, id, 20);
+  run_layers(store, step);
+  const std::vector<std::string> chunks = chunks_of(store.export_session(id, "me"), 4000);
+  CHECK(read_exported(bytes_of(chunks[0])).spec == spec);
+  CHECK(imported(store, chunks).length == 20);
 }
 
 TEST_CASE("an export is what the session was then, while it goes on") {
@@ -172,8 +206,28 @@ TEST_CASE("chunks that were changed, left out, mixed or of another format are re
   CHECK(refused([](auto& of) { of[1].resize(63); }).code == Code::kDataLoss);
   CHECK(refused([](auto& of) { of[1].resize(100); }).code == Code::kDataLoss);
   CHECK(refused([](auto& of) { std::swap(of[0], of[1]); }).code == Code::kDataLoss);
-  CHECK(refused([](auto& of) { of[0][8] = 2; }).message ==
-        "chunk: given version 2 of the format; allowed: 1");
+  CHECK(refused([](auto& of) { of[0][8] = 1; }).message ==
+        "chunk: given version 1 of the format; allowed: 2");
+}
+
+TEST_CASE("an export of layers that cannot be is refused") {
+  const auto read = [](const LayerSpec& layer) {
+    ExportedSession session{spec_of({layer}), 0, 16, 16, 0, 0, {0}};
+    Bytes chunk = description_chunk(session);
+    seal_chunk(chunk, 0, true, std::array<std::byte, kChunkNonceBytes>{});
+    return refusal([&] { read_exported(chunk.span()); });
+  };
+  CHECK(read({5, 3, false}).ok());
+  constexpr std::int64_t kTooMany = kMostTokens + 1;
+  for (const LayerSpec& layer : std::vector<LayerSpec>{{-2, 0, false},
+                                                       {kTooMany, 0, false},
+                                                       {5, -1, false},
+                                                       {5, kTooMany, false},
+                                                       {-1, 3, false},
+                                                       {5, 0, true}}) {
+    CHECK(read(layer).code == Code::kDataLoss);
+    CHECK(read(layer).message == "chunk: what layer 0 sees is out of range");
+  }
 }
 
 TEST_CASE("an import that does not fit is refused") {

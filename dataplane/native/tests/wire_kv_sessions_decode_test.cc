@@ -25,7 +25,12 @@ bool same_number(const std::optional<T>& ours, bool there, T theirs) {
 
 bool same(const LayerSpec& ours, const pb::LayerSpec& theirs) {
   return same_number(ours.window, theirs.has_window(), theirs.window()) &&
-         ours.kept_first == theirs.kept_first() && ours.cross == theirs.cross();
+         ours.kept_first == theirs.kept_first() && ours.cross == theirs.cross() &&
+         ours.latent == theirs.latent();
+}
+
+bool same(const ModelOfLayer& ours, const pb::ModelOfLayer& theirs) {
+  return ours.model == theirs.model() && ours.version == theirs.version();
 }
 
 bool same(const NewSession& ours, const pb::NewSession& theirs) {
@@ -52,7 +57,8 @@ bool same(const OpenSessions& ours, const pb::OpenSessions& theirs) {
   return ours.model == theirs.model() && ours.version == theirs.version() &&
          ours.num_layers == theirs.num_layers() && same_each(ours.layers, theirs.layers()) &&
          ours.cache_type == theirs.cache_type() && ours.lease == theirs.lease() &&
-         same_each(ours.sessions, theirs.sessions());
+         same_each(ours.sessions, theirs.sessions()) &&
+         same_each(ours.layer_models, theirs.layer_models());
 }
 
 bool same(const BeginStep& ours, const pb::BeginStep& theirs) {
@@ -65,9 +71,13 @@ bool same(const AttendLayer& ours, const pb::AttendLayer& theirs) {
          same(ours.query, theirs.has_query(), theirs.query()) &&
          same(ours.key, theirs.has_key(), theirs.key()) &&
          same(ours.value, theirs.has_value(), theirs.value()) &&
+         same(ours.hidden_states, theirs.has_hidden_states(), theirs.hidden_states()) &&
+         ours.begin.has_value() == theirs.has_begin() &&
+         same(ours.begin.value_or(BeginStep{}), theirs.begin()) &&
          ours.returns.no_output == theirs.returns().no_output() &&
          ours.returns.log_sum_exp == theirs.returns().log_sum_exp() &&
          ours.returns.entropy == theirs.returns().entropy() &&
+         same_list(ours.returns.weights_of, theirs.returns().weights_of()) &&
          same(ours.output_region, theirs.has_output_region(), theirs.output_region());
 }
 
@@ -178,6 +188,12 @@ TEST_CASE("elements, hashes and chunks are views into the message") {
   std::string message = request.SerializeAsString();
   CHECK(
       is_view(message, std::get<AttendLayer>(decode_decode(bytes_of(message)).action).query->data));
+  request.mutable_attend_layer()->mutable_hidden_states()->set_data("elements");
+  request.mutable_attend_layer()->mutable_begin()->add_sessions()->set_session_id("id");
+  message = request.SerializeAsString();
+  const auto layer = std::get<AttendLayer>(decode_decode(bytes_of(message)).action);
+  CHECK(is_view(message, layer.hidden_states->data));
+  CHECK(is_view(message, bytes_of(layer.begin->sessions.at(0).session_id)));
   request.mutable_begin_step()->add_sessions()->set_prefix_hashes(std::string(32, 'h'));
   message = request.SerializeAsString();
   const auto step = std::get<BeginStep>(decode_decode(bytes_of(message)).action);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 
 #include "attnserve/v1/attention.pb.h"
@@ -37,44 +38,46 @@ bool same(const Timings& ours, const pb::Timings& theirs) {
          ours.batch_size == theirs.batch_size();
 }
 
-// Some of the results that a layer may have: [tokens, 2] of FP32, an output of 3 more.
+// Some of the results that a layer may have: [tokens, 2] of FP32, of output and weights 3 more, and
+// weights of two sessions.
 std::vector<LayerResult> results_of(std::uint32_t which, std::int64_t tokens) {
   std::vector<LayerResult> results;
   for (std::size_t index = 0; index < kLayerOutputs; ++index) {
     if ((which >> index & 1) == 0) continue;
     const auto output = static_cast<LayerOutput>(index);
-    const Shape shape = output == LayerOutput::kOutput ? Shape{tokens, 2, 3} : Shape{tokens, 2};
+    const bool three = output == LayerOutput::kOutput || output == LayerOutput::kWeights;
+    const Shape shape = three ? Shape{tokens, 2, 3} : Shape{tokens, 2};
     results.push_back({output, DataType::kFp32, shape,
                        static_cast<std::size_t>(shape.elements()) * sizeof(float)});
+    if (output == LayerOutput::kWeights) results.push_back(results.back());
   }
   return results;
 }
 
-std::string elements_of(const LayerResult& result) {
-  return std::string(result.byte_size, static_cast<char>('a' + static_cast<int>(result.output)));
+std::string elements_of(std::size_t index, const LayerResult& result) {
+  return std::string(result.byte_size, static_cast<char>('a' + index));
 }
 
-bool is_there(const pb::AttendedLayer& layer, LayerOutput output) {
-  return output == LayerOutput::kOutput      ? layer.has_output()
-         : output == LayerOutput::kLogSumExp ? layer.has_log_sum_exp()
-                                             : layer.has_entropy();
-}
-
-const pb::Tensor& tensor_of(const pb::AttendedLayer& layer, LayerOutput output) {
-  return output == LayerOutput::kOutput      ? layer.output()
-         : output == LayerOutput::kLogSumExp ? layer.log_sum_exp()
-                                             : layer.entropy();
+// All tensors that it has, in the order of their numbers.
+std::vector<pb::Tensor> tensors_of(const pb::AttendedLayer& layer) {
+  std::vector<pb::Tensor> tensors;
+  if (layer.has_output()) tensors.push_back(layer.output());
+  if (layer.has_log_sum_exp()) tensors.push_back(layer.log_sum_exp());
+  if (layer.has_entropy()) tensors.push_back(layer.entropy());
+  tensors.insert(tensors.end(), layer.weights().begin(), layer.weights().end());
+  return tensors;
 }
 
 void check_answer(std::uint64_t request_id, std::uint32_t which, std::int64_t tokens,
-                  bool step_ended, const Timings& timings) {
+                  bool step_ended, const Timings& timings,
+                  const std::vector<std::int64_t>& lengths = {}) {
   const std::vector<LayerResult> results = results_of(which, tokens);
-  LayerAnswer answer(request_id, results);
+  LayerAnswer answer(request_id, results, lengths);
   REQUIRE(answer.places.size() == results.size());
   const std::byte* start = answer.bytes().data();
   for (std::size_t index = 0; index < results.size(); ++index) {
     if ((answer.places[index] - start) % kAlignment != 0) FAIL("an unaligned result");
-    const std::string elements = elements_of(results[index]);
+    const std::string elements = elements_of(index, results[index]);
     std::memcpy(answer.places[index], elements.data(), elements.size());
   }
   const Bytes message = std::move(answer).finish(step_ended, timings);
@@ -82,15 +85,18 @@ void check_answer(std::uint64_t request_id, std::uint32_t which, std::int64_t to
   CHECK(whole.request_id() == request_id);
   CHECK(whole.attended().step_ended() == step_ended);
   CHECK(same(timings, whole.attended().timings()));
-  for (std::size_t index = 0; index < kLayerOutputs; ++index) {
-    CHECK(is_there(whole.attended(), static_cast<LayerOutput>(index)) == (which >> index & 1));
-  }
-  for (const LayerResult& result : results) {
-    const pb::Tensor& tensor = tensor_of(whole.attended(), result.output);
+  CHECK(std::ranges::equal(whole.attended().lengths(), lengths));
+  CHECK(whole.attended().has_output() == (which & 1));
+  CHECK(whole.attended().has_log_sum_exp() == (which >> 1 & 1));
+  CHECK(whole.attended().has_entropy() == (which >> 2 & 1));
+  const std::vector<pb::Tensor> tensors = tensors_of(whole.attended());
+  REQUIRE(tensors.size() == results.size());
+  for (std::size_t index = 0; index < results.size(); ++index) {
+    const pb::Tensor& tensor = tensors[index];
     CHECK(tensor.dtype() == pb::FP32);
-    REQUIRE(tensor.shape_size() == static_cast<int>(result.shape.rank()));
+    REQUIRE(tensor.shape_size() == static_cast<int>(results[index].shape.rank()));
     CHECK(tensor.shape(0) == tokens);
-    if (tensor.data() != elements_of(result)) FAIL("other elements than were put in");
+    if (tensor.data() != elements_of(index, results[index])) FAIL("not what was put in");
   }
 }
 
@@ -100,7 +106,7 @@ TEST_CASE("a layer's answer holds its tensors at multiples of 64, and its timing
   for (std::uint32_t which = 0; which < 1U << kLayerOutputs; ++which) {
     for (const std::int64_t tokens : {1, 2, 5, 8, 100, 160, 165, 170, 680, 690, 21840, 21850}) {
       check_answer(1, which, tokens, false, kTimings);
-      check_answer(kMost, which, tokens, true, kLongTimings);
+      check_answer(kMost, which, tokens, true, kLongTimings, {0, 300, 70000});
     }
     for (std::int64_t tokens = 1; tokens < 80; ++tokens) check_answer(300, which, tokens, true, {});
   }
@@ -109,9 +115,11 @@ TEST_CASE("a layer's answer holds its tensors at multiples of 64, and its timing
 TEST_CASE("a layer's answer in shared memory says where each tensor lies") {
   const std::vector<LayerResult> results = results_of(0b101, 6);
   const std::vector<SharedPlace> places{{"region", 0}, {"region", 192}};
-  const Bytes message = encode_attended_layer(9, results, places, true, kTimings);
-  check_canonical(message);
+  const std::vector<std::int64_t> lengths{0, 17};
+  const Bytes message = encode_attended_layer(9, results, places, lengths, true, kTimings);
   const pb::AttendedLayer layer = parsed(message).attended();
+  CHECK(parsed(message).ByteSizeLong() == text_of(message).size());
+  CHECK(std::ranges::equal(layer.lengths(), lengths));
   CHECK(layer.output().shared_memory().name() == "region");
   CHECK(layer.output().shared_memory().byte_size() == 144);
   CHECK(layer.entropy().shared_memory().offset() == 192);
@@ -134,7 +142,7 @@ TEST_CASE("sessions are what protobuf writes") {
 }
 
 TEST_CASE("other answers of Decode are what protobuf writes") {
-  const std::vector<std::uint64_t> lengths{0, 5, 4096};
+  const std::vector<std::int64_t> lengths{0, 5, 4096};
   const Bytes begun = encode_begun(3, 12, lengths);
   check_canonical(begun);
   CHECK(parsed(begun).begun().step_id() == 12);

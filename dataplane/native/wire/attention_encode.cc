@@ -1,5 +1,5 @@
 // Answers of attnserve.v1.
-#include <cstring>
+#include <utility>
 
 #include "wire/attention.h"
 #include "wire/fields.h"
@@ -22,20 +22,6 @@ void append_names(std::string& to, std::string_view model, std::string_view vers
   add_text(writer, 1, model);
   add_text(writer, 2, version);
   add_text(writer, 3, variant);
-}
-
-// A request_id as the beginning of an AttendStreamResponse.
-std::string stream_head(std::uint64_t request_id) {
-  std::string head;
-  pbf_writer writer(head);
-  add_number(writer, 1, request_id);
-  return head;
-}
-
-Bytes stream_message(std::uint64_t request_id, std::uint32_t number, const std::string& body) {
-  std::string message = stream_head(request_id);
-  pbf_writer(message).add_message(number, body);
-  return bytes_of(message);
 }
 
 }  // namespace
@@ -74,8 +60,7 @@ AttendAnswer::AttendAnswer(std::string_view model, std::string_view version,
 Bytes AttendAnswer::finish(const Timings& timings) && {
   std::string tail;
   append_timings(tail, kTimings, timings);
-  append_padding(tail, kResponsePadding, kTimingsRoom - tail.size());
-  std::memcpy(bytes_.data() + tail_, tail.data(), tail.size());
+  fill_tail(bytes_, tail_, std::move(tail), kResponsePadding);
   return std::move(bytes_);
 }
 

@@ -20,7 +20,11 @@ namespace attnserve::wire {
 struct LayerSpec {
   std::optional<std::uint32_t> window;
   std::uint32_t kept_first = 0;
-  bool cross = false;
+  bool cross = false, latent = false;
+};
+
+struct ModelOfLayer {
+  std::string_view model, version;
 };
 
 struct NewSession {
@@ -36,6 +40,7 @@ struct OpenSessions {
   std::int32_t cache_type = 0;  // the number on the wire, known or not
   std::uint64_t lease = 0;      // microseconds, as all leases here
   std::vector<NewSession> sessions;
+  std::vector<ModelOfLayer> layer_models;
 };
 
 struct SessionStep {
@@ -54,12 +59,14 @@ struct BeginStep {
 
 struct LayerReturns {
   bool no_output = false, log_sum_exp = false, entropy = false;
+  std::vector<std::uint32_t> weights_of;
 };
 
 struct AttendLayer {
   std::uint64_t step_id = 0;
   std::uint32_t layer = 0;
-  std::optional<TensorMessage> query, key, value;
+  std::optional<TensorMessage> query, key, value, hidden_states;
+  std::optional<BeginStep> begin;
   LayerReturns returns;
   std::optional<RegionMessage> output_region;
 };
@@ -127,7 +134,7 @@ struct SessionState {
 
 Bytes encode_opened(std::uint64_t request_id, std::span<const SessionState> sessions);
 Bytes encode_begun(std::uint64_t request_id, std::uint64_t step_id,
-                   std::span<const std::uint64_t> lengths);
+                   std::span<const std::int64_t> lengths);
 Bytes encode_session(std::uint64_t request_id, const SessionState& session);
 Bytes encode_done(std::uint64_t request_id);
 // As encode_stream_error.
@@ -136,22 +143,23 @@ Bytes encode_decode_error(std::uint64_t request_id, const Status& status);
 Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, bool last,
                                 std::size_t size);
 
-// The tensors of AttendedLayer, in the order of their field numbers (1 to 3).
-enum class LayerOutput : std::uint8_t { kOutput, kLogSumExp, kEntropy };
-constexpr std::size_t kLayerOutputs = 3;
+// The tensors of AttendedLayer, in the order of their field numbers.
+enum class LayerOutput : std::uint8_t { kOutput, kLogSumExp, kEntropy, kWeights };
+constexpr std::size_t kLayerOutputs = 4;
 
 struct LayerResult {
-  LayerOutput output;
+  LayerOutput output;  // kWeights: one for each session that they are asked of
   DataType dtype;
   Shape shape;
   std::size_t byte_size = 0;
 };
 
 // A DecodeResponse with an AttendedLayer, laid out before its tensors are computed: as
-// AttendAnswer.
+// AttendAnswer. `lengths`: of the sessions, where the layer began its step.
 class LayerAnswer {
  public:
-  LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> results);
+  LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> results,
+              std::span<const std::int64_t> lengths);
   // Where the elements of results[i] go: multiples of kAlignment from the message's start.
   std::vector<std::byte*> places;
   Bytes finish(bool step_ended, const Timings& timings) &&;
@@ -164,7 +172,8 @@ class LayerAnswer {
 
 // One whose tensors lie in shared memory, results[i] at places[i].
 Bytes encode_attended_layer(std::uint64_t request_id, std::span<const LayerResult> results,
-                            std::span<const SharedPlace> places, bool step_ended,
+                            std::span<const SharedPlace> places,
+                            std::span<const std::int64_t> lengths, bool step_ended,
                             const Timings& timings);
 
 }  // namespace attnserve::wire

@@ -28,6 +28,22 @@ void merge(FieldReader reader, LayerSpec& layer) {
       case varint_field(3):
         layer.cross = reader.flag();
         break;
+      case varint_field(4):
+        layer.latent = reader.flag();
+        break;
+    }
+  }
+}
+
+void merge(FieldReader reader, ModelOfLayer& layer) {
+  while (reader.next()) {
+    switch (reader.key()) {
+      case bytes_field(1):
+        layer.model = reader.text();
+        break;
+      case bytes_field(2):
+        layer.version = reader.text();
+        break;
     }
   }
 }
@@ -74,6 +90,9 @@ void merge(FieldReader reader, OpenSessions& open) {
         break;
       case bytes_field(7):
         merge(reader.message(), open.sessions.emplace_back());
+        break;
+      case bytes_field(8):
+        merge(reader.message(), open.layer_models.emplace_back());
         break;
     }
   }
@@ -132,6 +151,12 @@ void merge(FieldReader reader, LayerReturns& returns) {
       case varint_field(3):
         returns.entropy = reader.flag();
         break;
+      case varint_field(4):
+        returns.weights_of.push_back(reader.number32());
+        break;
+      case bytes_field(4):
+        append(reader, returns.weights_of);
+        break;
     }
   }
 }
@@ -159,6 +184,12 @@ void merge(FieldReader reader, AttendLayer& layer) {
         break;
       case bytes_field(7):
         merge(reader.message(), present(layer.output_region));
+        break;
+      case bytes_field(8):
+        merge(reader.message(), present(layer.begin));
+        break;
+      case bytes_field(9):
+        merge(reader.message(), present(layer.hidden_states));
         break;
     }
   }

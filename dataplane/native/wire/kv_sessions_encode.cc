@@ -1,5 +1,5 @@
 // Answers of Decode.
-#include <cstring>
+#include <utility>
 
 #include "wire/kv_sessions.h"
 #include "wire/layout.h"
@@ -14,23 +14,12 @@ using protozero::pbf_writer;
 // Of DecodeResponse.
 constexpr std::uint32_t kOpened = 2, kBegun = 3, kAttended = 4, kSession = 5, kChunk = 6, kDone = 7,
                         kError = 8;
-constexpr std::uint32_t kStepEnded = 4, kPadding = 14, kTimings = 15;  // of AttendedLayer
-constexpr std::uint32_t kChunkData = 2;                                // of SessionChunk
+// Of AttendedLayer.
+constexpr std::uint32_t kStepEnded = 4, kWeights = 5, kLengths = 6, kPadding = 14, kTimings = 15;
+constexpr std::uint32_t kChunkData = 2;  // of SessionChunk
 
-std::uint32_t field_of(LayerOutput output) { return 1 + static_cast<std::uint32_t>(output); }
-
-// A request_id as the beginning of a DecodeResponse.
-std::string head_of(std::uint64_t request_id) {
-  std::string head;
-  pbf_writer writer(head);
-  add_number(writer, 1, request_id);
-  return head;
-}
-
-Bytes response(std::uint64_t request_id, std::uint32_t number, const std::string& result) {
-  std::string message = head_of(request_id);
-  pbf_writer(message).add_message(number, result);
-  return bytes_of(message);
+std::uint32_t field_of(LayerOutput output) {
+  return output == LayerOutput::kWeights ? kWeights : 1 + static_cast<std::uint32_t>(output);
 }
 
 std::string body_of(const SessionState& session) {
@@ -44,7 +33,11 @@ std::string body_of(const SessionState& session) {
   return body;
 }
 
-// What follows the tensors.
+void append_lengths(std::string& to, std::uint32_t number, std::span<const std::int64_t> lengths) {
+  pbf_writer(to).add_packed_uint64(number, lengths.begin(), lengths.end());
+}
+
+// What comes last.
 std::string tail_of(bool step_ended, const Timings& timings) {
   std::string tail;
   if (step_ended) pbf_writer(tail).add_bool(kStepEnded, true);
@@ -58,26 +51,26 @@ Bytes encode_opened(std::uint64_t request_id, std::span<const SessionState> sess
   std::string opened;
   pbf_writer writer(opened);
   for (const SessionState& session : sessions) writer.add_message(1, body_of(session));
-  return response(request_id, kOpened, opened);
+  return stream_message(request_id, kOpened, opened);
 }
 
 Bytes encode_begun(std::uint64_t request_id, std::uint64_t step_id,
-                   std::span<const std::uint64_t> lengths) {
+                   std::span<const std::int64_t> lengths) {
   std::string begun;
   pbf_writer writer(begun);
   add_number(writer, 1, step_id);
-  writer.add_packed_uint64(2, lengths.begin(), lengths.end());
-  return response(request_id, kBegun, begun);
+  append_lengths(begun, 2, lengths);
+  return stream_message(request_id, kBegun, begun);
 }
 
 Bytes encode_session(std::uint64_t request_id, const SessionState& session) {
-  return response(request_id, kSession, body_of(session));
+  return stream_message(request_id, kSession, body_of(session));
 }
 
-Bytes encode_done(std::uint64_t request_id) { return response(request_id, kDone, {}); }
+Bytes encode_done(std::uint64_t request_id) { return stream_message(request_id, kDone, {}); }
 
 Bytes encode_decode_error(std::uint64_t request_id, const Status& status) {
-  return response(request_id, kError, error_message(status));
+  return stream_message(request_id, kError, error_message(status));
 }
 
 Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, bool last,
@@ -87,19 +80,21 @@ Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, b
   add_number(writer, 1, index);
   if (last) writer.add_bool(3, true);
   append_length(chunk, kChunkData, size);
-  std::string message = head_of(request_id);
+  std::string message = stream_head(request_id);
   append_length(message, kChunk, chunk.size() + size);
   return bytes_of(message + chunk);
 }
 
-LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> results) {
+LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> results,
+                         std::span<const std::int64_t> lengths) {
   std::size_t held = 0;  // bytes of elements
   for (const LayerResult& result : results) held += result.byte_size;
-  const Frame frame = enclose(head_of(request_id), kAttended, held, [&](std::size_t before) {
+  const Frame frame = enclose(stream_head(request_id), kAttended, held, [&](std::size_t before) {
     Frame inside(kPadding, before);
     for (const LayerResult& result : results) {
       add_tensor(inside, field_of(result.output), result.dtype, result.shape, result.byte_size);
     }
+    append_lengths(inside.text(), kLengths, lengths);
     tail_ = inside.size();
     inside.text().append(kTimingsRoom, '\0');
     return inside;
@@ -108,14 +103,13 @@ LayerAnswer::LayerAnswer(std::uint64_t request_id, std::span<const LayerResult> 
 }
 
 Bytes LayerAnswer::finish(bool step_ended, const Timings& timings) && {
-  std::string tail = tail_of(step_ended, timings);
-  append_padding(tail, kPadding, kTimingsRoom - tail.size());
-  std::memcpy(bytes_.data() + tail_, tail.data(), tail.size());
+  fill_tail(bytes_, tail_, tail_of(step_ended, timings), kPadding);
   return std::move(bytes_);
 }
 
 Bytes encode_attended_layer(std::uint64_t request_id, std::span<const LayerResult> results,
-                            std::span<const SharedPlace> places, bool step_ended,
+                            std::span<const SharedPlace> places,
+                            std::span<const std::int64_t> lengths, bool step_ended,
                             const Timings& timings) {
   std::string attended;
   for (std::size_t index = 0; index < results.size(); ++index) {
@@ -123,8 +117,9 @@ Bytes encode_attended_layer(std::uint64_t request_id, std::span<const LayerResul
     append_shared_tensor(attended, field_of(result.output), result.dtype, result.shape,
                          result.byte_size, places[index]);
   }
+  append_lengths(attended, kLengths, lengths);
   attended += tail_of(step_ended, timings);
-  return response(request_id, kAttended, attended);
+  return stream_message(request_id, kAttended, attended);
 }
 
 }  // namespace attnserve::wire

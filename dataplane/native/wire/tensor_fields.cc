@@ -1,5 +1,7 @@
 #include "wire/tensor_fields.h"
 
+#include <cstring>
+
 namespace attnserve::wire {
 
 namespace {
@@ -114,6 +116,24 @@ void append_timings(std::string& to, std::uint32_t number, const Timings& timing
   add_number(writer, 4, timings.serialize);
   add_number(writer, 5, timings.batch_size);
   pbf_writer(to).add_message(number, body);
+}
+
+void fill_tail(Bytes& answer, std::size_t at, std::string tail, std::uint32_t padding) {
+  append_padding(tail, padding, kTimingsRoom - tail.size());
+  std::memcpy(answer.data() + at, tail.data(), tail.size());
+}
+
+std::string stream_head(std::uint64_t request_id) {
+  std::string head;
+  pbf_writer writer(head);
+  add_number(writer, 1, request_id);
+  return head;
+}
+
+Bytes stream_message(std::uint64_t request_id, std::uint32_t number, const std::string& body) {
+  std::string message = stream_head(request_id);
+  pbf_writer(message).add_message(number, body);
+  return bytes_of(message);
 }
 
 std::string error_message(const Status& status) {

@@ -44,6 +44,13 @@ void append_chunked_tensor(std::string& to, std::uint32_t number, DataType dtype
 constexpr std::size_t kTimingsRoom = 64;
 void append_timings(std::string& to, std::uint32_t number, const Timings& timings);
 
+// The end of such an answer, once all is known: `tail` in the room at `at`, and padding.
+void fill_tail(Bytes& answer, std::size_t at, std::string tail, std::uint32_t padding);
+
+// Answers of streams: a request_id (field 1), and a field with what is answered.
+std::string stream_head(std::uint64_t request_id);
+Bytes stream_message(std::uint64_t request_id, std::uint32_t number, const std::string& body);
+
 // An Error; whatever of its message is not UTF-8 is replaced.
 std::string error_message(const Status& status);
 

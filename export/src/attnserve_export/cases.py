@@ -206,6 +206,9 @@ def layer_cases(
     """
     config = layer.config
     attention = config.attention
+    if spec.core is PagedCore:
+        yield from paged_cases(attention, dtype, NUMPY[dtype], generator, _exact(layer))
+        return
     for situation in SITUATIONS:
         if situation.bias and "bias" not in spec.inputs:
             continue
@@ -242,9 +245,7 @@ def _layer_reference(
     given = feeds["hidden_states"]
     hidden = torch.from_numpy(given.astype(np.float64))
     context = torch.from_numpy(feeds.get("context", given).astype(np.float64))
-    # A copy in float64 of the very parameters that were exported.
-    exact = AttentionLayer(layer.config).double()
-    exact.load_state_dict(layer.state_dict())
+    exact = _exact(layer)
     with torch.no_grad():
         query, key, value = (heads.numpy() for heads in exact.heads(hidden, context))
         output, weights = attention_reference(
@@ -261,6 +262,13 @@ def _layer_reference(
         if isinstance(original, nn.MultiheadAttention):
             _check_multihead(original, hidden, context, feeds, attention, merged, weights)
     return merged, weights, _largest_score(query, key, attention)
+
+
+def _exact(layer: AttentionLayer) -> AttentionLayer:
+    """A copy in float64 of the very parameters that were exported."""
+    exact = AttentionLayer(layer.config).double()
+    exact.load_state_dict(layer.state_dict())
+    return exact
 
 
 def _check_multihead(

@@ -30,6 +30,7 @@ from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_module
 from attnserve_export.attention.paged import paged_attention
+from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.variants import (
     DIAGNOSTICS,
     VariantSpec,
@@ -150,6 +151,8 @@ def export_layer(
     specs = layer_specs(config.attention, dtype, native=_native(progress))
 
     def graph(spec: VariantSpec, traced: str) -> onnx.ModelProto:
+        if spec.core is PagedCore:
+            return paged_layer(layer, traced, opset)
         own = [_input("hidden_states", traced, "batch", "query_len", config.embed_dim)]
         if config.context_dim is not None:
             own.append(_input("context", traced, "batch", "key_len", config.context_dim))

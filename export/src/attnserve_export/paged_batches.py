@@ -25,7 +25,7 @@ CACHE_TYPES: dict[str, Any] = {
     "fp8": ml_dtypes.float8_e4m3fn,
 }
 
-OUTPUTS = ("output", "log_sum_exp", "entropy")
+OUTPUTS = ("output", "log_sum_exp", "entropy", "weights")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class PageLayout:
         num_kv_heads, head_dim, value_head_dim: Hkv, D and Dv of the attention.
         page_size: tokens of a page.
         dtype: a key of `CACHE_TYPES`.
+        latent: whether keys hold the values, as their first numbers.
     """
 
     num_kv_heads: int
@@ -43,6 +44,7 @@ class PageLayout:
     value_head_dim: int
     page_size: int
     dtype: str
+    latent: bool = False
 
     @property
     def scaled(self) -> bool:
@@ -54,8 +56,9 @@ class PageLayout:
         """Of a page."""
         rows = self.num_kv_heads * self.page_size
         element = int(np.dtype(CACHE_TYPES[self.dtype]).itemsize)
-        used = rows * (self.head_dim + self.value_head_dim) * element
-        return -(-(used + (8 * rows if self.scaled else 0)) // 64) * 64
+        parts = 1 if self.latent else 2
+        width = self.head_dim if self.latent else self.head_dim + self.value_head_dim
+        return -(-(rows * (width * element + (4 * parts if self.scaled else 0))) // 64) * 64
 
     def parts(self, page: Array) -> tuple[Array, Array, Array, Array]:
         """Views of a page's keys and values [Hkv, page_size, width] and scales [Hkv, page_size].
@@ -65,8 +68,11 @@ class PageLayout:
         kind = np.dtype(CACHE_TYPES[self.dtype])
         rows = (self.num_kv_heads, self.page_size)
         keys_end = rows[0] * rows[1] * self.head_dim * kind.itemsize
-        values_end = keys_end + rows[0] * rows[1] * self.value_head_dim * kind.itemsize
         keys = page[:keys_end].view(kind).reshape(*rows, self.head_dim)
+        if self.latent:
+            scales = np.ndarray(rows, np.float32, page, keys_end) if self.scaled else np.ones(rows)
+            return keys, keys[..., : self.value_head_dim], scales, scales
+        values_end = keys_end + rows[0] * rows[1] * self.value_head_dim * kind.itemsize
         values = page[keys_end:values_end].view(kind).reshape(*rows, self.value_head_dim)
         if not self.scaled:
             return keys, values, np.ones(rows), np.ones(rows)
@@ -129,6 +135,7 @@ class PagedBatch:
         causal: or every query sees every key.
         appends: whether the operator stores the new keys, or finds them stored.
         magnitude: queries are so much larger.
+        weights_of: sequences whose weights are wanted.
     """
 
     layout: PageLayout
@@ -144,6 +151,7 @@ class PagedBatch:
     causal: bool = True
     appends: bool = True
     magnitude: float = 1.0
+    weights_of: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -160,6 +168,8 @@ class PagedBatch:
             places = places[count:]
             s.keys = self._normal(s.length, layout.num_kv_heads, layout.head_dim)
             s.values = self._normal(s.length, layout.num_kv_heads, layout.value_head_dim)
+            if layout.latent:
+                s.values = s.keys[..., : layout.value_head_dim]
             self.store(s, 0, s.before if self.appends else s.length)
 
     def _normal(self, *shape: int) -> Array:
@@ -171,13 +181,17 @@ class PagedBatch:
 
     def store(self, s: PagedSequence, begin: int, end: int) -> None:
         """Write a sequence's keys and values begin..end into its pages."""
-        for i in range(begin, end):
-            page = self._page(s, i // self.layout.page_size)
-            slot = i % self.layout.page_size
-            for rows, part, scales in ((s.keys[i], *page[0::2]), (s.values[i], *page[1::2])):
-                part[:, slot], scale = encode(rows, self.layout.dtype)
+        size = self.layout.page_size
+        for number in range(begin // size, -(-end // size)):
+            first, last = max(begin, number * size), min(end, (number + 1) * size)
+            page = self._page(s, number)
+            slots = slice(first - number * size, last - number * size)
+            written = [(s.keys, *page[0::2]), (s.values, *page[1::2])]
+            for rows, part, scales in written[: 1 if self.layout.latent else 2]:
+                elements, scale = encode(rows[first:last], self.layout.dtype)
+                part[:, slots] = elements.swapaxes(0, 1)
                 if self.layout.scaled:
-                    scales[:, slot] = scale
+                    scales[:, slots] = scale.T
 
     def stored(self, s: PagedSequence) -> tuple[Array, Array]:
         """Keys and values of a sequence as its pages have them, in float64."""
@@ -197,10 +211,11 @@ class PagedBatch:
         new = [slice(s.before, None) if self.appends else slice(0, 0) for s in sequences]
         of_keys = [s.keys[n] for s, n in zip(sequences, new, strict=True)]
         of_values = [s.values[n] for s, n in zip(sequences, new, strict=True)]
+        value = np.concatenate(of_values)
         return {
             "query": self.query,
             "key": np.concatenate(of_keys),
-            "value": np.concatenate(of_values),
+            "value": value[:0] if layout.latent else value,
             "cache": self.cache,
             "starts": np.cumsum([0] + [s.count for s in sequences]),
             "lengths": np.array([s.length for s in sequences], np.int64),
@@ -213,20 +228,22 @@ class PagedBatch:
                     self.window,
                     self.kept_first,
                     int(self.causal),
+                    int(layout.latent),
                 ]
             ),
             "parents": np.array(parents if branches else [], np.int64),
+            "weights_of": np.array(self.weights_of, np.int64),
         }
 
     def expected(self, *, as_stored: bool) -> dict[str, Array]:
-        """Output, log_sum_exp and entropy in float64.
+        """Output, log_sum_exp, entropy and weights in float64.
 
         Args:
             as_stored: from keys and values as the pages have them, not as they were given.
         """
         answers: dict[str, list[Array]] = {name: [] for name in OUTPUTS}
         at = 0
-        for s in self.sequences:
+        for index, s in enumerate(self.sequences):
             keys, values = self.stored(s) if as_stored else (s.keys, s.values)
             visible, apart = self._sight(s)
             given = paged_reference(
@@ -240,22 +257,31 @@ class PagedBatch:
                 slopes=self.slopes,
             )
             for name, array in zip(OUTPUTS, given, strict=True):
-                answers[name].append(array)
+                if name != "weights":
+                    answers[name].append(array)
+                elif index in self.weights_of:
+                    answers[name].append(array.ravel())
             at += s.count
-        return {name: np.concatenate(arrays) for name, arrays in answers.items()}
+        return {name: np.concatenate(arrays or [np.zeros(0)]) for name, arrays in answers.items()}
+
+    def positions(self, s: PagedSequence) -> Array:
+        """Of all tokens of a sequence [length]: in a tree, one more than the parent's."""
+        positions = np.arange(s.length)
+        for i, parent in enumerate(s.parents or ()):
+            before = s.before - 1 if parent < 0 else positions[s.before + parent]
+            positions[s.before + i] = before + 1
+        return positions
 
     def _sight(self, s: PagedSequence) -> tuple[Array, Array]:
         """Which keys each new token sees, and how far they are before it: [count, length]."""
-        positions = np.arange(s.length)
+        positions = self.positions(s)
         visible = np.zeros((s.count, s.length), bool)
         for i in range(s.count):
             parent = i - 1 if s.parents is None else s.parents[i]
             if parent >= 0:
                 visible[i] = visible[parent]
-                positions[s.before + i] = positions[s.before + parent] + 1
             else:
                 visible[i, : s.before] = True
-                positions[s.before + i] = s.before
             visible[i, s.before + i] = True
         apart = positions[s.before :, None] - positions
         if not self.causal:

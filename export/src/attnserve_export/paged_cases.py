@@ -6,15 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from attnserve_export import paged_sources
 from attnserve_export.attention.core import AttentionConfig
+from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.paged_batches import CACHE_TYPES, PagedBatch, PagedSequence, PageLayout
-from attnserve_export.verification import Case, core_tolerance
+from attnserve_export.verification import Case, angle_tolerance, core_tolerance
 
 # What a cache adds to the largest absolute error by rounding keys and values of unit size: half a
 # unit in the last place of a value of 4, which is 2^-9 of it in FP16's 11 bits, 2^-6 in BF16's 8
 # and 2^-2 in FP8's 4; in INT8 a 254th of a row's largest. As much again for the weights, whose
 # scores are sums of such errors.
 CACHE_TOLERANCES = {"fp32": 0.0, "fp16": 4e-3, "bf16": 3.2e-2, "int8": 6e-2, "fp8": 5e-1}
+
+
+_TURN = 7  # radians: angles are taken that far and no further, however far on a token is
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Situation:
     Attributes:
         sequences: keys before the step and new tokens of each.
         tree: whether new tokens branch.
+        appends: whether new keys come with the queries, or are there before.
+        first: the position of each sequence's first token, where a graph is told positions.
+        latent: whether the keys hold the values.
     """
 
     name: str
@@ -35,6 +43,8 @@ class Situation:
     tree: bool = False
     appends: bool = True
     magnitude: float = 1.0
+    first: int = 0
+    latent: bool = False
 
 
 SITUATIONS = (
@@ -51,28 +61,47 @@ SITUATIONS = (
     Situation("trees", ((50, 12), (0, 6)), tree=True),
     Situation("trees in a window", ((50, 12), (7, 30)), window=11, kept_first=2, tree=True),
     Situation("large scores", ((120, 3),), magnitude=6.0),
+    Situation("far on", ((70, 2), (0, 33)), first=1_000_000),
     *(
         Situation(f"a cache of {name}", ((70, 1), (0, 33), (1100, 2)), cache=name)
         for name in CACHE_TYPES
         if name != "fp32"
     ),
+    *(
+        Situation(f"latent rows of {name}", ((70, 1), (3, 17), (1100, 2)), cache=name, latent=True)
+        for name in CACHE_TYPES
+    ),
+    Situation("latent trees", ((50, 12), (7, 30)), window=11, tree=True, latent=True),
 )
 
 
 def paged_cases(
-    config: AttentionConfig, dtype: str, numpy_type: Any, generator: np.random.Generator
+    config: AttentionConfig,
+    dtype: str,
+    numpy_type: Any,
+    generator: np.random.Generator,
+    layer: AttentionLayer | None = None,
 ) -> Iterator[Case]:
-    """The cases of one core model.
+    """The cases of one core or layer model.
 
     Args:
         config: the attention.
         dtype: of the graph.
         numpy_type: the same, NumPy's.
         generator: of the inputs.
+        layer: in float64, with the parameters of the graph; None: a core model.
     """
     causal = config.mask == "causal"
+    # What is attended to is made of what is given, by position.
+    derived = layer is not None or config.rotary is not None
     for situation in SITUATIONS:
         if not causal and (situation.window >= 0 or situation.tree):
+            continue
+        if (derived and not situation.appends) or (config.rotary is None and situation.first):
+            continue
+        if layer is not None and situation.magnitude != 1:
+            continue
+        if situation.latent and (derived or config.value_head_dim > config.head_dim):
             continue
         batch = PagedBatch(
             PageLayout(
@@ -81,6 +110,7 @@ def paged_cases(
                 config.value_head_dim,
                 situation.page_size,
                 situation.cache,
+                situation.latent,
             ),
             config.num_heads,
             numpy_type,
@@ -97,17 +127,29 @@ def paged_cases(
             causal=causal,
             appends=situation.appends,
             magnitude=situation.magnitude,
+            weights_of=range(0, len(situation.sequences), 2),
         )
+        given = {} if layer is None else paged_sources.project(batch, layer)
+        if config.rotary is not None:
+            given = paged_sources.turn(batch, config, situation.first) | given
         expected = batch.expected(as_stored=False)
         longest = max(s.length for s in batch.sequences)
         highest = float(np.abs(expected["log_sum_exp"]).max())
         largest = max(_largest_score(batch), highest)
+        tolerance = core_tolerance(dtype, longest, largest) + CACHE_TOLERANCES[situation.cache]
+        if config.rotary is not None:
+            tolerance += angle_tolerance(_TURN)
+        if layer is not None:
+            expected["output"] = paged_sources.merge(expected["output"], layer)
+            # The projections' sums over E round too.
+            output = float(np.abs(expected["output"]).max())
+            tolerance *= max(1.0, output, layer.config.embed_dim**0.5 / 8)
         yield Case(
             situation.name,
             {"sequences": len(batch.sequences), "tokens": len(batch.query), "longest": longest},
-            batch.feeds(),
+            batch.feeds() | given,
             expected,
-            core_tolerance(dtype, longest, largest) + CACHE_TOLERANCES[situation.cache],
+            tolerance,
             {},
             # Of the size of the scores, or of its logarithm's.
             magnitudes={"log_sum_exp": max(2.0, highest / 8), "entropy": 4.0},

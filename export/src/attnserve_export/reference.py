@@ -88,8 +88,8 @@ def attention_reference(
             hidden |= distance > scheme.right
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
-            left = _turned(q[row, head], positions, scheme)
-            right = _turned(k[row, kv_head], np.arange(key_len), scheme)
+            left = turned(q[row, head], positions, scheme)
+            right = turned(k[row, kv_head], np.arange(key_len), scheme)
             scores = used_scale * (left @ right.T)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
@@ -117,7 +117,7 @@ def paged_reference(
     softcap: float = 0.0,
     penalty: ArrayLike | None = None,
     slopes: ArrayLike | None = None,
-) -> tuple[Float64, Float64, Float64]:
+) -> tuple[Float64, Float64, Float64, Float64]:
     """Attention of one sequence's new tokens, in the layout of sessions.
 
     Args:
@@ -131,7 +131,7 @@ def paged_reference(
 
     Returns:
         Output [n, H, Dv]; log of the sum of exponentials of the scores [n, H]; entropy of the
-        weights [n, H] in nats. Queries that see no key have 0, -inf and 0.
+        weights [n, H] in nats; the weights [n, H, L]. Queries that see no key have 0, -inf, 0, 0.
     """
     q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
     groups = q.shape[1] // k.shape[1]
@@ -149,7 +149,7 @@ def paged_reference(
     with np.errstate(divide="ignore"):
         log_sum_exp = (highest + np.log(total))[..., 0].T
     logs = np.log(np.where(weights > 0, weights, 1))
-    return output, log_sum_exp, -(weights * logs).sum(axis=-1).T
+    return output, log_sum_exp, -(weights * logs).sum(axis=-1).T, weights.swapaxes(0, 1)
 
 
 def diagnostics_reference(
@@ -188,8 +188,14 @@ def diagnostics_reference(
     }
 
 
-def _turned(heads: Float64, positions: NDArray[Any], scheme: Scheme) -> Float64:
-    """Rotary embedding as the multiplication of complex numbers."""
+def turned(heads: Float64, positions: NDArray[Any], scheme: Scheme) -> Float64:
+    """Rotary embedding as the multiplication of complex numbers.
+
+    Args:
+        heads: [n, D].
+        positions: [n].
+        scheme: without a rotary style, heads are given back as they are.
+    """
     if scheme.rotary_style is None:
         return heads
     dims = scheme.rotary_dims

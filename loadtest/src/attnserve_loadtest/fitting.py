@@ -15,13 +15,17 @@ neighbouring lengths are reported too: read the last of those for large n.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
-from scipy import optimize, stats
+from numpy.typing import NDArray
+from scipy import special
 
 from attnserve_loadtest.report.schema import Fit, LocalExponent, Residual
 
 CONFIDENCE = 0.95
+
+Floats = NDArray[np.float64]
 
 
 def fit_power_law(
@@ -59,7 +63,8 @@ def fit_power_law(
     freedom = len(usable) - 2
     if freedom > 0:
         variance = float(errors @ errors) / freedom
-        reach = float(stats.t.ppf((1 + confidence) / 2, freedom))
+        # Student's t; `scipy.stats`, which has it too, takes a second to load.
+        reach = float(special.stdtrit(freedom, (1 + confidence) / 2))
         margin = reach * (variance / sum_of_squares) ** 0.5
         low, high = exponent - margin, exponent + margin
         total = float((y - y.mean()) @ (y - y.mean()))
@@ -115,7 +120,23 @@ def growth_of(fit: Fit) -> Growth | None:
     observed = np.array([each.observed_ms for each in fit.residuals])
     share = lengths / lengths[-1]
     parts = np.stack([np.ones_like(share), share, share**2], axis=1)
-    found, _ = optimize.nnls(parts / observed[:, None], np.ones_like(observed))
+    found = _not_negative(parts / observed[:, None], np.ones_like(observed))
     constant, linear, quadratic = map(float, found)
     off = float(np.max(np.abs(parts @ found / observed - 1)))
     return Growth(int(lengths[-1]), constant, linear, quadratic, off)
+
+
+def _not_negative(matrix: Floats, wanted: Floats) -> Floats:
+    """Least squares with no coefficient below zero: the best of those that leave columns out."""
+    columns = range(matrix.shape[1])
+    found = np.zeros(matrix.shape[1])
+    least = float(wanted @ wanted)
+    for count in range(1, len(columns) + 1):
+        for kept in map(list, combinations(columns, count)):
+            solved = np.linalg.lstsq(matrix[:, kept], wanted, rcond=None)[0]
+            off = wanted - matrix[:, kept] @ solved
+            if solved.min() >= 0 and float(off @ off) < least:
+                least = float(off @ off)
+                found = np.zeros(matrix.shape[1])
+                found[kept] = solved
+    return found

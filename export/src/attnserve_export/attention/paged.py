@@ -1,30 +1,51 @@
 """The variant `paged`: attention of new tokens over keys and values that lie in pages.
 
-One node, written as it is: nothing of it is traced. Its inputs and pages are those of the operator
-PagedAttention (docs/kernels.md); a session's window is an input, not the model's.
+Around one operator, whose inputs and pages docs/kernels.md describes, lie the projections of a
+layer and the rotary embedding of query and key, which are stored turned. Written as it is: nothing
+of it is traced. A session's window is an input, not the model's.
 """
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from attnserve_export.attention.core import DOMAIN, AttentionConfig
+from attnserve_export.attention.positions import Rotary
+from attnserve_export.attention.text import joined
 
-# Outputs of the graph; after query, key and value, its inputs.
-OUTPUTS = ("output", "log_sum_exp", "entropy")
-INPUTS = ("cache", "starts", "lengths", "table_starts", "table", "spec", "parents")
+# Outputs of the graph; its inputs after those that carry the tokens.
+OUTPUTS = ("output", "log_sum_exp", "entropy", "weights")
+OF_OPERATOR = ("cache", "starts", "lengths", "table_starts", "table", "spec", "parents")
+INPUTS = (*OF_OPERATOR, "weights_of")
+# Of each new token, where query and key are turned by it.
+POSITIONS = "positions"
 
-_TYPES = {"FP32": TensorProto.FLOAT, "FP16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+TYPES = {"FP32": TensorProto.FLOAT, "FP16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+
+Shape = tuple[str | int, ...]
 
 
 def has_paged(config: AttentionConfig) -> bool:
-    """Whether a config is what the operator computes.
+    """Whether a core's config is what the operator computes.
 
-    Keys are stored as they are given and positions are those of the sequence: neither rotary
-    embedding nor a reach to both sides.
+    Positions are those of the sequence: no reach to both sides, and with rotary embedding, which
+    turns new keys by the positions of the queries, only causal masks.
     """
-    bounded = config.windowed and config.mask != "causal"
-    return config.rotary is None and not bounded
+    bounded = config.windowed or config.rotary is not None
+    return config.mask == "causal" or not bounded
+
+
+def has_paged_layer(config: AttentionConfig) -> bool:
+    """Whether a layer of such a core can be: hidden states are query, key and value in one."""
+    return config.mask == "causal" and has_paged(config)
+
+
+def paged_inputs(config: AttentionConfig) -> tuple[str, ...]:
+    """Inputs of a config's graph, after those that carry the tokens."""
+    return INPUTS if config.rotary is None else (POSITIONS, *INPUTS)
 
 
 def paged_attention(config: AttentionConfig, dtype: str, opset: int) -> onnx.ModelProto:
@@ -35,29 +56,71 @@ def paged_attention(config: AttentionConfig, dtype: str, opset: int) -> onnx.Mod
         dtype: of query, key and value: "FP32", "FP16" or "BF16".
         opset: of the default domain.
     """
-    kind = _TYPES[dtype]
-    query_row = (config.num_heads, config.head_dim)
-    shapes: dict[str, tuple[int, tuple[str | int, ...]]] = {
-        "query": (kind, ("tokens", *query_row)),
+    kind = TYPES[dtype]
+    own: dict[str, tuple[int, Shape]] = {
+        "query": (kind, ("tokens", config.num_heads, config.head_dim)),
         "key": (kind, ("new_keys", config.num_kv_heads, config.head_dim)),
-        "value": (kind, ("new_keys", config.num_kv_heads, config.value_head_dim)),
+        "value": (kind, ("new_values", config.num_kv_heads, config.value_head_dim)),
+    }
+    output = (kind, ("tokens", config.num_heads, config.value_head_dim))
+    if config.rotary is None:
+        return paged_model(config, own, output, opset)
+    last = [f"output = Cast <to = {kind}> (heads)"]
+    return paged_model(config, own, output, opset, after=last)
+
+
+def paged_model(
+    config: AttentionConfig,
+    own: dict[str, tuple[int, Shape]],
+    output: tuple[int, Shape],
+    opset: int,
+    before: Sequence[str] = (),
+    after: Sequence[str] = (),
+    weights: Sequence[TensorProto] = (),
+) -> onnx.ModelProto:
+    """A graph around one operator.
+
+    Args:
+        config: of the attention.
+        own: inputs that carry the tokens: type and shape.
+        output: type and shape.
+        opset: of the default domain.
+        before: nodes that make `query`, `key` and `value` [T, heads, width] of them; none: they are
+            these.
+        after: nodes that make `output` of `heads` [T, H, Dv], which are FP32 with rotary embedding;
+            none: it is these.
+        weights: initializers.
+    """
+    heads, turning = ("query", "key", "value"), list[str]()
+    if config.rotary is not None:
+        heads = ("turned_query", "turned_key", "exact_value")
+        turning = [
+            *_turning(config.rotary),
+            *_turned(config, "query"),
+            *_turned(config, "key"),
+            "exact_value = Cast <to = 1> (value)",
+        ]
+    shapes: dict[str, tuple[int, Shape]] = {
+        **own,
+        POSITIONS: (TensorProto.INT64, ("tokens",)),
         "cache": (TensorProto.UINT8, ("cache_bytes",)),
         "starts": (TensorProto.INT64, ("sequences_and_end",)),
         "lengths": (TensorProto.INT64, ("sequences",)),
         "table_starts": (TensorProto.INT64, ("sequences_and_end",)),
         "table": (TensorProto.INT64, ("pages",)),
-        "spec": (TensorProto.INT64, (5,)),
+        "spec": (TensorProto.INT64, (6,)),
         "parents": (TensorProto.INT64, ("parents",)),
-        "output": (kind, ("tokens", config.num_heads, config.value_head_dim)),
+        "weights_of": (TensorProto.INT64, ("weighed_sequences",)),
+        "output": output,
         "log_sum_exp": (TensorProto.FLOAT, ("tokens", config.num_heads)),
         "entropy": (TensorProto.FLOAT, ("tokens", config.num_heads)),
+        "weights": (TensorProto.FLOAT, ("weights",)),
     }
-    inputs = ["query", "key", "value", *INPUTS]
-    slopes = [] if config.slopes is None else ["slopes"]
+    slopes = "" if config.slopes is None else "slopes"
     node = helper.make_node(
         "PagedAttention",
-        [*inputs, *slopes],
-        OUTPUTS,
+        [*heads, *OF_OPERATOR, slopes, "weights_of"],
+        ["heads" if after else "output", *OUTPUTS[1:]],
         name="paged",
         domain=DOMAIN,
         num_kv_heads=config.num_kv_heads,
@@ -66,16 +129,67 @@ def paged_attention(config: AttentionConfig, dtype: str, opset: int) -> onnx.Mod
         scale=float(config.scale),
         softcap=float(config.softcap),
     )
+    more = [numpy_helper.from_array(np.array(config.slopes, np.float32), "slopes")]
     graph = helper.make_graph(
-        [node],
+        [*_nodes([*before, *turning]), node, *_nodes(after)],
         "paged",
-        [helper.make_tensor_value_info(name, *shapes[name]) for name in inputs],
+        [
+            helper.make_tensor_value_info(name, *shapes[name])
+            for name in (*own, *paged_inputs(config))
+        ],
         [helper.make_tensor_value_info(name, *shapes[name]) for name in OUTPUTS],
-        [numpy_helper.from_array(_floats(config.slopes), "slopes")] if config.slopes else [],
+        [*weights, *(more if slopes else [])],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _floats(slopes: list[float]) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
-    return np.array(slopes, np.float32)
+def _nodes(lines: Sequence[str]) -> list[onnx.NodeProto]:
+    return list(onnx.parser.parse_graph(f"nodes () => () {{ {joined(lines)} }}").node)
+
+
+def _turning(rotary: Rotary) -> list[str]:
+    """From positions [T] to `cosine` and `sine` [1, T, dims / 2].
+
+    In float64, and as turns, of which only the fractions count: so angles are as exact at the
+    millionth token as at the first.
+    """
+    rates = [rotary.base ** -(i / rotary.dims) / (2 * math.pi) for i in range(0, rotary.dims, 2)]
+    return [
+        f"rates = Constant <value = double[1, 1, {len(rates)}] {{{_doubles(rates)}}}> ()",
+        f"full_turn = Constant <value = double {{{_doubles([2 * math.pi])}}}> ()",
+        "by_token = Constant <value_ints = [1, -1, 1]> ()",
+        "exact_positions = Cast <to = 11> (positions)",
+        "rows_of_positions = Reshape (exact_positions, by_token)",
+        "turns = Mul (rows_of_positions, rates)",
+        "whole_turns = Floor (turns)",
+        "fractions = Sub (turns, whole_turns)",
+        "exact_angles = Mul (fractions, full_turn)",
+        "angles = Cast <to = 1> (exact_angles)",
+        "cosine = Cos (angles)",
+        "sine = Sin (angles)",
+    ]
+
+
+def _doubles(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.17e}" for number in numbers)
+
+
+def _turned(config: AttentionConfig, name: str) -> list[str]:
+    """From query or key [T, heads, D] to `turned_...`, in FP32: rounding to less here would cost
+    more than all that follows."""
+    rotary, width = config.rotary, config.head_dim
+    assert rotary is not None
+    num_heads = config.num_heads if name == "query" else config.num_kv_heads
+    interleaved = int(rotary.style == "interleaved")
+    attributes = f"interleaved = {interleaved}, num_heads = {num_heads}"
+    if rotary.dims != width:
+        attributes += f", rotary_embedding_dim = {rotary.dims}"
+    return [
+        f"{name}_as_row = Constant <value_ints = [1, -1, {num_heads * width}]> ()",
+        f"{name}_as_heads = Constant <value_ints = [-1, {num_heads}, {width}]> ()",
+        f"exact_{name} = Cast <to = 1> ({name})",
+        f"{name}_row = Reshape (exact_{name}, {name}_as_row)",
+        f"{name}_turned = RotaryEmbedding <{attributes}> ({name}_row, cosine, sine)",
+        f"turned_{name} = Reshape ({name}_turned, {name}_as_heads)",
+    ]

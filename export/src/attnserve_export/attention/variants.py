@@ -1,7 +1,7 @@
 """The variants of a model: which module computes what, from which inputs, into which outputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from attnserve_export.attention.core import (
 from attnserve_export.attention.flash import has_cudnn, has_flash
 from attnserve_export.attention.paged import INPUTS as PAGED_INPUTS
 from attnserve_export.attention.paged import OUTPUTS as PAGED_OUTPUTS
-from attnserve_export.attention.paged import has_paged
+from attnserve_export.attention.paged import has_paged, has_paged_layer, paged_inputs
 from attnserve_export.runtime import CPU, CUDA
 
 OUTPUT = ("output",)
@@ -106,19 +106,19 @@ def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str
         "diagnostics": DIAGNOSTICS_SPEC,
     }
     if has_paged(config):
-        specs["paged"] = PAGED
+        specs["paged"] = replace(PAGED, inputs=paged_inputs(config))
     return {name: spec for name, spec in specs.items() if native or not spec.native}
 
 
 def layer_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
-    """The variants of a layer model: as a core's, but for softcap as an input, and pages."""
+    """The variants of a layer model: as a core's, but for softcap as an input; pages if causal."""
 
     def without_softcap(spec: VariantSpec) -> VariantSpec:
         inputs = tuple(name for name in spec.inputs if name != "softcap")
-        return VariantSpec(**{**vars(spec), "inputs": inputs})
+        return replace(spec, inputs=inputs)
 
     specs = core_specs(config, dtype, native=native)
-    left_out = ("softcap", "paged")
+    left_out = ("softcap",) if has_paged_layer(config) else ("softcap", "paged")
     return {name: without_softcap(spec) for name, spec in specs.items() if name not in left_out}
 
 

@@ -1,0 +1,332 @@
+"""The calls of a client, whoever waits for them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar, Unpack
+
+import grpc
+from attnserve_proto import attention_pb2 as pb
+
+from attnserve_client import _attend, _errors, _messages, _session_files, _tensors
+from attnserve_client import _session_messages as session_messages
+from attnserve_client._arena import Arena
+from attnserve_client._attend import AttendCall, AttendOptions
+from attnserve_client._channel import CHUNK_BYTES
+from attnserve_client._flows import Call, Flow, Pause
+from attnserve_client._messages import Tokens, TokensOptions
+from attnserve_client._results import (
+    AttendResult,
+    Model,
+    ServerInfo,
+    StoredTensor,
+    TokensResult,
+)
+from attnserve_client._retries import again, all_again
+from attnserve_client._session_files import PathOrFile
+from attnserve_client._session_messages import METHOD
+from attnserve_client._session_opening import OpeningFlows
+from attnserve_client._session_state import Connection, SessionState
+from attnserve_client._sharing import SharedCall, Sharing
+
+S = TypeVar("S", bound=SessionState)
+
+# That a server may take to map shared memory, for callers without a timeout.
+_REGISTER_SECONDS = 10.0
+# Between two looks at whether another call has registered it.
+_CLAIMED_SECONDS = 0.002
+
+
+class Transport(Protocol):
+    """How a client reaches its server. What is answered is, in asyncio, awaited."""
+
+    def unary(self, method: str, request: Any, left: float | None) -> Any:
+        """Call a method of one request and one answer."""
+
+    def attend(self, request: bytes, left: float | None) -> Any:
+        """Call Attend, with and for bytes."""
+
+    def attend_streamed(self, call: AttendCall, left: float | None) -> Any:
+        """A request over an AttendStream of its own; its result."""
+
+    def put(self, messages: Iterable[bytes], left: float | None) -> Any:
+        """Call PutTensor, with and for bytes."""
+
+    def decode(
+        self,
+        messages: Iterator[bytes],
+        take: Callable[[pb.DecodeResponse], None],
+        left: float | None,
+    ) -> Any:
+        """A Decode call of its own: `take` takes its answers, one after another."""
+
+    def unregister(self, region: str) -> None:
+        """Have the server unmap shared memory, without waiting for it."""
+
+
+class ClientFlows(OpeningFlows[S]):
+    """The calls of one client.
+
+    Args:
+        transport: to the server.
+        threshold: requests with more bytes of tensors, both ways, go over AttendStream.
+        sharing: the memory shared with the server, if any is.
+        connection: what sessions share.
+        make: a session of the client.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        threshold: int,
+        sharing: Sharing | None,
+        connection: Connection,
+        make: Callable[[Connection, pb.SessionState, str, int], S],
+    ) -> None:
+        super().__init__(connection, make)
+        self._transport = transport
+        self._threshold = threshold
+        self._sharing = sharing
+
+    def attend(
+        self,
+        query: Any = None,
+        key: Any = None,
+        value: Any = None,
+        *,
+        timeout: float | None = 60.0,
+        **options: Unpack[AttendOptions],
+    ) -> Flow[AttendResult]:
+        """Compute attention.
+
+        Args:
+            query: [B, H, Sq, D], for a core model. FP32, FP16 or BF16 as the model is, like all
+                tensors. Each tensor may also be a `StoredTensor` that `put_tensor` gave.
+            key: [B, Hkv, Sk, D].
+            value: [B, Hkv, Sk, Dv].
+            timeout: seconds; None waits for ever.
+            options: `model` and more: see `AttendOptions`.
+
+        Raises:
+            AttnserveError: one subclass per gRPC status.
+            TypeError: an argument cannot be read as an array.
+            ValueError: a count or the priority is below 0.
+            MemoryError: not enough of the memory shared with the server is free.
+        """
+        call = _attend.attend_call(query, key, value, **options)
+        if self._sharing is not None:
+            answer_bytes = self._sharing.answer_bytes(call)
+            if answer_bytes is not None:
+                return (yield from self._attend_shared(self._sharing, call, answer_bytes, timeout))
+        plan, transport = call.plan, self._transport
+        if plan.request_bytes + plan.response_bytes > self._threshold:
+            result: AttendResult = yield from again(
+                "AttendStream", lambda left: transport.attend_streamed(call, left), timeout
+            )
+            return result
+        answer = yield from again(
+            "Attend", lambda left: transport.attend(call.to_bytes(), left), timeout
+        )
+        return plan.answers.read(answer)[0]
+
+    def _attend_shared(
+        self, sharing: Sharing, call: AttendCall, answer_bytes: int, timeout: float | None
+    ) -> Flow[AttendResult]:
+        shared: SharedCall | None = None  # where the request lies, from try to try
+
+        def attempt(left: float | None) -> Flow[tuple[SharedCall, bytes]]:
+            nonlocal shared
+            if shared is None:
+                arena, name = yield from self._registered(sharing, left)
+                shared = sharing.call(call, answer_bytes, arena, name)
+            message = shared.message
+            try:
+                return shared, (
+                    yield Call(lambda left: self._transport.attend(message, left), left)
+                )
+            except BaseException as error:  # an interrupt leaves the server computing, too
+                if _errors.may_still_run(error):
+                    lost, shared = shared, None
+                    if sharing.give_up(lost, error):
+                        self._transport.unregister(lost.region)
+                raise
+
+        def attempt_again_if_forgotten(left: float | None) -> Flow[tuple[SharedCall, bytes]]:
+            nonlocal shared
+            try:
+                return (yield from attempt(left))
+            except grpc.RpcError as error:
+                if shared is None or not _errors.is_unknown_region(error, shared.region):
+                    raise
+            # The server was started anew, or took this for another caller after a reconnect.
+            sharing.forget(shared)
+            shared = None
+            return (yield from attempt(left))
+
+        return sharing.result(
+            *(yield from all_again("Attend", attempt_again_if_forgotten, timeout))
+        )
+
+    def _registered(self, sharing: Sharing, left: float | None) -> Flow[tuple[Arena, str]]:
+        """Memory to share, and the server's name for it."""
+        while True:
+            arena, name = sharing.known()
+            if name is not None:
+                return arena, name
+            claimed = sharing.claim()
+            if claimed is None:
+                yield Pause(_CLAIMED_SECONDS)
+            else:
+                yield from self._register(sharing, claimed, left)
+
+    def _register(self, sharing: Sharing, arena: Arena, left: float | None) -> Flow[None]:
+        request = pb.RegisterSharedMemoryRequest(key=arena.key, byte_size=arena.byte_size)
+        method, name = "RegisterSharedMemory", None
+        try:
+            answer: pb.RegisterSharedMemoryResponse = yield Call(
+                lambda left: self._transport.unary(method, request, left),
+                _REGISTER_SECONDS if left is None else left,
+            )
+        except grpc.RpcError as error:
+            raise _errors.from_rpc_error(error, method) from None
+        else:
+            name = answer.name
+        finally:
+            of_use = sharing.registered(arena, name)
+        if not of_use:
+            self._transport.unregister(answer.name)
+
+    def put_tensor(
+        self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
+    ) -> Flow[StoredTensor]:
+        """Keep a tensor in the server, for many requests: keys and values of one context, say.
+
+        Args:
+            array: a tensor of any shape, dtypes as in `attend`.
+            lease: seconds that it is kept after its last use; None is the server's default.
+            timeout: seconds; None waits for ever.
+
+        Returns:
+            What `attend` takes instead of the array. Whoever knows its handle may use it.
+
+        Raises:
+            ResourceExhaustedError: the server keeps as many bytes as it may.
+        """
+        elements = _tensors.as_array(array, "array")
+
+        def send(left: float | None) -> Any:
+            return self._transport.put(_messages.put_messages(elements, lease, CHUNK_BYTES), left)
+
+        answer = yield from again("PutTensor", send, timeout)
+        stored = pb.StoredTensor.FromString(answer)
+        return _messages.stored_from(stored, elements.shape, elements.dtype)
+
+    def renew_tensor(
+        self, tensor: StoredTensor, *, lease: float | None = None, timeout: float | None = 10.0
+    ) -> Flow[StoredTensor]:
+        """Start a stored tensor's lease anew, with another length if one is given.
+
+        Raises:
+            NotFoundError: the lease has run out.
+        """
+        request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
+        answer = yield from self._unary("RenewTensor", request, timeout)
+        return _messages.stored_from(answer, tensor.shape, tensor.dtype)
+
+    def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> Flow[None]:
+        """Give a stored tensor up.
+
+        Raises:
+            NotFoundError: the lease has run out, or the server was started anew.
+        """
+        yield from self._unary("DropTensor", pb.DropTensorRequest(handle=tensor.handle), timeout)
+
+    def attend_tokens(
+        self, inputs: Tokens, *, timeout: float | None = 60.0, **options: Unpack[TokensOptions]
+    ) -> Flow[TokensResult]:
+        """Run texts or token ids through a transformer model.
+
+        Args:
+            inputs: a list of texts, or a list of id sequences of any lengths (special tokens
+                included).
+            timeout: seconds; None waits for ever.
+            options: `model` and more: see `TokensOptions`.
+
+        Raises:
+            AttnserveError: one subclass per gRPC status.
+        """
+        request = _messages.tokens_request(inputs, **options)
+        answer = yield from self._unary("AttendTokens", request, timeout)
+        return _messages.tokens_result(answer)
+
+    def list_models(self, *, timeout: float | None = 10.0) -> Flow[list[Model]]:
+        """All models and versions, by name and version."""
+        answer = yield from self._unary("ListModels", pb.ListModelsRequest(), timeout)
+        return [_messages.model_from(model) for model in answer.models]
+
+    def get_model(
+        self, name: str, version: str | int = "", *, timeout: float | None = 10.0
+    ) -> Flow[Model]:
+        """One model, its manifest included.
+
+        Raises:
+            NotFoundError: no such model or version.
+        """
+        request = pb.GetModelRequest(name=name, version=str(version))
+        answer = yield from self._unary("GetModel", request, timeout)
+        return _messages.model_from(answer.model, answer.manifest_json)
+
+    def server_info(self, *, timeout: float | None = 10.0) -> Flow[ServerInfo]:
+        """What the server is, what it runs on and what it accepts."""
+        answer = yield from self._unary("ServerInfo", pb.ServerInfoRequest(), timeout)
+        return _messages.server_info_from(answer)
+
+    def _unary(self, method: str, request: Any, timeout: float | None) -> Flow[Any]:
+        return again(method, lambda left: self._transport.unary(method, request, left), timeout)
+
+    def save(self, session: S, to: PathOrFile, *, timeout: float | None = None) -> Flow[None]:
+        """Write a copy of a session into a file, for `load` here or at another server.
+
+        Args:
+            session: not in a step. It stays.
+            to: a path, or a file open for writing bytes.
+            timeout: seconds; None waits for ever.
+        """
+        export = pb.ExportSession(session_id=session.id)
+        message = pb.DecodeRequest(request_id=1, export_session=export).SerializeToString()
+        with _session_files.writing(to, session.model, session.num_layers) as write:
+
+            def take(answer: pb.DecodeResponse) -> None:
+                write(answer.chunk.data)
+
+            yield Call(lambda left: self._transport.decode(iter([message]), take, left), timeout)
+
+    def load(
+        self,
+        source: PathOrFile,
+        *,
+        max_tokens: int = 0,
+        reserved_tokens: int = 0,
+        lease: float | None = None,
+        timeout: float | None = None,
+    ) -> Flow[S]:
+        """Open a session from what `save` wrote.
+
+        Args:
+            source: a path, or a file open for reading bytes.
+            max_tokens: 0 is as saved.
+            reserved_tokens, lease: as in `session`.
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            AttnserveError: DATA_LOSS: the file was changed.
+            FailedPreconditionError: this server cannot hold it.
+            ValueError: it is no saved session.
+        """
+        answers: list[pb.DecodeResponse] = []
+        with _session_files.reading(source) as (model, num_layers, chunks):
+            messages = session_messages.import_messages(
+                1, chunks, max_tokens, reserved_tokens, lease
+            )
+            yield Call(lambda left: self._transport.decode(messages, answers.append, left), timeout)
+        if not answers:
+            raise _errors.InternalError("the stream ended without an answer", method=METHOD)
+        return self._make(self._connection, answers[0].session, model, num_layers)

@@ -1,0 +1,142 @@
+"""Calls that are written once, for the blocking client and for asyncio's.
+
+A flow is a generator: it yields what is to be sent, and goes on with the answer. All that does not
+depend on who waits, and how, is in flows: arguments, messages, results, what follows a failure.
+
+>>> class GreetingFlows:
+...     def greet(self, name: str) -> Flow[str]:
+...         answer = yield Call(lambda left: self.stub.Greet(name, left), 10.0)
+...         return answer.text
+>>> class Client:  # with _flows: GreetingFlows and _runner
+...     greet = blocking(GreetingFlows.greet)
+>>> class AsyncClient:
+...     greet = awaited(GreetingFlows.greet)
+"""
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+T = TypeVar("T")
+F = TypeVar("F")
+P = ParamSpec("P")
+
+
+@dataclass(slots=True)
+class Call:
+    """One call, whose answer its flow waits for.
+
+    Attributes:
+        send: makes it, given the seconds that it may take (None: any). Gives the answer; in
+            asyncio, what gives it when it is awaited.
+        left: those seconds.
+    """
+
+    send: Callable[[float | None], Any]
+    left: float | None
+
+
+@dataclass(slots=True)
+class Pause:
+    """Wait for so many seconds; answered by whether the client was closed meanwhile."""
+
+    seconds: float
+
+
+Flow = Generator[Call | Pause, Any, T]
+
+
+class Runner:
+    """Runs the flows of one client: makes their calls, one after another. Safe to share."""
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Whoever pauses stops pausing."""
+        self._closed.set()
+
+    def run(self, flow: Flow[T]) -> T:
+        """The result of a flow."""
+        try:
+            wanted = next(flow)
+            while True:
+                try:
+                    answer = (
+                        wanted.send(wanted.left)
+                        if isinstance(wanted, Call)
+                        else self._closed.wait(wanted.seconds)
+                    )
+                except BaseException as error:
+                    wanted = flow.throw(error)
+                else:
+                    wanted = flow.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+class AsyncRunner:
+    """`Runner`, awaited."""
+
+    def __init__(self) -> None:
+        self._closed = asyncio.Event()
+
+    def close(self) -> None:
+        """As `Runner.close`."""
+        self._closed.set()
+
+    async def run(self, flow: Flow[T]) -> T:
+        """The result of a flow."""
+        try:
+            wanted = next(flow)
+            while True:
+                try:
+                    answer = await (
+                        wanted.send(wanted.left)
+                        if isinstance(wanted, Call)
+                        else self._pause(wanted.seconds)
+                    )
+                except BaseException as error:
+                    wanted = flow.throw(error)
+                else:
+                    wanted = flow.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    async def _pause(self, seconds: float) -> bool:
+        try:
+            return await asyncio.wait_for(self._closed.wait(), seconds)
+        except TimeoutError:
+            return False
+
+
+def blocking(flow: Callable[Concatenate[F, P], Flow[T]]) -> Callable[Concatenate[Any, P], T]:
+    """The method that waits for a flow, with its arguments and its description.
+
+    Its object has the flow's as `_flows`, and a `Runner` as `_runner`.
+    """
+
+    @functools.wraps(flow)
+    def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        runner: Runner = self._runner
+        return runner.run(flow(self._flows, *args, **kwargs))
+
+    return method
+
+
+def awaited(
+    flow: Callable[Concatenate[F, P], Flow[T]],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """The method whose result is awaited; else as `blocking`, with an `AsyncRunner`."""
+
+    @functools.wraps(flow)
+    async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        runner: AsyncRunner = self._runner
+        return await runner.run(flow(self._flows, *args, **kwargs))
+
+    return method

@@ -1,0 +1,183 @@
+"""What can be done with one KV session, whoever waits for it."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from attnserve_proto import attention_pb2 as pb
+
+from attnserve_client import _errors
+from attnserve_client import _session_messages as messages
+from attnserve_client._flows import Flow
+from attnserve_client._results import LayerResult
+from attnserve_client._session_state import SessionState
+from attnserve_client._session_steps import BatchFlows
+
+S = TypeVar("S", bound=SessionState)
+
+# Why a session need not, or cannot, be closed: it has expired; or nobody can be told, and its lease
+# will end it.
+_GONE = (
+    _errors.NotFoundError,
+    _errors.CancelledError,
+    _errors.UnavailableError,
+    _errors.DeadlineExceededError,
+)
+
+
+class SessionFlows(Generic[S]):
+    """The calls of one session.
+
+    Args:
+        session: what is known of it.
+        make: another session like it, of this state.
+    """
+
+    def __init__(self, session: S, make: Callable[[pb.SessionState], S]) -> None:
+        self._session = session
+        self._make = make
+        self._ask = session.connection.ask
+        self._closed = False
+        self._alone = BatchFlows(session.connection, [session])
+
+    def attend(
+        self,
+        layer: int,
+        query: Any = None,
+        key: Any = None,
+        value: Any = None,
+        *,
+        hidden_states: Any = None,
+        parents: Sequence[int] | None = None,
+        cross_tokens: int = 0,
+        prefix_hashes: Iterable[bytes] = (),
+        return_output: bool = True,
+        return_log_sum_exp: bool = False,
+        return_entropy: bool = False,
+        return_weights: bool = False,
+        priority: int = 0,
+        timeout: float | None = 60.0,
+    ) -> Flow[LayerResult]:
+        """Compute one layer of a step, which begins with layer 0 and ends with the last layer.
+
+        Args:
+            layer: 0-based; each once in a step.
+            query: [T, H, D], of T new tokens.
+            key: [T, Hkv, D]; they and `value` join the cache first.
+            value: [T, Hkv, Dv]; of a latent layer None.
+            hidden_states: of layer models, instead of query, key and value: [T, E].
+            parents: with layer 0: a tree of new tokens, the parent of each (-1: the last token
+                before the step); then `commit` says which are kept.
+            cross_tokens: with layer 0: keys that come with the session's cross layers.
+            prefix_hashes: with layer 0: of the pages that are full with this step.
+            return_weights: also the attention weights, [T, H, K], as `result.weights[0]`.
+
+        The others, and errors, as those of `Batch.attend`.
+        """
+        return self._alone.attend(
+            layer,
+            query,
+            key,
+            value,
+            hidden_states=hidden_states,
+            parents=None if parents is None else [parents],
+            cross_tokens=[cross_tokens] if cross_tokens else None,
+            prefix_hashes=[prefix_hashes] if prefix_hashes else None,
+            return_output=return_output,
+            return_log_sum_exp=return_log_sum_exp,
+            return_entropy=return_entropy,
+            return_weights_of=(0,) if return_weights else (),
+            priority=priority,
+            timeout=timeout,
+        )
+
+    def abandon(self) -> Flow[None]:
+        """Give up the step under way, if there is one: the session holds what it held before."""
+        return self._alone.abandon()
+
+    def commit(self, accepted: Sequence[int], *, timeout: float | None = 10.0) -> Flow[None]:
+        """End a tree: keep one path of the last step's tokens, from the root on.
+
+        Args:
+            accepted: indices among the step's new tokens, each the parent of the next; none
+                forgets the whole tree.
+
+        Raises:
+            InvalidArgumentError: it is no path of the tree.
+            FailedPreconditionError: the last step had no tree.
+        """
+        commit = pb.CommitTree(session_id=self._session.id, accepted=accepted)
+        # Not repeated: once it is done, it cannot be done again.
+        answer = yield from self._ask(pb.DecodeRequest(commit=commit), timeout, again=False)
+        self._session.take(answer.session)
+
+    def truncate(self, length: int, *, timeout: float | None = 10.0) -> Flow[None]:
+        """Keep the first `length` tokens.
+
+        Raises:
+            InvalidArgumentError: it has fewer.
+            FailedPreconditionError: a window would lack keys that were given back.
+        """
+        truncate = pb.TruncateSession(session_id=self._session.id, length=length)
+        answer = yield from self._ask(pb.DecodeRequest(truncate=truncate), timeout)
+        self._session.take(answer.session)
+
+    def fork(
+        self,
+        at: int | None = None,
+        *,
+        max_tokens: int = 0,
+        reserved_tokens: int = 0,
+        lease: float | None = None,
+        timeout: float | None = 10.0,
+    ) -> Flow[S]:
+        """A new session that begins with this one's first `at` tokens, or all; pages are shared.
+
+        Args:
+            max_tokens: of the new session; 0: as this one's.
+            reserved_tokens: what it is promised; 0: max_tokens.
+            lease: as in `AttentionClient.session`.
+
+        Raises:
+            ResourceExhaustedError: not so much can be promised.
+        """
+        fork = pb.ForkSession(
+            session_id=self._session.id,
+            length=at,
+            max_tokens=max_tokens,
+            reserved_tokens=reserved_tokens,
+            lease=messages.microseconds(lease),
+        )
+        answer = yield from self._ask(pb.DecodeRequest(fork=fork), timeout)
+        return self._make(answer.session)
+
+    def renew(self, *, lease: float | None = None, timeout: float | None = 10.0) -> Flow[None]:
+        """Start its lease anew, with another length if one is given, and look at its state.
+
+        Raises:
+            NotFoundError: it has expired, or the server was started anew.
+        """
+        return self._session.renewing(lease, timeout)
+
+    def close(self, *, timeout: float | None = 10.0) -> Flow[None]:
+        """Give it up, and what it was promised; no error if it or the server is gone already."""
+        if self._closed:
+            return
+        self._closed = True
+        close = pb.CloseSession(session_id=self._session.id)
+        with contextlib.suppress(*_GONE):
+            yield from self._ask(pb.DecodeRequest(close=close), timeout)
+
+
+def page_hashes(ids: Sequence[int], page_tokens: int) -> list[bytes]:
+    """What stands for each full page of some tokens, as `prefix_hashes` takes them.
+
+    Args:
+        ids: of the tokens.
+        page_tokens: `client.server_info().limits.session_page_tokens`.
+    """
+    tokens = np.asarray(ids, dtype="<i8")
+    ends = range(page_tokens, len(tokens) + 1, page_tokens)
+    return [hashlib.sha256(tokens[end - page_tokens : end].tobytes()).digest() for end in ends]

@@ -1,0 +1,96 @@
+"""What the sessions of a client have in common, and what is known of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from attnserve_proto import attention_pb2 as pb
+
+from attnserve_client import _retries
+from attnserve_client import _session_messages as messages
+from attnserve_client._flows import Call, Flow
+from attnserve_client._session_messages import METHOD
+
+
+class Stream(Protocol):
+    """One Decode call; `exchange` answers, or in asyncio gives what does when it is awaited."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has failed, and its open steps with it."""
+
+    def new_step(self) -> int:
+        """An id for a step."""
+
+    def exchange(
+        self, make: Callable[[int], bytes], read: Callable[[bytes], Any], timeout: float | None
+    ) -> Any:
+        """Send a request, and wait for what answers it."""
+
+
+class Streams(Protocol):
+    """The stream of a client, opened when it is needed, and again after it has failed."""
+
+    def get(self) -> Stream:
+        """One that can be used, as far as is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What the sessions of one client share."""
+
+    streams: Streams
+    runner: Any
+
+    def ask(
+        self, request: pb.DecodeRequest, timeout: float | None, *, again: bool = True
+    ) -> Flow[pb.DecodeResponse]:
+        """Send a request, whose id is filled in; `again`: it can be repeated safely."""
+
+        def make(request_id: int) -> bytes:
+            request.request_id = request_id
+            return request.SerializeToString()
+
+        def send(left: float | None) -> Any:
+            return self.streams.get().exchange(make, messages.read, left)
+
+        response: pb.DecodeResponse = (
+            (yield from _retries.again(METHOD, send, timeout))
+            if again
+            else (yield Call(send, timeout))
+        )
+        return response
+
+
+class SessionState:
+    """What is known here of a session.
+
+    Attributes:
+        id: cannot be guessed; whoever knows it (and is the same caller) may use the session.
+        model, num_layers: as opened.
+        length: tokens that it holds.
+        max_tokens, reserved_tokens: what it may grow to, and what it was promised.
+        lease: seconds that the server keeps it after its last use.
+    """
+
+    def __init__(
+        self, connection: Connection, state: pb.SessionState, model: str, num_layers: int
+    ) -> None:
+        self.connection = connection
+        self.id = state.session_id
+        self.model = model
+        self.num_layers = num_layers
+        self.take(state)
+
+    def take(self, state: pb.SessionState) -> None:
+        """What the server says of it."""
+        self.length = state.length
+        self.max_tokens = state.max_tokens
+        self.reserved_tokens = state.reserved_tokens
+        self.lease = state.lease / 1e6
+
+    def renewing(self, lease: float | None, timeout: float | None) -> Flow[None]:
+        """Start its lease anew, and take its state."""
+        renew = pb.RenewSession(session_id=self.id, lease=messages.microseconds(lease))
+        answer = yield from self.connection.ask(pb.DecodeRequest(renew=renew), timeout)
+        self.take(answer.session)

@@ -1,0 +1,127 @@
+"""What both clients do with sessions of a real server: layer models, and asyncio's own."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attnserve_client import AsyncAttentionClient, AttentionClient, InvalidArgumentError
+from attnserve_export.attention.layer import AttentionLayer, LayerConfig
+from attnserve_export.attention.positions import Rotary
+from attnserve_export.models import seeded
+from attnserve_server.app import AttentionServer
+from handmade import attention, write_core, write_layer
+from plain_sessions import PlainLayer, PlainSession
+from serving import serving
+
+pytestmark = pytest.mark.needs_library
+
+HEADS, KV_HEADS, DIM, VALUE_DIM, EMBED = 4, 2, 8, 6, 24
+GENERATOR = np.random.default_rng()
+Array = np.ndarray[Any, Any]
+
+
+def layer(seed: int) -> AttentionLayer:
+    """A causal layer of random parameters, with rotary embedding inside."""
+    heads = attention(HEADS, DIM, num_kv_heads=KV_HEADS, mask="causal", rotary=Rotary("half", DIM))
+    return seeded(AttentionLayer, LayerConfig(heads, EMBED, context_dim=None), seed)
+
+
+LAYERS = {"first": layer(1), "second": layer(2)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    core = attention(HEADS, DIM, num_kv_heads=KV_HEADS, value_head_dim=VALUE_DIM, mask="causal")
+    write_core(folder, "core", core)
+    for name, module in LAYERS.items():
+        write_layer(folder, name, module)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[AttentionServer]:
+    with serving(models) as running:
+        yield running
+
+
+def hidden_of(tokens: int) -> Array:
+    return GENERATOR.standard_normal((tokens, EMBED)).astype(np.float32)
+
+
+def heads_of(tokens: int) -> list[Array]:
+    shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
+    return [GENERATOR.standard_normal((tokens, *shape)).astype(np.float32) for shape in shapes]
+
+
+def test_each_layer_of_a_session_has_its_model(server: AttentionServer) -> None:
+    names = ["second", "first"]
+    with (
+        AttentionClient(f"127.0.0.1:{server.port}") as client,
+        client.session(layer_models=names, max_tokens=64) as session,
+        client.session(layer_models=[(names[0], 1), names[1]], max_tokens=64) as other,
+        client.batch([session, other]) as batch,
+    ):
+        pasts = [[hidden_of(0) for _ in names] for _ in range(2)]
+        for counts in ((5, 2), (1, 1), (20, 1)):
+            for number, name in enumerate(names):
+                new = [hidden_of(count) for count in counts]
+                result = batch.attend(number, hidden_states=new, return_entropy=True)
+                assert result.entropy is not None
+                assert result.entropy.shape == (sum(counts), HEADS)
+                for past, rows, output in zip(pasts, new, result.outputs, strict=True):
+                    past[number] = np.concatenate([past[number], rows])
+                    whole = client.attend(hidden_states=past[number][None], model=name)
+                    assert whole.output is not None
+                    want = whole.output[0, -len(rows) :]
+                    np.testing.assert_allclose(output, want, atol=1e-5)
+        assert (session.length, other.length) == (26, 4)
+        with pytest.raises(InvalidArgumentError, match="hidden_states"):
+            session.attend(0, *heads_of(1))
+
+
+def test_asyncio_has_sessions_streams_and_shared_memory(server: AttentionServer) -> None:
+    async def generate(client: AsyncAttentionClient, tokens: int) -> None:
+        plain = PlainSession([PlainLayer(), PlainLayer()])
+        async with await client.session("core", num_layers=2, max_tokens=64) as session:
+            for count in (tokens, 1, 1):
+                plain.begin(count)
+                for number in range(2):
+                    arrays = heads_of(count)
+                    result = await session.attend(number, *arrays)
+                    output, _, _ = plain.attend(number, *arrays)
+                    np.testing.assert_allclose(result.output, output, atol=1e-5)
+                plain.end()
+            fork = await session.fork(tokens)
+            assert fork.length == tokens
+            await fork.truncate(1)
+            await fork.close()
+
+    async def main() -> None:
+        async with AsyncAttentionClient(
+            f"127.0.0.1:{server.port}", shared_memory=True, shared_memory_bytes=8 << 20
+        ) as client:
+            await asyncio.gather(*(generate(client, tokens) for tokens in (3, 17, 40)))
+            query, key, value = (
+                np.ascontiguousarray(each.swapaxes(0, 1))[None] for each in heads_of(200)
+            )
+            shared = await client.attend(query, client.shared(key), value, model="core")
+            async with client.stream() as stream:
+                futures = [stream.submit(query, key, value, model="core") for _ in range(5)]
+                with pytest.raises(TypeError, match="models"):
+                    stream.submit(query, key, value, models="core")
+                results = await asyncio.gather(*futures)
+                refused = stream.submit(query, key, value, model="nope")
+                with pytest.raises(LookupError):
+                    await refused
+            assert client._sharing is not None
+            assert client._sharing.arena.offset_of(shared.output) is not None
+            for result in results:
+                np.testing.assert_array_equal(result.output, shared.output)
+            with pytest.raises(RuntimeError, match="closed"):
+                stream.submit(query, key, value, model="core")
+
+    asyncio.run(main())
