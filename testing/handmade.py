@@ -186,7 +186,7 @@ def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.M
 
 def _layer_graph(layer: AttentionLayer, spec: VariantSpec) -> onnx.ModelProto:
     if spec.core is PagedCore:
-        return paged_layer(layer, "FP32", graphs.MIN_OPSET)
+        return paged_layer(layer, "FP32", runtime.MIN_OPSET)
     config, c = layer.config, layer.config.attention
     cross = config.context_dim is not None
     own = [f"float[batch, query_len, {config.embed_dim}] hidden_states"]

@@ -91,8 +91,8 @@ def tune(
     if kind != "core":
         raise ExportError(f"--name: {folder} is of kind {kind!r}; allowed: a core model")
     if provider not in onnxruntime.get_available_providers():
-        known = ", ".join(onnxruntime.get_available_providers())
-        raise ExportError(f"--provider: given {provider}; available here: {known}")
+        available = ", ".join(onnxruntime.get_available_providers())
+        raise ExportError(f"--provider: given {provider}; available here: {available}")
     manifest = repository.read(folder)
     candidates = {
         entry.name: entry
@@ -114,7 +114,7 @@ def tune(
             )
     measurements: list[Measurement] = []
     # Of each variant, the longest length measured so far, and its seconds there.
-    known: dict[str, tuple[int, float]] = {}
+    furthest: dict[str, tuple[int, float]] = {}
     lengths = sorted(set(seq_lens))
     try:
         for index, seq_len in enumerate(lengths):
@@ -124,14 +124,14 @@ def tune(
                 if entry.memory == "linear"
                 or 4 * batch * manifest.attention.num_heads * seq_len**2 <= _MOST_SCORE_BYTES
             ]
-            expected = {name: _expected(known.get(name), seq_len) for name, _ in tried}
+            expected = {name: _expected(furthest.get(name), seq_len) for name, _ in tried}
             try:
                 times = _times(manifest, tried, batch, seq_len, seconds, expected)
             except MemoryError:
                 raise ExportError(
                     f"--seq-lens: {seq_len} with --batch {batch} takes more memory than there is"
                 ) from None
-            known |= {name: (seq_len, each) for name, each in times.items()}
+            furthest |= {name: (seq_len, each) for name, each in times.items()}
             found = [Measurement(name, seq_len, each * 1e3) for name, each in times.items()]
             found.sort(key=lambda measurement: measurement.milliseconds)
             measurements += found
