@@ -9,12 +9,12 @@
 //   key scales    [num_kv_heads][page_size]  float32, int8 and fp8 alone
 //   value scales  [num_kv_heads][page_size]  float32, int8 and fp8 alone
 //
-// rounded up to a multiple of 64 bytes. A latent page holds keys, and scales of keys, alone: the value
-// of a token is the first value_head_dim numbers of its key. Pages begin at multiples of 64 bytes. The token at slot i
-// of a sequence lies in its page i / page_size, at i % page_size of it. A number of an int8 or fp8
-// page is what is stored times the scale of its token and head, which is chosen so that the largest
-// magnitude of the row becomes 127 or 448. A row with an infinity or no number in it is all no
-// number there.
+// rounded up to a multiple of 64 bytes. A latent page holds keys, and scales of keys, alone: the
+// value of a token is the first value_head_dim numbers of its key. Pages begin at multiples of 64
+// bytes. The token at slot i of a sequence lies in its page i / page_size, at i % page_size of it.
+// A number of an int8 or fp8 page is what is stored times the scale of its token and head, which is
+// chosen so that the largest magnitude of the row becomes 127 or 448. A row with an infinity or no
+// number in it is all no number there.
 //
 // Rows (a token and a query head) of a sequence that share a key head are computed together, in
 // pieces by ranges of keys (flash-decoding: Dao et al.,
@@ -48,7 +48,9 @@ struct PageLayout {
   constexpr std::int64_t rows() const { return num_kv_heads * page_size; }
   // Bytes of a token and head's key, of its value, and from its value to the next token's.
   constexpr std::int64_t key_row() const { return head_dim * element(); }
-  constexpr std::int64_t value_row() const { return latent ? key_row() : value_head_dim * element(); }
+  constexpr std::int64_t value_row() const {
+    return latent ? key_row() : value_head_dim * element();
+  }
   // Bytes of all that is stored of a token and head, but for scales.
   constexpr std::int64_t row() const { return key_row() + (latent ? 0 : value_row()); }
   constexpr std::int64_t key(std::int64_t head, std::int64_t slot) const {
@@ -87,7 +89,7 @@ struct PagedProblem {
   std::int64_t table_size;
   const std::int64_t* parents;  // null, or [T]: among its sequence's new tokens; -1: what is before
   const std::int64_t* weights_of;  // [W]: ascending, the sequences whose weights are wanted
-  const float* slopes;          // null, or [num_heads]: ALiBi, -slope * |position - key's position|
+  const float* slopes;  // null, or [num_heads]: ALiBi, -slope * |position - key's position|
 
   void* output;        // [T, num_heads, value_head_dim]; 0 where no key is seen
   float* log_sum_exp;  // [T, num_heads]; -inf there

@@ -66,8 +66,8 @@ void read_spec(const Context& context, const Tensor& spec, PagedProblem& p) {
   if (!p.causal) require_range(context, "window without causal", p.window, -1, -1);
   if (p.layout.latent && p.layout.value_head_dim > p.layout.head_dim)
     context.refuse("attnserve: spec: latent: given 1 where value_head_dim is " +
-                   std::to_string(p.layout.value_head_dim) + "; allowed: 0, or value_head_dim up to " +
-                   std::to_string(p.layout.head_dim));
+                   std::to_string(p.layout.value_head_dim) +
+                   "; allowed: 0, or value_head_dim up to " + std::to_string(p.layout.head_dim));
 }
 
 }  // namespace
