@@ -148,6 +148,14 @@ struct PagedPiece {
   std::int64_t part;   // of the group
 };
 
+// A piece for some key heads.
+struct PagedTask {
+  std::int64_t piece, first_head, end_head;
+};
+
+// Rows of all key heads of a task, where rows are few.
+constexpr std::int64_t kRowsOfHeads = 32;
+
 // Pieces with the same rows, whose results are merged. Their sums are kept, for each key head and
 // part, from `sums` on: [rows][value_head_dim + 3].
 struct PagedGroup {
@@ -170,13 +178,12 @@ struct WeightsTask {
 // then `weighs` ones.
 class PagedPlan {
  public:
-  // Throws std::invalid_argument, naming what is wrong with the problem.
-  explicit PagedPlan(const PagedProblem& problem);
+  // Throws std::invalid_argument, naming what is wrong with the problem. There are tasks for
+  // `threads` threads; what comes out does not depend on it.
+  PagedPlan(const PagedProblem& problem, std::int64_t threads);
 
   std::int64_t stores() const;
-  std::int64_t attends() const {
-    return static_cast<std::int64_t>(pieces_.size()) * problem_.layout.num_kv_heads;
-  }
+  std::int64_t attends() const { return static_cast<std::int64_t>(tasks_.size()); }
   std::int64_t weighs() const { return static_cast<std::int64_t>(weights_.size()); }
   // About how many multiplications take as long as all tasks.
   double store_work() const;
@@ -190,12 +197,8 @@ class PagedPlan {
   // The sequence of a token.
   std::int64_t sequence_of(std::int64_t token) const;
 
-  // Pieces are in an order in which those that read the same pages, of sequences that share them,
-  // follow one another.
-  const PagedPiece& piece(std::int64_t task) const { return pieces_[task % pieces_.size()]; }
-  std::int64_t kv_head(std::int64_t task) const {
-    return task / static_cast<std::int64_t>(pieces_.size());
-  }
+  const PagedTask& task(std::int64_t index) const { return tasks_[index]; }
+  const PagedPiece& piece(const PagedTask& task) const { return pieces_[task.piece]; }
   const WeightsTask& weights(std::int64_t task) const { return weights_[task]; }
   // The keys that a piece's rows may see, at most three ranges in ascending order.
   int ranges(const PagedPiece& piece, KeyRange* out) const;
@@ -210,11 +213,13 @@ class PagedPlan {
   void check_pages(const PagedSequence& sequence, std::int64_t index) const;
   void cut(std::int64_t index);
   void list_weights();
+  void list_tasks(std::int64_t threads);
 
   const PagedProblem& problem_;
   std::vector<PagedSequence> sequences_;
   std::vector<PagedGroup> groups_;
   std::vector<PagedPiece> pieces_;
+  std::vector<PagedTask> tasks_;
   std::vector<WeightsTask> weights_;
   double attend_work_ = 0;
   std::int64_t weights_size_ = 0;

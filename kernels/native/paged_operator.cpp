@@ -142,7 +142,7 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   p.table_size = table.shape[0];
   p.slopes = static_cast<const float*>(slopes.data);
 
-  PagedPlan plan(p);
+  PagedPlan plan(p, Context::cores());
   const std::int64_t rows = query.shape[0];
   p.output = context.output<void>(0, {rows, p.num_heads, settings.value_head_dim});
   p.log_sum_exp = context.output<float>(1, {rows, p.num_heads});
