@@ -123,8 +123,8 @@ void plan_results(const wire::AttendLayer& message, const StepShape& step, const
   add(!message.returns.no_output, wire::LayerOutput::kOutput, model.dtype, of_output);
   add(message.returns.log_sum_exp, wire::LayerOutput::kLogSumExp, DataType::kFp32, rows);
   add(message.returns.entropy, wire::LayerOutput::kEntropy, DataType::kFp32, rows);
-  check_weights_of(message.returns.weights_of, step);
   const bool cross = step.layers[message.layer].cross;
+  check_weights_of(message.returns.weights_of, step);
   for (const std::int64_t session : message.returns.weights_of) {
     const auto at = static_cast<std::size_t>(session);
     const std::int64_t keys = (cross ? step.cross_keys : step.keys)[at];

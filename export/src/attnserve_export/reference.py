@@ -131,7 +131,7 @@ def paged_reference(
 
     Returns:
         Output [n, H, Dv]; log of the sum of exponentials of the scores [n, H]; entropy of the
-        weights [n, H] in nats; the weights [n, H, L]. Queries that see no key have 0, -inf, 0 and 0.
+        weights [n, H] in nats; the weights [n, H, L]. Queries that see no key have 0, -inf, 0, 0.
     """
     q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
     groups = q.shape[1] // k.shape[1]
