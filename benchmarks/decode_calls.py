@@ -98,8 +98,9 @@ class Paged:
             "lengths": np.array(lengths),
             "table_starts": np.cumsum([0, *pages]),
             "table": order * page_bytes,
-            "spec": np.array([PAGE_TOKENS, 0, -1, 0, 1]),
+            "spec": np.array([PAGE_TOKENS, 0, -1, 0, 1, 0]),
             "parents": np.empty(0, np.int64),
+            "weights_of": np.empty(0, np.int64),
         }
         rows = (len(lengths), NUM_HEADS)
         outputs = {

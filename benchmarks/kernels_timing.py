@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ class Timing:
         rounds: how many.
         quick: milliseconds of the run that a tenth of the runs beat: what else runs on the machine
             slows those least.
+        times: milliseconds of each round's.
     """
 
     milliseconds: float
@@ -26,6 +27,11 @@ class Timing:
     baseline: str
     rounds: int
     quick: float
+    times: Sequence[float]
+
+    def to(self, other: "Timing") -> float:
+        """The median over rounds of this time / the other's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.times, other.times, strict=True))
 
 
 def in_turns(
@@ -58,6 +64,7 @@ def in_turns(
             baseline,
             len(own),
             sorted(own)[len(own) // 10] * 1e3,
+            [time * 1e3 for time in own],
         )
         for name, own in times.items()
     }

@@ -4,10 +4,10 @@
 
 Contenders take turns within each round. A model's layers have a cache each, so that a step finds
 none of it in the processor's caches: here too, steps go round over as many copies as make up 256
-MiB. A cache's bytes per second are those of its keys and values (and scales), which each step reads
-once; the machine's own are what the quickest of several plain reductions reads, over the same
-memory with the same number of threads. Both are of the quickest tenth of the runs, and so is the
-ratio of one cache type to another; milliseconds and ratios to others are medians.
+MiB. A cache's bytes per second are those of its keys and values (and scales), which each step
+reads once. The machine's own are what the quickest of several plain reductions reads: as many
+bytes, which nobody has read for 256 MiB either, in the same kind of memory pages, with as many
+threads. Times and ratios are medians over rounds, ratios of two runs of the same round.
 """
 
 import argparse
@@ -189,7 +189,7 @@ class Pages:
             "lengths": np.array([self.lengths[i] for i in chosen]),
             "table_starts": np.cumsum([0, *(len(t) for t in tables)]),
             "table": np.concatenate(tables),
-            "spec": np.array([PAGE_SIZE, CACHE_TYPES[self.dtype][0], -1, 0, 1]),
+            "spec": np.array([PAGE_SIZE, CACHE_TYPES[self.dtype][0], -1, 0, 1, 0]),
         }
         rows = (tokens, shape.num_heads)
         outputs = {
@@ -209,6 +209,10 @@ def in_rotation(calls: Sequence[Call]) -> Call:
 def torch_decode(shape: Shape, length: int, copies: int) -> Call:
     """PyTorch's scaled_dot_product_attention of one query over contiguous caches."""
     query = torch.randn(1, shape.num_heads, 1, shape.head_dim)
+
+    def copy(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers_in_memory(numbers.numel()).reshape(numbers.shape).copy_(numbers)
+
     grouped = shape.num_heads != shape.num_kv_heads
     rows = (1, shape.num_kv_heads, length, shape.head_dim)
     one = torch.randn(rows)
@@ -218,22 +222,33 @@ def torch_decode(shape: Shape, length: int, copies: int) -> Call:
             query, key, value, enable_gqa=grouped
         )
 
-    return in_rotation([over(one.clone(), one.clone()) for _ in range(copies)])
+    return in_rotation([over(copy(one), copy(one)) for _ in range(copies)])
+
+
+def numbers_in_memory(count: int) -> torch.Tensor:
+    """So many FP32 numbers, not set, in memory pages as the caches of `Pages` have them: NumPy asks
+    for large ones, PyTorch does not."""
+    return torch.from_numpy(np.empty(count, np.float32))
 
 
 def readers(size: int, copies: int) -> dict[str, Call]:
     """Plain reductions over buffers of so many bytes."""
-    buffers = [torch.ones(size // 4) for _ in range(copies)]
+    buffers = [numbers_in_memory(size // 4).fill_(1) for _ in range(copies)]
+    reductions: dict[str, list[Call]] = {
+        "sum": [buffer.sum for buffer in buffers],
+        "max": [buffer.max for buffer in buffers],
+        "integers": [buffer.view(torch.int32).max for buffer in buffers],
+    }
+    # Each begins elsewhere: none may find what another has just read in the processor's cache.
     return {
-        "sum": in_rotation([buffer.sum for buffer in buffers]),
-        "max": in_rotation([buffer.max for buffer in buffers]),
-        "integers": in_rotation([buffer.view(torch.int32).max for buffer in buffers]),
+        name: in_rotation(calls[at * copies // 3 :] + calls[: at * copies // 3])
+        for at, (name, calls) in enumerate(reductions.items())
     }
 
 
 def gigabytes_per_second(size: int, timing: Timing) -> float:
-    """Of a run that reads so many bytes, among the quickest tenth."""
-    return size / timing.quick / 1e6
+    """Of a run that reads so many bytes."""
+    return size / timing.milliseconds / 1e6
 
 
 def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -254,10 +269,10 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
             reading = readers(size, copies)
             contenders |= {f"read {name}": call for name, call in reading.items()}
             timings = in_turns(contenders, "torch", seconds=options.seconds)
-            read = max(gigabytes_per_second(size, timings[f"read {name}"]) for name in reading)
+            read = min((timings[f"read {name}"] for name in reading), key=lambda t: t.milliseconds)
             for dtype in CACHE_TYPES:
                 timing = timings[f"paged {dtype}"]
-                speed = gigabytes_per_second(length * shape.row_bytes(dtype), timing)
+                bytes_read = length * shape.row_bytes(dtype)
                 rows.append(
                     {
                         "heads": f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}",
@@ -265,11 +280,11 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
                         "cache": dtype,
                         "ms": timing.milliseconds,
                         "quick ms": timing.quick,
-                        "GB/s": speed,
-                        "machine GB/s": read,
-                        "share": speed / read,
+                        "GB/s": gigabytes_per_second(bytes_read, timing),
+                        "machine GB/s": gigabytes_per_second(size, read),
+                        "share": bytes_read / size * read.to(timing),
                         "ratio to torch": timing.ratio,
-                        "tokens/s to fp32's": timings["paged fp32"].quick / timing.quick,
+                        "tokens/s to fp32's": timings["paged fp32"].to(timing),
                     }
                 )
     return rows

@@ -82,13 +82,18 @@ class Context {
     return count;
   }
 
+  // As many threads as may run at once.
+  static std::int64_t cores() {
+    // Asked once: the answer is read from files.
+    static const std::int64_t count = std::max(1u, std::thread::hardware_concurrency());
+    return count;
+  }
+
   // Call `body(task)` for every task, on ONNX Runtime's own threads. Threads take tasks one by one,
   // since some are much longer than others. `multiplications`: of all tasks, about.
   template <typename Body>
   void run(const Body& body, const std::atomic<bool>* stop, std::int64_t tasks,
            double multiplications) const {
-    // Asked once: the answer is read from files.
-    static const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
     struct Shared {
       const Body& body;
       const std::atomic<bool>* stop;
@@ -107,7 +112,7 @@ class Context {
         all.failed = true;
       }
     };
-    const std::int64_t most = std::min(tasks, cores);
+    const std::int64_t most = std::min(tasks, cores());
     const double worth = 1.0 + multiplications / kWorthThread;
     const std::int64_t workers =
         worth < static_cast<double>(most) ? static_cast<std::int64_t>(worth) : most;

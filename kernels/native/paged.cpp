@@ -20,7 +20,7 @@ std::string at(const char* name, std::int64_t index) {
 // all cores. Many rows take more, since each piece keeps sums for each of them; from two pieces of
 // rows on, those are parallel enough.
 std::int64_t keys_per_piece(std::int64_t rows) {
-  if (rows <= 48) return 1024;
+  if (rows <= 48) return 512;
   if (rows <= kQueriesPerTask) return 4096;
   return std::int64_t{1} << 40;
 }
@@ -62,7 +62,7 @@ TokenTree::TokenTree(const std::int64_t* parents, std::int64_t count)
   }
 }
 
-PagedPlan::PagedPlan(const PagedProblem& p) : problem_(p) {
+PagedPlan::PagedPlan(const PagedProblem& p, std::int64_t threads) : problem_(p) {
   check_starts("starts", p.starts, p.num_sequences, p.num_tokens);
   check_starts("table_starts", p.table_starts, p.num_sequences, p.table_size);
   sequences_.reserve(p.num_sequences);
@@ -99,6 +99,7 @@ PagedPlan::PagedPlan(const PagedProblem& p) : problem_(p) {
   std::stable_sort(pieces_.begin(), pieces_.end(), [](const PagedPiece& a, const PagedPiece& b) {
     return a.begin != b.begin ? a.begin < b.begin : a.first_row > b.first_row;
   });
+  list_tasks(threads);
   std::int64_t size = 0;
   for (PagedGroup& group : groups_) {
     group.sums = size;
@@ -161,6 +162,32 @@ void PagedPlan::cut(std::int64_t index) {
       ++piece.part;
     }
     groups_.push_back({piece.part, 0, piece.rows});
+  }
+}
+
+// Pieces of few rows are for as many heads as leave work for all threads, since the heads of a page
+// lie one after another. If several sequences share a page, then for one: what each of them reads
+// is to stay in a core's own cache. Other pieces are for one head, which is work enough.
+void PagedPlan::list_tasks(std::int64_t threads) {
+  const PagedProblem& p = problem_;
+  const std::int64_t heads = p.layout.num_kv_heads;
+  const auto count = static_cast<std::int64_t>(pieces_.size());
+  const auto page_of = [&](std::int64_t piece) {
+    const PagedPiece& of = pieces_[piece];
+    return of.end > 0 ? sequences_[of.sequence].pages[of.begin / p.layout.page_size] : -1;
+  };
+  const std::int64_t parts =
+      std::min(heads, std::max<std::int64_t>(1, 4 * threads / std::max<std::int64_t>(1, count)));
+  const std::int64_t most = (heads + parts - 1) / parts;
+  for (std::int64_t first = 0, end; first < count; first = end) {
+    const std::int64_t page = page_of(first);
+    for (end = first + 1; page >= 0 && end < count && page_of(end) == page;) ++end;
+    const std::int64_t rows = pieces_[first].rows;
+    const bool apart = end - first > 1 || rows > kRowsOfHeads;
+    const std::int64_t together = apart ? 1 : std::min(most, kRowsOfHeads / rows);
+    for (std::int64_t head = 0; head < heads; head += together)
+      for (std::int64_t piece = first; piece < end; ++piece)
+        tasks_.push_back({piece, head, std::min(heads, head + together)});
   }
 }
 

@@ -9,12 +9,12 @@
 //   key scales    [num_kv_heads][page_size]  float32, int8 and fp8 alone
 //   value scales  [num_kv_heads][page_size]  float32, int8 and fp8 alone
 //
-// rounded up to a multiple of 64 bytes. A latent page holds keys, and scales of keys, alone: the value
-// of a token is the first value_head_dim numbers of its key. Pages begin at multiples of 64 bytes. The token at slot i
-// of a sequence lies in its page i / page_size, at i % page_size of it. A number of an int8 or fp8
-// page is what is stored times the scale of its token and head, which is chosen so that the largest
-// magnitude of the row becomes 127 or 448. A row with an infinity or no number in it is all no
-// number there.
+// rounded up to a multiple of 64 bytes. A latent page holds keys, and scales of keys, alone: the
+// value of a token is the first value_head_dim numbers of its key. Pages begin at multiples of 64
+// bytes. The token at slot i of a sequence lies in its page i / page_size, at i % page_size of it.
+// A number of an int8 or fp8 page is what is stored times the scale of its token and head, which is
+// chosen so that the largest magnitude of the row becomes 127 or 448. A row with an infinity or no
+// number in it is all no number there.
 //
 // Rows (a token and a query head) of a sequence that share a key head are computed together, in
 // pieces by ranges of keys (flash-decoding: Dao et al.,
@@ -48,7 +48,9 @@ struct PageLayout {
   constexpr std::int64_t rows() const { return num_kv_heads * page_size; }
   // Bytes of a token and head's key, of its value, and from its value to the next token's.
   constexpr std::int64_t key_row() const { return head_dim * element(); }
-  constexpr std::int64_t value_row() const { return latent ? key_row() : value_head_dim * element(); }
+  constexpr std::int64_t value_row() const {
+    return latent ? key_row() : value_head_dim * element();
+  }
   // Bytes of all that is stored of a token and head, but for scales.
   constexpr std::int64_t row() const { return key_row() + (latent ? 0 : value_row()); }
   constexpr std::int64_t key(std::int64_t head, std::int64_t slot) const {
@@ -87,7 +89,7 @@ struct PagedProblem {
   std::int64_t table_size;
   const std::int64_t* parents;  // null, or [T]: among its sequence's new tokens; -1: what is before
   const std::int64_t* weights_of;  // [W]: ascending, the sequences whose weights are wanted
-  const float* slopes;          // null, or [num_heads]: ALiBi, -slope * |position - key's position|
+  const float* slopes;  // null, or [num_heads]: ALiBi, -slope * |position - key's position|
 
   void* output;        // [T, num_heads, value_head_dim]; 0 where no key is seen
   float* log_sum_exp;  // [T, num_heads]; -inf there
@@ -146,6 +148,14 @@ struct PagedPiece {
   std::int64_t part;   // of the group
 };
 
+// A piece for some key heads.
+struct PagedTask {
+  std::int64_t piece, first_head, end_head;
+};
+
+// Rows of all key heads of a task, where rows are few.
+constexpr std::int64_t kRowsOfHeads = 32;
+
 // Pieces with the same rows, whose results are merged. Their sums are kept, for each key head and
 // part, from `sums` on: [rows][value_head_dim + 3].
 struct PagedGroup {
@@ -168,13 +178,12 @@ struct WeightsTask {
 // then `weighs` ones.
 class PagedPlan {
  public:
-  // Throws std::invalid_argument, naming what is wrong with the problem.
-  explicit PagedPlan(const PagedProblem& problem);
+  // Throws std::invalid_argument, naming what is wrong with the problem. There are tasks for
+  // `threads` threads; what comes out does not depend on it.
+  PagedPlan(const PagedProblem& problem, std::int64_t threads);
 
   std::int64_t stores() const;
-  std::int64_t attends() const {
-    return static_cast<std::int64_t>(pieces_.size()) * problem_.layout.num_kv_heads;
-  }
+  std::int64_t attends() const { return static_cast<std::int64_t>(tasks_.size()); }
   std::int64_t weighs() const { return static_cast<std::int64_t>(weights_.size()); }
   // About how many multiplications take as long as all tasks.
   double store_work() const;
@@ -188,12 +197,8 @@ class PagedPlan {
   // The sequence of a token.
   std::int64_t sequence_of(std::int64_t token) const;
 
-  // Pieces are in an order in which those that read the same pages, of sequences that share them,
-  // follow one another.
-  const PagedPiece& piece(std::int64_t task) const { return pieces_[task % pieces_.size()]; }
-  std::int64_t kv_head(std::int64_t task) const {
-    return task / static_cast<std::int64_t>(pieces_.size());
-  }
+  const PagedTask& task(std::int64_t index) const { return tasks_[index]; }
+  const PagedPiece& piece(const PagedTask& task) const { return pieces_[task.piece]; }
   const WeightsTask& weights(std::int64_t task) const { return weights_[task]; }
   // The keys that a piece's rows may see, at most three ranges in ascending order.
   int ranges(const PagedPiece& piece, KeyRange* out) const;
@@ -208,11 +213,13 @@ class PagedPlan {
   void check_pages(const PagedSequence& sequence, std::int64_t index) const;
   void cut(std::int64_t index);
   void list_weights();
+  void list_tasks(std::int64_t threads);
 
   const PagedProblem& problem_;
   std::vector<PagedSequence> sequences_;
   std::vector<PagedGroup> groups_;
   std::vector<PagedPiece> pieces_;
+  std::vector<PagedTask> tasks_;
   std::vector<WeightsTask> weights_;
   double attend_work_ = 0;
   std::int64_t weights_size_ = 0;

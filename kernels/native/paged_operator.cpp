@@ -66,8 +66,8 @@ void read_spec(const Context& context, const Tensor& spec, PagedProblem& p) {
   if (!p.causal) require_range(context, "window without causal", p.window, -1, -1);
   if (p.layout.latent && p.layout.value_head_dim > p.layout.head_dim)
     context.refuse("attnserve: spec: latent: given 1 where value_head_dim is " +
-                   std::to_string(p.layout.value_head_dim) + "; allowed: 0, or value_head_dim up to " +
-                   std::to_string(p.layout.head_dim));
+                   std::to_string(p.layout.value_head_dim) +
+                   "; allowed: 0, or value_head_dim up to " + std::to_string(p.layout.head_dim));
 }
 
 }  // namespace
@@ -142,7 +142,7 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   p.table_size = table.shape[0];
   p.slopes = static_cast<const float*>(slopes.data);
 
-  PagedPlan plan(p);
+  PagedPlan plan(p, Context::cores());
   const std::int64_t rows = query.shape[0];
   p.output = context.output<void>(0, {rows, p.num_heads, settings.value_head_dim});
   p.log_sum_exp = context.output<float>(1, {rows, p.num_heads});

@@ -29,7 +29,7 @@ Array = NDArray[Any]
 QUERY_TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.bfloat16, 16)}
 INPUTS = (
     "query", "key", "value", "cache", "starts", "lengths", "table_starts", "table", "spec",
-    "parents", "slopes",
+    "parents", "slopes", "weights_of",
 )  # fmt: skip
 
 pytestmark = pytest.mark.needs_library
@@ -44,19 +44,19 @@ def session(kind: int, present: frozenset[str], attributes: tuple[Any, ...], thr
 
     def value(name: str) -> Any:
         own = {"query": kind, "key": kind, "value": kind, "output": kind, "cache": 2}
-        own |= dict.fromkeys(("slopes", "log_sum_exp", "entropy"), 1)
+        own |= dict.fromkeys(("slopes", "log_sum_exp", "entropy", "weights"), 1)
         rank = {"query": 3, "key": 3, "value": 3, "output": 3, "log_sum_exp": 2, "entropy": 2}
         return onnx.helper.make_tensor_value_info(
             name, own.get(name, 7), [None] * rank.get(name, 1)
         )
 
     names = [name if name in present else "" for name in INPUTS]
-    outputs = [name for name in OUTPUTS if name in present]
+    outputs = [name if name in present else "" for name in OUTPUTS]
     node = onnx.helper.make_node(
         "PagedAttention", names, outputs, domain="attnserve", **dict(attributes)
     )
     graph = onnx.helper.make_graph(
-        [node], "one", [value(n) for n in names if n], [value(n) for n in outputs]
+        [node], "one", [value(n) for n in names if n], [value(n) for n in outputs if n]
     )
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("attnserve", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -110,13 +110,21 @@ def run(
         "output": np.full((*rows, layout.value_head_dim), np.nan, batch.dtype),
         "log_sum_exp": np.full(rows, np.nan, np.float32),
         "entropy": np.full(rows, np.nan, np.float32),
+        "weights": np.full(weights_size(batch, feeds), np.nan, np.float32),
     }
     for name in given:
         array = answers[name]
         element = kind if name == "output" else np.float32
-        binding.bind_output(name, "cpu", 0, element, list(array.shape), array.ctypes.data)
+        address = array.ctypes.data or batch.cache.ctypes.data
+        binding.bind_output(name, "cpu", 0, element, list(array.shape), address)
     opened.run_with_iobinding(binding)
     return {name: answers[name] for name in given}
+
+
+def weights_size(batch: PagedBatch, feeds: dict[str, Array]) -> int:
+    """Elements of the output `weights`."""
+    sizes = np.diff(feeds["starts"])[: len(feeds["lengths"])] * feeds["lengths"] * batch.num_heads
+    return int(sum(sizes[i] for i in feeds.get("weights_of", ()) if i < len(sizes)))
 
 
 def tolerance(batch: PagedBatch) -> float:
@@ -140,17 +148,23 @@ def check(batch: PagedBatch, answers: dict[str, Array]) -> None:
     assert not error.size or error.max() <= allowed[np.dtype(batch.dtype).itemsize]
     for name in ("log_sum_exp", "entropy"):
         np.testing.assert_allclose(answers[name], expected[name], atol=10 * exact, rtol=1e-6)
+    assert answers["weights"].shape == expected["weights"].shape
+    np.testing.assert_allclose(answers["weights"], expected["weights"], atol=exact, rtol=10 * exact)
+    assert (answers["weights"][expected["weights"] == 0] == 0).all()
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> PagedBatch:
     """Sizes on both sides of every boundary: pages, 128 and 1024 keys, 12, 48 and 192 rows."""
+    head_dim = draw(st.sampled_from([1, 3, 8, 16, 31, 64, 64, 80, 128]))
+    value_head_dim = draw(st.sampled_from([1, 5, 8, 33, 64, 64, 144]))
     layout = PageLayout(
         draw(st.integers(1, 3)),
-        draw(st.sampled_from([1, 3, 8, 16, 31, 64, 64, 80, 128])),
-        draw(st.sampled_from([1, 5, 8, 33, 64, 64, 144])),
+        head_dim,
+        value_head_dim,
         draw(st.sampled_from([1, 3, 8, 16, 16, 16, 40])),
         draw(st.sampled_from(list(CACHE_TYPES))),
+        latent=value_head_dim <= head_dim and draw(st.booleans()),
     )
     heads = layout.num_kv_heads * draw(st.sampled_from([1, 1, 2, 3, 4, 7]))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -179,12 +193,14 @@ def batches(draw: st.DrawFn) -> PagedBatch:
         kept_first=draw(st.sampled_from([0, 0, 1, 4, 20])),
         causal=causal,
         appends=draw(st.sampled_from([True, True, False])),
+        weights_of=sorted(draw(st.sets(st.integers(0, len(sequences) - 1)))),
     )
 
 
 def plain(*sequences: PagedSequence, seed: int = 0, **others: Any) -> PagedBatch:
     """A batch of two key heads of 64 for four query heads, FP32, pages of 16."""
-    layout = PageLayout(2, 64, 64, 16, others.pop("cache", "fp32"))
+    width, latent = others.pop("value_head_dim", 64), others.pop("latent", False)
+    layout = PageLayout(2, 64, width, 16, others.pop("cache", "fp32"), latent)
     return PagedBatch(
         layout, 4, np.float32, list(sequences), np.random.default_rng(seed), scale=0.125, **others
     )
@@ -209,8 +225,18 @@ def test_any_new_keys_are_stored_and_nothing_else_is_touched(batch: PagedBatch) 
 
 @pytest.mark.parametrize("cache", CACHE_TYPES)
 def test_one_long_sequence_is_cut_and_merged(cache: str) -> None:
-    batch = plain(PagedSequence(9_000, 1), PagedSequence(5_000, 30), cache=cache)
+    batch = plain(PagedSequence(9_000, 1), PagedSequence(5_000, 30), cache=cache, weights_of=[0])
     check(batch, run(batch))
+
+
+@pytest.mark.parametrize("cache", CACHE_TYPES)
+def test_a_latent_page_holds_one_row_for_key_and_value(cache: str) -> None:
+    sequences = (PagedSequence(2_100, 1), PagedSequence(21, 30), PagedSequence(0, 1))
+    batch = plain(*sequences, cache=cache, latent=True, value_head_dim=40)
+    bytes_of_key = np.dtype(CACHE_TYPES[cache]).itemsize * 64 + (4 if batch.layout.scaled else 0)
+    assert batch.layout.bytes == 2 * 16 * bytes_of_key
+    check(batch, run(batch))
+    check(batch, run(batch, absent=("value",)) | {"weights": np.zeros(0, np.float32)})
 
 
 @pytest.mark.parametrize("count", [1, 3, 60])
@@ -242,10 +268,30 @@ def test_pages_that_were_given_back_are_not_read() -> None:
             run(batch, {"table": np.where(np.arange(len(pages)) == gone, -1, pages)})
 
 
+def test_weights_are_of_the_sequences_named_and_0_where_nothing_is_seen() -> None:
+    sequences = (PagedSequence(400, 2), PagedSequence(0, 1), PagedSequence(7, 5, [-1, 0, 0, 2, 1]))
+    batch = plain(*sequences, window=40, kept_first=20, weights_of=[0, 2])
+    wanted = run(batch)
+    check(batch, wanted)
+    pages = np.array([page for s in sequences for page in s.pages])
+    pages[2:22] = -1  # of the first sequence: no query sees them
+    np.testing.assert_array_equal(run(batch, {"table": pages})["weights"], wanted["weights"])
+    first = wanted["weights"][: 2 * 4 * 402].reshape(2, 4, 402)
+    assert (first[:, :, 20:360] == 0).all()
+    np.testing.assert_allclose(first.sum(axis=2), 1, atol=1e-5)
+    alone = run(batch, {"weights_of": np.array([2])})
+    np.testing.assert_array_equal(alone["weights"], wanted["weights"][first.size :])
+    for name in ("output", "log_sum_exp", "entropy"):
+        np.testing.assert_array_equal(alone[name], wanted[name])
+    without = run(batch, absent=("entropy",))
+    np.testing.assert_array_equal(without["weights"], wanted["weights"])
+
+
 def test_a_sequence_without_keys_gives_nothing() -> None:
     batch = plain(PagedSequence(0, 3), PagedSequence(20, 2), causal=False, appends=False)
     batch.sequences[0].count = 0
     feeds = {"starts": np.array([0, 3, 5]), "lengths": np.array([0, 22])}
+    feeds["weights_of"] = np.array([0])
     answers = run(batch, feeds)
     assert (answers["output"][:3] == 0).all()
     assert (answers["log_sum_exp"][:3] == -np.inf).all()
@@ -280,7 +326,7 @@ def test_keys_alone_are_stored_without_queries() -> None:
 def test_outputs_that_are_not_in_the_graph_are_not_computed() -> None:
     batch = plain(PagedSequence(40, 3))
     whole, less = run(batch), run(batch, absent=("entropy", "parents"))
-    assert set(less) == {"output", "log_sum_exp"}
+    assert set(less) == {"output", "log_sum_exp", "weights"}
     for name, array in less.items():
         np.testing.assert_array_equal(array, whole[name])
 
@@ -318,10 +364,15 @@ def test_no_number_stays_no_number_where_it_is_seen(count: int, cache: str) -> N
         ({"table_starts": np.array([0, 3])}, r"table_starts\[1\]: given 3; allowed: 0\.\.2"),
         ({"table": np.array([0, 1 << 40])}, r"table\[1\]: given 1099511627776; allowed: multi"),
         ({"table": np.array([0, 8])}, r"table\[1\]: given 8; allowed: multiples of 64"),
-        ({"spec": np.array([0, 0, -1, 0, 1])}, "spec: page_size: given 0; allowed: 1"),
-        ({"spec": np.array([16, 5, -1, 0, 1])}, r"spec: cache_dtype: given 5; allowed: 0\.\.4"),
-        ({"spec": np.array([16, 0, 3, 0, 0])}, "spec: window without causal: given 3"),
-        ({"spec": np.array([16, 0, -1, -1, 1])}, "spec: kept_first: given -1"),
+        ({"spec": np.array([0, 0, -1, 0, 1, 0])}, "spec: page_size: given 0; allowed: 1"),
+        ({"spec": np.array([16, 5, -1, 0, 1, 0])}, r"spec: cache_dtype: given 5; allowed: 0\.\.4"),
+        ({"spec": np.array([16, 0, 3, 0, 0, 0])}, "spec: window without causal: given 3"),
+        ({"spec": np.array([16, 0, -1, -1, 1, 0])}, "spec: kept_first: given -1"),
+        ({"spec": np.array([16, 0, -1, 0, 1, 2])}, r"spec: latent: given 2; allowed: 0\.\.1"),
+        ({"spec": np.array([16, 0, -1, 0])}, r"spec: its shape is \[4\]; allowed: \[6\]"),
+        ({"spec": np.array([16, 0, -1, 0, 1, 1])}, "value: given where spec: latent is 1"),
+        ({"weights_of": np.array([1])}, r"weights_of\[0\]: given 1; allowed: 0\.\.0, ascending"),
+        ({"weights_of": np.array([0, 0])}, r"weights_of\[1\]: given 0; allowed: 1\.\.0"),
         ({"parents": np.array([-1, 1, 0])}, "parents: given 1 for new token 1 of its sequence"),
         ({"parents": np.array([-1, 0])}, "parents: its shape is"),
     ],
@@ -332,6 +383,17 @@ def test_wrong_inputs_are_refused_by_name(changes: dict[str, Array], message: st
     with pytest.raises(Exception, match=message):
         run(batch, changes)
     np.testing.assert_array_equal(batch.cache, before)
+
+
+def test_values_wider_than_keys_are_not_latent() -> None:
+    batch = plain(PagedSequence(3, 2), value_head_dim=80)
+    with pytest.raises(Exception, match="latent: given 1 where value_head_dim is 80; allowed: 0"):
+        run(batch, {"spec": np.array([16, 0, -1, 0, 1, 1])})
+
+
+def test_specs_of_graphs_exported_earlier_have_no_latent() -> None:
+    batch = plain(PagedSequence(30, 2))
+    check(batch, run(batch, {"spec": batch.feeds()["spec"][:5]}))
 
 
 def test_a_stop_flag_ends_what_begins_on_its_thread() -> None:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -17,6 +18,9 @@
 namespace attnserve::sessions {
 
 namespace {
+
+// What the system maps as one where it can.
+constexpr std::size_t kLargePage = std::size_t{2} << 20;
 
 std::size_t system_page() {
   static const std::size_t size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -176,8 +180,8 @@ bool PageClass::add_slab() {
   const std::size_t slab = is_new ? slabs_.size() : *absent_.begin();
   const std::size_t start = first_ + slab * slab_bytes();
   if (is_new) {
-    const std::size_t from = rounded_down(start, system_page());
-    const std::size_t to = rounded_up(start + slab_bytes(), system_page());
+    const std::size_t from = rounded_down(start, kLargePage);
+    const std::size_t to = rounded_up(start + slab_bytes(), kLargePage);
     if (mprotect(store_.start_ + from, to - from, PROT_READ | PROT_WRITE) != 0) {
       throw no_memory(to - from);
     }
@@ -206,16 +210,19 @@ void PageClass::give_back(std::uint32_t slab) {
 
 PageStore::PageStore(std::size_t max_bytes, std::size_t slab_bytes, OnEvict on_evict)
     : max_bytes_(max_bytes), slab_bytes_(slab_bytes), on_evict_(std::move(on_evict)) {
-  class_bytes_ = rounded_up(std::max<std::size_t>(max_bytes, 1), system_page());
-  reserved_ = class_bytes_ * kMostClasses;
+  class_bytes_ = rounded_up(std::max<std::size_t>(max_bytes, 1), kLargePage);
+  reserved_ = class_bytes_ * kMostClasses + kLargePage;
   // Address space only: not readable until a slab is there, so no promise of the system is needed.
-  void* start =
-      mmap(nullptr, reserved_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (start == MAP_FAILED) throw no_memory(reserved_);
-  start_ = static_cast<std::byte*>(start);
+  mapped_ = mmap(nullptr, reserved_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped_ == MAP_FAILED) throw no_memory(reserved_);
+  const auto address = reinterpret_cast<std::uintptr_t>(mapped_);
+  start_ = static_cast<std::byte*>(mapped_) + (rounded_up(address, kLargePage) - address);
+  // The fewer addresses there are to translate, the faster a cache is read. Small pages serve where
+  // the system has no large ones.
+  madvise(mapped_, reserved_, MADV_HUGEPAGE);
 }
 
-PageStore::~PageStore() { munmap(start_, reserved_); }
+PageStore::~PageStore() { munmap(mapped_, reserved_); }
 
 PageClass& PageStore::of_size(std::size_t page_bytes) {
   for (PageClass& of : classes_) {

@@ -145,7 +145,7 @@ class PageStore {
   PageStore& operator=(const PageStore&) = delete;
 
   std::byte* cache() { return start_; }
-  std::size_t cache_bytes() const { return reserved_; }  // of address space
+  std::size_t cache_bytes() const { return class_bytes_ * kMostClasses; }  // of address space
   std::size_t max_bytes() const { return max_bytes_; }
 
   // Pages of so many bytes, a multiple of 64; they are there as long as any are promised. Throws
@@ -177,7 +177,8 @@ class PageStore {
   const std::size_t max_bytes_, slab_bytes_;
   OnEvict on_evict_;
   std::size_t class_bytes_ = 0, reserved_ = 0;
-  std::byte* start_ = nullptr;
+  void* mapped_ = nullptr;
+  std::byte* start_ = nullptr;  // in what is mapped, where a large page begins
   std::size_t memory_ = 0;
   std::uint64_t now_ = 0;  // counts what becomes cached
   std::uint64_t evictions_ = 0;
