@@ -17,13 +17,25 @@ from attnserve_client import AttentionClient
 
 BIN = Path(sys.executable).parent
 MODELS, REPORT = Path("models"), Path("reports/demo")
+PAGE = REPORT / "attention.html"
 SENTENCE = "The animal didn't cross the street because it was too tired"
+
+NEXT = """
+Three things to try next:
+  serve the models      .venv/bin/attnserve-server --repository models
+  then, beside it, ask  .venv/bin/attnserve tokens "Paris is big" --model minilm --query paris
+  or load it            .venv/bin/locust -f loadtest/locustfile.py --host 127.0.0.1:8001"""
 
 
 def run(*command: str) -> None:
     """Run a command of the project, shown as it could be typed."""
     print(f"\n$ {' '.join(command)}", flush=True)
     subprocess.run([BIN / command[0], *command[1:]], check=True)
+
+
+def link(path: Path) -> str:
+    """The address of a file, which terminals open with a click."""
+    return path.resolve().as_uri()
 
 
 def minilm() -> str:
@@ -126,13 +138,19 @@ def main() -> None:
     """The demo."""
     started = time.monotonic()
     export()
+    REPORT.mkdir(parents=True, exist_ok=True)
     with server() as address:
         with AttentionClient(address) as client:
             attend(client)
             look(client)
+        run("attnserve", "--target", address, "inspect", SENTENCE, "--model", "minilm",
+            "--out", str(PAGE))  # fmt: skip
         generate(address)
         load_test(address)
-    print(f"\nthe report: {REPORT / 'report.html'}; {time.monotonic() - started:.0f} s in all")
+    print(f"\n{time.monotonic() - started:.0f} s in all. To look at, with a click:")
+    print(f"  how latency grows                    {link(REPORT / 'report.html')}")
+    print(f"  what the sentence's words attend to  {link(PAGE)}")
+    print(NEXT)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ import onnx
 import onnxruntime
 import torch
 from attnserve_export import cli
-from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.models import TORCH
+from attnserve_export.runtime import CPU, CUDA
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -30,8 +30,8 @@ import numpy as np
 import onnxruntime
 import torch
 from attnserve_export import sessions
-from attnserve_export.attention.variants import CPU
 from attnserve_export.cli import main as export
+from attnserve_export.runtime import CPU
 from attnserve_loadtest.fitting import fit_power_law
 from common import arguments, write_json
 from kernels_memory import peak_growth

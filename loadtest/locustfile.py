@@ -5,6 +5,12 @@
         --model causal --seq-lens 64,256,1024
 """
 
-from attnserve_loadtest.users import AttendTokensUser, AttendUser
+from attnserve_loadtest import users
 
-__all__ = ["AttendTokensUser", "AttendUser"]
+
+class AttendUser(users.AttendUser):
+    """Sends query, key and value: `--model`, `--seq-lens`."""
+
+
+class AttendTokensUser(users.AttendTokensUser):
+    """Sends token ids: `--tokens-model`, `--tokens-seq-lens`."""

@@ -15,7 +15,7 @@ import attnserve_kernels
 import numpy as np
 import onnx
 import torch
-from attnserve_export import cases, graphs
+from attnserve_export import cases, graphs, runtime
 from attnserve_export.attention.blocked import blocked_attention
 from attnserve_export.attention.core import (
     BLOCKED,
@@ -168,7 +168,7 @@ def _verified(spec: VariantSpec, dtype: str) -> str:
 def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.ModelProto:
     """The graph of one variant of a core model."""
     if spec.core is PagedCore:
-        return paged_attention(config, dtype, graphs.MIN_OPSET)
+        return paged_attention(config, dtype, runtime.MIN_OPSET)
     kind, c = _TYPES[dtype], config
     own = [
         f"{kind}[batch, {c.num_heads}, query_len, {c.head_dim}] query",
@@ -186,7 +186,7 @@ def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.M
 
 def _layer_graph(layer: AttentionLayer, spec: VariantSpec) -> onnx.ModelProto:
     if spec.core is PagedCore:
-        return paged_layer(layer, "FP32", graphs.MIN_OPSET)
+        return paged_layer(layer, "FP32", runtime.MIN_OPSET)
     config, c = layer.config, layer.config.attention
     cross = config.context_dim is not None
     own = [f"float[batch, query_len, {config.embed_dim}] hidden_states"]
@@ -254,7 +254,7 @@ def _model(
         "top_k_weights": f"float[batch, {heads}, query_len, top_k] top_k_weights",
     }
     flash = spec.core in (FlashCore, CudnnCore)
-    opset = FLASH_OPSET if flash else graphs.MIN_OPSET
+    opset = FLASH_OPSET if flash else runtime.MIN_OPSET
     signature = ", ".join([*own, *(inputs[name] for name in spec.inputs)])
     results = ", ".join(outputs[name] for name in spec.outputs)
     model = onnx.parser.parse_model(

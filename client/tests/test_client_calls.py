@@ -1,5 +1,6 @@
 """The SDK against a real grpc server that misbehaves on purpose."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,10 @@ import grpc
 import numpy as np
 import pytest
 from attnserve_client import (
+    AsyncAttentionClient,
     AttentionClient,
     AttnserveError,
+    ClientOptions,
     DeadlineExceededError,
     InternalError,
     ResourceExhaustedError,
@@ -103,11 +106,11 @@ def test_wrong_arguments_never_leave_the_process() -> None:
     with AttentionClient("127.0.0.1:1") as client:
         with pytest.raises(TypeError, match="key: dtype complex128 cannot be sent"):
             client.attend(Q, Q.astype(complex), Q, model="m")
-        with pytest.raises(TypeError, match="not one text"):
+        with pytest.raises(TypeError, match="inputs: given 'one text', of type str"):
             client.attend_tokens("one text", model="m")
         with pytest.raises(TypeError, match="cannot be mixed"):
             client.attend_tokens(["text", [1, 2]], model="m")
-        with pytest.raises(ValueError, match="top_k: -1"):
+        with pytest.raises(ValueError, match="top_k: given -1"):
             client.attend(Q, Q, Q, model="m", top_k=-1)
 
 
@@ -148,4 +151,60 @@ def test_a_stream_that_cannot_be_read_fails_its_futures() -> None:
         future = stream.submit(Q, Q, Q, model="m")
         with pytest.raises(InternalError, match="cannot be read"):
             future.result(5)
+    server.stop(0).wait()
+
+
+def test_metadata_goes_with_every_call() -> None:
+    seen: dict[str, dict[str, str | bytes]] = {}
+
+    class Service(pb_grpc.AttentionServiceServicer):
+        def ListModels(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+            seen["ListModels"] = dict(context.invocation_metadata())
+            return pb.ListModelsResponse()
+
+        def Attend(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+            seen["Attend"] = dict(context.invocation_metadata())
+            return pb.AttendResponse()
+
+        def AttendStream(self, requests, context):  # type: ignore[no-untyped-def]  # noqa: N802
+            seen["AttendStream"] = dict(context.invocation_metadata())
+            for request in requests:
+                yield pb.AttendStreamResponse(
+                    request_id=request.request_id, response=pb.AttendResponse()
+                )
+
+        def Decode(self, requests, context):  # type: ignore[no-untyped-def]  # noqa: N802
+            seen["Decode"] = dict(context.invocation_metadata())
+            for request in requests:
+                opened = pb.OpenedSessions(sessions=[pb.SessionState(session_id="s")])
+                yield pb.DecodeResponse(request_id=request.request_id, opened=opened)
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    pb_grpc.add_AttentionServiceServicer_to_server(Service(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    options: ClientOptions = {"metadata": {"x-caller": "me", "x-bin": b"\0\1"}}
+
+    async def main() -> None:
+        async with AsyncAttentionClient(address, **options) as client:
+            await client.list_models()
+            await client.attend(Q, Q, Q, model="m")
+            async with client.stream() as stream:
+                await stream.submit(Q, Q, Q, model="m")
+            await client.session("m", num_layers=1, max_tokens=1)
+
+    def blocking() -> None:
+        with AttentionClient(address, **options) as client:
+            client.list_models()
+            client.attend(Q, Q, Q, model="m")
+            with client.stream() as stream:
+                stream.submit(Q, Q, Q, model="m").result(5)
+            client.session("m", num_layers=1, max_tokens=1)
+
+    for calls in (blocking, lambda: asyncio.run(main())):
+        seen.clear()
+        calls()
+        assert set(seen) == {"ListModels", "Attend", "AttendStream", "Decode"}
+        for metadata in seen.values():
+            assert (metadata["x-caller"], metadata["x-bin"]) == ("me", b"\0\1")
     server.stop(0).wait()

@@ -145,7 +145,7 @@ def test_layer_models_and_their_hidden_states_are_told_to_the_server() -> None:
             session.attend(0, hidden_states=hidden[..., None])
         with pytest.raises(ValueError, match="query: not given"):
             session.attend(0)
-        with pytest.raises(ValueError, match="num_layers: 3 beside 2 layer_models"):
+        with pytest.raises(ValueError, match="num_layers 3; allowed"):
             client.session(layer_models=["a", "b"], num_layers=3, max_tokens=8)
 
 
@@ -244,7 +244,7 @@ def test_layers_are_told_to_the_server() -> None:
         assert session.attend(2, query, key, value).step_ended
         session.attend(0, query, key, value)
         assert session.attend(1, query).output is not None
-        with pytest.raises(ValueError, match="cache_dtype: 'fp4'; allowed: fp32, "):
+        with pytest.raises(ValueError, match="cache_dtype: given 'fp4'; allowed: 'fp32', "):
             client.session("m", num_layers=1, max_tokens=64, cache_dtype="fp4")
 
 

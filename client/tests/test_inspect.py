@@ -5,6 +5,7 @@ import builtins
 import html.parser
 import json
 import re
+import resource
 import zlib
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,67 @@ def test_without_matplotlib_plot_says_what_to_install(monkeypatch: pytest.Monkey
     with pytest.raises(ImportError, match=r"attnserve-client\[plot\]"):
         result.plot()
     assert "effective keys" in result._repr_html_()
+
+
+# "The café is 👍 déjà vu." as GPT-2's tokens, "é" and "👍" in two parts each.
+BYTES = [
+    "<|endoftext|>",
+    "The",
+    "Ġcaf",
+    "Ã",
+    "©",
+    "Ġis",
+    "ĠðŁ",
+    "ĳį",
+    "Ġd",
+    "Ã©j",
+    "Ãł",
+    "Ġvu",
+    ".",
+]
+
+
+def test_tokens_of_bytes_are_shown_as_text() -> None:
+    assert texts.shown(BYTES) == [
+        "<|endoftext|>", "The", "␣caf", "<0xC3>", "<0xA9>", "␣is", "␣<0xF0><0x9F>", "<0x91><0x8D>",
+        "␣d", "éj", "à", "␣vu", ".",
+    ]  # fmt: skip
+    assert texts.text_of(BYTES) == "The café is 👍 déjà vu."
+    assert texts.shown(BYTES[:4])[-1] == "<0xC3>"  # cut within a character
+
+
+@pytest.mark.parametrize("words", [["naïve", "Łódka"], ["č"], ["Ġ"], ["Ã", "##©"], ["Ģ"], ["it"]])
+def test_other_tokens_are_left_as_they_are(words: list[str]) -> None:
+    assert texts.shown(words) in (words, ["␣"])  # Ġ alone is a space of byte-level BPE
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ("[CLS] the animal didn ' t cross ( yet ) . [SEP]", "the animal didn't cross (yet)."),
+        ("[CLS] un ##afford ##able , well - known [SEP]", "unaffordable, well-known"),
+        ("<s> ▁The ▁cat <0xC3> <0xA9> s </s>", "The catés"),
+        ("[CLS] [SEP]", "[CLS] [SEP]"),
+    ],
+)
+def test_a_page_is_called_by_the_text_that_its_tokens_spell(tokens: str, text: str) -> None:
+    assert texts.text_of(tokens.split()) == text
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    result = tokens_result(["a", "b"], random_weights(1, 1, 2, 2))
+    path = tmp_path / "page.html"
+    path.write_text("before")
+    path.chmod(0o640)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_page(result, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "before"
+    assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
+    write_page(result, path)
+    assert path.read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert path.stat().st_mode & 0o777 == 0o640

@@ -219,6 +219,41 @@ def test_the_focus_is_seen_on_every_stop_of_the_tab_key(browser: "Browser", page
     assert max(duration for _, _, duration in seen) == 0
 
 
+# A menu's longest entry, drawn in its own font, against the room that the menu has for it.
+CUT_MENUS = """(() => {
+  const context = document.createElement("canvas").getContext("2d");
+  const menus = [...document.querySelectorAll("select")].filter((menu) => menu.clientWidth);
+  return menus.filter((menu) => {
+    const style = getComputedStyle(menu);
+    context.font = style.font;
+    const texts = [...menu.options].map((option) => context.measureText(option.text).width);
+    return Math.max(...texts) > menu.clientWidth - parseFloat(style.paddingLeft) - 16;
+  }).map((menu) => menu.id);
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_the_width_is_used_and_nothing_is_cut(
+    browser: "Browser", tmp_path: Path, width: int, scheme: str
+) -> None:
+    page = write_page(result_of(WORDS, 2, 12), tmp_path / "page.html")
+    browser.open(page, width=width, scheme=scheme)
+    drawn(browser)
+    assert browser.run("document.documentElement.scrollWidth") == width
+    assert browser.run(CUT_MENUS) == []
+    inner = browser.run(
+        "(() => { const s = getComputedStyle(document.querySelector('main'));"
+        "return innerWidth - parseFloat(s.paddingLeft) - parseFloat(s.paddingRight); })()"
+    )
+    for view in ("grid", "lines", "spread-canvas", "sinks-canvas", "text"):
+        used = browser.run(f"document.getElementById('{view}').getBoundingClientRect().width")
+        assert used > 0.95 * inner, view
+    browser.run("document.getElementById('tokens').scrollIntoView()")
+    drawn(browser)
+    assert text(browser, "#lines-caption").startswith("Head 0 of layer 0: ")
+
+
 def test_pictures_have_a_name_and_the_page_fits_a_narrow_screen(
     browser: "Browser", page: Path
 ) -> None:

@@ -14,11 +14,12 @@ from attnserve_export import sessions
 from attnserve_export.attention.core import AttentionConfig
 from attnserve_export.attention.flash import has_cudnn, has_flash
 from attnserve_export.attention.positions import Rotary
-from attnserve_export.attention.variants import CUDA, CUDNN, FLASH, VariantSpec
+from attnserve_export.attention.variants import CUDNN, FLASH, VariantSpec
 from attnserve_export.cases import scheme_of
 from attnserve_export.cli import main
 from attnserve_export.models import core_graph
 from attnserve_export.reference import attention_reference
+from attnserve_export.runtime import CUDA
 from attnserve_export.verification import angle_tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st

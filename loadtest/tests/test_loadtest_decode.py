@@ -2,8 +2,10 @@
 
 import csv
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from attnserve_loadtest.cli import main
@@ -60,3 +62,17 @@ def test_a_model_that_is_not_there(
 ) -> None:
     assert load(server, tmp_path, "--model", "none") == 1
     assert "given 'none'" in capsys.readouterr().err
+
+
+def test_an_interruption_keeps_what_was_measured(
+    server: AttentionServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Timer(1.5, signal.raise_signal, [signal.SIGINT]).start()
+    assert load(server, tmp_path, "--model", "llama", "--duration", "60") == 130
+    assert "interrupted: this is what was measured" in capsys.readouterr().err
+    report = json.loads((tmp_path / "decode.json").read_text())
+    assert not report["complete"]
+    tokens = sum(len(one["token_ms"]) for one in report["sessions"])
+    assert tokens > 0
+    with (tmp_path / "decode.csv").open() as file:
+        assert len(list(csv.reader(file))) == 1 + tokens

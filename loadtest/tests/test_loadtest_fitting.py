@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from attnserve_loadtest.fitting import fit_power_law
+from attnserve_loadtest.fitting import fit_power_law, growth_of
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import optimize
 
 LENGTHS = [64, 128, 256, 512, 1024, 2048, 4096]
 
@@ -79,3 +80,43 @@ def test_durations_of_zero_are_left_out() -> None:
 @pytest.mark.parametrize("medians", [[], [1.0], [0.0, 1.0]])
 def test_fewer_than_two_lengths_have_no_exponent(medians: list[float]) -> None:
     assert fit_power_law("compute", LENGTHS[: len(medians)], medians) is None
+
+
+@pytest.mark.parametrize(
+    "parts", [(5.0, 0.0, 0.0), (0.0, 3.0, 0.0), (0.0, 0.0, 7.0), (1.0, 0.0, 4.0), (2.0, 3.0, 4.0)]
+)
+def test_constant_linear_and_quadratic_parts_are_found(parts: tuple[float, ...]) -> None:
+    lengths = (64, 100, 256, 300, 1024)
+    share = np.array(lengths) / 1024
+    medians = parts[0] + parts[1] * share + parts[2] * share**2
+    fit = fit_power_law("compute", lengths, medians.tolist())
+    assert fit is not None
+    growth = growth_of(fit)
+    assert growth is not None
+    found = (growth.constant_ms, growth.linear_ms, growth.quadratic_ms)
+    assert found == pytest.approx(parts, abs=1e-6)
+    assert growth.off < 1e-6
+    assert growth.seq_len == 1024
+
+
+def test_parts_are_those_of_scipys_solver_and_never_negative() -> None:
+    generator = np.random.default_rng()
+    lengths = (32, 64, 128, 256, 512, 1024)
+    share = np.array(lengths) / 1024
+    columns = np.stack([np.ones(6), share, share**2], axis=1)
+    for _ in range(50):
+        medians = np.exp(generator.standard_normal(6)) * share ** generator.uniform(-1, 3)
+        fit = fit_power_law("compute", lengths, medians.tolist())
+        assert fit is not None
+        growth = growth_of(fit)
+        assert growth is not None
+        expected = optimize.nnls(columns / medians[:, None], np.ones(6))[0]
+        found = (growth.constant_ms, growth.linear_ms, growth.quadratic_ms)
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert min(found) >= 0
+
+
+def test_three_lengths_say_nothing_of_three_parts() -> None:
+    fit = fit_power_law("compute", (1, 2, 4), (1.0, 2.0, 4.0))
+    assert fit is not None
+    assert growth_of(fit) is None

@@ -199,3 +199,15 @@ def until(check: Callable[[], Any], process: subprocess.Popen[bytes] | None = No
         assert time.monotonic() < deadline, "nothing in time"
         assert process is None or process.poll() is None, "ended early"
         time.sleep(0.1)
+
+
+def test_a_class_that_is_but_imported_does_not_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from attnserve_loadtest.users import AttendTokensUser, AttendUser\n\n\n"
+        "class Mine(AttendUser):\n    weight = 3\n"
+    )
+    command = [sys.executable, "-m", "locust", "-f", str(tmp_path / "mine.py"), "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "Mine"
+    assert "AttendUser" not in done.stdout

@@ -1,5 +1,6 @@
 """`attnserve-server` where it cannot start: exit code 1 and one line that says why."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import certificates
 import pytest
 import serving
 from attnserve_server import cli
+from attnserve_server.models.store import ModelStore, load_all
+from attnserve_server.repository import explain_empty
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,40 @@ sys.meta_path.insert(0, Absent())
     said = start(repository, before=before)
     assert "attnserve_dataplane" in said
     assert "pip install attnserve-dataplane" in said
+
+
+def test_an_empty_repository_says_what_was_looked_for_and_what_lies_there(
+    repository: Path, tmp_path: Path
+) -> None:
+    [model] = repository.iterdir()
+    said = explain_empty(model)
+    assert f"looked for {model}/NAME/VERSION/model.json" in said
+    assert said.endswith(f"it is itself a model; give the folder around it, {repository}")
+    assert explain_empty(model / "1").endswith(
+        f"it is itself a version of a model; give {repository}"
+    )
+    assert f"models lie in {repository}; give that" in explain_empty(repository.parent)
+    assert "the folder is empty; `attnserve-export` writes models into it" in explain_empty(
+        tmp_path
+    )
+    for name in "abcdefg":
+        (tmp_path / f"{name}.txt").touch()
+    assert "there lies a.txt, b.txt, c.txt, d.txt, e.txt, ..." in explain_empty(tmp_path)
+
+
+def test_the_warning_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_all(tmp_path, ModelStore(None), lambda folder: None)
+    [record] = caplog.records
+    assert (record.levelname, record.message) == ("WARNING", "no model found")
+    assert str(tmp_path) in record.reason
+
+
+def test_telemetry_of_onnx_runtime_is_off_unless_asked_for() -> None:
+    code = (
+        "import os, attnserve_server, attnserve_export; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    for asked in ({}, {"ORT_DISABLE_TELEMETRY": "0"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == asked.get("ORT_DISABLE_TELEMETRY", "1")

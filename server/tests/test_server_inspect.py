@@ -84,3 +84,40 @@ def test_too_many_weights_are_refused_before_they_are_fetched(
     monkeypatch.setattr(command, "_MOST_WEIGHTS", 100)
     with pytest.raises(ValueError, match=r"are 150 weights; allowed: 100; use --layers, --heads"):
         command.collect(client, ["w1 w2 w3"], model="bert")
+
+
+def test_tokens_takes_every_option_of_the_call(
+    client: AttentionClient, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "answer.npz"
+    texts = ["w1 w2 w3", "w2 " * 30]
+    words = ["tokens", *texts, "--model", "bert", "--version", "1", "--truncate"]
+    words += ["--layers", "2,0", "--heads", "1", "--entropy", "--effective-context"]
+    words += ["--mass-by-distance", "3", "--mass-on-first", "2", "--query", "w2", "--top", "2"]
+    assert main([*words, "--output", str(out), "--target", address, "--timeout", "20"]) == 0
+    expected = client.attend_tokens(
+        texts, model="bert", truncate=True, layers=[2, 0], heads=[1], return_weights=True,
+        return_entropy=True, return_effective_context=True, mass_by_distance=3, mass_on_first=2,
+    )  # fmt: skip
+    said = capsys.readouterr()
+    assert said.err == f"attnserve: text 1 was cut to {len(expected.ids[1])} tokens\n"
+    assert said.out.startswith("[CLS] w1 w2 w3 [SEP]\n            w2  layer 2: ")
+    with np.load(out) as answer:
+        for name in ("hidden", "weights", "entropy", "effective_context",
+                     "mass_by_distance", "mass_on_first"):  # fmt: skip
+            for index in range(2):
+                np.testing.assert_allclose(
+                    answer[f"{name}_{index}"], getattr(expected, name)[index], atol=1e-6
+                )
+    short = ["tokens", "--ids", "2,9,3", "--model", "bert", "--no-weights", "--target", address]
+    assert main(short) == 0
+    assert capsys.readouterr().out.startswith("[CLS] w5 [SEP]\n  hidden: [3, ")
+    # A checkpoint without a pooler: the server's own words, and where to look.
+    assert main([*short, "--pooled"]) == 1
+    assert "says nothing about pooling; see `attnserve tokens --help`" in capsys.readouterr().err
+
+
+def test_a_token_that_is_not_there(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tokens", "w1 w2", "--model", "bert", "--query", "w9", "--target", address]
+    assert main(words) == 2
+    assert "--query: given 'w9'; allowed: one of [CLS] w1 w2 [SEP]" in capsys.readouterr().err

@@ -18,7 +18,6 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_server.app import AttentionServer
 from decode_streams import Array, Refused, Stream, generator, layer_of, result_of, step_of, tensor
 from handmade import attention, write_core, write_layer
-from numpy.typing import NDArray
 from serving import serving
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -78,6 +77,10 @@ class Llama:
 
     def __call__(self, hidden: Array) -> Array:
         """[n, E] to [n, E]."""
+        return self.with_weights(hidden)[0]
+
+    def with_weights(self, hidden: Array) -> tuple[Array, Array]:
+        """[n, E] to [n, E] and weights [n, H, n]."""
         states = torch.from_numpy(hidden.astype(np.float64))[None]
         at = torch.arange(len(hidden))
         later = at[None, :] > at[:, None]
@@ -86,9 +89,8 @@ class Llama:
         mask = torch.zeros(later.shape, dtype=torch.float64).masked_fill(later, -torch.inf)
         with torch.no_grad():
             angles = self._rotary(states, at[None])
-            output, _ = self._module(states, angles, mask[None, None])
-        result: NDArray[np.float64] = output[0].numpy()
-        return result
+            output, weights = self._module(states, angles, mask[None, None])
+        return output[0].numpy(), weights[0].transpose(0, 1).numpy()
 
 
 LAYERS = {name: Llama(made(seed)) for name, seed in SEEDS.items()}
@@ -220,6 +222,22 @@ def test_a_layer_may_begin_its_step_and_say_what_its_heads_say(stream: Stream) -
     assert np.abs(entropy[0]).max() < 1e-6  # the first token sees itself alone
     assert (entropy[1:] <= np.log(np.arange(2, 7))[:, None] + 1e-6).all()
     assert list(attended.log_sum_exp.shape) == [6, HEADS]
+
+
+def test_weights_of_named_sessions(stream: Stream) -> None:
+    ids, pasts = opened(stream, count=3), [nothing() for _ in range(3)]
+    step(stream, 1, ids, pasts, [4, 20, 7], [LAYERS["first"]] * 2)
+    counts, hidden = [2, 1, 3], hidden_of(6)
+    stream.begin(2, ids, counts)
+    returns = pb.LayerReturns(weights_of=[0, 2])
+    attended = stream.ask(attend_layer=asking(2, 1, hidden, returns=returns))
+    for weights, index, rows in zip(
+        attended.weights, (0, 2), (slice(0, 2), slice(3, 6)), strict=True
+    ):
+        whole = np.concatenate([pasts[index][1], hidden[rows]])
+        expected = LAYERS["first"].with_weights(whole)[1][-counts[index] :]
+        got = np.frombuffer(weights.data, np.float32).reshape(weights.shape)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_callers_of_one_model_are_computed_together_and_others_apart(models: Path) -> None:

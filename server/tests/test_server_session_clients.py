@@ -1,13 +1,20 @@
 """What both clients do with sessions of a real server: layer models, and asyncio's own."""
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncAttentionClient, AttentionClient, InvalidArgumentError
+from attnserve_client import (
+    AsyncAttentionClient,
+    AttentionClient,
+    CancelledError,
+    InvalidArgumentError,
+    SessionLayer,
+)
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig
 from attnserve_export.attention.positions import Rotary
 from attnserve_export.models import seeded
@@ -37,6 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     core = attention(HEADS, DIM, num_kv_heads=KV_HEADS, value_head_dim=VALUE_DIM, mask="causal")
     write_core(folder, "core", core)
+    write_core(folder, "latent", dataclasses.replace(core, num_kv_heads=1))
     for name, module in LAYERS.items():
         write_layer(folder, name, module)
     return folder
@@ -83,6 +91,31 @@ def test_each_layer_of_a_session_has_its_model(server: AttentionServer) -> None:
             session.attend(0, *heads_of(1))
 
 
+def test_weights_of_named_sessions_and_latent_layers(server: AttentionServer) -> None:
+    layers = [SessionLayer(latent=True)]
+    with AttentionClient(f"127.0.0.1:{server.port}") as client:
+        cores = client.sessions(3, "core", num_layers=1, max_tokens=64)
+        latents = client.sessions(3, "latent", num_layers=1, max_tokens=64, layers=layers)
+        for sessions, latent in ((cores, 0), (latents, VALUE_DIM)):
+            plains = [PlainSession([PlainLayer(latent=latent)]) for _ in sessions]
+            with client.batch(sessions) as batch:
+                for counts in ((20, 1, 5), (1, 1, 17)):
+                    query, key, value = ([], [], [])
+                    for count, plain in zip(counts, plains, strict=True):
+                        arrays = heads_of(count)
+                        if latent:
+                            arrays = [arrays[0], arrays[1][:, :1].copy()]
+                        for each, array in zip((query, key, value), arrays, strict=False):
+                            each.append(array)
+                        plain.begin(count)
+                        plain.attend(0, *arrays)
+                        plain.end()
+                    result = batch.attend(0, query, key, value or None, return_weights_of=[0, 2])
+                    assert result.output is not None
+                    for given, plain in zip(result.weights, (plains[0], plains[2]), strict=True):
+                        np.testing.assert_allclose(given, plain.weights, atol=1e-5)
+
+
 def test_asyncio_has_sessions_streams_and_shared_memory(server: AttentionServer) -> None:
     async def generate(client: AsyncAttentionClient, tokens: int) -> None:
         plain = PlainSession([PlainLayer(), PlainLayer()])
@@ -121,7 +154,48 @@ def test_asyncio_has_sessions_streams_and_shared_memory(server: AttentionServer)
             assert client._sharing.arena.offset_of(shared.output) is not None
             for result in results:
                 np.testing.assert_array_equal(result.output, shared.output)
-            with pytest.raises(RuntimeError, match="closed"):
+            with pytest.raises((RuntimeError, CancelledError)):
                 stream.submit(query, key, value, model="core")
 
     asyncio.run(main())
+
+
+def test_long_chunks_of_a_session_lie_in_shared_memory(server: AttentionServer) -> None:
+    address = f"127.0.0.1:{server.port}"
+    with (
+        AttentionClient(address) as plain,
+        AttentionClient(address, shared_memory=True, shared_memory_bytes=32 << 20) as sharing,
+    ):
+        one, other = (
+            client.sessions(2, "core", num_layers=1, max_tokens=4096) for client in (plain, sharing)
+        )
+        assert sharing._sharing is not None
+        arena = sharing._sharing.arena
+        with plain.batch(one) as sent, sharing.batch(other) as shared:
+            for counts in ((700, 500), (1, 2), (600, 900)):
+                lists = [list(each) for each in zip(*map(heads_of, counts), strict=True)]
+                packed = [np.concatenate(each) for each in lists]
+                want = sent.attend(0, *lists, return_log_sum_exp=True, return_entropy=True)
+                own = [sharing.shared(array) for array in packed]
+                got = [
+                    shared.attend(0, *given, **count, return_log_sum_exp=True, return_entropy=True)
+                    for given, count in ((lists, {}),)
+                ]
+                for session in other:
+                    session.truncate(session.length - counts[other.index(session)])
+                got.append(
+                    shared.attend(
+                        0, *own, new_tokens=counts, return_log_sum_exp=True, return_entropy=True
+                    )
+                )
+                for result in got:
+                    for name in ("output", "log_sum_exp", "entropy"):
+                        array = getattr(result, name)
+                        np.testing.assert_array_equal(array, getattr(want, name))
+                        assert array.flags.writeable
+                        assert (arena.offset_of(array) is not None) == (sum(counts) > 100)
+                # What a server knows no more is registered again.
+                _, region = sharing._sharing.known()
+                if region is not None:
+                    sharing._transport.unregister_now(region)
+        assert [session.length for session in other] == [1301, 1402]

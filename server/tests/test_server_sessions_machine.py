@@ -598,10 +598,10 @@ class Sessions(RuleBasedStateMachine):
     @only_if(lambda self: self.all)
     def misuse(self, which: int) -> None:
         held = self.pick(which)
-        nobody = copy.copy(held.session)
-        nobody.id = secrets.token_hex(16)
+        own, held.session.id = held.session.id, secrets.token_hex(16)
         with pytest.raises(NotFoundError):
-            nobody.renew()
+            held.session.renew()
+        held.session.id = own
         if held.busy:
             return
         generator = np.random.default_rng()

@@ -96,8 +96,9 @@ def test_tls(repository: Path, authority: certificates.Authority) -> None:
         trusted = grpc.ssl_channel_credentials(authority.certificate.read_bytes())
         with grpc.secure_channel(address, trusted) as channel:
             assert attend(channel) == "causal"
-        with AttentionClient(address, credentials=trusted) as client:
-            assert client.list_models()
+        for options in ({"credentials": trusted}, {"root_certificates": authority.certificate}):
+            with AttentionClient(address, **options) as client:
+                assert client.list_models()
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
             attend(channel)
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -123,9 +124,13 @@ def test_mutual_tls(repository: Path, authority: certificates.Authority, tmp_pat
                 with pytest.raises(grpc.RpcError) as raised:
                     attend(channel)
                 assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
-        known = grpc.ssl_channel_credentials(root, *authority.issue("client").pem())
+        client = authority.issue("client")
+        known = grpc.ssl_channel_credentials(root, *client.pem())
         with grpc.secure_channel(address, known) as channel:
             assert attend(channel) == "causal"
+        files = {"private_key": client.key, "certificate_chain": client.certificate}
+        with AttentionClient(address, root_certificates=authority.certificate, **files) as caller:
+            assert caller.list_models()
 
 
 # Pings and idleness

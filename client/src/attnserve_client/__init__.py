@@ -43,6 +43,7 @@ from attnserve_client._results import (
 from attnserve_client._session_flows import page_hashes
 from attnserve_client._session_messages import SessionOptions
 from attnserve_client._sessions import AsyncBatch, AsyncSession, Batch, Session
+from attnserve_client._settings import ClientOptions
 from attnserve_client._stream import AttendStream
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "AttnserveError",
     "Batch",
     "CancelledError",
+    "ClientOptions",
     "DeadlineExceededError",
     "FailedPreconditionError",
     "InternalError",

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 import numpy as np
 
-from attnserve_client import _channel, _tensors
+from attnserve_client import _arguments as arguments
+from attnserve_client import _tensors
 from attnserve_client._async_session_stream import AsyncSessionStream
 from attnserve_client._async_stream import AsyncAttendStream
 from attnserve_client._async_transport import AsyncTransport
@@ -17,7 +18,9 @@ from attnserve_client._results import Array
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStreams
 from attnserve_client._sessions import AsyncBatch, AsyncSession
+from attnserve_client._settings import ClientOptions, settings
 from attnserve_client._sharing import Sharing, shared_by
+from attnserve_client._sharing_flows import SharingFlows
 
 
 class AsyncAttentionClient:
@@ -26,28 +29,27 @@ class AsyncAttentionClient:
     Its arguments are those of `AttentionClient`, and so are its calls, which are awaited.
     """
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-        stream_threshold_bytes: int = _channel.STREAM_THRESHOLD_BYTES,
-        shared_memory: bool = False,
-        shared_memory_bytes: int = _channel.SHARED_MEMORY_BYTES,
-    ) -> None:
-        options = _channel.options(target)
+    def __init__(self, target: str, **options: Unpack[ClientOptions]) -> None:
+        given = settings(target, **options)
+        channel_options = given.channel_options
         self._channel = (
-            grpc.aio.secure_channel(target, credentials, options=options)
-            if credentials
-            else grpc.aio.insecure_channel(target, options=options)
+            grpc.aio.secure_channel(target, given.credentials, channel_options, given.compression)
+            if given.credentials
+            else grpc.aio.insecure_channel(target, channel_options, given.compression)
         )
         self._runner = AsyncRunner()
-        self._transport = AsyncTransport(self._channel, ())
+        self._transport = AsyncTransport(self._channel, given.metadata)
         self._streams = SessionStreams(lambda: AsyncSessionStream(self._transport.decode_call))
-        self._connection = Connection(self._streams, self._runner)
-        self._sharing = Sharing(shared_memory_bytes) if shared_memory else None
+        shared = given.shared_memory_bytes
+        self._sharing = None if shared is None else Sharing(shared)
+        memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
+        self._connection = Connection(self._streams, self._runner, memory)
         self._flows = ClientFlows(
-            self._transport, stream_threshold_bytes, self._sharing, self._connection, AsyncSession
+            self._transport,
+            given.stream_threshold_bytes,
+            memory,
+            self._connection,
+            AsyncSession,
         )
 
     async def __aenter__(self) -> Self:
@@ -71,7 +73,7 @@ class AsyncAttentionClient:
 
     def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         """As `AttentionClient.shared_empty`; not awaited."""
-        return shared_by(self._sharing).arena.empty(tuple(shape), np.dtype(dtype))
+        return shared_by(self._sharing).empty(shape, dtype)
 
     def shared(self, array: Any) -> Array:
         """As `AttentionClient.shared`; not awaited."""
@@ -87,7 +89,8 @@ class AsyncAttentionClient:
         Args:
             timeout: seconds that the whole stream may last; None is unlimited.
         """
-        return AsyncAttendStream(self._transport.attend_stream, timeout=timeout)
+        lasting = arguments.seconds("timeout", timeout)
+        return AsyncAttendStream(self._transport.attend_stream, timeout=lasting)
 
     put_tensor = awaited(ClientFlows.put_tensor)
     renew_tensor = awaited(ClientFlows.renew_tensor)

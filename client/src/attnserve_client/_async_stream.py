@@ -7,6 +7,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _attend, _errors
 from attnserve_client._assembly import Assembler
 from attnserve_client._async_transport import send_all
@@ -59,11 +60,12 @@ class AsyncAttendStream:
         **options: Unpack[AttendOptions],
     ) -> "asyncio.Future[AttendResult]":
         """Send a request, without waiting for anything; as `AttendStream.submit`."""
+        timeout = arguments.seconds("timeout", timeout)
         call = _attend.attend_call(query, key, value, **options)
-        if self._closed:
-            raise RuntimeError("this stream is closed")
         if self._failure is not None:
             raise self._failure
+        if self._closed:
+            raise RuntimeError("this stream is closed")
         self._last_id += 1
         future: asyncio.Future[AttendResult] = asyncio.get_running_loop().create_future()
         self._waiting[self._last_id] = future

@@ -11,6 +11,7 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import encoding, wire
 from attnserve_proto.frames import REQUEST_PADDING, Frame, lay_out
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _tensors
 from attnserve_client._answers import AnswerReader
 from attnserve_client._channel import CHUNK_BYTES
@@ -214,19 +215,13 @@ def attend_call(
     priority: int = 0,
 ) -> AttendCall:
     """Build a request from the arguments of `attend`; tensors that are None are left out."""
-    if top_k < 0:
-        raise ValueError(f"top_k: {top_k}; allowed: 0 (off) or more")
-    if mass_by_distance < 0:
-        raise ValueError(f"mass_by_distance: {mass_by_distance}; allowed: 0 (off) or more")
-    if priority < 0:
-        raise ValueError(f"priority: {priority}; allowed: 0 (normal) or more")
-    head = _head(
+    options = (
         model,
-        str(version),
+        version,
         variant,
         scale,
         softcap,
-        not return_output,
+        return_output,
         return_weights,
         return_entropy,
         top_k,
@@ -234,6 +229,10 @@ def attend_call(
         mass_by_distance,
         priority,
     )
+    try:
+        head = _head(*options)
+    except TypeError:  # what cannot be looked up is of a wrong type: this says which
+        head = _head.__wrapped__(*options)
     arrays: dict[str, Array] = {}
     stored: dict[str, StoredTensor] = {}
     tensors = {
@@ -256,7 +255,9 @@ def attend_call(
             continue
         array = _tensors.as_array(given, name)
         if name == "key_lengths":
-            array = array.astype(np.int64, casting="same_kind")
+            if array.dtype.kind != "i":
+                raise arguments.mistyped(name, given, "[B] integers")
+            array = array.astype(np.int64)
         arrays[name] = array
     return AttendCall(plan_of(head, arrays), arrays, stored)
 
@@ -271,14 +272,14 @@ def _plan(head: bytes, kinds: "tuple[tuple[str, np.dtype[Any], tuple[int, ...]],
     return Plan(head, {name: _Kind(dtype, shape) for name, dtype, shape in kinds})
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def _head(
     model: str,
-    version: str,
+    version: str | int,
     variant: str,
     scale: float | None,
     softcap: float | None,
-    no_output: bool,
+    return_output: bool,
     return_weights: bool,
     return_entropy: bool,
     top_k: int,
@@ -286,20 +287,21 @@ def _head(
     mass_by_distance: int,
     priority: int,
 ) -> bytes:
+    own = ", or None: the model's own"
     message = pb.AttendRequest(
-        model=model,
-        version=version,
-        variant=variant,
-        scale=scale,
-        softcap=softcap,
-        priority=priority,
+        model=arguments.text("model", model, empty=False),
+        version=arguments.version("version", version),
+        variant=arguments.text("variant", variant),
+        scale=None if scale is None else arguments.number("scale", scale, also=own),
+        softcap=None if softcap is None else arguments.number("softcap", softcap, 0, own),
+        priority=arguments.integer("priority", priority, 0, 3),
         returns=pb.ReturnOptions(
-            no_output=no_output,
-            weights=return_weights,
-            entropy=return_entropy,
-            top_k=top_k,
-            mass_per_key=return_mass_per_key,
-            mass_by_distance=mass_by_distance,
+            no_output=not arguments.flag("return_output", return_output),
+            weights=arguments.flag("return_weights", return_weights),
+            entropy=arguments.flag("return_entropy", return_entropy),
+            top_k=arguments.integer("top_k", top_k),
+            mass_per_key=arguments.flag("return_mass_per_key", return_mass_per_key),
+            mass_by_distance=arguments.integer("mass_by_distance", mass_by_distance),
         ),
     )
     return message.SerializeToString()

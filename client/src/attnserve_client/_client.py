@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 import grpc.experimental
 import numpy as np
 
-from attnserve_client import _channel, _tensors
+from attnserve_client import _arguments as arguments
+from attnserve_client import _tensors
 from attnserve_client._client_flows import ClientFlows
 from attnserve_client._flows import Runner, blocking
 from attnserve_client._results import Array
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStream, SessionStreams
 from attnserve_client._sessions import Batch, Session
+from attnserve_client._settings import ClientOptions, settings
 from attnserve_client._sharing import Sharing, shared_by
+from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._stream import AttendStream
 from attnserve_client._transport import BlockingTransport
 
@@ -30,13 +33,7 @@ class AttentionClient:
 
     Args:
         target: `host:port`, or any target that grpc understands.
-        credentials: for TLS; None is a plaintext channel.
-        stream_threshold_bytes: requests whose tensors, both ways, exceed this go over
-            AttendStream in chunks.
-        shared_memory: put the tensors of `attend`, both ways, into memory shared with the server,
-            which must be on this host and run as this user. Arrays that `shared_empty` or `shared`
-            made are not copied. A result's arrays take up shared memory as long as they live.
-        shared_memory_bytes: how much to share, at most; pages are claimed as arrays need them.
+        options: credentials, metadata, shared memory and more: see `ClientOptions`.
 
     All calls but those of a stream are repeated, with growing pauses, while no server answers them
     (UNAVAILABLE, CANCELLED by the server, a connection that breaks): until their `timeout`, or,
@@ -46,28 +43,23 @@ class AttentionClient:
     every target but those on this host's loopback and Unix sockets.
     """
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-        stream_threshold_bytes: int = _channel.STREAM_THRESHOLD_BYTES,
-        shared_memory: bool = False,
-        shared_memory_bytes: int = _channel.SHARED_MEMORY_BYTES,
-    ) -> None:
-        options = [*_channel.options(target), *_ANSWERS_READ_BY_CALLER]
+    def __init__(self, target: str, **options: Unpack[ClientOptions]) -> None:
+        given = settings(target, **options)
+        channel_options = [*given.channel_options, *_ANSWERS_READ_BY_CALLER]
         self._channel = (
-            grpc.secure_channel(target, credentials, options=options)
-            if credentials
-            else grpc.insecure_channel(target, options=options)
+            grpc.secure_channel(target, given.credentials, channel_options, given.compression)
+            if given.credentials
+            else grpc.insecure_channel(target, channel_options, given.compression)
         )
         self._runner = Runner()
-        self._transport = BlockingTransport(self._channel, ())
+        self._transport = BlockingTransport(self._channel, given.metadata)
         self._streams = SessionStreams(lambda: SessionStream(self._transport.decode_call))
-        self._connection = Connection(self._streams, self._runner)
-        self._sharing = Sharing(shared_memory_bytes) if shared_memory else None
+        shared = given.shared_memory_bytes
+        self._sharing = None if shared is None else Sharing(shared)
+        memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
+        self._connection = Connection(self._streams, self._runner, memory)
         self._flows = ClientFlows(
-            self._transport, stream_threshold_bytes, self._sharing, self._connection, Session
+            self._transport, given.stream_threshold_bytes, memory, self._connection, Session
         )
 
     def __enter__(self) -> Self:
@@ -100,7 +92,7 @@ class AttentionClient:
             RuntimeError: this client shares no memory.
             MemoryError: not so much of it is free.
         """
-        return shared_by(self._sharing).arena.empty(tuple(shape), np.dtype(dtype))
+        return shared_by(self._sharing).empty(shape, dtype)
 
     def shared(self, array: Any) -> Array:
         """A copy of an array in the memory shared with the server; errors as `shared_empty`."""
@@ -116,7 +108,8 @@ class AttentionClient:
         Args:
             timeout: seconds that the whole stream may last; None is unlimited.
         """
-        return AttendStream(self._transport.attend_stream, timeout=timeout)
+        lasting = arguments.seconds("timeout", timeout)
+        return AttendStream(self._transport.attend_stream, timeout=lasting)
 
     put_tensor = blocking(ClientFlows.put_tensor)
     renew_tensor = blocking(ClientFlows.renew_tensor)

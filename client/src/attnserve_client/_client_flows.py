@@ -1,17 +1,17 @@
 """The calls of a client, whoever waits for them."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar, Unpack
+from collections.abc import Callable
+from typing import Any, TypeVar, Unpack
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _attend, _errors, _messages, _session_files, _tensors
 from attnserve_client import _session_messages as session_messages
-from attnserve_client._arena import Arena
 from attnserve_client._attend import AttendCall, AttendOptions
 from attnserve_client._channel import CHUNK_BYTES
-from attnserve_client._flows import Call, Flow, Pause
+from attnserve_client._flows import Call, Flow
 from attnserve_client._messages import Tokens, TokensOptions
 from attnserve_client._results import (
     AttendResult,
@@ -22,44 +22,14 @@ from attnserve_client._results import (
 )
 from attnserve_client._retries import again, all_again
 from attnserve_client._session_files import PathOrFile
-from attnserve_client._session_messages import METHOD
+from attnserve_client._session_messages import METHOD, MOST_TOKENS
 from attnserve_client._session_opening import OpeningFlows
 from attnserve_client._session_state import Connection, SessionState
-from attnserve_client._sharing import SharedCall, Sharing
+from attnserve_client._sharing import SharedCall
+from attnserve_client._sharing_flows import SharingFlows
+from attnserve_client._transports import Transport
 
 S = TypeVar("S", bound=SessionState)
-
-# That a server may take to map shared memory, for callers without a timeout.
-_REGISTER_SECONDS = 10.0
-# Between two looks at whether another call has registered it.
-_CLAIMED_SECONDS = 0.002
-
-
-class Transport(Protocol):
-    """How a client reaches its server. What is answered is, in asyncio, awaited."""
-
-    def unary(self, method: str, request: Any, left: float | None) -> Any:
-        """Call a method of one request and one answer."""
-
-    def attend(self, request: bytes, left: float | None) -> Any:
-        """Call Attend, with and for bytes."""
-
-    def attend_streamed(self, call: AttendCall, left: float | None) -> Any:
-        """A request over an AttendStream of its own; its result."""
-
-    def put(self, messages: Iterable[bytes], left: float | None) -> Any:
-        """Call PutTensor, with and for bytes."""
-
-    def decode(
-        self,
-        messages: Iterator[bytes],
-        take: Callable[[pb.DecodeResponse], None],
-        left: float | None,
-    ) -> Any:
-        """A Decode call of its own: `take` takes its answers, one after another."""
-
-    def unregister(self, region: str) -> None:
-        """Have the server unmap shared memory, without waiting for it."""
 
 
 class ClientFlows(OpeningFlows[S]):
@@ -68,7 +38,7 @@ class ClientFlows(OpeningFlows[S]):
     Args:
         transport: to the server.
         threshold: requests with more bytes of tensors, both ways, go over AttendStream.
-        sharing: the memory shared with the server, if any is.
+        memory: shared with the server, if any is.
         connection: what sessions share.
         make: a session of the client.
     """
@@ -77,14 +47,14 @@ class ClientFlows(OpeningFlows[S]):
         self,
         transport: Transport,
         threshold: int,
-        sharing: Sharing | None,
+        memory: SharingFlows | None,
         connection: Connection,
         make: Callable[[Connection, pb.SessionState, str, int], S],
     ) -> None:
         super().__init__(connection, make)
         self._transport = transport
         self._threshold = threshold
-        self._sharing = sharing
+        self._memory = memory
 
     def attend(
         self,
@@ -112,10 +82,10 @@ class ClientFlows(OpeningFlows[S]):
             MemoryError: not enough of the memory shared with the server is free.
         """
         call = _attend.attend_call(query, key, value, **options)
-        if self._sharing is not None:
-            answer_bytes = self._sharing.answer_bytes(call)
+        if self._memory is not None:
+            answer_bytes = self._memory.sharing.answer_bytes(call)
             if answer_bytes is not None:
-                return (yield from self._attend_shared(self._sharing, call, answer_bytes, timeout))
+                return (yield from self._attend_shared(self._memory, call, answer_bytes, timeout))
         plan, transport = call.plan, self._transport
         if plan.request_bytes + plan.response_bytes > self._threshold:
             result: AttendResult = yield from again(
@@ -128,14 +98,15 @@ class ClientFlows(OpeningFlows[S]):
         return plan.answers.read(answer)[0]
 
     def _attend_shared(
-        self, sharing: Sharing, call: AttendCall, answer_bytes: int, timeout: float | None
+        self, memory: SharingFlows, call: AttendCall, answer_bytes: int, timeout: float | None
     ) -> Flow[AttendResult]:
+        sharing = memory.sharing
         shared: SharedCall | None = None  # where the request lies, from try to try
 
         def attempt(left: float | None) -> Flow[tuple[SharedCall, bytes]]:
             nonlocal shared
             if shared is None:
-                arena, name = yield from self._registered(sharing, left)
+                arena, name = yield from memory.registered(left)
                 shared = sharing.call(call, answer_bytes, arena, name)
             message = shared.message
             try:
@@ -145,8 +116,7 @@ class ClientFlows(OpeningFlows[S]):
             except BaseException as error:  # an interrupt leaves the server computing, too
                 if _errors.may_still_run(error):
                     lost, shared = shared, None
-                    if sharing.give_up(lost, error):
-                        self._transport.unregister(lost.region)
+                    memory.lost(lost.placed)
                 raise
 
         def attempt_again_if_forgotten(left: float | None) -> Flow[tuple[SharedCall, bytes]]:
@@ -154,45 +124,16 @@ class ClientFlows(OpeningFlows[S]):
             try:
                 return (yield from attempt(left))
             except grpc.RpcError as error:
-                if shared is None or not _errors.is_unknown_region(error, shared.region):
+                if shared is None or not _errors.is_unknown_region(error, shared.placed.region):
                     raise
             # The server was started anew, or took this for another caller after a reconnect.
-            sharing.forget(shared)
+            sharing.forget(shared.placed)
             shared = None
             return (yield from attempt(left))
 
         return sharing.result(
             *(yield from all_again("Attend", attempt_again_if_forgotten, timeout))
         )
-
-    def _registered(self, sharing: Sharing, left: float | None) -> Flow[tuple[Arena, str]]:
-        """Memory to share, and the server's name for it."""
-        while True:
-            arena, name = sharing.known()
-            if name is not None:
-                return arena, name
-            claimed = sharing.claim()
-            if claimed is None:
-                yield Pause(_CLAIMED_SECONDS)
-            else:
-                yield from self._register(sharing, claimed, left)
-
-    def _register(self, sharing: Sharing, arena: Arena, left: float | None) -> Flow[None]:
-        request = pb.RegisterSharedMemoryRequest(key=arena.key, byte_size=arena.byte_size)
-        method, name = "RegisterSharedMemory", None
-        try:
-            answer: pb.RegisterSharedMemoryResponse = yield Call(
-                lambda left: self._transport.unary(method, request, left),
-                _REGISTER_SECONDS if left is None else left,
-            )
-        except grpc.RpcError as error:
-            raise _errors.from_rpc_error(error, method) from None
-        else:
-            name = answer.name
-        finally:
-            of_use = sharing.registered(arena, name)
-        if not of_use:
-            self._transport.unregister(answer.name)
 
     def put_tensor(
         self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
@@ -211,9 +152,10 @@ class ClientFlows(OpeningFlows[S]):
             ResourceExhaustedError: the server keeps as many bytes as it may.
         """
         elements = _tensors.as_array(array, "array")
+        kept = arguments.microseconds("lease", lease)
 
         def send(left: float | None) -> Any:
-            return self._transport.put(_messages.put_messages(elements, lease, CHUNK_BYTES), left)
+            return self._transport.put(_messages.put_messages(elements, kept, CHUNK_BYTES), left)
 
         answer = yield from again("PutTensor", send, timeout)
         stored = pb.StoredTensor.FromString(answer)
@@ -227,7 +169,9 @@ class ClientFlows(OpeningFlows[S]):
         Raises:
             NotFoundError: the lease has run out.
         """
-        request = pb.RenewTensorRequest(handle=tensor.handle, lease=round((lease or 0) * 1e6))
+        arguments.kind("tensor", tensor, StoredTensor, "what put_tensor gave")
+        kept = arguments.microseconds("lease", lease)
+        request = pb.RenewTensorRequest(handle=tensor.handle, lease=kept)
         answer = yield from self._unary("RenewTensor", request, timeout)
         return _messages.stored_from(answer, tensor.shape, tensor.dtype)
 
@@ -237,6 +181,7 @@ class ClientFlows(OpeningFlows[S]):
         Raises:
             NotFoundError: the lease has run out, or the server was started anew.
         """
+        arguments.kind("tensor", tensor, StoredTensor, "what put_tensor gave")
         yield from self._unary("DropTensor", pb.DropTensorRequest(handle=tensor.handle), timeout)
 
     def attend_tokens(
@@ -270,7 +215,10 @@ class ClientFlows(OpeningFlows[S]):
         Raises:
             NotFoundError: no such model or version.
         """
-        request = pb.GetModelRequest(name=name, version=str(version))
+        request = pb.GetModelRequest(
+            name=arguments.text("name", name, empty=False),
+            version=arguments.version("version", version),
+        )
         answer = yield from self._unary("GetModel", request, timeout)
         return _messages.model_from(answer.model, answer.manifest_json)
 
@@ -290,6 +238,8 @@ class ClientFlows(OpeningFlows[S]):
             to: a path, or a file open for writing bytes.
             timeout: seconds; None waits for ever.
         """
+        arguments.kind("session", session, SessionState, "a session")
+        timeout = arguments.seconds("timeout", timeout)
         export = pb.ExportSession(session_id=session.id)
         message = pb.DecodeRequest(request_id=1, export_session=export).SerializeToString()
         with _session_files.writing(to, session.model, session.num_layers) as write:
@@ -322,10 +272,14 @@ class ClientFlows(OpeningFlows[S]):
             ValueError: it is no saved session.
         """
         answers: list[pb.DecodeResponse] = []
+        timeout = arguments.seconds("timeout", timeout)
+        room = (
+            arguments.integer("max_tokens", max_tokens, 0, MOST_TOKENS),
+            arguments.integer("reserved_tokens", reserved_tokens, 0, MOST_TOKENS),
+            arguments.microseconds("lease", lease),
+        )
         with _session_files.reading(source) as (model, num_layers, chunks):
-            messages = session_messages.import_messages(
-                1, chunks, max_tokens, reserved_tokens, lease
-            )
+            messages = session_messages.import_messages(1, chunks, *room)
             yield Call(lambda left: self._transport.decode(messages, answers.append, left), timeout)
         if not answers:
             raise _errors.InternalError("the stream ended without an answer", method=METHOD)

@@ -38,7 +38,10 @@ class Event:
 
 
 class DecodeCall:
-    """A call that has been opened. `next` is for one thread at a time, the others are for any."""
+    """A call that has been opened.
+
+    One thread at a time may be in `next`, and one at a time in the other methods.
+    """
 
     def __init__(self, channel: grpc.Channel, path: str, method: str, metadata: Metadata) -> None:
         self._method = method
@@ -58,12 +61,15 @@ class DecodeCall:
             cygrpc.build_census_context(),
             None,
         )
-        self._due = len(first)  # operations that have not come to an end
+        # Operations: each number has one writer at a time.
+        self._begun = len(first)
+        self._ended = 0
+        self._given_up = False
 
     @property
     def due(self) -> bool:
         """Whether anything is still to happen; then `next` can be called."""
-        return self._due > 0
+        return self._begun > self._ended and not self._given_up
 
     def send(self, message: bytes) -> None:
         """Begin to send a message; the one before must have been sent."""
@@ -78,11 +84,11 @@ class DecodeCall:
         try:
             happened = self._call.next_event()
         except BaseException:
-            self._due = 0  # grpc gives the call up
+            self._given_up = True  # by grpc
             raise
         event = Event()
         for operation in happened.batch_operations:
-            self._due -= 1
+            self._ended += 1
             kind = operation.type()
             if kind == _RECEIVED:
                 event.received = operation.message()
@@ -94,7 +100,7 @@ class DecodeCall:
 
     def cancel(self) -> None:
         """End it: what is due happens soon."""
-        if self._due > 0:
+        if self.due:
             self._call.cancel(cygrpc.StatusCode.cancelled, "Locally cancelled by application!")
 
     def _failure(self, ended: Any) -> AttnserveError:
@@ -106,10 +112,9 @@ class DecodeCall:
         return _errors.from_status(code, details, self._method, retry_after)
 
     def _operate(self, operation: Any) -> None:
-        self._due += 1
-        # No operation begins on a call that has ended, which `next` tells.
-        if not self._call.operate((operation,), None):
-            self._due -= 1
+        # None begins on a call that has ended, which `next` tells.
+        if self._call.operate((operation,), None):
+            self._begun += 1
 
 
 def _text(details: Any) -> str:

@@ -15,13 +15,15 @@ depend on who waits, and how, is in flows: arguments, messages, results, what fo
 
 import asyncio
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 T = TypeVar("T")
 F = TypeVar("F")
+M = TypeVar("M", bound=Callable[..., Any])
 P = ParamSpec("P")
 
 
@@ -126,7 +128,7 @@ def blocking(flow: Callable[Concatenate[F, P], Flow[T]]) -> Callable[Concatenate
         runner: Runner = self._runner
         return runner.run(flow(self._flows, *args, **kwargs))
 
-    return method
+    return _with_signature_of(flow, method)
 
 
 def awaited(
@@ -139,4 +141,12 @@ def awaited(
         runner: AsyncRunner = self._runner
         return await runner.run(flow(self._flows, *args, **kwargs))
 
+    return _with_signature_of(flow, method)
+
+
+def _with_signature_of(flow: Callable[..., Any], method: M) -> M:
+    """A method that `help` shows with the result of its flow."""
+    signature = inspect.signature(flow)
+    result = get_args(signature.return_annotation)[-1]
+    method.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
     return method

@@ -1,6 +1,6 @@
 """Requests from arguments and results from answers, of all methods but `attend`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Required, TypedDict
 
 import numpy as np
@@ -8,6 +8,7 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import wire
 
 from attnserve_client import _answers, _tensors
+from attnserve_client import _arguments as arguments
 from attnserve_client._results import (
     Array,
     Limits,
@@ -19,14 +20,15 @@ from attnserve_client._results import (
     Variant,
 )
 
-Tokens = Sequence[str] | Sequence[Sequence[int]] | Array
+# The last is what a tokenizer of transformers gives.
+Tokens = Sequence[str] | Sequence[Sequence[int]] | Array | Mapping[str, Any]
 
 
-def put_messages(array: Array, lease: float | None, chunk_bytes: int) -> Iterator[bytes]:
-    """The messages of PutTensor: the header, then the elements in chunks."""
+def put_messages(array: Array, lease: int, chunk_bytes: int) -> Iterator[bytes]:
+    """The messages of PutTensor: the header, then the elements in chunks; `lease` as it travels."""
     tensor = _tensors.header(array.dtype, array.shape)
     tensor.chunked.byte_size = array.nbytes
-    header = pb.PutTensorHeader(tensor=tensor, lease=round((lease or 0) * 1e6))
+    header = pb.PutTensorHeader(tensor=tensor, lease=lease)
     yield pb.PutTensorRequest(header=header).SerializeToString()
     view = _tensors.data(array)
     for offset in range(0, view.nbytes, chunk_bytes):
@@ -103,10 +105,12 @@ def tokens_request(
     truncate: bool = False,
 ) -> pb.AttendTokensRequest:
     """Build a request from the arguments of `attend_tokens`."""
-    for name, count in (("mass_by_distance", mass_by_distance), ("mass_on_first", mass_on_first)):
-        if count < 0:
-            raise ValueError(f"{name}: {count}; allowed: 0 (off) or more")
-    request = pb.AttendTokensRequest(model=model, version=str(version), variant=variant)
+    truncate = arguments.flag("truncate", truncate)
+    request = pb.AttendTokensRequest(
+        model=arguments.text("model", model, empty=False),
+        version=arguments.version("version", version),
+        variant=arguments.text("variant", variant),
+    )
     given = _batch("inputs", inputs, truncate)
     if isinstance(given, pb.TextBatch):
         request.text.CopyFrom(given)
@@ -118,37 +122,77 @@ def tokens_request(
             request.target_text.CopyFrom(target)
         else:
             request.target_tokens.CopyFrom(target)
-    said = return_entropy or return_effective_context or mass_by_distance or mass_on_first
-    if return_weights is None:
-        return_weights = not said and (layers is not None or heads is not None)
-    request.returns.CopyFrom(
-        pb.TokenReturnOptions(
-            no_hidden=not return_hidden,
-            pooled=return_pooled,
-            weights=return_weights,
-            entropy=return_entropy,
-            attention=attention,
-            layers=layers or [],
-            heads=heads or [],
-            effective_context=return_effective_context,
-            mass_by_distance=mass_by_distance,
-            mass_on_first=mass_on_first,
-        )
+    returns = pb.TokenReturnOptions(
+        no_hidden=not arguments.flag("return_hidden", return_hidden),
+        pooled=arguments.flag("return_pooled", return_pooled),
+        entropy=arguments.flag("return_entropy", return_entropy),
+        attention=arguments.text("attention", attention),
+        layers=_indices("layers", layers),
+        heads=_indices("heads", heads),
+        effective_context=arguments.flag("return_effective_context", return_effective_context),
+        mass_by_distance=arguments.integer("mass_by_distance", mass_by_distance),
+        mass_on_first=arguments.integer("mass_on_first", mass_on_first),
     )
+    if return_weights is None:
+        said = return_entropy or return_effective_context or mass_by_distance or mass_on_first
+        returns.weights = not said and (layers is not None or heads is not None)
+    else:
+        returns.weights = arguments.flag("return_weights", return_weights)
+    request.returns.CopyFrom(returns)
     return request
 
 
-def _batch(name: str, sequences: Tokens, truncate: bool) -> pb.TextBatch | pb.TokenBatch:
-    if isinstance(sequences, (str, bytes)):
-        raise TypeError(f"{name}: give a list of texts or of id sequences, not one text")
-    items = list(sequences)
-    if items and all(isinstance(item, str) for item in items):
+def _indices(name: str, given: Sequence[int] | None) -> list[int]:
+    """Layers or heads; none stand for all."""
+    if given is None:
+        return []
+    indices = arguments.integers(name, given, also=", or None: all")
+    if not indices:
+        raise arguments.refused(name, given, "one or more, or None: all")
+    return indices
+
+
+def _batch(name: str, sequences: Any, truncate: bool) -> pb.TextBatch | pb.TokenBatch:
+    allowed = "a list of texts, or of id sequences, or what a tokenizer gives"
+    if isinstance(sequences, Mapping):  # of transformers: a BatchEncoding
+        sequences = _encoded(name, sequences)
+    items = arguments.items(name, sequences, allowed)
+    if not items:
+        raise arguments.refused(name, sequences, f"{allowed}: at least one")
+    if any(isinstance(item, bytes | bytearray) for item in items):
+        raise arguments.mistyped(name, sequences, f"{allowed}; texts are str, not bytes")
+    texts = [isinstance(item, str) for item in items]
+    if all(texts):
+        for index, item in enumerate(items):
+            arguments.text(f"{name}[{index}]", item)
         return pb.TextBatch(texts=items, truncate=truncate)
-    if any(isinstance(item, str) for item in items):
+    if any(texts):
         raise TypeError(f"{name}: texts and id sequences cannot be mixed")
     return pb.TokenBatch(
-        sequences=[pb.TokenSequence(ids=[int(token) for token in item]) for item in items]
+        sequences=[
+            pb.TokenSequence(ids=arguments.integers(f"{name}[{index}]", item, 0, arguments.INT64))
+            for index, item in enumerate(items)
+        ]
     )
+
+
+def _encoded(name: str, encoding: Mapping[str, Any]) -> list[Any]:
+    """The ids of what a tokenizer gives, without padding."""
+    if "input_ids" not in encoding:
+        raise ValueError(f"{name}: given a mapping of {sorted(encoding)}; allowed: input_ids in it")
+    ids = list(encoding["input_ids"])
+    if ids and not np.ndim(ids[0]):
+        ids = [ids]  # of one text
+    mask = encoding.get("attention_mask")
+    if mask is None:
+        return ids
+    kept = [mask] if np.ndim(mask) == 1 and np.ndim(mask[0]) == 0 else list(mask)
+    if [len(each) for each in ids] != [len(each) for each in kept]:
+        raise ValueError(f"{name}: attention_mask is not as long as input_ids; allowed: equal")
+    return [
+        [token for token, seen in zip(each, sees, strict=True) if seen]
+        for each, sees in zip(ids, kept, strict=True)
+    ]
 
 
 def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:

@@ -199,6 +199,6 @@ def _name(axis: Any, tokens: tuple[str, ...], rotation: int = 0) -> None:
     if len(tokens) > _LABELLED_UP_TO:
         return
     # A dollar would begin a formula.
-    labels = [texts.label(token).replace("$", r"\$") for token in tokens]
+    labels = [texts.label(token).replace("$", r"\$") for token in texts.shown(tokens)]
     size = 9 if len(tokens) <= 32 else 6
     axis.set_ticks(range(len(tokens)), labels, rotation=rotation, fontsize=size)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _errors
 from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Call, Flow, Pause
@@ -55,7 +56,7 @@ def all_again(
 ) -> Flow[T]:
     """As `again`, of calls that are repeated together: `attempt` makes them, in the time given."""
     tries = None
-    left = timeout
+    left = timeout = arguments.seconds("timeout", timeout)
     began = time.monotonic()
     while True:
         try:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from attnserve_client import _arguments as arguments
+
 _FIRST_LINE = b"attnserve session 1\n"
 _SIZE = struct.Struct("<Q")
 _MOST_CHUNK_BYTES = 1 << 31  # as a message of protobuf
@@ -26,6 +28,8 @@ PathOrFile = str | os.PathLike[str] | BinaryIO
 def writing(to: PathOrFile, model: str, num_layers: int) -> Iterator[Callable[[bytes], None]]:
     """What writes a session's chunks, one after another. A file of a path is there once whole."""
     if not isinstance(to, str | os.PathLike):
+        if not hasattr(to, "write"):
+            raise arguments.mistyped("to", to, "a path, or a file open for writing bytes")
         yield _writer(to, model, num_layers)
         return
     path = Path(to)
@@ -56,6 +60,8 @@ def reading(source: PathOrFile) -> Iterator[tuple[str, int, Iterator[bytes]]]:
     Raises:
         ValueError: it is no saved session, or ends too early.
     """
+    if not isinstance(source, str | os.PathLike) and not hasattr(source, "readline"):
+        raise arguments.mistyped("source", source, "a path, or a file open for reading bytes")
     with contextlib.ExitStack() as stack:
         file = (
             stack.enter_context(Path(source).open("rb"))

@@ -8,10 +8,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _errors
-from attnserve_client import _session_messages as messages
 from attnserve_client._flows import Flow
 from attnserve_client._results import LayerResult
+from attnserve_client._session_messages import MOST_TOKENS
 from attnserve_client._session_state import SessionState
 from attnserve_client._session_steps import BatchFlows
 
@@ -38,9 +39,9 @@ class SessionFlows(Generic[S]):
     def __init__(self, session: S, make: Callable[[pb.SessionState], S]) -> None:
         self._session = session
         self._make = make
-        self._ask = session.connection.ask
+        self._ask = session._connection.ask
         self._closed = False
-        self._alone = BatchFlows(session.connection, [session])
+        self._alone = BatchFlows(session._connection, [session])
 
     def attend(
         self,
@@ -83,12 +84,12 @@ class SessionFlows(Generic[S]):
             value,
             hidden_states=hidden_states,
             parents=None if parents is None else [parents],
-            cross_tokens=[cross_tokens] if cross_tokens else None,
-            prefix_hashes=[prefix_hashes] if prefix_hashes else None,
+            cross_tokens=cross_tokens,
+            prefix_hashes=None if prefix_hashes == () else [prefix_hashes],
             return_output=return_output,
             return_log_sum_exp=return_log_sum_exp,
             return_entropy=return_entropy,
-            return_weights_of=(0,) if return_weights else (),
+            return_weights_of=(0,) if arguments.flag("return_weights", return_weights) else (),
             priority=priority,
             timeout=timeout,
         )
@@ -108,10 +109,12 @@ class SessionFlows(Generic[S]):
             InvalidArgumentError: it is no path of the tree.
             FailedPreconditionError: the last step had no tree.
         """
-        commit = pb.CommitTree(session_id=self._session.id, accepted=accepted)
+        commit = pb.CommitTree(
+            session_id=self._session.id, accepted=arguments.integers("accepted", accepted)
+        )
         # Not repeated: once it is done, it cannot be done again.
         answer = yield from self._ask(pb.DecodeRequest(commit=commit), timeout, again=False)
-        self._session.take(answer.session)
+        self._session._take(answer.session)
 
     def truncate(self, length: int, *, timeout: float | None = 10.0) -> Flow[None]:
         """Keep the first `length` tokens.
@@ -120,9 +123,12 @@ class SessionFlows(Generic[S]):
             InvalidArgumentError: it has fewer.
             FailedPreconditionError: a window would lack keys that were given back.
         """
-        truncate = pb.TruncateSession(session_id=self._session.id, length=length)
+        truncate = pb.TruncateSession(
+            session_id=self._session.id,
+            length=arguments.integer("length", length, 0, arguments.UINT64),
+        )
         answer = yield from self._ask(pb.DecodeRequest(truncate=truncate), timeout)
-        self._session.take(answer.session)
+        self._session._take(answer.session)
 
     def fork(
         self,
@@ -145,10 +151,10 @@ class SessionFlows(Generic[S]):
         """
         fork = pb.ForkSession(
             session_id=self._session.id,
-            length=at,
-            max_tokens=max_tokens,
-            reserved_tokens=reserved_tokens,
-            lease=messages.microseconds(lease),
+            length=None if at is None else arguments.integer("at", at, 0, MOST_TOKENS),
+            max_tokens=arguments.integer("max_tokens", max_tokens, 0, MOST_TOKENS),
+            reserved_tokens=arguments.integer("reserved_tokens", reserved_tokens, 0, MOST_TOKENS),
+            lease=arguments.microseconds("lease", lease),
         )
         answer = yield from self._ask(pb.DecodeRequest(fork=fork), timeout)
         return self._make(answer.session)
@@ -159,10 +165,11 @@ class SessionFlows(Generic[S]):
         Raises:
             NotFoundError: it has expired, or the server was started anew.
         """
-        return self._session.renewing(lease, timeout)
+        return self._session._renewing(lease, timeout)
 
     def close(self, *, timeout: float | None = 10.0) -> Flow[None]:
         """Give it up, and what it was promised; no error if it or the server is gone already."""
+        timeout = arguments.seconds("timeout", timeout)
         if self._closed:
             return
         self._closed = True
@@ -178,6 +185,10 @@ def page_hashes(ids: Sequence[int], page_tokens: int) -> list[bytes]:
         ids: of the tokens.
         page_tokens: `client.server_info().limits.session_page_tokens`.
     """
-    tokens = np.asarray(ids, dtype="<i8")
-    ends = range(page_tokens, len(tokens) + 1, page_tokens)
-    return [hashlib.sha256(tokens[end - page_tokens : end].tobytes()).digest() for end in ends]
+    page = arguments.integer("page_tokens", page_tokens, 1)
+    given = np.asarray(ids)
+    if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size > 0):
+        raise arguments.mistyped("ids", ids, "a list of integers")
+    tokens = given.astype("<i8")
+    ends = range(page, len(tokens) + 1, page)
+    return [hashlib.sha256(tokens[end - page : end].tobytes()).digest() for end in ends]

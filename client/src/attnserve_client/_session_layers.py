@@ -12,6 +12,7 @@ from attnserve_proto import buffers, encoding, wire
 from attnserve_proto.frames import Frame, lay_out_within
 from google.protobuf.message import DecodeError
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _errors, _tensors
 from attnserve_client._answers import timings_from
 from attnserve_client._results import Array, LayerResult
@@ -33,7 +34,7 @@ _TENSORS = {
 _ATTENDED = pb.DecodeResponse.ATTENDED_FIELD_NUMBER
 # What begins an answer of the server.
 _ANSWER_ID = encoding.tag(pb.DecodeResponse.REQUEST_ID_FIELD_NUMBER, 0)
-_ANSWERED = {
+ANSWERED = {
     pb.AttendedLayer.OUTPUT_FIELD_NUMBER: "output",
     pb.AttendedLayer.LOG_SUM_EXP_FIELD_NUMBER: "log_sum_exp",
     pb.AttendedLayer.ENTROPY_FIELD_NUMBER: "entropy",
@@ -61,6 +62,11 @@ class Rows:
         first = self.parts[0].shape
         return first if len(self.parts) == 1 else (sum(self.lengths), *first[1:])
 
+    @property
+    def nbytes(self) -> int:
+        """Of all parts together."""
+        return sum(part.nbytes for part in self.parts)
+
 
 def rows(value: Any, name: str) -> Rows:
     """Take one packed array, or a list of one array for each session.
@@ -86,18 +92,34 @@ def rows(value: Any, name: str) -> Rows:
     return Rows(parts)
 
 
-@lru_cache(maxsize=256)
 def returns_of(
+    return_output: bool,
+    return_log_sum_exp: bool,
+    return_entropy: bool,
+    return_weights_of: Sequence[int],
+) -> bytes:
+    """What a layer is asked for, as a field of `AttendLayer`."""
+    named: tuple[int, ...] = ()
+    if not isinstance(return_weights_of, tuple) or return_weights_of:
+        named = tuple(arguments.integers("return_weights_of", return_weights_of))
+    flags = (return_output, return_log_sum_exp, return_entropy)
+    try:
+        return _returns_of(*flags, named)
+    except TypeError:  # what cannot be looked up is of a wrong type: this says which
+        return _returns_of.__wrapped__(*flags, named)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _returns_of(
     return_output: bool,
     return_log_sum_exp: bool,
     return_entropy: bool,
     return_weights_of: tuple[int, ...],
 ) -> bytes:
-    """What a layer is asked for, as a field of `AttendLayer`."""
     message = pb.LayerReturns(
-        no_output=not return_output,
-        log_sum_exp=return_log_sum_exp,
-        entropy=return_entropy,
+        no_output=not arguments.flag("return_output", return_output),
+        log_sum_exp=arguments.flag("return_log_sum_exp", return_log_sum_exp),
+        entropy=arguments.flag("return_entropy", return_entropy),
         weights_of=return_weights_of,
     )
     return encoding.embedded(_RETURNS, message.SerializeToString())
@@ -169,6 +191,14 @@ class LayerPlan:
             if layout.tail > 0:
                 self._answers[at] = layout
         return layout.read(received)
+
+
+def layer_of(received: bytes) -> "Attended":
+    """An answer, taken apart anew; as `LayerPlan.read`."""
+    try:
+        return _layout_of(received).read(received)
+    except DecodeError as error:
+        raise _errors.InternalError(f"cannot be read: {error}", method=METHOD) from None
 
 
 @lru_cache(maxsize=256)
@@ -253,7 +283,7 @@ def _layout_of(received: bytes) -> _Layout:
         read(received)
         raise DecodeError("it does not answer a layer")
     first, last = body
-    message, rooms = wire.locate(view[first:last], pb.AttendedLayer, _ANSWERED)
+    message, rooms = wire.locate(view[first:last], pb.AttendedLayer, ANSWERED)
     arrays = []
     pieces = []
     at = _after_id(received)
@@ -264,7 +294,7 @@ def _layout_of(received: bytes) -> _Layout:
         arrays.append((name, shape, dtype, first + start))
         pieces.append((at, received[at : first + start]))
         at = first + end
-    known = {*_ANSWERED, _ANSWER_PADDING}
+    known = {*ANSWERED, _ANSWER_PADDING}
     before = [n for n, _, _, end in encoding.fields(view[first:last]) if first + end <= at]
     behind = len(arrays) > 0 and last == len(received) and known.issuperset(before)
     tail = at if behind and not message.weights else 0

@@ -7,11 +7,14 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import encoding
 from google.protobuf.message import DecodeError
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _errors
 from attnserve_client._results import SessionLayer
 
 METHOD = "Decode"
 HASH_BYTES = 32
+# As attention.proto has it; a message holds some bytes of each session that it opens.
+MOST_LAYERS, MOST_TOKENS, MOST_SESSIONS = 1024, 1 << 24, 1 << 16
 
 CACHE_TYPES: "Mapping[str | None, pb.CacheType.ValueType]" = {
     None: pb.CACHE_AS_MODEL,
@@ -108,54 +111,76 @@ def open_sessions(
     Raises:
         ValueError: `cache_dtype` is none that there is, or a hash is not of 32 bytes.
     """
-    if cache_dtype not in CACHE_TYPES:
-        allowed = ", ".join(name for name in CACHE_TYPES if name)
-        raise ValueError(f"cache_dtype: {cache_dtype!r}; allowed: {allowed}, or None: as the model")
-    if num_layers and layer_models and num_layers != len(layer_models):
+    arguments.one_of("cache_dtype", cache_dtype, CACHE_TYPES, ", or None: as the model")
+    count = arguments.integer("count", count, 1, MOST_SESSIONS)
+    models = _models_of_layers(layer_models)
+    if models and (num_layers not in (0, len(models)) or model):
         raise ValueError(
-            f"num_layers: {num_layers} beside {len(layer_models)} layer_models; allowed: one"
+            f"layer_models: {len(models)} beside model {model!r} and num_layers {num_layers}; "
+            "allowed: without model, and num_layers as many or left out"
         )
     new = pb.NewSession(
-        max_tokens=max_tokens,
-        reserved_tokens=reserved_tokens,
-        cross_tokens=cross_tokens,
-        prefix_hashes=joined_hashes(prefix_hashes),
+        max_tokens=arguments.integer("max_tokens", max_tokens, 1, MOST_TOKENS),
+        reserved_tokens=arguments.integer("reserved_tokens", reserved_tokens, 0, MOST_TOKENS),
+        cross_tokens=arguments.integer("cross_tokens", cross_tokens, 0, MOST_TOKENS),
+        prefix_hashes=joined_hashes("prefix_hashes", prefix_hashes),
     )
     return pb.OpenSessions(
-        model=model,
-        version=str(version),
-        num_layers=num_layers or len(layer_models),
-        layers=[
-            pb.LayerSpec(
-                window=layer.window,
-                kept_first=layer.kept_first,
-                cross=layer.cross,
-                latent=layer.latent,
-            )
-            for layer in layers or ()
-        ],
+        model=arguments.text("model", model, empty=len(models) > 0),
+        version=arguments.version("version", version),
+        num_layers=len(models) or arguments.integer("num_layers", num_layers, 1, MOST_LAYERS),
+        layers=_specs(layers),
         cache_type=CACHE_TYPES[cache_dtype],
-        lease=microseconds(lease),
+        lease=arguments.microseconds("lease", lease),
         sessions=[new] * count,
-        layer_models=[_model_of_layer(each) for each in layer_models],
+        layer_models=models,
     )
 
 
-def _model_of_layer(given: str | tuple[str, str | int]) -> pb.ModelOfLayer:
-    name, version = (given, "") if isinstance(given, str) else given
-    return pb.ModelOfLayer(model=name, version=str(version))
+def _specs(layers: Sequence[SessionLayer] | None) -> list[pb.LayerSpec]:
+    specs = []
+    allowed = "a list of SessionLayer, or None: each as the model"
+    given = () if layers is None else layers
+    for index, layer in enumerate(arguments.items("layers", given, allowed)):
+        name = f"layers[{index}]"
+        arguments.kind(name, layer, SessionLayer, "a SessionLayer")
+        window = layer.window
+        specs.append(
+            pb.LayerSpec(
+                window=None if window is None else arguments.integer(f"{name}.window", window),
+                kept_first=arguments.integer(f"{name}.kept_first", layer.kept_first),
+                cross=arguments.flag(f"{name}.cross", layer.cross),
+                latent=arguments.flag(f"{name}.latent", layer.latent),
+            )
+        )
+    return specs
 
 
-def joined_hashes(hashes: Iterable[bytes]) -> bytes:
+def _models_of_layers(given: Sequence[str | tuple[str, str | int]]) -> list[pb.ModelOfLayer]:
+    models = []
+    allowed = "a list of names, or of (name, version)"
+    for index, each in enumerate(arguments.items("layer_models", given, allowed)):
+        name = f"layer_models[{index}]"
+        pair = (each, "") if isinstance(each, str) else each
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise arguments.mistyped(name, each, "a name, or (name, version)")
+        model = arguments.text(name, pair[0], empty=False)
+        models.append(pb.ModelOfLayer(model=model, version=arguments.version(name, pair[1])))
+    return models
+
+
+def joined_hashes(name: str, hashes: Iterable[bytes]) -> bytes:
     """Hashes of pages as they travel.
 
     Raises:
         ValueError: one is not of 32 bytes.
     """
-    each = list(hashes)
+    allowed = f"a list of hashes, each of {HASH_BYTES} bytes"
+    each = arguments.items(name, hashes, allowed)
     for one in each:
+        arguments.kind(name, one, (bytes, bytearray, memoryview), allowed)
         if len(one) != HASH_BYTES:
-            raise ValueError(f"prefix_hashes: one of {len(one)} bytes; allowed: {HASH_BYTES}")
+            raise ValueError(f"{name}: one of {len(one)} bytes; allowed: {HASH_BYTES}")
     return b"".join(each)
 
 
@@ -164,9 +189,9 @@ def import_messages(
     chunks: Iterator[bytes],
     max_tokens: int,
     reserved_tokens: int,
-    lease: float | None,
+    lease: int,
 ) -> Iterator[bytes]:
-    """The requests of an import. `chunks`: what an export gave."""
+    """The requests of an import. `chunks`: what an export gave; `lease`: as it travels."""
     index, data = 0, next(chunks)
     while True:
         following = next(chunks, None)
@@ -176,14 +201,9 @@ def import_messages(
         if index == 0:
             request.max_tokens = max_tokens
             request.reserved_tokens = reserved_tokens
-            request.lease = microseconds(lease)
+            request.lease = lease
         message = pb.DecodeRequest(request_id=request_id, import_session=request)
         yield message.SerializeToString()
         if following is None:
             return
         index, data = index + 1, following
-
-
-def microseconds(lease: float | None) -> int:
-    """A lease as it travels; None: the server's default."""
-    return round((lease or 0) * 1e6)

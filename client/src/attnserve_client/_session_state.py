@@ -6,10 +6,12 @@ from typing import Any, Protocol
 
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _retries
 from attnserve_client import _session_messages as messages
 from attnserve_client._flows import Call, Flow
 from attnserve_client._session_messages import METHOD
+from attnserve_client._sharing_flows import SharingFlows
 
 
 class Stream(Protocol):
@@ -37,10 +39,15 @@ class Streams(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What the sessions of one client share."""
+    """What the sessions of one client share.
+
+    Attributes:
+        memory: shared with the server, if any is.
+    """
 
     streams: Streams
     runner: Any
+    memory: SharingFlows | None = None
 
     def ask(
         self, request: pb.DecodeRequest, timeout: float | None, *, again: bool = True
@@ -54,11 +61,11 @@ class Connection:
         def send(left: float | None) -> Any:
             return self.streams.get().exchange(make, messages.read, left)
 
-        response: pb.DecodeResponse = (
-            (yield from _retries.again(METHOD, send, timeout))
-            if again
-            else (yield Call(send, timeout))
-        )
+        response: pb.DecodeResponse
+        if again:
+            response = yield from _retries.again(METHOD, send, timeout)
+        else:
+            response = yield Call(send, arguments.seconds("timeout", timeout))
         return response
 
 
@@ -76,21 +83,21 @@ class SessionState:
     def __init__(
         self, connection: Connection, state: pb.SessionState, model: str, num_layers: int
     ) -> None:
-        self.connection = connection
+        self._connection = connection
         self.id = state.session_id
         self.model = model
         self.num_layers = num_layers
-        self.take(state)
+        self._take(state)
 
-    def take(self, state: pb.SessionState) -> None:
+    def _take(self, state: pb.SessionState) -> None:
         """What the server says of it."""
         self.length = state.length
         self.max_tokens = state.max_tokens
         self.reserved_tokens = state.reserved_tokens
         self.lease = state.lease / 1e6
 
-    def renewing(self, lease: float | None, timeout: float | None) -> Flow[None]:
+    def _renewing(self, lease: float | None, timeout: float | None) -> Flow[None]:
         """Start its lease anew, and take its state."""
-        renew = pb.RenewSession(session_id=self.id, lease=messages.microseconds(lease))
-        answer = yield from self.connection.ask(pb.DecodeRequest(renew=renew), timeout)
-        self.take(answer.session)
+        renew = pb.RenewSession(session_id=self.id, lease=arguments.microseconds("lease", lease))
+        answer = yield from self._connection.ask(pb.DecodeRequest(renew=renew), timeout)
+        self._take(answer.session)

@@ -2,24 +2,30 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _errors
 from attnserve_client import _session_layers as layers
 from attnserve_client import _session_messages as messages
+from attnserve_client import _shared_layers as shared_layers
 from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Call, Flow
 from attnserve_client._results import LayerResult
 from attnserve_client._session_layers import Attended, LayerPlan, Rows
 from attnserve_client._session_messages import METHOD
 from attnserve_client._session_state import Connection, SessionState, Stream
+from attnserve_client._sharing_flows import SharingFlows
 
 # How long it is asked after a lost connection whether sessions survived, seconds.
 _FIND_SECONDS = 30.0
+_INT32 = (1 << 31) - 1
+_NOT_FOUND = grpc.StatusCode.NOT_FOUND
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
@@ -56,7 +62,7 @@ class _Layer:
 
     layer: int
     returns: bytes
-    tensors: tuple[Rows, ...]
+    tensors: dict[str, Rows]
     plan: LayerPlan
     timeout: float | None
 
@@ -69,10 +75,15 @@ class BatchFlows:
     """
 
     def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
-        if not sessions:
-            raise ValueError("sessions: none; allowed: one or more")
+        allowed = "a list of sessions, one or more"
         self._connection = connection
-        self._sessions = tuple(sessions)
+        self._sessions: tuple[SessionState, ...] = tuple(
+            arguments.items("sessions", sessions, allowed)
+        )
+        for session in self._sessions:
+            arguments.kind("sessions", session, SessionState, allowed)
+        if not self._sessions:
+            raise ValueError("sessions: none; allowed: one or more")
         self._step: _Step | None = None
         self._plain: dict[tuple[int, ...], _Beginning] = {}  # of steps without anything special
 
@@ -86,7 +97,7 @@ class BatchFlows:
         hidden_states: Any = None,
         new_tokens: Sequence[int] | None = None,
         parents: Sequence[Sequence[int] | None] | None = None,
-        cross_tokens: Sequence[int] | None = None,
+        cross_tokens: Sequence[int] | int = 0,
         prefix_hashes: Sequence[Iterable[bytes]] | None = None,
         return_output: bool = True,
         return_log_sum_exp: bool = False,
@@ -109,7 +120,8 @@ class BatchFlows:
                 each.
             parents: with layer 0: for each session, the parent of each new token (-1: the last one
                 before the step), or None where there is no tree.
-            cross_tokens: with layer 0: keys that come for each session's cross layers.
+            cross_tokens: with layer 0: keys that come for each session's cross layers; one number:
+                for each session.
             prefix_hashes: with layer 0: for each session, the hashes of the pages that are full
                 with this step, so that others may share them.
             return_output: send the output back.
@@ -128,13 +140,15 @@ class BatchFlows:
             ValueError: tensors of a wrong rank, lengths that do not match, a layer other than 0
                 without a step.
         """
+        arguments.integer("layer", layer)
+        timeout = arguments.seconds("timeout", timeout)
         tensors = _given(query, key, value, hidden_states)
         returns = layers.returns_of(
-            return_output, return_log_sum_exp, return_entropy, tuple(return_weights_of)
+            return_output, return_log_sum_exp, return_entropy, return_weights_of
         )
         kinds = tuple([(name, each.parts[0].dtype, each.shape) for name, each in tensors.items()])
         plan = layers.plan_of(returns, kinds)
-        wanted = _Layer(layer, returns, tuple(tensors.values()), plan, timeout)
+        wanted = _Layer(layer, returns, tensors, plan, timeout)
         if self._step is not None:
             return (yield from self._next(self._step, wanted))
         if layer != 0:
@@ -161,7 +175,7 @@ class BatchFlows:
             yield Call(send, _FIND_SECONDS)
         except AttnserveError as error:
             # A stream that ended, and a step of which a session is gone, are abandoned already.
-            if error.code not in _LOST | {grpc.StatusCode.NOT_FOUND}:
+            if error.code not in _LOST | {_NOT_FOUND}:
                 raise
         if step.unsure:
             yield from self._lengths_anew()
@@ -172,7 +186,11 @@ class BatchFlows:
         if new_tokens is None and len(first.parts) == count:
             return tuple(first.lengths)
         total = first.shape[0]
-        lengths = (total // count,) * count if new_tokens is None else tuple(new_tokens)
+        lengths = (
+            (total // count,) * count
+            if new_tokens is None
+            else tuple(arguments.integers("new_tokens", new_tokens))
+        )
         if len(lengths) != count or sum(lengths) != total:
             raise ValueError(
                 f"new_tokens: {list(lengths)} for {count} sessions and a query of {total} tokens; "
@@ -184,21 +202,28 @@ class BatchFlows:
         self,
         counts: tuple[int, ...],
         parents: Sequence[Sequence[int] | None] | None,
-        cross_tokens: Sequence[int] | None,
+        cross_tokens: Sequence[int] | int,
         prefix_hashes: Sequence[Iterable[bytes]] | None,
         priority: int,
     ) -> _Beginning:
-        plain = not (parents or cross_tokens or prefix_hashes or priority)
+        plain = parents is None and prefix_hashes is None and (cross_tokens, priority) == (0, 0)
         if plain and counts in self._plain:
             return self._plain[counts]
-        begin = pb.BeginStep(priority=priority)
-        for index, session in enumerate(self._sessions):
+        begin = pb.BeginStep(priority=arguments.integer("priority", priority, 0, 3))
+        if not isinstance(cross_tokens, list | tuple):
+            cross_tokens = [arguments.integer("cross_tokens", cross_tokens)] * len(counts)
+        crossing = self._each("cross_tokens", arguments.integers("cross_tokens", cross_tokens), 0)
+        trees = self._each("parents", parents, None)
+        hashes = self._each("prefix_hashes", prefix_hashes, ())
+        for session, new, tree, pages, cross in zip(
+            self._sessions, counts, trees, hashes, crossing, strict=True
+        ):
             begin.sessions.add(
                 session_id=session.id,
-                new_tokens=counts[index],
-                parents=(parents[index] if parents else None) or (),
-                cross_tokens=cross_tokens[index] if cross_tokens else 0,
-                prefix_hashes=messages.joined_hashes(prefix_hashes[index] if prefix_hashes else ()),
+                new_tokens=new,
+                parents=() if tree is None else arguments.integers("parents", tree, -1, _INT32),
+                cross_tokens=cross,
+                prefix_hashes=messages.joined_hashes("prefix_hashes", pages),
             )
         kept = [0 if each.parents else each.new_tokens for each in begin.sessions]
         starts = tuple(accumulate(counts, initial=0))
@@ -206,6 +231,16 @@ class BatchFlows:
         if plain:
             self._plain = {counts: beginning}  # the next step is most often like this one
         return beginning
+
+    def _each(self, name: str, given: Any, nothing: Any) -> list[Any]:
+        """What is given for each session; None: nothing for any."""
+        count = len(self._sessions)
+        if given is None:
+            return [nothing] * count
+        each = arguments.items(name, given, f"a list of {count}, one for each session")
+        if len(each) != count:
+            raise arguments.refused(name, given, f"a list of {count}, one for each session")
+        return each
 
     def _first(self, beginning: _Beginning, wanted: _Layer) -> Flow[LayerResult]:
         """Begin a step and compute its first layer, in one go.
@@ -243,21 +278,15 @@ class BatchFlows:
             raise failure from error
 
     def _compute(self, step: _Step, wanted: _Layer, begin: bytes = b"") -> Flow[LayerResult]:
-        plan, options = wanted.plan, begin + wanted.returns
-
-        def make(request_id: int) -> bytes:
-            return plan.message(request_id, step.step_id, wanted.layer, options, wanted.tensors)
-
-        def send(left: float | None) -> Any:
-            return step.stream.exchange(make, plan.read, left)
-
-        try:
-            attended: Attended = yield Call(send, wanted.timeout)
-        except AttnserveError:
-            raise
-        except BaseException:  # an interrupt, or a task that is cancelled
-            step.unsure = True
-            raise
+        memory = self._connection.memory
+        answer_bytes = None
+        if memory is not None:
+            returns = pb.AttendLayer.FromString(wanted.returns).returns
+            answer_bytes = shared_layers.answer_bytes(wanted.tensors, returns)
+        if memory is None or answer_bytes is None:
+            attended = yield from self._sent(step, wanted, begin)
+        else:
+            attended = yield from self._shared(memory, answer_bytes, step, wanted, begin)
         if begin:
             for session, length in zip(self._sessions, attended.message.lengths, strict=True):
                 session.length = length
@@ -267,6 +296,59 @@ class BatchFlows:
             for session, kept in zip(self._sessions, step.kept, strict=True):
                 session.length += kept
         return result
+
+    def _sent(self, step: _Step, wanted: _Layer, begin: bytes) -> Flow[Attended]:
+        """A layer whose tensors travel within messages."""
+        plan, options, tensors = wanted.plan, begin + wanted.returns, tuple(wanted.tensors.values())
+
+        def make(request_id: int) -> bytes:
+            return plan.message(request_id, step.step_id, wanted.layer, options, tensors)
+
+        def send(left: float | None) -> Any:
+            return step.stream.exchange(make, plan.read, left)
+
+        return self._answered(step, Call(send, wanted.timeout))
+
+    def _answered(self, step: _Step, call: Call) -> Flow[Attended]:
+        try:
+            attended: Attended = yield call
+        except AttnserveError:
+            raise
+        except BaseException:  # an interrupt, or a task that is cancelled
+            step.unsure = True
+            raise
+        return attended
+
+    def _shared(
+        self, memory: SharingFlows, answer_bytes: int, step: _Step, wanted: _Layer, begin: bytes
+    ) -> Flow[Attended]:
+        """A layer whose tensors lie in shared memory, and whose answer's will."""
+        options, forgotten = begin + wanted.returns, False
+        while True:
+            arena, name = yield from memory.registered(wanted.timeout)
+            placed = shared_layers.place(memory.sharing, arena, name, wanted.tensors, answer_bytes)
+            make = partial(
+                shared_layers.message,
+                step_id=step.step_id,
+                layer=wanted.layer,
+                options=options,
+                placed=placed,
+            )
+            call = Call(
+                partial(step.stream.exchange, make, partial(shared_layers.read, placed=placed)),
+                wanted.timeout,
+            )
+            try:
+                return (yield from self._answered(step, call))
+            except BaseException as error:
+                if not isinstance(error, AttnserveError) or step.stream.failed:
+                    memory.lost(placed)
+                    raise
+                if forgotten or error.code != _NOT_FOUND or name not in error.message:
+                    raise
+            # The server was started anew, or took this for another caller after a reconnect.
+            memory.sharing.forget(placed)
+            forgotten = True
 
     def _after_loss(self, error: AttnserveError) -> Flow[AttnserveError]:
         """What to raise after the stream was lost: whether the sessions were lost with it."""
@@ -292,7 +374,7 @@ class BatchFlows:
         lost = []
         for session in self._sessions:
             try:
-                yield from session.renewing(None, _FIND_SECONDS)
+                yield from session._renewing(None, _FIND_SECONDS)
             except _errors.NotFoundError:
                 lost.append(session.id)
         return lost

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
 
-from attnserve_client import _attend, _errors, _tensors
+from attnserve_client import _arguments as arguments
+from attnserve_client import _attend, _tensors
 from attnserve_client._answers import AnswerReader, Region
 from attnserve_client._arena import ALIGNMENT, Arena
 from attnserve_client._attend import AttendCall
@@ -21,24 +23,37 @@ _BYTE = np.dtype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
-class SharedCall:
-    """A request to send, and what must live until it is answered.
+class Placed:
+    """Tensors in shared memory, and room for an answer's: they live until it is there.
 
     Attributes:
-        message: it, serialised.
-        held: its tensors in shared memory.
+        held: the tensors.
+        places: field name, dtype, shape and offset of each.
         output: where the answer's tensors go.
-        answers: reads what comes back.
         arena: the shared memory.
         region: the server's name for it.
     """
 
-    message: bytes
     held: list[Array]
+    places: "tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]"
     output: Region
-    answers: AnswerReader
     arena: Arena
     region: str
+
+
+@dataclass(frozen=True, slots=True)
+class SharedCall:
+    """A request to send.
+
+    Attributes:
+        message: it, serialised.
+        placed: its tensors.
+        answers: reads what comes back.
+    """
+
+    message: bytes
+    placed: Placed
+    answers: AnswerReader
 
 
 class Sharing:
@@ -79,6 +94,21 @@ class Sharing:
                 self._name = name
             return self.arena is arena
 
+    def empty(self, shape: Sequence[int], dtype: Any) -> Array:
+        """An array in the memory, its elements undefined.
+
+        Raises:
+            MemoryError: there is no room.
+        """
+        allowed = "float32, float16, bfloat16 or another dtype that can be sent"
+        try:
+            kind = np.dtype(dtype)
+        except TypeError:
+            raise arguments.mistyped("dtype", dtype, allowed) from None
+        if not _tensors.can_be_sent(kind):
+            raise arguments.refused("dtype", dtype, allowed)
+        return self.arena.empty(tuple(arguments.integers("shape", shape, 1, 1 << 48)), kind)
+
     def copy(self, array: Array) -> Array:
         """A copy of an array in the memory.
 
@@ -89,23 +119,21 @@ class Sharing:
         copy[...] = array
         return copy
 
-    def forget(self, call: SharedCall) -> None:
-        """The server does not know the memory of a call any more: register it again."""
+    def forget(self, placed: Placed) -> None:
+        """The server does not know the memory of a request any more: register it again."""
         with self._lock:
-            if call.region == self._name:
+            if placed.region == self._name:
                 self._name = None
 
-    def give_up(self, call: SharedCall, error: BaseException) -> bool:
-        """A call had no answer. If the server may still write one, its memory must not be used for
-        anything else: from now on other memory is shared, to which tensors in the old are copied.
+    def give_up(self, placed: Placed) -> bool:
+        """The server may still write an answer that nobody waits for: its memory must not be used
+        for anything else. From now on other memory is shared; tensors in the old are copied to it.
 
         Returns:
             Whether the server's name for the old memory is to be unregistered.
         """
-        if not _errors.may_still_run(error):
-            return False
         with self._lock:
-            if call.arena is not self.arena:
+            if placed.arena is not self.arena:
                 return False  # that has been done
             self.arena.close()
             self.arena, self._name = Arena(self.arena.byte_size), None
@@ -132,23 +160,34 @@ class Sharing:
         Raises:
             MemoryError: there is no room.
         """
-        held, inline, places = [], {}, []
-        for field, array in call.tensors.items():
-            if array.nbytes < _INLINE_BYTES:
-                inline[field] = array
-            else:
-                shared, offset = _shared(arena, array)
-                held.append(shared)
-                places.append((field, array.dtype, array.shape, offset))
-        output = Region(*arena.place((answer_bytes,), _BYTE))
-        head = call.plan.head + _placed(name, tuple(places), output.offset, answer_bytes)
+        large = {field: a for field, a in call.tensors.items() if a.nbytes >= _INLINE_BYTES}
+        inline = {field: a for field, a in call.tensors.items() if field not in large}
+        placed = self.place(large, answer_bytes, arena, name)
+        output = placed.output
+        head = call.plan.head + _placed(name, placed.places, output.offset, answer_bytes)
         plan = _attend.plan_of(head, inline)
         message = plan.message.fill(list(inline.values()))
-        return SharedCall(message, held, output, plan.answers, arena, name)
+        return SharedCall(message, placed, plan.answers)
+
+    def place(
+        self, tensors: Mapping[str, Array], answer_bytes: int, arena: Arena, name: str
+    ) -> Placed:
+        """Place tensors, by field name, where they do not lie there already, and an answer.
+
+        Raises:
+            MemoryError: there is no room.
+        """
+        held, places = [], []
+        for field, array in tensors.items():
+            shared, offset = _shared(arena, array)
+            held.append(shared)
+            places.append((field, array.dtype, array.shape, offset))
+        output = Region(*arena.place((answer_bytes,), _BYTE))
+        return Placed(held, tuple(places), output, arena, name)
 
     def result(self, call: SharedCall, answer: bytes) -> AttendResult:
         """The result of an answer: its arrays lie in shared memory, and keep it taken."""
-        return call.answers.read(answer, region=call.output)[0]
+        return call.answers.read(answer, region=call.placed.output)[0]
 
 
 def shared_by(sharing: Sharing | None) -> Sharing:
@@ -187,6 +226,11 @@ def _placed(
         tensor.shared_memory.CopyFrom(_region(name, offset, byte_size))
         getattr(message, field).CopyFrom(tensor)
     return message.SerializeToString()
+
+
+def region_of(name: str, output: Region) -> pb.SharedMemoryRegion:
+    """Where an answer's tensors go, as a message."""
+    return _region(name, output.offset, output.memory.nbytes)
 
 
 def _region(name: str, offset: int, byte_size: int) -> pb.SharedMemoryRegion:

@@ -9,6 +9,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 
+from attnserve_client import _arguments as arguments
 from attnserve_client import _attend, _errors
 from attnserve_client._assembly import Assembler
 from attnserve_client._attend import AttendOptions
@@ -70,15 +71,16 @@ class AttendStream:
             RuntimeError: the stream is closed.
             AttnserveError: the stream has failed.
         """
+        timeout = arguments.seconds("timeout", timeout)
         call = _attend.attend_call(query, key, value, **options)
         future: Future[AttendResult] = Future()
         # It cannot be cancelled: the request is on its way, and its answer will come.
         future.set_running_or_notify_cancel()
         with self._lock:
-            if self._closed:
-                raise RuntimeError("this stream is closed")
             if self._failure is not None:
                 raise self._failure
+            if self._closed:
+                raise RuntimeError("this stream is closed")
             self._last_id += 1
             self._waiting[self._last_id] = future
             self._assembler.expect(self._last_id, call.plan.answers)

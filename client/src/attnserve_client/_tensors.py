@@ -52,6 +52,11 @@ def as_array(value: Any, name: str) -> Array:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
 
 
+def can_be_sent(dtype: "np.dtype[Any]") -> bool:
+    """Whether there is such a dtype on the wire."""
+    return dtype in _DTYPES
+
+
 def header(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> pb.Tensor:
     """A tensor without its elements."""
     return pb.Tensor(dtype=_DTYPES[dtype], shape=shape)

@@ -87,8 +87,7 @@ void check_key_and_value(const wire::AttendLayer& message, const StepShape& step
                  {tokens, heads, Expected{model.value_head_dim, "value_head_dim of the model"}});
 }
 
-const std::vector<std::uint32_t>& checked_weights_of(const std::vector<std::uint32_t>& sessions,
-                                                     const StepShape& step) {
+void check_weights_of(const std::vector<std::uint32_t>& sessions, const StepShape& step) {
   if (!sessions.empty() && !step.gives_weights) {
     throw RequestError(
         Code::kFailedPrecondition,
@@ -107,7 +106,6 @@ const std::vector<std::uint32_t>& checked_weights_of(const std::vector<std::uint
       refuse(field, std::to_string(session), text("more than ", sessions[at - 1], ", before it"));
     }
   }
-  return sessions;
 }
 
 void plan_results(const wire::AttendLayer& message, const StepShape& step, const Limits& limits,
@@ -126,7 +124,8 @@ void plan_results(const wire::AttendLayer& message, const StepShape& step, const
   add(message.returns.log_sum_exp, wire::LayerOutput::kLogSumExp, DataType::kFp32, rows);
   add(message.returns.entropy, wire::LayerOutput::kEntropy, DataType::kFp32, rows);
   const bool cross = step.layers[message.layer].cross;
-  for (const std::int64_t session : checked_weights_of(message.returns.weights_of, step)) {
+  check_weights_of(message.returns.weights_of, step);
+  for (const std::int64_t session : message.returns.weights_of) {
     const auto at = static_cast<std::size_t>(session);
     const std::int64_t keys = (cross ? step.cross_keys : step.keys)[at];
     add(true, wire::LayerOutput::kWeights, DataType::kFp32,

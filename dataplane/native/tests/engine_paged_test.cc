@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
+#include <numeric>
 #include <random>
 
 #include "base/status.h"
@@ -26,8 +28,9 @@ static_assert(kPageBytes % 64 == 0);
 // As the exporter writes it.
 std::unique_ptr<Session> paged_graph(const std::shared_ptr<Runtime>& runtime) {
   const std::vector<std::string> inputs{"query",   "key",          "value", "cache", "starts",
-                                        "lengths", "table_starts", "table", "spec",  "parents"};
-  const std::vector<std::string> outputs{"output", "log_sum_exp", "entropy"};
+                                        "lengths", "table_starts", "table", "spec",  "parents",
+                                        "",        "weights_of"};
+  const std::vector<std::string> outputs{"output", "log_sum_exp", "entropy", "weights"};
   Graph graph{{{"PagedAttention",
                 "attnserve",
                 inputs,
@@ -43,9 +46,10 @@ std::unique_ptr<Session> paged_graph(const std::shared_ptr<Runtime>& runtime) {
                {"cache", kOnnxUint8, {-1}}},
               {{"output", kOnnxFloat, {-1, kHeads, kValueDim}},
                {"log_sum_exp", kOnnxFloat, {-1, kHeads}},
-               {"entropy", kOnnxFloat, {-1, kHeads}}}};
+               {"entropy", kOnnxFloat, {-1, kHeads}},
+               {"weights", kOnnxFloat, {-1}}}};
   for (std::size_t at = 4; at < inputs.size(); ++at) {
-    graph.inputs.push_back({inputs[at], kOnnxInt64, {-1}});
+    if (!inputs[at].empty()) graph.inputs.push_back({inputs[at], kOnnxInt64, {-1}});
   }
   return load_graph(runtime, graph);
 }
@@ -149,6 +153,42 @@ struct Step {
     CHECK(log_sum_exp[token * kHeads + head] == doctest::Approx(std::log(sum)).epsilon(1e-4));
   }
 
+  // Asks for the weights of a sequence, after those before it.
+  void want_weights(std::size_t at) {
+    const std::int64_t tokens = starts[at + 1] - starts[at], keys = sequences[at]->length();
+    std::vector<float>& place = weights.emplace_back(tokens * kHeads * keys, -1.0F);
+    work.weights_of.push_back(static_cast<std::int64_t>(at));
+    work.weights.push_back(tensor_of(place, {tokens, kHeads, keys}));
+  }
+
+  // Compares them with what gives the output: their sum over a query's keys is 1, and it is the sum
+  // of their values, weighted.
+  void check_weights() const {
+    for (std::size_t wanted = 0; wanted < weights.size(); ++wanted) {
+      const auto at = static_cast<std::size_t>(work.weights_of[wanted]);
+      const Sequence& sequence = *sequences[at];
+      const std::int64_t keys = sequence.length();
+      for (std::int64_t row = 0; row < (starts[at + 1] - starts[at]) * kHeads; ++row) {
+        const std::int64_t kv_head = row % kHeads / (kHeads / kKvHeads);
+        const float* of_row = weights[wanted].data() + row * keys;
+        for (std::int64_t d = 0; d < kValueDim; ++d) {
+          double expected = 0;
+          for (std::int64_t key_at = 0; key_at < keys; ++key_at) {
+            expected += static_cast<double>(of_row[key_at]) *
+                        sequence.values[(key_at * kKvHeads + kv_head) * kValueDim + d];
+          }
+          CHECK(output[(starts[at] * kHeads + row) * kValueDim + d] ==
+                doctest::Approx(expected).epsilon(1e-4));
+        }
+        CHECK(std::accumulate(of_row, of_row + keys, 0.0) == doctest::Approx(1).epsilon(1e-5));
+        const std::int64_t position = keys - (starts[at + 1] - starts[at]) + row / kHeads;
+        for (std::int64_t key_at = position + 1; key_at < keys; ++key_at) {
+          CHECK(of_row[key_at] == 0);
+        }
+      }
+    }
+  }
+
   void run() {
     PagedWork* one = &work;
     attend_paged_together(std::span(&one, 1), nullptr);
@@ -157,6 +197,7 @@ struct Step {
   std::vector<Sequence*> sequences;
   std::vector<std::int64_t> starts{0}, parents;
   std::vector<float> query, key, value, output, log_sum_exp;
+  std::deque<std::vector<float>> weights;  // of sequences, as asked for
   PagedWork work;
 };
 
@@ -296,6 +337,33 @@ TEST_CASE("keys of a cross layer are as many as they like, and every query sees 
   PagedWork* one = &later;
   attend_paged_together(std::span(&one, 1), nullptr);
   step.check();
+}
+
+TEST_CASE("weights are those of the sequences that are named, alone and together") {
+  World world;
+  if (!world.runtime) return;
+  std::vector<Sequence> sequences(5);
+  for (Sequence& sequence : sequences) {
+    Step step(*world.variant, world.cache, {&sequence}, {9}, world.random);
+    step.want_weights(0);
+    step.run();
+    step.check();
+    step.check_weights();
+  }
+  Step first(*world.variant, world.cache, {&sequences[0], &sequences[1]}, {1, 3}, world.random);
+  Step second(*world.variant, world.cache, {&sequences[2]}, {2}, world.random);
+  Step third(*world.variant, world.cache, {&sequences[3], &sequences[4]}, {4, 2}, world.random);
+  first.want_weights(1);
+  third.want_weights(0);
+  third.want_weights(1);
+  CHECK(units(third.work) > units(second.work));
+  CHECK(batch_key(first.work) == batch_key(second.work));
+  std::vector<PagedWork*> works{&first.work, &second.work, &third.work};
+  attend_paged_together(works, nullptr);
+  for (const Step* step : {&first, &second, &third}) {
+    step->check();
+    step->check_weights();
+  }
 }
 
 TEST_CASE("works of other layers, or of many tokens, have other keys") {

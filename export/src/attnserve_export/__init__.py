@@ -8,4 +8,9 @@ verification   graphs against the reference
 repository     the model repository on disk
 """
 
+import os
+
+# ONNX Runtime counts its use otherwise, in a database under HOME with a device's id.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 __version__ = "0.1.0"

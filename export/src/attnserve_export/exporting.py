@@ -16,8 +16,8 @@ from attnserve_proto.manifest import Attention, Layer, Manifest, Transformer, Va
 
 import attnserve_export
 from attnserve_export import graphs, repository, storage
-from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.errors import VerificationError
+from attnserve_export.runtime import CPU, CUDA
 from attnserve_export.tuning import default_picks
 from attnserve_export.verification import Case, verify
 

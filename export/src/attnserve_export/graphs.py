@@ -12,11 +12,6 @@ import onnx.helper
 import torch
 from torch import Tensor, nn
 
-# Opset 23 is the first with an Attention operator: https://onnx.ai/onnx/operators/onnx__Attention.html
-MIN_OPSET = 23
-# The newest that these modules are exported and verified at.
-MAX_OPSET = 24
-
 # What the dimensions of an input are called, where they are dynamic; an integer is fixed.
 Dims = tuple[str | int, ...]
 

@@ -32,7 +32,6 @@ from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_
 from attnserve_export.attention.paged import paged_attention
 from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.variants import (
-    CPU,
     DIAGNOSTICS,
     VariantSpec,
     core_module,
@@ -42,6 +41,7 @@ from attnserve_export.attention.variants import (
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Input
+from attnserve_export.runtime import CPU
 from attnserve_export.verification import Case
 
 TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}

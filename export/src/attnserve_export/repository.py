@@ -81,8 +81,13 @@ def commit(folder: Path, target: Path, manifest: Manifest) -> None:
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
         target.rename(old / target.name)
-        folder.rename(target)
-        shutil.rmtree(old)
+        try:
+            folder.rename(target)
+        except BaseException:  # interrupted just here: what was there comes back
+            (old / target.name).rename(target)
+            raise
+        finally:
+            shutil.rmtree(old)
     else:
         folder.rename(target)
     _sync(target.parent)

@@ -17,8 +17,8 @@ from attnserve_proto.manifest import Manifest, Pick, VariantEntry
 from numpy.typing import NDArray
 
 from attnserve_export import repository, sessions
-from attnserve_export.attention.variants import CPU, CUDA
 from attnserve_export.errors import ExportError
+from attnserve_export.runtime import CPU, CUDA
 
 Array = NDArray[Any]
 
@@ -79,18 +79,20 @@ def tune(
         seq_lens: lengths to measure at; a pick holds up to the geometric mean with the next one.
         provider: ONNX Runtime's name of it.
         batch: sequences per run.
-        seconds: to spend on each length.
+        seconds: to spend on each length: variants that would take more, by the length before, are
+            left out there. At the shortest length each runs at least once, at others the fastest.
         progress: told what is going on.
 
     Raises:
         ExportError: not a core model, or the provider is not there or does not work.
+        KeyboardInterrupt: interrupted; the lengths that were measured are in the manifest.
     """
     kind = repository.read_content(folder).get("kind")
     if kind != "core":
         raise ExportError(f"--name: {folder} is of kind {kind!r}; allowed: a core model")
     if provider not in onnxruntime.get_available_providers():
-        known = ", ".join(onnxruntime.get_available_providers())
-        raise ExportError(f"--provider: given {provider}; available here: {known}")
+        available = ", ".join(onnxruntime.get_available_providers())
+        raise ExportError(f"--provider: given {provider}; available here: {available}")
     manifest = repository.read(folder)
     candidates = {
         entry.name: entry
@@ -111,26 +113,65 @@ def tune(
                 f"ONNX Runtime fell back to {session.get_providers()[0]}"
             )
     measurements: list[Measurement] = []
-    for seq_len in sorted(seq_lens):
-        score_bytes = 4 * batch * manifest.attention.num_heads * seq_len**2
-        tried = [
-            name
-            for name, entry in candidates.items()
-            if entry.memory == "linear" or score_bytes <= _MOST_SCORE_BYTES
-        ]
-        try:
-            contenders = [(name, opened[name]) for name in tried]
-            times = _times(manifest, contenders, batch, seq_len, seconds)
-        except MemoryError:
-            raise ExportError(
-                f"--seq-lens: {seq_len} with --batch {batch} takes more memory than there is"
-            ) from None
-        found = [Measurement(n, seq_len, statistics.median(t) * 1e3) for n, t in times.items()]
-        found.sort(key=lambda measurement: measurement.milliseconds)
-        measurements += found
-        said = ", ".join(f"{m.variant} {m.milliseconds:.3f} ms" for m in found)
-        progress(f"{provider}, {seq_len} positions: {said}")
-    picks = {**manifest.picks, provider: picks_from(measurements)}
+    # Of each variant, the longest length measured so far, and its seconds there.
+    furthest: dict[str, tuple[int, float]] = {}
+    lengths = sorted(set(seq_lens))
+    try:
+        for index, seq_len in enumerate(lengths):
+            tried = [
+                (name, opened[name])
+                for name, entry in candidates.items()
+                if entry.memory == "linear"
+                or 4 * batch * manifest.attention.num_heads * seq_len**2 <= _MOST_SCORE_BYTES
+            ]
+            expected = {name: _expected(furthest.get(name), seq_len) for name, _ in tried}
+            try:
+                times = _times(manifest, tried, batch, seq_len, seconds, expected)
+            except MemoryError:
+                raise ExportError(
+                    f"--seq-lens: {seq_len} with --batch {batch} takes more memory than there is"
+                ) from None
+            furthest |= {name: (seq_len, each) for name, each in times.items()}
+            found = [Measurement(name, seq_len, each * 1e3) for name, each in times.items()]
+            found.sort(key=lambda measurement: measurement.milliseconds)
+            measurements += found
+            said = ", ".join(f"{m.variant} {m.milliseconds:.3f} ms" for m in found)
+            left = len(lengths) - index - 1
+            more = f"; {left} to go, about {left * seconds:.3g} s" if left else ""
+            progress(f"{provider}, {seq_len} positions: {said}{more}")
+    finally:
+        # What was measured is kept, whatever happens after it.
+        if measurements:
+            complete = measurements[-1].seq_len == lengths[-1]
+            _keep(folder, manifest, provider, batch, measurements, complete=complete)
+    return measurements
+
+
+def _expected(known: tuple[int, float] | None, seq_len: int) -> float:
+    """The seconds of a run, growing with the square of the length; 0 of what is not known."""
+    if known is None:
+        return 0.0
+    length, seconds = known
+    return seconds * (seq_len / length) ** 2
+
+
+def _keep(
+    folder: Path,
+    manifest: Manifest,
+    provider: str,
+    batch: int,
+    measurements: Sequence[Measurement],
+    *,
+    complete: bool,
+) -> None:
+    """Let the manifest say what was measured."""
+    found = picks_from(measurements)
+    if not complete:
+        longest = measurements[-1].seq_len
+        before = manifest.picks.get(provider, ())
+        beyond = [pick for pick in before if pick.up_to is None or pick.up_to > longest]
+        found = _joined([*found[:-1], Pick(longest, found[-1].variants), *beyond])
+    picks = {**manifest.picks, provider: found}
     tuned = dict(manifest.tuned or {})
     tuned[provider] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -142,16 +183,21 @@ def tune(
     }
     rows = {name: [asdict(pick) for pick in given] for name, given in picks.items()}
     repository.rewrite(folder, {"picks": rows, "tuned": tuned})
-    return measurements
 
 
 def picks_from(measurements: Sequence[Measurement]) -> tuple[Pick, ...]:
     """The fastest first at each length; lengths with the same order are joined.
 
-    A variant that was too large to try at a length comes after all that were.
+    A variant that was too large or slow to try at a length comes after all that were.
     """
     lengths = sorted({m.seq_len for m in measurements})
-    everyone = sorted({m.variant for m in measurements})
+    longest: dict[str, Measurement] = {}
+    for measured in sorted(measurements, key=lambda m: m.seq_len):
+        longest[measured.variant] = measured
+    # Whoever got further is the faster.
+    everyone = sorted(
+        longest, key=lambda name: (-longest[name].seq_len, longest[name].milliseconds)
+    )
     rows: list[Pick] = []
     for index, length in enumerate(lengths):
         fastest = sorted(
@@ -181,7 +227,9 @@ def _times(
     batch: int,
     seq_len: int,
     seconds: float,
-) -> dict[str, list[float]]:
+    expected: Mapping[str, float],
+) -> dict[str, float]:
+    """The median seconds of each contender that fits the time."""
     attention = manifest.attention
     generator = np.random.default_rng(0)
     dtypes: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -200,19 +248,35 @@ def _times(
         "softcap": np.array([-1], np.float32),
     }
     shape = (batch, attention.num_heads, seq_len, attention.value_head_dim)
-    for _, session in contenders:  # the first run allocates
-        sessions.run(session, feeds, {"output": shape})
-    times: dict[str, list[float]] = {name: [] for name, _ in contenders}
     until = time.monotonic() + seconds
-    rounds = 0
-    while rounds < 3 or time.monotonic() < until:
-        for index in generator.permutation(len(contenders)):
-            name, session = contenders[index]
-            started = time.perf_counter()
-            sessions.run(session, feeds, {"output": shape})
-            times[name].append(time.perf_counter() - started)
-        rounds += 1
-    return times
+    first: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
+
+    def timed(session: onnxruntime.InferenceSession) -> float:
+        started = time.perf_counter()
+        sessions.run(session, feeds, {"output": shape})
+        return time.perf_counter() - started
+
+    fastest_first = sorted(contenders, key=lambda each: expected[each[0]])
+    for name, session in fastest_first:  # the first run allocates
+        known = expected[name] > 0
+        if not first or not known or time.monotonic() + expected[name] <= until:
+            first[name], times[name] = timed(session), []
+    running = [each for each in contenders if each[0] in first]
+    while running:
+        for index in generator.permutation(len(running)):
+            name, session = running[index]
+            if _fits(name, first, times, until):
+                times[name].append(timed(session))
+        running = [each for each in running if _fits(each[0], first, times, until)]
+    return {name: statistics.median(found or [first[name]]) for name, found in times.items()}
+
+
+def _fits(
+    name: str, first: Mapping[str, float], times: Mapping[str, Sequence[float]], until: float
+) -> bool:
+    """Whether a contender's next run ends in time."""
+    return time.monotonic() + (times[name] or [first[name]])[-1] <= until
 
 
 def _gives_output(variant: VariantEntry) -> bool:

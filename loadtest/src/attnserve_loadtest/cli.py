@@ -1,17 +1,17 @@
 """The command `attnserve-loadtest`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from attnserve_proto import commands
+from attnserve_proto.commands import INTERRUPTED, CommandError, Parser, values
 
 from attnserve_loadtest import __version__, parsing
 from attnserve_loadtest import context_command as context
 from attnserve_loadtest import decode_command as decode
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.schema import Settings
-
-_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,34 +21,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None: those of this process.
 
     Returns:
-        The exit status: 0, 1 for what cannot be done, 130 after an interruption.
+        The exit status: 0, 1 for what cannot be done, 2 for wrong arguments, 130 after an
+        interruption.
     """
+    return commands.run("attnserve-loadtest", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
+        if parsed.out is not None:
+            commands.check_folder("--out", parsed.out)
         status: int = parsed.run(parsed)
     except LoadTestError as error:
-        print(f"attnserve-loadtest: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("attnserve-loadtest: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        return 1
+        where = f"see `attnserve-loadtest {parsed.command} --help`"
+        raise CommandError(f"{error}; {where}") from None
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="attnserve-loadtest",
         description="Measures attnserve servers. For load tests with a web UI run "
         "`locust -f loadtest/locustfile.py --host HOST:PORT`.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_scaling(commands.add_parser("scaling", help="how latency grows with seq_len"))
-    context.add_arguments(commands.add_parser("context", help="a fact in a growing context"))
-    decode.add_arguments(commands.add_parser("decode", help="KV sessions that come and go"))
-    _add_report(commands.add_parser("report", help="draw a report.json again"))
+    found = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    _add_scaling(found.add_parser("scaling", help="how latency grows with seq_len"))
+    context.add_arguments(found.add_parser("context", help="a fact in a growing context"))
+    decode.add_arguments(found.add_parser("decode", help="KV sessions that come and go"))
+    _add_report(found.add_parser("report", help="draw a report.json again"))
     return parser
 
 
@@ -84,7 +86,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     )
     amount.add_argument(
         "--duration",
-        type=parsing.positive_float,
+        type=parsing.seconds,
         metavar="SECONDS",
         help="instead: measured seconds of each length, over all rounds",
     )
@@ -103,16 +105,18 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="unmeasured requests of each user whenever the length changes; 1",
     )
-    add("--timeout", type=parsing.positive_float, default=30.0, help="seconds a request; 30")
+    add("--timeout", type=parsing.seconds, default=30.0, help="seconds a request; 30")
     add("--seed", type=parsing.count, default=0, help="of the inputs and the order; 0")
-    add("--out", type=Path, default=Path("reports/scaling"), metavar="DIR")
+    add("--out", type=values.path, default=Path("reports/scaling"), metavar="DIR")
     parser.set_defaults(run=_run_scaling)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes report.csv, .png and .html of a report.json, and prints its table."
-    parser.add_argument("json", type=Path, metavar="report.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: where report.json lies")
+    parser.add_argument("json", type=values.path, metavar="report.json")
+    parser.add_argument(
+        "--out", type=values.path, metavar="DIR", help="default: where report.json lies"
+    )
     parser.set_defaults(run=_run_report)
 
 
@@ -148,7 +152,7 @@ def _run_scaling(parsed: argparse.Namespace) -> int:
     paths = write_report(report, parsed.out)
     print_report(report, console)
     _print_paths(paths)
-    return 0 if report.complete else _INTERRUPTED
+    return 0 if report.complete else INTERRUPTED
 
 
 def _run_report(parsed: argparse.Namespace) -> int:

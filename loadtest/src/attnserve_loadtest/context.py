@@ -61,9 +61,12 @@ def run_context(
         layers, heads: 0-based; None is all.
         filler: sentences to take instead of the grammar's.
         timeout: seconds a request.
-        progress: told the length, depth and trial that come next.
+        progress: told the length, depth and trial that were measured.
+
+    An interruption (Ctrl-C) ends the measuring: the report is of the lengths that were measured.
 
     Raises:
+        KeyboardInterrupt: before any length was.
         LoadTestError: the model cannot be measured so, or the server failed.
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -77,17 +80,12 @@ def run_context(
             asker = _Asker(client, model, shown_layers, shown_heads, timeout)
             pieces, source = _pieces(asker, settings, filler)
             _check_lengths(model, settings, pieces)
-            cells = [
-                _cell(asker, pieces, seq_len, depth, progress)
-                for seq_len in settings.seq_lens
-                for depth in settings.depths
-            ]
+            cells = _cells(asker, pieces, settings, progress)
             server = server_facts(target, client.server_info())
     except AttnserveError as error:
         raise LoadTestError(str(error)) from None
-    settings = ContextSettings(
-        settings.seq_lens, settings.depths, settings.trials, settings.seed, source
-    )
+    lengths = tuple(sorted({cell.seq_len for cell in cells}))
+    settings = ContextSettings(lengths, settings.depths, settings.trials, settings.seed, source)
     return _report(date, asker, server, settings, cells, pieces)
 
 
@@ -218,14 +216,28 @@ def _check_lengths(model: Model, settings: ContextSettings, pieces: Sequence[Pie
         )
 
 
+def _cells(
+    asker: _Asker, pieces: Sequence[Pieces], settings: ContextSettings, progress: Progress
+) -> list[Cell]:
+    """The cells of each length; interrupted, those of the lengths that are whole."""
+    cells: list[Cell] = []
+    try:
+        for seq_len in settings.seq_lens:
+            cells += [_cell(asker, pieces, seq_len, depth, progress) for depth in settings.depths]
+    except KeyboardInterrupt:
+        if not cells:
+            raise
+    return cells
+
+
 def _cell(
     asker: _Asker, pieces: Sequence[Pieces], seq_len: int, depth: float, progress: Progress
 ) -> Cell:
     rows: list[Rows] = []
     uniform: list[float] = []
     for trial, each in enumerate(pieces):
-        progress(seq_len, depth, trial)
         rows.append(asker.rows(each.context(seq_len, depth)))
+        progress(seq_len, depth, trial)
         uniform.append(len(each.fact) / rows[-1].visible)
 
     def mean(name: str, chosen: Sequence[Rows]) -> Grid:

@@ -3,9 +3,10 @@
 import argparse
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from attnserve_proto.commands import INTERRUPTED, Progress, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.errors import LoadTestError
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--target", type=parsing.target, default="127.0.0.1:8001", metavar="HOST:PORT")
-    add("--model", required=True, metavar="NAME", help="a transformer model")
+    add("--model", type=values.name, required=True, metavar="NAME", help="a transformer model")
     add(
         "--seq-lens",
         type=parsing.seq_lens,
@@ -31,18 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--depths",
-        type=_depths,
+        type=values.ascending(values.number(0, 1)),
         default=(0.0, 0.25, 0.5, 0.75, 1.0),
         metavar="D,D,...",
         help="0 is first, 1 right before the question; default: 0,0.25,0.5,0.75,1",
     )
     add("--trials", type=parsing.positive_int, default=4, help="contexts of each cell; 4")
-    add("--layers", type=_indices, metavar="N,N,...", help="default: all")
-    add("--heads", type=_indices, metavar="N,N,...", help="default: all")
-    add("--filler", type=Path, metavar="FILE", help="text to take the filler's sentences from")
-    add("--timeout", type=parsing.positive_float, default=60.0, help="seconds a request; 60")
+    add(
+        "--layers", type=values.ascending(values.integer(0)), metavar="N,N,...", help="default: all"
+    )
+    add("--heads", type=values.ascending(values.integer(0)), metavar="N,N,...", help="default: all")
+    add(
+        "--filler",
+        type=values.path,
+        metavar="FILE",
+        help="text to take the filler's sentences from",
+    )
+    add("--timeout", type=parsing.seconds, default=60.0, help="seconds a request; 60")
     add("--seed", type=parsing.count, default=0, help="of the filler and its order; 0")
-    add("--out", type=Path, default=Path("reports/context"), metavar="DIR")
+    add("--out", type=values.path, default=Path("reports/context"), metavar="DIR")
     parser.set_defaults(run=run)
 
 
@@ -66,49 +74,28 @@ def run(parsed: argparse.Namespace) -> int:
         filler=parsed.filler.name if parsed.filler else "grammar",
     )
     make_folder(parsed.out)
-    progress = _Progress(len(settings.seq_lens) * len(settings.depths) * settings.trials)
-    report = run_context(
-        parsed.target,
-        parsed.model,
-        settings,
-        layers=parsed.layers,
-        heads=parsed.heads,
-        filler=_sentences(parsed.filler) if parsed.filler else (),
-        timeout=parsed.timeout,
-        progress=progress,
-    )
-    progress.end()
+    total = len(settings.seq_lens) * len(settings.depths) * settings.trials
+    with Progress(total, "contexts") as progress:
+        report = run_context(
+            parsed.target,
+            parsed.model,
+            settings,
+            layers=parsed.layers,
+            heads=parsed.heads,
+            filler=_sentences(parsed.filler) if parsed.filler else (),
+            timeout=parsed.timeout,
+            progress=lambda seq_len, depth, trial: progress.step(
+                f"{seq_len} tokens, depth {depth:g}, trial {trial}"
+            ),
+        )
     for sentence in findings(report):
         print(f"- {sentence}")
     for path in write_context_report(report, parsed.out):
         print(path)
-    return 0
-
-
-class _Progress:
-    """One line that changes on a terminal; one line a length elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._length = total, 0, 0
-        self._started, self._live = time.monotonic(), sys.stderr.isatty()
-
-    def __call__(self, seq_len: int, depth: float, trial: int) -> None:
-        seconds = time.monotonic() - self._started
-        line = f"[{seconds:6.1f} s] {self._done}/{self._total} contexts; {seq_len} tokens"
-        if self._live:
-            print(f"\r{line}, depth {depth:g}, trial {trial} ", end="", file=sys.stderr, flush=True)
-        elif seq_len != self._length:
-            print(line, file=sys.stderr, flush=True)
-        self._length = seq_len
-        self._done += 1
-
-    def end(self) -> None:
-        """The last line."""
-        seconds = time.monotonic() - self._started
-        start = "\r" if self._live else ""
-        print(
-            f"{start}[{seconds:6.1f} s] {self._done} contexts{' ' * 40}".rstrip(), file=sys.stderr
-        )
+    complete = report.settings.seq_lens == settings.seq_lens
+    if not complete:
+        print("interrupted: these are the lengths that were measured", file=sys.stderr)
+    return 0 if complete else INTERRUPTED
 
 
 def _sentences(path: Path) -> Sequence[str]:
@@ -118,17 +105,3 @@ def _sentences(path: Path) -> Sequence[str]:
         raise LoadTestError(f"--filler: cannot read {path}: {error}") from None
     found = [" ".join(each.split()) for each in re.split(r"(?<=[.!?])\s+", text)]
     return list(dict.fromkeys(each for each in found if each))
-
-
-def _depths(text: str) -> tuple[float, ...]:
-    try:
-        found = sorted({float(part) for part in parsing.names(text)})
-    except ValueError:
-        found = [-1.0]
-    if not all(0 <= each <= 1 for each in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers from 0 to 1")
-    return tuple(found)
-
-
-def _indices(text: str) -> tuple[int, ...]:
-    return tuple(sorted({parsing.count(part) for part in parsing.names(text)}))

@@ -11,8 +11,7 @@ import numpy as np
 
 from attnserve_loadtest import context_plot
 from attnserve_loadtest.context_schema import ContextReport, Growth
-from attnserve_loadtest.errors import LoadTestError
-from attnserve_loadtest.report.files import make_folder
+from attnserve_loadtest.report.files import write_files
 from attnserve_loadtest.report.html import page_style
 from attnserve_loadtest.report.svg import inline_svg
 
@@ -27,16 +26,7 @@ def write_context_report(report: ContextReport, folder: Path) -> list[Path]:
     Raises:
         LoadTestError: a file cannot be written.
     """
-    make_folder(folder)
-    paths = []
-    for name, write in _WRITERS.items():
-        path = folder / name
-        try:
-            write(report, path)
-        except OSError as error:
-            raise LoadTestError(f"cannot write {path}: {error.strerror}") from None
-        paths.append(path)
-    return paths
+    return write_files(report, folder, _WRITERS)
 
 
 def findings(report: ContextReport) -> list[str]:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from attnserve_proto.commands import INTERRUPTED, values
+
 from attnserve_loadtest import parsing
 
 
@@ -16,17 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--target", type=parsing.target, default="127.0.0.1:8001", metavar="HOST:PORT")
-    add("--model", required=True, metavar="NAME", help="a causal core model")
+    add("--model", type=values.name, required=True, metavar="NAME", help="a causal core model")
     add("--rate", type=parsing.positive_float, default=2.0, help="sessions a second; 2")
-    add("--duration", type=parsing.positive_float, default=30.0, help="seconds of arrivals; 30")
+    add("--duration", type=parsing.seconds, default=30.0, help="seconds of arrivals; 30")
     add("--prompt", type=_span, default=(32, 512), metavar="N[-N]", help="tokens; 32-512")
     add("--tokens", type=_span, default=(16, 128), metavar="N[-N]", help="generated; 16-128")
-    add("--pause", type=parsing.positive_float, default=0.5, help="seconds, half-way; 0.5")
+    add("--pause", type=values.seconds, default=0.5, help="seconds, half-way; 0.5")
     add("--layers", type=parsing.positive_int, default=4, help="of the callers' model; 4")
     add("--bound-ms", type=parsing.positive_float, default=50.0, help="between tokens; 50")
-    add("--timeout", type=parsing.positive_float, default=60.0, help="seconds a request; 60")
+    add("--timeout", type=parsing.seconds, default=60.0, help="seconds a request; 60")
     add("--seed", type=parsing.count, default=0, help="of arrivals and lengths; 0")
-    add("--out", type=Path, default=Path("reports/decode"), metavar="DIR")
+    add("--out", type=values.path, default=Path("reports/decode"), metavar="DIR")
     parser.set_defaults(run=run)
 
 
@@ -59,18 +61,20 @@ def run(parsed: argparse.Namespace) -> int:
         print(f"- {sentence}")
     for path in write_decode_report(report, parsed.out):
         print(path)
-    return 0
+    if not report.complete:
+        print("interrupted: this is what was measured until then", file=sys.stderr)
+    return 0 if report.complete else INTERRUPTED
 
 
-def _progress(sessions: int) -> None:
+def _progress(sessions: int, left: float) -> None:
     if sys.stderr.isatty():
-        print(f"\r{sessions} sessions ", end="", file=sys.stderr, flush=True)
+        print(f"\r{sessions} sessions, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
 
 
 def _span(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     low = parsing.positive_int(first)
-    high = parsing.positive_int(last) if last else low
+    high = parsing.positive_int(last) if dash else low
     if high < low:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N or N-N, the larger one last")
+        values.refuse(text, "N or N-N, the larger one last")
     return low, high

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -67,6 +67,7 @@ class DecodeReport:
     settings: DecodeSettings
     sessions: list[SessionRun]
     seconds: float  # until the last one ended
+    complete: bool = True  # False: interrupted
 
     @property
     def token_ms(self) -> list[float]:
@@ -100,7 +101,7 @@ def run_decode(
     settings: DecodeSettings,
     *,
     timeout: float,
-    progress: Callable[[int], None],
+    progress: Callable[[int, float], None],
 ) -> DecodeReport:
     """Offer sessions for a while, each by a thread of its own.
 
@@ -109,10 +110,13 @@ def run_decode(
         model: a causal core with the variant `paged`.
         settings: what to offer.
         timeout: seconds that a request may take.
-        progress: called with the number of sessions at each arrival.
+        progress: called with the number of sessions and the seconds left at each arrival.
+
+    An interruption (Ctrl-C) ends the measuring: the report is of what was measured until then.
 
     Raises:
         LoadTestError: there is no such model or server.
+        KeyboardInterrupt: before any token came.
     """
     generator = np.random.default_rng(settings.seed)
     with AttentionClient(target) as client:
@@ -132,23 +136,38 @@ def run_decode(
         runs: list[SessionRun] = []
         threads: list[threading.Thread] = []
         start = time.monotonic()
+        life = _Life(client, model, settings, tensors, timeout, start)
         due = generator.exponential(1 / settings.rate)
-        while due < settings.seconds:
-            time.sleep(max(0.0, start + due - time.monotonic()))
-            run = SessionRun(arrived=due)
-            prompt, tokens = (
-                int(generator.integers(low, high + 1))
-                for low, high in (settings.prompt, settings.tokens)
-            )
-            life = _Life(client, model, settings, tensors, timeout, start)
-            threads.append(threading.Thread(target=life, args=(run, prompt, tokens), daemon=True))
-            threads[-1].start()
-            runs.append(run)
-            progress(len(runs))
-            due += generator.exponential(1 / settings.rate)
-        for thread in threads:
-            thread.join()
-        return DecodeReport(model, settings, runs, time.monotonic() - start)
+        complete = True
+        try:
+            while due < settings.seconds:
+                time.sleep(max(0.0, start + due - time.monotonic()))
+                run = SessionRun(arrived=due)
+                prompt, tokens = (
+                    int(generator.integers(low, high + 1))
+                    for low, high in (settings.prompt, settings.tokens)
+                )
+                threads.append(
+                    threading.Thread(target=life, args=(run, prompt, tokens), daemon=True)
+                )
+                threads[-1].start()
+                runs.append(run)
+                progress(len(runs), settings.seconds - due)
+                due += generator.exponential(1 / settings.rate)
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            complete = False
+            runs = [_so_far(run) for run in runs]
+            if not any(run.token_ms for run in runs):
+                raise
+        return DecodeReport(model, settings, runs, time.monotonic() - start, complete)
+
+
+def _so_far(run: SessionRun) -> SessionRun:
+    """A copy that its thread, which goes on until the client is closed, adds nothing to."""
+    at = list(run.token_at)  # the last thing that is added of a token
+    return replace(run, token_ms=run.token_ms[: len(at)], token_at=at)
 
 
 @dataclass(frozen=True)

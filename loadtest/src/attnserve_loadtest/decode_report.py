@@ -12,6 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from attnserve_loadtest.decode_load import DecodeReport
 from attnserve_loadtest.report import palette
+from attnserve_loadtest.report.files import write_files
+from attnserve_loadtest.report.terminal import counted
 
 matplotlib.use("Agg")
 
@@ -20,7 +22,7 @@ def findings(report: DecodeReport) -> list[str]:
     """What a reader wants to know first."""
     figures, bound = report.figures(), report.settings.bound_ms
     return [
-        f"{figures['sessions']:.0f} sessions, {figures['failed']:.0f} failed; "
+        f"{counted(figures['sessions'], 'session')}, {figures['failed']:.0f} failed; "
         f"{figures['tokens_per_second']:.1f} tokens/s, "
         f"{figures['goodput_per_second']:.1f} of them within {bound:g} ms",
         f"between tokens: p50 {figures['between_p50_ms']:.2f}, "
@@ -30,25 +32,39 @@ def findings(report: DecodeReport) -> list[str]:
 
 
 def write_decode_report(report: DecodeReport, folder: Path) -> list[Path]:
-    """Write decode.json, decode.csv (a row for each token) and decode.png."""
-    paths = [folder / f"decode.{kind}" for kind in ("json", "csv", "png")]
+    """Write decode.json, decode.csv (a row for each token) and decode.png.
+
+    Raises:
+        LoadTestError: a file cannot be written.
+    """
+    writers = {"decode.json": _write_json, "decode.csv": _write_csv, "decode.png": _write_png}
+    return write_files(report, folder, writers)
+
+
+def _write_json(report: DecodeReport, path: Path) -> None:
     content = {
         "version": 1,
         "model": report.model,
         "settings": asdict(report.settings),
+        "complete": report.complete,
         # JSON has no NaN.
         "figures": {k: None if v != v else v for k, v in report.figures().items()},
         "sessions": [asdict(run) for run in report.sessions],
     }
-    paths[0].write_text(json.dumps(content, indent=1) + "\n")
-    with paths[1].open("w", newline="") as file:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _write_csv(report: DecodeReport, path: Path) -> None:
+    with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["session", "at_seconds", "between_ms"])
         for number, run in enumerate(report.sessions):
             for at, took in zip(run.token_at, run.token_ms, strict=True):
                 rows.writerow([number, f"{at:.6f}", f"{took:.4f}"])
-    _figure(report).savefig(paths[2], dpi=100)
-    return paths
+
+
+def _write_png(report: DecodeReport, path: Path) -> None:
+    _figure(report).savefig(path, dpi=100)
 
 
 def _figure(report: DecodeReport) -> Figure:

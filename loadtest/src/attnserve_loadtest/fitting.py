@@ -14,9 +14,10 @@ neighbouring lengths are reported too: read the last of those for large n.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from attnserve_loadtest.report.schema import Fit, LocalExponent, Residual
 
@@ -82,3 +83,40 @@ def fit_power_law(
             for i in range(len(lengths) - 1)
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """A latency as constant + linear + quadratic in the length, none of them negative.
+
+    Attributes:
+        seq_len: the longest length, at which the parts are given.
+        constant_ms, linear_ms, quadratic_ms: what each part takes there.
+        off: the largest relative difference from what was measured, at any length.
+    """
+
+    seq_len: int
+    constant_ms: float
+    linear_ms: float
+    quadratic_ms: float
+    off: float
+
+
+def growth_of(fit: Fit) -> Growth | None:
+    """Split the medians of a fit: non-negative least squares of relative errors.
+
+    Where constant costs dominate, no power law describes a latency; this does.
+
+    Returns:
+        The parts; None of fewer than four lengths, which three parts could always meet.
+    """
+    if fit.points < 4:
+        return None
+    lengths = np.array([each.seq_len for each in fit.residuals], float)
+    observed = np.array([each.observed_ms for each in fit.residuals])
+    share = lengths / lengths[-1]
+    parts = np.stack([np.ones_like(share), share, share**2], axis=1)
+    found, _ = optimize.nnls(parts / observed[:, None], np.ones_like(observed))
+    constant, linear, quadratic = map(float, found)
+    off = float(np.max(np.abs(parts @ found / observed - 1)))
+    return Growth(int(lengths[-1]), constant, linear, quadratic, off)

@@ -8,6 +8,8 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from typing import Any
 
+from attnserve_proto.commands import values
+
 from attnserve_loadtest import parsing
 from attnserve_loadtest.errors import LoadTestError
 
@@ -39,8 +41,13 @@ def add_to_parser(parser: Any) -> None:
     """Add the options; `parser` is Locust's own, which shows them in the web UI too."""
     # Not in a group of argparse: Locust's form shows only what was added to its parser itself.
     add = parser.add_argument
-    add("--model", default="causal", help="model that AttendUser calls; empty: none")
-    add("--variant", default="", help="its variant; empty: the server picks")
+    add(
+        "--model",
+        type=_name_or_nothing,
+        default="causal",
+        help="model that AttendUser calls; empty: none",
+    )
+    add("--variant", type=_name_or_nothing, default="", help="its variant; empty: the server picks")
     add(
         "--seq-lens",
         type=_checked_seq_lens,
@@ -48,8 +55,18 @@ def add_to_parser(parser: Any) -> None:
         help="sequence lengths that AttendUser sends, e.g. 64,128,256",
     )
     add("--batch", type=parsing.positive_int, default=1, help="sequences a request")
-    add("--tokens-model", default="", help="model that AttendTokensUser calls; empty: none")
-    add("--tokens-variant", default="", help="its variant; empty: the server picks")
+    add(
+        "--tokens-model",
+        type=_name_or_nothing,
+        default="",
+        help="model that AttendTokensUser calls; empty: none",
+    )
+    add(
+        "--tokens-variant",
+        type=_name_or_nothing,
+        default="",
+        help="its variant; empty: the server picks",
+    )
     add(
         "--tokens-seq-lens",
         type=_checked_seq_lens,
@@ -58,7 +75,7 @@ def add_to_parser(parser: Any) -> None:
     )
     add(
         "--request-timeout",
-        type=parsing.positive_float,
+        type=parsing.seconds,
         default=30.0,
         help="seconds that a request may take",
     )
@@ -99,7 +116,7 @@ def _user_options(
             variant=variant,
             seq_lens=parsing.seq_lens(seq_lens),
             batch=parsing.positive_int(str(options.batch)),
-            timeout=parsing.positive_float(str(options.request_timeout)),
+            timeout=parsing.seconds(str(options.request_timeout)),
             seed=parsing.count(str(options.seed)),
         )
     except ArgumentTypeError as error:
@@ -109,3 +126,7 @@ def _user_options(
 def _checked_seq_lens(text: str) -> str:
     parsing.seq_lens(text)
     return text
+
+
+def _name_or_nothing(text: str) -> str:
+    return values.name(text) if text else ""

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from attnserve_loadtest.report.schema import Settings
+from attnserve_loadtest.report.terminal import counted
 from attnserve_loadtest.samples import Sample
 from attnserve_loadtest.schedule import Block
 
@@ -222,7 +223,7 @@ class LineProgress:
             self._say(f"round {self._round + 1}/{self._counts.rounds} {series} p50 ms  {figures}")
         failed = sum(self._counts.failed)
         if failed:
-            self._say(f"{failed} requests failed so far")
+            self._say(f"{counted(failed, 'request')} failed so far")
 
     def _say(self, text: str) -> None:
         seconds = time.monotonic() - self._started

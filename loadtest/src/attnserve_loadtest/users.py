@@ -1,4 +1,4 @@
-"""Locust users that call an attnserve server over gRPC; a locustfile imports them by name.
+"""Locust users that call an attnserve server over gRPC; a locustfile subclasses them.
 
 Each request goes to a row of Locust's statistics named `model/variant/seq_len=N`. Its response time
 is end to end: from the call of the SDK to its return. A failed request is listed under the name of
@@ -71,8 +71,13 @@ class AttentionUser(User):
 
 
 class AttendUser(AttentionUser):
-    """Sends query, key and value (or a layer's hidden states): `--model`, `--seq-lens`."""
+    """Sends query, key and value (or a layer's hidden states): `--model`, `--seq-lens`.
 
+    Abstract, as `AttendTokensUser` is: a locustfile's subclass runs, and this does not run beside
+    it merely because it was imported.
+    """
+
+    abstract = True
     read_options = staticmethod(options.attend_options)
     kinds = ("core", "layer")
 
@@ -80,6 +85,7 @@ class AttendUser(AttentionUser):
 class AttendTokensUser(AttentionUser):
     """Sends token ids: `--tokens-model`, `--tokens-seq-lens`."""
 
+    abstract = True
     read_options = staticmethod(options.tokens_options)
     kinds = ("transformer",)
 
@@ -124,14 +130,12 @@ def choose_users(environment: Any, model: str, tokens_model: str) -> None:
         model: of `AttendUser`; empty: none.
         tokens_model: of `AttendTokensUser`; empty: none.
     """
-    idle: set[type] = set()
-    if not model:
-        idle.add(AttendUser)
-    if not tokens_model:
-        idle.add(AttendTokensUser)
+    idle = tuple(
+        kind for kind, name in ((AttendUser, model), (AttendTokensUser, tokens_model)) if not name
+    )
     every = getattr(environment, "attnserve_user_classes", None) or list(environment.user_classes)
     environment.attnserve_user_classes = every
-    environment.user_classes = [each for each in every if each not in idle] or every
+    environment.user_classes = [each for each in every if not issubclass(each, idle)] or every
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]

@@ -2,7 +2,8 @@
 
 `attention_pb2` and `wire` are of the attnserve API, `proto/attnserve/v1/attention.proto`;
 `attnserve_proto.inference` and `attnserve_proto.inference_wire` of the Open Inference Protocol,
-`proto/inference/open_inference.proto`. `attnserve_proto.manifest` is the schema of `model.json`.
+`proto/inference/open_inference.proto`. `attnserve_proto.manifest` is the schema of `model.json`,
+`attnserve_proto.commands` what all commands do alike.
 """
 
 from attnserve_proto import wire

@@ -15,5 +15,7 @@ import os
 # cores that ONNX Runtime's next run needs: a transformer's run was measured to take 1.4 times as
 # long. It reads this as it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# ONNX Runtime counts its use otherwise, in a database under HOME with a device's id.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"

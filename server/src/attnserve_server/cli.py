@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from attnserve_proto import commands
+from attnserve_proto.commands import CommandError, Parser
 from attnserve_proto.manifest import ManifestError
 
 from attnserve_server import __version__, logs, options
@@ -17,18 +19,18 @@ _DESCRIPTORS = 65_536
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if it cannot start."""
+    return commands.run("attnserve-server", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     logs.configure(parsed.log_format, parsed.log_level)
-    try:
-        serve(_settings(parsed))
-    except StartError as error:
-        print(f"attnserve-server: {error}", file=sys.stderr)
-        return 1
+    serve(_settings(parsed))
     return 0
 
 
-class StartError(Exception):
-    """The server cannot start; the message says why."""
+class StartError(CommandError):
+    """The server cannot start; the message says why, and what to do."""
 
 
 def serve(settings: Settings) -> None:
@@ -53,8 +55,14 @@ def serve(settings: Settings) -> None:
     try:
         server = AttentionServer(settings)
         server.start()
-    except (LibraryError, ProviderError, CertificateError, ManifestError, OSError) as error:
-        raise StartError(str(error)) from error
+    except (LibraryError, ProviderError, CertificateError) as error:
+        raise StartError(f"{error}; see `attnserve-server --help`") from error
+    except ManifestError as error:
+        raise StartError(f"{error}; see `attnserve-export --help`") from error
+    except OSError as error:
+        raise StartError(
+            f"{error}; choose another with --host, --port or --metrics-port, or stop what has it"
+        ) from error
     names = ", ".join(sorted({model.manifest.name for model in server.store})) or "none"
     print(
         f"attnserve-server {__version__} listening on {server.address} "
@@ -81,8 +89,8 @@ def _settings(parsed: argparse.Namespace) -> Settings:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="attnserve-server",
         description="Serves the models of a repository over gRPC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

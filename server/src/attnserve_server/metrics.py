@@ -122,8 +122,8 @@ class Metrics(Collector):
         """
         try:
             server, _ = start_http_server(port, host, self.registry)
-        except OSError:
-            raise OSError(f"cannot serve metrics on {host}:{port}; is it in use?") from None
+        except OSError as error:
+            raise OSError(f"/metrics on {host}, port {port}: {error.strerror}") from None
         return int(server.server_port)
 
 

@@ -8,32 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Reads an integer with a lower bound."""
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = lowest - 1
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"given {text!r}; allowed: {lowest} or more")
-        return number
-
-    return read
-
-
-def seconds(text: str) -> float:
-    """Reads a time."""
-    try:
-        given = float(text)
-    except ValueError:
-        given = -1.0
-    if not 0 <= given < 1e9:
-        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: 0 or more, in seconds")
-    return given
-
-
 @dataclass(frozen=True, slots=True)
 class Option:
     """How a field is given on the command line, as the metadata of its annotation.

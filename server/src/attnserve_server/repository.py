@@ -8,6 +8,7 @@ from pathlib import Path
 from attnserve_proto.manifest import FILE, NAME, Manifest, ManifestError
 
 _VERSION = re.compile(r"[1-9][0-9]*")
+_SHOWN = 5
 
 
 def find(repository: Path) -> Iterator[Path]:
@@ -23,6 +24,29 @@ def find(repository: Path) -> Iterator[Path]:
             continue
         versions = [entry for entry in model.iterdir() if _VERSION.fullmatch(entry.name)]
         yield from sorted(versions, key=lambda entry: int(entry.name))
+
+
+def explain_empty(repository: Path) -> str:
+    """Why no model was found in a folder: what was looked for, and what lies there."""
+    wanted = f"looked for {repository}/NAME/VERSION/{FILE}"
+    if (repository / FILE).is_file():
+        return f"{wanted}, but it is itself a version of a model; give {_above(repository, 2)}"
+    entries = sorted(entry.name for entry in repository.iterdir())
+    if any((repository / name / FILE).is_file() for name in entries):
+        return f"{wanted}, but it is itself a model; give the folder around it, " + str(
+            _above(repository, 1)
+        )
+    deeper = sorted(found.parents[2].name for found in repository.glob(f"*/*/*/{FILE}"))
+    if deeper:
+        return f"{wanted}, but models lie in {repository / deeper[0]}; give that"
+    if not entries:
+        return f"{wanted}, but the folder is empty; `attnserve-export` writes models into it"
+    more = ", ..." if len(entries) > _SHOWN else ""
+    return f"{wanted}, but there lies {', '.join(entries[:_SHOWN])}{more}"
+
+
+def _above(folder: Path, levels: int) -> Path:
+    return folder.resolve().parents[levels - 1]
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

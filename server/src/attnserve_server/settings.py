@@ -1,22 +1,51 @@
 """Everything about a server that can be set, with its default and its option."""
 
-import argparse
 import dataclasses
+import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from attnserve_server.options import Option, at_least, seconds
+from attnserve_proto.commands import values
+from attnserve_proto.commands.values import PORT, integer, seconds
+
+from attnserve_server.options import Option
 
 KIB, MIB = 1 << 10, 1 << 20
+# A message's length has 32 bits; of everything else, more than any machine has.
+_MOST_MESSAGE, _MOST, _MOST_THREADS = 4095, 1 << 30, 1024
+
+_SOCKETS, _MOST_SOCKET = ("unix:", "unix-abstract:"), 107
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
+_HOSTS = "a host name, an IPv4 or IPv6 address, unix:PATH or unix-abstract:NAME"
 
 
-def _page_tokens(text: str) -> int:
+def _page_tokens(given: str) -> int:
     """Reads the size of a page."""
-    if text not in ("4", "8", "16", "32", "64"):
-        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: 4, 8, 16, 32 or 64")
-    return int(text)
+    if given not in ("4", "8", "16", "32", "64"):
+        values.refuse(given, "4, 8, 16, 32 or 64")
+    return int(given)
+
+
+def _host(given: str) -> str:
+    """Reads an address to listen on, without its port."""
+    if given.startswith(_SOCKETS):
+        path = given.partition(":")[2]
+        if not 0 < len(path.encode("utf-8", "surrogateescape")) <= _MOST_SOCKET or "\0" in path:
+            values.refuse(given, f"unix:PATH, a path of 1..{_MOST_SOCKET} bytes")
+        return given
+    bare = given[1:-1] if given[:1] == "[" and given[-1:] == "]" else given
+    if ":" in bare:
+        try:
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            values.refuse(given, _HOSTS)
+        return bare
+    if not _NAME.fullmatch(given):
+        values.refuse(given, _HOSTS)
+    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +56,22 @@ class Limits:
         int,
         Option(
             "one gRPC message; large tensors come in chunks",
-            at_least(1),
+            integer(1, _MOST_MESSAGE),
             "max-message-mib",
             unit=MIB,
         ),
     ] = 128 * MIB
     max_request_bytes: Annotated[
-        int, Option("all tensors of a request", at_least(1), "max-request-mib", unit=MIB)
+        int, Option("all tensors of a request", integer(1, _MOST), "max-request-mib", unit=MIB)
     ] = 1024 * MIB
     max_response_bytes: Annotated[
-        int, Option("all tensors of an answer", at_least(1), "max-response-mib", unit=MIB)
+        int, Option("all tensors of an answer", integer(1, _MOST), "max-response-mib", unit=MIB)
     ] = 1024 * MIB
     max_bytes_in_flight: Annotated[
         int,
         Option(
             "tensors of all requests together, that arrive, wait or run",
-            at_least(1),
+            integer(1, _MOST),
             "max-in-flight-mib",
             unit=MIB,
         ),
@@ -51,35 +80,38 @@ class Limits:
         int,
         Option(
             "estimated memory of what runs, one request or all",
-            at_least(1),
+            integer(1, _MOST),
             "max-working-mib",
             unit=MIB,
         ),
     ] = 8192 * MIB
-    max_seq_len: Annotated[int, Option("longest sequence: Sq and Sk", at_least(1))] = 65_536
-    max_batch: Annotated[int, Option("sequences of a request", at_least(1))] = 1024
-    max_queue: Annotated[int, Option("requests that may wait to run", at_least(0))] = 256
+    max_seq_len: Annotated[int, Option("longest sequence: Sq and Sk", integer(1))] = 65_536
+    max_batch: Annotated[int, Option("sequences of a request", integer(1))] = 1024
+    max_queue: Annotated[int, Option("requests that may wait to run", integer(0))] = 256
     max_queue_seconds: Annotated[
         float,
         Option(
             "a request that would wait longer, by estimate, is refused at once",
-            at_least(1),
+            integer(1),
             "max-queue-ms",
             unit=1e-3,
         ),
     ] = 0.5
     max_stream_requests: Annotated[
         int,
-        Option("requests in flight on one stream; more are not read until some end", at_least(1)),
+        Option("requests in flight on one stream; more are not read until some end", integer(1)),
     ] = 32
     chunk_bytes: Annotated[
-        int, Option("chunks that the server sends", at_least(1), "chunk-kib", unit=KIB)
+        int,
+        Option(
+            "chunks that the server sends", integer(1, _MOST_MESSAGE << 10), "chunk-kib", unit=KIB
+        ),
     ] = MIB
     max_stored_bytes: Annotated[
         int,
         Option(
             "tensors stored by PutTensor, all callers' together",
-            at_least(0),
+            integer(0, _MOST),
             "max-stored-mib",
             unit=MIB,
         ),
@@ -99,7 +131,7 @@ class Limits:
         int,
         Option(
             "keys and values of KV sessions, all callers' together; 0: there are none",
-            at_least(0),
+            integer(0, _MOST),
             "max-kv-mib",
             unit=MIB,
         ),
@@ -120,11 +152,16 @@ class Limits:
     ] = 3600.0
     max_shared_regions: Annotated[
         int,
-        Option("shared-memory regions registered at once; 0 turns shared memory off", at_least(0)),
+        Option("shared-memory regions registered at once; 0 turns shared memory off", integer(0)),
     ] = 256
     max_shared_bytes: Annotated[
         int,
-        Option("shared memory of callers, mapped at once", at_least(1), "max-shared-mib", unit=MIB),
+        Option(
+            "shared memory of callers, mapped at once",
+            integer(1, _MOST),
+            "max-shared-mib",
+            unit=MIB,
+        ),
     ] = 16_384 * MIB
 
 
@@ -132,7 +169,9 @@ class Limits:
 class PlaneSettings:
     """What the data plane takes as it is given, by these names; times in seconds."""
 
-    concurrency: Annotated[int, Option("computations that run at once", at_least(1))] = 1
+    concurrency: Annotated[
+        int, Option("computations that run at once", integer(1, _MOST_THREADS))
+    ] = 1
     spinning: Annotated[
         bool,
         Option(
@@ -142,14 +181,14 @@ class PlaneSettings:
     ] = False
     max_batch_size: Annotated[
         int,
-        Option("sequences, of all requests, that run together; 1 is no batching", at_least(1)),
+        Option("sequences, of all requests, that run together; 1 is no batching", integer(1)),
     ] = 64
     batch_delay: Annotated[
         float,
         Option(
             "how long a batch waits for others to join; 0: not at all, and requests that come "
             "meanwhile are the next batch",
-            at_least(0),
+            integer(0),
             "batch-delay-us",
             unit=1e-6,
         ),
@@ -157,11 +196,11 @@ class PlaneSettings:
     max_connections: Annotated[
         int,
         Option(
-            "at once; 0: as many as the limit of descriptors allows, but for a reserve", at_least(0)
+            "at once; 0: as many as the limit of descriptors allows, but for a reserve", integer(0)
         ),
     ] = 0
     max_connections_per_address: Annotated[
-        int, Option("at once from one address; 0: no bound of its own", at_least(0))
+        int, Option("at once from one address; 0: no bound of its own", integer(0))
     ] = 0
     idle_timeout: Annotated[
         float, Option("seconds until an unused connection is closed; 0: never", seconds)
@@ -205,17 +244,20 @@ class PlaneSettings:
 class Settings(PlaneSettings):
     """How to run a server."""
 
-    repository: Annotated[Path, Option("folder of models", Path)]
+    repository: Annotated[Path, Option("folder of models", values.path)]
     host: Annotated[
         str,
-        Option("address to listen on; unix:PATH or unix-abstract:NAME is a socket of this machine"),
+        Option(
+            "address to listen on; unix:PATH or unix-abstract:NAME is a socket of this machine",
+            _host,
+        ),
     ] = "127.0.0.1"
-    port: Annotated[int, Option("gRPC; 0 takes a free one", at_least(0))] = 8001
+    port: Annotated[int, Option("gRPC; 0 takes a free one", integer(0, PORT))] = 8001
     metrics_port: Annotated[
         int | None,
         Option(
             "Prometheus /metrics, on the same host; 0 takes a free one, -1 is off",
-            at_least(-1),
+            integer(-1, PORT),
             none=-1,
         ),
     ] = 8002
@@ -224,30 +266,38 @@ class Settings(PlaneSettings):
     ] = "auto"
     intra_op_threads: Annotated[
         int,
-        Option("CPU threads of one computation; 0: as many as there are cores", at_least(0)),
+        Option(
+            "CPU threads of one computation; 0: as many as there are cores",
+            integer(0, _MOST_THREADS),
+        ),
     ] = 0
     io_threads: Annotated[
         int,
-        Option("threads that move bytes; 0: one for each core, four at the most", at_least(0)),
+        Option(
+            "threads that move bytes; 0: one for each core, four at the most",
+            integer(0, _MOST_THREADS),
+        ),
     ] = 0
     max_batch_bytes: Annotated[
         int | None,
         Option(
             "tensors of requests that run together, larger ones run alone; 0: 2048 on a CPU, where "
             "joining copies them, 262144 on CUDA",
-            at_least(0),
+            integer(0, _MOST),
             "max-batch-kib",
             unit=KIB,
             none=0,
         ),
     ] = None
     tls_certificate: Annotated[
-        Path | None, Option("PEM file: certificate chain; turns TLS on", Path)
+        Path | None, Option("PEM file: certificate chain; turns TLS on", values.path)
     ] = None
-    tls_key: Annotated[Path | None, Option("PEM file: its private key", Path)] = None
+    tls_key: Annotated[Path | None, Option("PEM file: its private key", values.path)] = None
     tls_client_authorities: Annotated[
         Path | None,
-        Option("PEM file: callers must show a certificate that one of these has signed", Path),
+        Option(
+            "PEM file: callers must show a certificate that one of these has signed", values.path
+        ),
     ] = None
     drain_seconds: Annotated[
         float, Option("how long SIGTERM waits for calls under way", seconds)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attnserve_proto.commands import Progress, values
 
+from attnserve_client._cli_calls import add_output
+from attnserve_client._cli_tokens import add_layers_and_heads, ids, say_what_was_cut
 from attnserve_client._client import AttentionClient
 from attnserve_client._inspect.page import write_page
 from attnserve_client._results import TokensResult
@@ -26,23 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "loads nothing from elsewhere."
     )
     add = parser.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="- reads one from standard input")
-    add("--model", required=True)
-    add("--out", type=Path, required=True, metavar="PAGE.html")
-    add("--file", type=Path, action="append", default=[], help="a text from a file; again for more")
-    add("--pair", metavar="TEXT", help="a second text behind the (only) first: as a sentence pair")
+    add("texts", nargs="*", type=values.text, metavar="TEXT", help="- reads standard input")
+    add("--model", type=values.name, required=True, help="`attnserve info` lists them")
+    add_output(parser, "--out", "PAGE.html", "the page to write", required=True)
+    add(
+        "--file",
+        type=values.path,
+        action="append",
+        default=[],
+        help="a text from a file, in UTF-8; again for more",
+    )
+    add("--pair", type=values.text, metavar="TEXT", help="a second text behind the (only) first")
     add(
         "--target-text",
+        type=values.text,
         action="append",
         metavar="TEXT",
         help="what the decoder of an encoder-decoder reads; again for each text",
     )
-    add("--ids", type=_ids, help="token ids instead of texts, e.g. 101,2009,102")
-    add("--layers", type=_ids, help="e.g. 0,5; default all")
-    add("--heads", type=_ids, help="e.g. 0,5; default all")
+    add("--ids", type=ids, help="token ids instead of texts, e.g. 101,2009,102")
+    add_layers_and_heads(parser)
     add("--truncate", action="store_true", help="cut texts that are too long for the model")
-    add("--title", default="", help="of the page; default: the model and the text")
-    add("--target", default=argparse.SUPPRESS, metavar="HOST:PORT", help="of the server")
+    add("--title", type=values.title, default="", help="of the page; default: model and text")
     parser.set_defaults(run=run)
 
 
@@ -53,20 +61,20 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
         ValueError: the options do not go together, or there would be too much to show.
         AttnserveError: the server refused.
     """
+    texts = _texts(options)
     results = collect(
         client,
-        _inputs(client, options),
+        _inputs(client, options, texts),
         model=options.model,
         targets=options.target_text,
         layers=options.layers,
         heads=options.heads,
         truncate=options.truncate,
+        timeout=options.timeout,
     )
-    for index, cut in enumerate(results[0].truncated):
-        if cut:
-            kept = len(results[0].ids[index])
-            print(f"attnserve: text {index} was cut to {kept} tokens", file=sys.stderr)
-    path = write_page(results, options.out, title=options.title)
+    say_what_was_cut(results[0])
+    names = [" ".join([*texts, options.pair])] if options.pair else texts
+    path = write_page(results, options.output, title=options.title, names=names)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
@@ -80,6 +88,7 @@ def collect(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     truncate: bool = False,
+    timeout: float = 60.0,
 ) -> list[TokensResult]:
     """Weights of texts or ids, one layer of one sequence a request, so that no answer is large.
 
@@ -90,6 +99,7 @@ def collect(
         targets: for an encoder-decoder, what its decoder reads.
         layers, heads: 0-based; None is all.
         truncate: cut texts that are too long.
+        timeout: seconds that each request may take.
 
     Returns:
         A result for each of the model's attentions: one, or an encoder-decoder's three.
@@ -98,48 +108,56 @@ def collect(
         ValueError: more weights than a page can show.
         AttnserveError: the server refused.
     """
-    asked = client.get_model(model)
+    asked = client.get_model(model, timeout=timeout)
     more: dict[str, Any] = {} if targets is None else {"targets": targets}
     # Ids first: the lengths are known before any weight is asked for.
     found = client.attend_tokens(
-        inputs, model=model, return_hidden=False, return_weights=False, truncate=truncate, **more
+        inputs,
+        model=model,
+        return_hidden=False,
+        return_weights=False,
+        truncate=truncate,
+        timeout=timeout,
+        **more,
     )
     target_ids: list[list[int]] = getattr(found, "target_ids", [])
     listed = getattr(asked, "attentions", ()) or (asked,)
     _check_size(found.ids, target_ids, listed, layers, heads)
+    wanted_layers = [
+        list(range(each.num_layers)) if layers is None else list(layers) for each in listed
+    ]
     results = []
-    for attention in listed:
-        each = list(range(attention.num_layers)) if layers is None else list(layers)
-        wanted: dict[str, Any] = {
-            "heads": list(range(attention.num_heads)) if heads is None else list(heads)
-        }
-        # A model with one attention is not asked which.
-        named: dict[str, Any] = {"attention": attention.name} if len(listed) > 1 else {}
-        answers: list[list[TokensResult]] = []
-        for index, ids in enumerate(found.ids):
-            target = target_ids[index] if index < len(target_ids) else []
-            more = {"targets": [target]} if target else {}
-            answers.append(
-                [
-                    client.attend_tokens(
-                        [ids],
+    with Progress(len(found.ids) * sum(map(len, wanted_layers)), "layers of texts") as progress:
+        for attention, shown in zip(listed, wanted_layers, strict=True):
+            wanted: dict[str, Any] = {
+                "heads": list(range(attention.num_heads)) if heads is None else list(heads)
+            }
+            # A model with one attention is not asked which.
+            named: dict[str, Any] = {"attention": attention.name} if len(listed) > 1 else {}
+            weights = []
+            for index, ids_ in enumerate(found.ids):
+                target = target_ids[index] if index < len(target_ids) else []
+                more = {"targets": [target]} if target else {}
+                rows = []
+                for layer in shown:
+                    last = client.attend_tokens(
+                        [ids_],
                         model=model,
                         layers=[layer],
                         return_hidden=False,
                         return_weights=True,
+                        timeout=timeout,
                         **more,
                         **wanted,
                         **named,
                     )
-                    for layer in each
-                ]
+                    rows.append((last.weights or [])[0])
+                    progress.step()
+                weights.append(np.concatenate(rows))
+            changes: dict[str, Any] = {**wanted, **named, "weights": weights, "layers": shown}
+            results.append(
+                dataclasses.replace(found, variant=last.variant, timings=last.timings, **changes)
             )
-        weights = [np.concatenate([(one.weights or [])[0] for one in row]) for row in answers]
-        changes: dict[str, Any] = {**wanted, **named, "weights": weights, "layers": each}
-        last = answers[-1][-1]
-        results.append(
-            dataclasses.replace(found, variant=last.variant, timings=last.timings, **changes)
-        )
     return results
 
 
@@ -163,9 +181,34 @@ def _check_size(
         )
 
 
-def _inputs(client: AttentionClient, options: argparse.Namespace) -> list[str] | list[list[int]]:
-    texts = [sys.stdin.read() if text == "-" else text for text in options.texts]
-    texts += [path.read_text("utf-8") for path in options.file]
+def _texts(options: argparse.Namespace) -> list[str]:
+    texts = [_standard_input() if text == "-" else text for text in options.texts]
+    return texts + [_read(path) for path in options.file]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"--file: given {path}: {error.strerror}; allowed: a text file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--file: given {path}: byte {error.start} is not UTF-8; allowed: text in UTF-8"
+        ) from None
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"-: byte {error.start} of standard input is not UTF-8; allowed: text in UTF-8"
+        ) from None
+
+
+def _inputs(
+    client: AttentionClient, options: argparse.Namespace, texts: list[str]
+) -> list[str] | list[list[int]]:
     if options.ids is not None:
         if texts or options.pair is not None:
             raise ValueError("--ids: given with a text; allowed: one of the two")
@@ -183,13 +226,7 @@ def _inputs(client: AttentionClient, options: argparse.Namespace) -> list[str] |
         return_hidden=False,
         return_weights=False,
         truncate=options.truncate,
+        timeout=options.timeout,
     )
     first, second = both.ids
     return [first + (second[1:] if second[0] == first[0] else second)]
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: numbers and commas") from None

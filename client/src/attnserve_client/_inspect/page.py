@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attnserve_proto.commands import replacing
 
 from attnserve_client._inspect import encoding
 from attnserve_client._inspect import tokens as texts
@@ -33,34 +34,44 @@ _NAME_LENGTH = 60
 Result = TokensResult | AttendResult
 
 
-def write_page(results: Result | Sequence[Result], path: str | Path, *, title: str = "") -> Path:
-    """Write the page of results to a file; `page_of` says what is on it.
+def write_page(
+    results: Result | Sequence[Result],
+    path: str | Path,
+    *,
+    title: str = "",
+    names: Sequence[str] = (),
+) -> Path:
+    """Write the page of results to a file, in one step; `page_of` says what is on it.
 
     Raises:
         ValueError: a result has no weights.
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    path.write_text(page_of(results, title=title), "utf-8")
+    path, page = Path(path), page_of(results, title=title, names=names)
+    with replacing(path) as beside:
+        beside.write_text(page, "utf-8")
     return path
 
 
-def page_of(results: Result | Sequence[Result], *, title: str = "") -> str:
+def page_of(
+    results: Result | Sequence[Result], *, title: str = "", names: Sequence[str] = ()
+) -> str:
     """The page that shows the attention of a result: self-contained, without any network access.
 
     Args:
         results: with weights; several are the attentions of one model over the same input, like
             an encoder-decoder's.
         title: of the page; empty: the model and the text.
+        names: the texts themselves, to call them by; without them, what their tokens spell.
 
     Raises:
         ValueError: a result has no weights.
     """
     listed = [results] if isinstance(results, TokensResult | AttendResult) else list(results)
-    return "".join(_parts(listed, title))
+    return "".join(_parts(listed, title, names))
 
 
-def _parts(results: Sequence[Result], title: str) -> Iterator[str]:
+def _parts(results: Sequence[Result], title: str, names: Sequence[str]) -> Iterator[str]:
     result = results[0]
     sequences: list[dict[str, Any]] = []
     blocks: list[str] = []
@@ -77,7 +88,8 @@ def _parts(results: Sequence[Result], title: str) -> Iterator[str]:
             blocks += _blocks(attention, measures, name, bits)
             if index == 0:
                 sentences += sentences_of(attention, measures)
-        sequences.append({"name": _name_of(found[0].keys), "maps": maps})
+        text = names[index] if index < len(names) else texts.text_of(found[0].keys)
+        sequences.append({"name": _cut(text), "maps": maps})
     page = _asset("template.html")
     script = (
         "(() => {\n" + "\n".join(_asset(f"{name}.js") for name in (*_SCRIPTS, "main")) + "})();"
@@ -114,8 +126,8 @@ def _describe(attention: AttentionMap, measures: Measures, name: str, bits: int)
     return {
         "name": name,
         "title": _TITLES.get(attention.kind, attention.kind),
-        "queries": list(map(texts.displayable, attention.queries)),
-        "keys": list(map(texts.displayable, attention.keys)),
+        "queries": texts.shown(attention.queries),
+        "keys": texts.shown(attention.keys),
         "square": attention.square,
         "layers": attention.layers,
         "heads": attention.heads,
@@ -159,10 +171,9 @@ def _precision(sequences: list[dict[str, Any]]) -> str:
     )
 
 
-def _name_of(tokens: tuple[str, ...]) -> str:
-    said = [texts.displayable(token) for token in tokens if not texts.is_special(token)]
-    text = " ".join(said or tokens).replace(" ##", "")
-    return text if len(text) <= _NAME_LENGTH else text[: _NAME_LENGTH - 1] + "…"
+def _cut(text: str) -> str:
+    said = texts.displayable(" ".join(text.split()))
+    return said if len(said) <= _NAME_LENGTH else said[: _NAME_LENGTH - 1] + "…"
 
 
 def _json(content: Any) -> str:

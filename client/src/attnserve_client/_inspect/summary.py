@@ -42,7 +42,7 @@ def sentences_of(attention: AttentionMap, measures: Measures) -> list[str]:
     received = measures.received.mean(axis=(0, 1))
     key = int(received.argmax())
     sink = (
-        f"The key that gets most is {key} “{texts.displayable(attention.keys[key])}”: "
+        f"The key that gets most is {key} “{texts.shown(attention.keys)[key]}”: "
         f"{received[key]:.0%} of a query's weight, {received[key] / received.mean():.1f} times the "
         "mean key."
     )
@@ -75,7 +75,7 @@ def summary_html(result: TokensResult | AttendResult) -> str:
 def _text(result: TokensResult, index: int) -> str:
     tokens = result.tokens[index] or [str(each) for each in result.ids[index]]
     shown = " ".join(
-        f"<bdi>{html.escape(texts.displayable(token))}</bdi>" for token in tokens[:_TOKENS_SHOWN]
+        f"<bdi>{html.escape(token)}</bdi>" for token in texts.shown(tokens)[:_TOKENS_SHOWN]
     )
     more = f" … {len(tokens) - _TOKENS_SHOWN} more" if len(tokens) > _TOKENS_SHOWN else ""
     return f"<p>{len(tokens)} tokens: {shown}{more}</p>"

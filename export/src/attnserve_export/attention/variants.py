@@ -23,6 +23,7 @@ from attnserve_export.attention.flash import has_cudnn, has_flash
 from attnserve_export.attention.paged import INPUTS as PAGED_INPUTS
 from attnserve_export.attention.paged import OUTPUTS as PAGED_OUTPUTS
 from attnserve_export.attention.paged import has_paged, has_paged_layer, paged_inputs
+from attnserve_export.runtime import CPU, CUDA
 
 OUTPUT = ("output",)
 WEIGHTS = ("output", "weights")
@@ -33,8 +34,6 @@ DIAGNOSTICS = (
     "top_k_indices",
     "top_k_weights",
 )
-
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)

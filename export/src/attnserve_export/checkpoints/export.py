@@ -16,7 +16,6 @@ from attnserve_proto.manifest import (
 )
 
 from attnserve_export import graphs
-from attnserve_export.attention.variants import CPU
 from attnserve_export.checkpoints.cases import transformer_cases
 from attnserve_export.checkpoints.checkpoint import (
     Checkpoint,
@@ -29,6 +28,7 @@ from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, TARGET,
 from attnserve_export.checkpoints.tracing import ATTENTIONS, CROSS, IMPLEMENTATION, Call, Tracer
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Input
+from attnserve_export.runtime import CPU
 from attnserve_export.verification import Case
 
 SEQ_LEN, TARGET_LEN = "seq_len", "target_len"

@@ -1,6 +1,10 @@
 """Writes all files of a report."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+from attnserve_proto.commands import replacing
 
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.csv_file import write_csv
@@ -9,7 +13,9 @@ from attnserve_loadtest.report.json_file import write_json
 from attnserve_loadtest.report.plot import write_png
 from attnserve_loadtest.report.schema import Report
 
-_WRITERS = {
+Content = TypeVar("Content")
+
+_WRITERS: Mapping[str, Callable[[Report, Path], None]] = {
     "report.json": write_json,
     "report.csv": write_csv,
     "report.png": write_png,
@@ -38,12 +44,29 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     Raises:
         LoadTestError: a file cannot be written.
     """
+    return write_files(report, folder, _WRITERS)
+
+
+def write_files(
+    content: Content, folder: Path, writers: Mapping[str, Callable[[Content, Path], None]]
+) -> list[Path]:
+    """Write the same content into several files, each of which is replaced whole.
+
+    Args:
+        content: what the writers take.
+        folder: made if it is not there.
+        writers: by the file's name, in their order.
+
+    Raises:
+        LoadTestError: a file cannot be written.
+    """
     make_folder(folder)
     paths = []
-    for name, write in _WRITERS.items():
+    for name, write in writers.items():
         path = folder / name
         try:
-            write(report, path)
+            with replacing(path) as beside:
+                write(content, beside)
         except OSError as error:
             raise LoadTestError(f"cannot write {path}: {error.strerror}") from None
         paths.append(path)

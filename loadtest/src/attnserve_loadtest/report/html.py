@@ -3,10 +3,11 @@
 from html import escape
 from pathlib import Path
 
+from attnserve_loadtest.fitting import Growth, growth_of
 from attnserve_loadtest.report import palette, plot
 from attnserve_loadtest.report.schema import PARTS, Distribution, Fit, Point, Report, Series
 from attnserve_loadtest.report.svg import inline_svg
-from attnserve_loadtest.report.terminal import describe_overlapping, format_ms
+from attnserve_loadtest.report.terminal import counted, describe_overlapping, format_ms
 
 _LATENCY_COLUMNS = ("p50", "p95", "p99", "mean")
 
@@ -43,7 +44,7 @@ def _summary(report: Report) -> str:
     )
     failures = sum(each.count for series in report.series for each in series.failures)
     if failures:
-        note += f'<p class="warning">{failures} requests failed; see below.</p>'
+        note += f'<p class="warning">{counted(failures, "request")} failed; see below.</p>'
     if not rows:
         return f"{note}<p>Fewer than two lengths were answered: there is no exponent.</p>"
     head = _head(
@@ -55,7 +56,42 @@ def _summary(report: Report) -> str:
         "1 is linear, 2 is quadratic. Small lengths are dominated by constant costs; the exponent "
         "between the last two lengths says most about large ones.</p>\n"
         + _table(head, rows, "Fitted exponents")
+        + _growths(report)
     )
+
+
+def _growths(report: Report) -> str:
+    """The constant, linear and quadratic parts, where there are lengths enough."""
+    rows = [
+        _growth_row(index, series, fit, growth)
+        for index, series in enumerate(report.series)
+        for fit in series.fits
+        if (growth := growth_of(fit)) is not None
+    ]
+    if not rows:
+        return ""
+    head = _head(("series", "of", "at", "constant ms", "linear ms", "quadratic ms", "off by"))
+    return (
+        "<p>No power law has a constant part. The same medians as constant + linear + quadratic in "
+        "seq_len, none below zero, by least squares of relative errors: what each part takes at "
+        "the longest length, and how far the sum is off at most.</p>\n"
+        + _table(head, rows, "What latency is made of")
+    )
+
+
+def _growth_row(index: int, series: Series, fit: Fit, growth: Growth) -> str:
+    parts = (growth.constant_ms, growth.linear_ms, growth.quadratic_ms)
+    return (
+        f'<tr><th scope="row">{_key(index)}{escape(series.label)}</th>'
+        f"<td>{fit.quantity.replace('_', ' ')}</td><td>{growth.seq_len}</td>"
+        + "".join(f"<td>{format_ms(part)}</td>" for part in parts)
+        + f"<td>{growth.off:.0%}</td></tr>"
+    )
+
+
+def _key(index: int) -> str:
+    colour = f"var(--series-{index % len(palette.LIGHT)})"
+    return f'<span class="key" style="background:{colour}"></span>'
 
 
 def _fit_row(index: int, series: Series, fit: Fit) -> str:
@@ -66,10 +102,9 @@ def _fit_row(index: int, series: Series, fit: Fit) -> str:
     )
     r_squared = "-" if fit.r_squared is None else f"{fit.r_squared:.4f}"
     last = fit.local_exponents[-1]
-    colour = f"var(--series-{index % len(palette.LIGHT)})"
     return (
-        f'<tr><th scope="row"><span class="key" style="background:{colour}"></span>'
-        f"{escape(series.label)}</th><td>{fit.quantity.replace('_', ' ')}</td>"
+        f'<tr><th scope="row">{_key(index)}{escape(series.label)}</th>'
+        f"<td>{fit.quantity.replace('_', ' ')}</td>"
         f"<td><strong>{fit.exponent:.2f}</strong></td><td>{interval}</td><td>{r_squared}</td>"
         f"<td>{fit.points}</td>"
         f"<td>{last.exponent:.2f} ({last.from_seq_len}→{last.to_seq_len})</td></tr>"
@@ -108,7 +143,7 @@ def _figures(report: Report) -> str:
             "the tables below hold the means.",
         )
     )
-    return "\n".join(f"<figure>{figure}</figure>" for figure in figures)
+    return "\n".join(f'<figure tabindex="0">{figure}</figure>' for figure in figures)
 
 
 def _spoken_fits(report: Report) -> str:
@@ -204,9 +239,9 @@ def _failure_list(series: Series) -> str:
 def _method(report: Report) -> str:
     settings, client, server = report.settings, report.client, report.server
     amount = (
-        f"{settings.requests} requests"
+        counted(settings.requests, "request")
         if settings.requests is not None
-        else f"{settings.duration_seconds:g} seconds"
+        else counted(settings.duration_seconds or 0, "second")
     )
     drift = "one round" if report.drift is None else f"{report.drift:.3f}"
     facts = {
@@ -215,9 +250,10 @@ def _method(report: Report) -> str:
         f"{server.onnxruntime_version}, {', '.join(server.providers)}",
         "Client": f"attnserve-loadtest {client.attnserve_loadtest}, attnserve-client "
         f"{client.attnserve_client}, Locust {client.locust}, grpcio {client.grpcio}, "
-        f"Python {client.python}, {client.system}, {client.cpu_count} processors",
-        "Load": f"{settings.users} users, batch {settings.batch}; at each length {amount} in "
-        f"{settings.rounds} rounds, {settings.warmup} to warm up, seed {settings.seed}",
+        f"Python {client.python}, {client.system}, {counted(client.cpu_count, 'processor')}",
+        "Load": f"{counted(settings.users, 'user')}, batch {settings.batch}; at each length "
+        f"{amount} in {counted(settings.rounds, 'round')}, "
+        f"{settings.warmup} to warm up, seed {settings.seed}",
         "Drift": f"{drift} (last round / first round)",
     }
     items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
@@ -270,10 +306,11 @@ def page_style() -> str:
 _RULES = """
 body{margin:0;background:var(--paper);color:var(--ink);
   font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:62rem;margin:0 auto;padding:1.5rem}
+main{max-width:76rem;margin:0 auto;padding:1.5rem}p{max-width:62rem}
 h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.2rem}
 h3{font-size:1.05rem}
-figure{margin:1.5rem 0}svg{width:100%;height:auto;display:block}
+figure{margin:1.5rem 0;overflow-x:auto}svg{width:100%;height:auto;display:block}
+@media(max-width:44rem){main{padding:1rem}figure svg{min-width:40rem}}
 .scroll{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--muted);padding-bottom:.3rem}

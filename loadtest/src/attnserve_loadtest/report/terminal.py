@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from attnserve_loadtest.fitting import growth_of
 from attnserve_loadtest.report.schema import PARTS, Distribution, Fit, Point, Report, Series
 
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -23,6 +24,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_table(series))
         for fit in series.fits:
             console.print(f"  {describe_fit(fit)}", markup=False)
+            if growth := describe_growth(fit):
+                console.print(f"    {growth}", markup=False)
         if overlapping := describe_overlapping(series):
             console.print(f"  {overlapping}", markup=False, soft_wrap=True)
         for failure in series.failures:
@@ -57,14 +60,26 @@ def describe_fit(fit: Fit) -> str:
     )
 
 
+def describe_growth(fit: Fit) -> str:
+    """One line: the constant, linear and quadratic part at the longest length; may be empty."""
+    growth = growth_of(fit)
+    if growth is None:
+        return ""
+    return (
+        f"at {growth.seq_len}: constant {format_ms(growth.constant_ms)} + linear "
+        f"{format_ms(growth.linear_ms)} + quadratic {format_ms(growth.quadratic_ms)} ms "
+        f"(off by at most {growth.off:.0%})"
+    )
+
+
 def describe_overlapping(series: Series) -> str:
     """One line on requests whose time cannot be split; empty if there are none."""
     count = sum(point.overlapping for point in series.points)
     if not count:
         return ""
     return (
-        f"{count} answers are not in {', '.join(PARTS)}: the server's timings of each exceed its "
-        "end to end, so they overlap"
+        f"{counted(count, 'answer')} not in {', '.join(PARTS)}: the server's timings exceed "
+        "the end to end, so they overlap"
     )
 
 
@@ -109,6 +124,11 @@ def _cells(point: Point) -> list[str]:
 
 def _mean(distribution: Distribution | None) -> str:
     return "-" if distribution is None else format_ms(distribution.mean)
+
+
+def counted(number: float, noun: str) -> str:
+    """A number and what it counts, in the plural unless it is 1."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def format_ms(milliseconds: float) -> str:

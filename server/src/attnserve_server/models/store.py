@@ -13,7 +13,7 @@ from attnserve_proto.manifest import Manifest, ManifestError, VariantEntry, pars
 
 from attnserve_server.models.providers import Providers
 from attnserve_server.models.tokenizer import TextTokenizer
-from attnserve_server.repository import check_files, find
+from attnserve_server.repository import check_files, explain_empty, find
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +116,8 @@ def load_all(repository: Path, store: ModelStore, load: Loader) -> None:
             models.setdefault(model.manifest.name, []).append(model)
     for name, versions in models.items():
         store.put(name, versions)
+    if not any(find(repository)):
+        _log.warning("no model found", extra={"reason": explain_empty(repository)})
 
 
 def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | None:

@@ -25,6 +25,7 @@ function setUpOverview() {
         return cell;
       })));
   const head = make("tr", { role: "row" }, make("td", {}), ...heads.map((each) => make("th", { role: "columnheader", scope: "col" }, `head ${each}`)));
+  $("grid").style.setProperty("--heads", heads.length);
   $("grid").replaceChildren(make("thead", { role: "rowgroup" }, head), make("tbody", { role: "rowgroup" }, ...rows));
   drawOverview();
 }

@@ -17,7 +17,7 @@ const SINK_HEADINGS = [{ text: "key", word: true }, "position", "weight", "", "o
 function drawSinks() {
   const { map } = state, values = receivedOf(map, state.layer, state.head);
   const { context, width, height } = prepare($("sinks-canvas"));
-  const plot = { x: MARGIN.left, y: 10, w: width - MARGIN.left - 12, h: height - 44 };
+  const plot = { x: MARGIN.left, y: 24, w: width - MARGIN.left - 12, h: height - 58 };
   const most = Math.max(...values) || 1, wide = plot.w / values.length;
   context.textBaseline = "middle";
   context.textAlign = "right";
@@ -37,12 +37,20 @@ function drawSinks() {
     context.fillRect(plot.x + k * wide, plot.y + plot.h - tall, Math.max(1, wide - (wide > 3 ? 1 : 0)), tall);
   });
   context.fillStyle = palette.ink;
-  context.textAlign = "left";
+  context.strokeStyle = palette.paper;
+  context.lineWidth = 4;
+  const drawn = [];
   for (const key of heaviestKeys(values, 3)) {
-    const x = plot.x + (key + 1) * wide + 3, y = plot.y + plot.h * (1 - values[key] / most) + 6;
-    const text = fitted(context, map.keys[key], 110), size = context.measureText(text).width;
-    context.fillText(text, x + size > width ? x - wide - size - 6 : x, y);
+    const text = fitted(context, map.keys[key], 110), half = context.measureText(text).width / 2;
+    const x = Math.min(Math.max(plot.x + (key + 0.5) * wide, half), width - half);
+    const y = plot.y + plot.h * (1 - values[key] / most) - 9;
+    if (drawn.some((other) => Math.abs(other.x - x) < other.half + half + 4 && Math.abs(other.y - y) < 14)) continue;
+    drawn.push({ x, y, half });
+    // Around the letters, so that they are read where they reach over a taller bar.
+    context.strokeText(text, x, y);
+    context.fillText(text, x, y);
   }
+  context.lineWidth = 1;
   const best = heaviestKeys(values, 1)[0];
   $("sinks-caption").textContent = `${headName()}: key ${best} “${map.keys[best]}” gets ${percent(values[best])} of each query's weight` +
     (map.special.length ? `; the model's own tokens get ${percent(map.special.reduce((sum, key) => sum + values[key], 0))} together.` : ".");

@@ -133,7 +133,7 @@ function describeTokens() {
   else if (!focus) {
     const least = edges.length ? edges[edges.length - 1][0] : 0;
     const total = state.active.size * map.queries.length * map.keys.length;
-    text = `Heads ${headList()} of layer ${map.layers[state.layer]}: ` + (edges.length < EDGES
+    text = `${state.active.size === 1 ? "Head" : "Heads"} ${headList()} of layer ${map.layers[state.layer]}: ` + (edges.length < EDGES
       ? `all ${edges.length} weights above 0.` : `the ${EDGES} heaviest of ${total} weights, down to ${weightText(least)}.`);
   } else {
     const toKeys = focus.side === "queries", token = map[focus.side][focus.index];

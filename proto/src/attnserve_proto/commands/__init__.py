@@ -1,0 +1,22 @@
+"""What all commands of attnserve do alike: options, errors, interrupts, progress, files.
+
+values     readers of options, each with the range that it allows
+running    a parser that says one line, and what every `main` runs its work in
+files      written beside, then renamed; said at once where that cannot be
+progress   how far a command is, and how long it still takes
+"""
+
+from attnserve_proto.commands.files import check_file, check_folder, replacing
+from attnserve_proto.commands.progress import Progress
+from attnserve_proto.commands.running import INTERRUPTED, CommandError, Parser, run
+
+__all__ = [
+    "INTERRUPTED",
+    "CommandError",
+    "Parser",
+    "Progress",
+    "check_file",
+    "check_folder",
+    "replacing",
+    "run",
+]
