@@ -4,9 +4,9 @@
 
 Contenders take turns within each round. A model's layers have a cache each, so that a step finds
 none of it in the processor's caches: here too, steps go round over as many copies as make up 256
-MiB. A cache's bytes per second are those of its keys and values (and scales), which each step
-reads once. The machine's own are what the quickest of several plain reductions reads: as many
-bytes, which nobody has read for 256 MiB either, in the same kind of memory pages, with as many
+MiB. A cache's bytes per second are those of its keys and values (and scales), which each step reads
+once. The machine's own are what the quickest of several plain reductions reads: as many bytes, in a
+row, which nobody has read for 256 MiB either, in the same kind of memory pages, with as many
 threads. Times and ratios are medians over rounds, ratios of two runs of the same round.
 """
 

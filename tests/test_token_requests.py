@@ -151,9 +151,9 @@ def test_bad_requests_are_refused_by_field(
 
 
 def test_bad_arguments_never_leave_the_client(client: AttentionClient) -> None:
-    with pytest.raises(TypeError, match="targets: give a list of texts"):
+    with pytest.raises(TypeError, match="targets: given 'a text', of type str"):
         client.attend_tokens(SOURCES, model="t5", targets="a text")
-    with pytest.raises(ValueError, match="mass_on_first: -1"):
+    with pytest.raises(ValueError, match="mass_on_first: given -1"):
         client.attend_tokens(SOURCES, model="t5", mass_on_first=-1)
 
 

@@ -114,7 +114,7 @@ def run(
     }
     for name in given:
         array = answers[name]
-        element = kind if name == "output" else np.float32
+        element = kind if name == "output" else np.dtype(np.float32)
         address = array.ctypes.data or batch.cache.ctypes.data
         binding.bind_output(name, "cpu", 0, element, list(array.shape), address)
     opened.run_with_iobinding(binding)

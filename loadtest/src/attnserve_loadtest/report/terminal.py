@@ -77,9 +77,10 @@ def describe_overlapping(series: Series) -> str:
     count = sum(point.overlapping for point in series.points)
     if not count:
         return ""
+    are = "is" if count == 1 else "are"
     return (
-        f"{counted(count, 'answer')} not in {', '.join(PARTS)}: the server's timings exceed "
-        "the end to end, so they overlap"
+        f"{counted(count, 'answer')} {are} not in {', '.join(PARTS)}: the server's own timings "
+        "exceed the end to end, so they overlap"
     )
 
 
