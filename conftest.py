@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,9 @@ from hypothesis import settings
 # No test fails because the machine is busy.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# A shell's background jobs ignore it, and so would all processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ExportAll = Callable[[Sequence[Sequence[str]]], None]
 
