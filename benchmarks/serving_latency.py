@@ -9,7 +9,7 @@ it.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,19 @@ class InProcess:
         return open_session(common.graph_file(self._folder, variant), threads=usable_cores())
 
 
+def over_floor(times: Mapping[str, Seconds]) -> Row:
+    """Unary and streamed calls against the best echo and in process, of seconds of each round."""
+    echoes = [times["echo_unary"], times["echo_stream"]]
+    least = min(echoes, key=lambda seconds: float(np.median(seconds))) + times["in_process"]
+    return {
+        "floor_ms": float(np.median(least)) * 1e3,
+        "unary_ratio": float(np.median(times["unary"] / least)),
+        "streamed_ratio": float(np.median(times["streamed"] / least)),
+        "unary_p99_ms": float(np.quantile(times["unary"], 0.99)) * 1e3,
+        "streamed_p99_ms": float(np.quantile(times["streamed"], 0.99)) * 1e3,
+    }
+
+
 def floor(repository: Path, lengths: Lengths) -> Section:
     """End to end, unary and streamed, against the echo of the same bytes plus in process."""
     with (
@@ -109,18 +122,12 @@ def floor(repository: Path, lengths: Lengths) -> Section:
                 },
                 rounds,
             )
-            echoes = [times["echo_unary"], times["echo_stream"]]
-            least = min(echoes, key=lambda seconds: float(np.median(seconds))) + times["in_process"]
             return {
                 "seq_len": seq_len,
                 "rounds": rounds,
                 "request_bytes": 3 * q.nbytes,
                 **_medians(times),
-                "floor_ms": float(np.median(least)) * 1e3,
-                "unary_ratio": float(np.median(times["unary"] / least)),
-                "streamed_ratio": float(np.median(times["streamed"] / least)),
-                "unary_p99_ms": float(np.quantile(times["unary"], 0.99)) * 1e3,
-                "streamed_p99_ms": float(np.quantile(times["streamed"], 0.99)) * 1e3,
+                **over_floor(times),
             }
 
         rows = [measure(seq_len, rounds) for seq_len, rounds in lengths.each()]

@@ -49,7 +49,7 @@ def _check_latency(sections: dict[str, Any]) -> None:
     for row in sections["floor"]["rows"]:
         assert row["request_bytes"] == 3 * 8 * row["seq_len"] * 64 * 4
         assert min(value for name, value in row.items() if name.endswith("_ms")) > 0
-        # Medians over three rounds of noise, but of the same thing: the unit at least is right.
+        # Medians over three rounds of noise: `test_ratios_...` has them exactly.
         assert 0.1 < row["unary_ratio"] / (row["unary_ms"] / row["floor_ms"]) < 10
     assert len(sections["floor"]["bars"]) == 4
     for row in sections["shared-memory"]["rows"]:
@@ -58,6 +58,24 @@ def _check_latency(sections: dict[str, Any]) -> None:
     (stored,) = sections["stored"]["rows"]
     assert stored["in_process_ms"] > 0
     assert stored["ratio"] > 0
+
+
+def test_ratios_are_of_calls_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    latency = runpy.run_path(str(BENCHMARKS / "serving_latency.py"))
+    times = {
+        "unary": np.array([3.0, 40.0, 9.0]),
+        "streamed": np.array([6.0, 20.0, 12.0]),
+        "in_process": np.array([1.0, 15.0, 2.0]),
+        "echo_unary": np.array([1.0, 5.0, 1.0]),
+        "echo_stream": np.array([9.0, 2.0, 2.0]),
+    }
+    row = latency["over_floor"](times)
+    # The quicker echo is the unary one: the floors are 2, 20 and 3 s.
+    assert row["floor_ms"] == pytest.approx(3000)
+    assert row["unary_ratio"] == pytest.approx(2)  # of 1.5, 2 and 3
+    assert row["streamed_ratio"] == pytest.approx(3)  # of 3, 1 and 4
+    assert row["unary_p99_ms"] == pytest.approx(1e3 * np.quantile(times["unary"], 0.99))
 
 
 def _check_load(sections: dict[str, Any]) -> None:
