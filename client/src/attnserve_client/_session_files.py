@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from attnserve_proto.commands import replacing
+
 from attnserve_client import _arguments as arguments
 
 _FIRST_LINE = b"attnserve session 1\n"
@@ -32,14 +34,8 @@ def writing(to: PathOrFile, model: str, num_layers: int) -> Iterator[Callable[[b
             raise arguments.mistyped("to", to, "a path, or a file open for writing bytes")
         yield _writer(to, model, num_layers)
         return
-    path = Path(to)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            yield _writer(file, model, num_layers)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(Path(to)) as beside, beside.open("wb") as file:
+        yield _writer(file, model, num_layers)
 
 
 def _writer(file: BinaryIO, model: str, num_layers: int) -> Callable[[bytes], None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attnserve_proto import manifest as manifests
+from attnserve_proto.commands import replacing
 from attnserve_proto.manifest import FILE, MOST_VERSION, NAME, FileEntry, Manifest, ManifestError
 
 from attnserve_export.errors import ExportError
@@ -99,12 +100,9 @@ def rewrite(folder: Path, changes: Mapping[str, Any]) -> None:
     Raises:
         ExportError: there is no manifest.
     """
-    path = folder / FILE
-    beside = path.with_name(f".{FILE}.new")
     text = manifests.as_text(read_content(folder) | dict(changes))
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    beside.rename(path)
+    with replacing(folder / FILE) as beside:
+        beside.write_text(text, encoding="utf-8")
     _sync(folder)
 
 
