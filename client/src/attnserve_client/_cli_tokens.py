@@ -31,16 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("texts", nargs="*", type=values.text, metavar="TEXT")
     add("--ids", type=ids, action="append", help="instead of a text, e.g. 101,2009,102; again ...")
     add_model(parser)
-    add(
-        "--target-text",
-        type=values.text,
-        action="append",
-        metavar="TEXT",
-        help="what the decoder of an encoder-decoder reads; again for each text",
-    )
     add("--attention", choices=("encoder", "decoder", "cross"), default="", help="of several")
-    add_layers_and_heads(parser)
-    add("--truncate", action="store_true", help="cut texts that are too long for the model")
+    add_what_is_read(parser)
     add("--query", type=values.text, help="show what this token attends to (default: every token)")
     add("--top", type=values.integer(1), default=5, help="how many tokens to show; default 5")
     flag = argparse.BooleanOptionalAction
@@ -55,8 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-def add_layers_and_heads(parser: argparse.ArgumentParser) -> None:
-    """Which layers and heads are asked for."""
+def add_what_is_read(parser: argparse.ArgumentParser) -> None:
+    """What is read beside the texts, and which layers and heads are asked for."""
+    parser.add_argument(
+        "--target-text",
+        type=values.text,
+        action="append",
+        metavar="TEXT",
+        help="what the decoder of an encoder-decoder reads; again for each text",
+    )
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut texts that are too long for the model"
+    )
     indices = values.listed(values.integer(0))
     parser.add_argument("--layers", type=indices, metavar="N,N,...", help="e.g. 0,5; default all")
     parser.add_argument("--heads", type=indices, metavar="N,N,...", help="e.g. 0,5; default all")

@@ -132,9 +132,7 @@ def _parser() -> Parser:
     )
 
     tune = kinds.add_parser("tune", help="measure a core model's variants on this machine")
-    tune.add_argument("--out", type=values.path, required=True, help="the model repository")
-    tune.add_argument("--name", type=values.name, required=True, help="of the model")
-    tune.add_argument("--version", type=values.version, default=1, help="of the model (default 1)")
+    _add_place(tune)
     tune.add_argument("--provider", choices=(CPU, CUDA), default=CPU)
     tune.add_argument(
         "--seq-lens",
@@ -174,12 +172,16 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
 
 
-def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
+def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=values.path, required=True, help="the model repository")
     parser.add_argument("--name", type=values.name, required=True, help="of the model")
     parser.add_argument(
         "--version", type=values.version, default=1, help="of the model (default 1)"
     )
+
+
+def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
+    _add_place(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace that version")
     parser.add_argument(
         "--opset",

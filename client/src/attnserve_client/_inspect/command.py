@@ -11,7 +11,7 @@ import numpy as np
 from attnserve_proto.commands import Progress, values
 
 from attnserve_client._cli_calls import add_output
-from attnserve_client._cli_tokens import add_layers_and_heads, ids, say_what_was_cut
+from attnserve_client._cli_tokens import add_what_is_read, ids, say_what_was_cut
 from attnserve_client._client import AttentionClient
 from attnserve_client._inspect.page import write_page
 from attnserve_client._results import TokensResult
@@ -40,16 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text from a file, in UTF-8; again for more",
     )
     add("--pair", type=values.text, metavar="TEXT", help="a second text behind the (only) first")
-    add(
-        "--target-text",
-        type=values.text,
-        action="append",
-        metavar="TEXT",
-        help="what the decoder of an encoder-decoder reads; again for each text",
-    )
     add("--ids", type=ids, help="token ids instead of texts, e.g. 101,2009,102")
-    add_layers_and_heads(parser)
-    add("--truncate", action="store_true", help="cut texts that are too long for the model")
+    add_what_is_read(parser)
     add("--title", type=values.title, default="", help="of the page; default: model and text")
     parser.set_defaults(run=run)
 
