@@ -71,7 +71,7 @@ def items(name: str, values: Any, allowed: str) -> list[Any]:
 def number(name: str, value: Any, least: float = -math.inf, also: str = "") -> float:
     """A finite number."""
     allowed = f"a number{'' if least == -math.inf else f' from {least:g} on'}{also}"
-    if isinstance(value, _FLAGS) or not isinstance(value, int | float | np.integer | np.floating):
+    if not _is_number(value):
         raise mistyped(name, value, allowed)
     try:
         given = float(value)
@@ -114,7 +114,7 @@ def seconds(name: str, value: Any) -> float | None:
     if value is None:
         return None
     allowed = "seconds above 0, or None: without end"
-    if isinstance(value, _FLAGS) or not isinstance(value, int | float | np.integer | np.floating):
+    if not _is_number(value):
         raise mistyped(name, value, allowed)
     if not value > 0:
         raise refused(name, value, allowed)
@@ -126,7 +126,7 @@ def microseconds(name: str, value: Any) -> int:
     if value is None:
         return 0
     allowed = "seconds from 1e-6 to 1e12, or None: the server's default"
-    if isinstance(value, _FLAGS) or not isinstance(value, int | float | np.integer | np.floating):
+    if not _is_number(value):
         raise mistyped(name, value, allowed)
     if not 1e-6 <= value <= _LONGEST_LEASE_SECONDS:
         raise refused(name, value, allowed)
@@ -147,6 +147,10 @@ def one_of(name: str, value: Any, choices: Iterable[Any], also: str = "") -> Non
         raise mistyped(name, value, allowed)
     if value not in choices:
         raise refused(name, value, allowed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBERS) and not isinstance(value, _FLAGS)
 
 
 def _bounds(least: int, most: int) -> str:

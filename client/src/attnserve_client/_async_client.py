@@ -2,28 +2,25 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import grpc
-import numpy as np
 
 from attnserve_client import _arguments as arguments
-from attnserve_client import _tensors
 from attnserve_client._async_session_stream import AsyncSessionStream
 from attnserve_client._async_stream import AsyncAttendStream
 from attnserve_client._async_transport import AsyncTransport
 from attnserve_client._client_flows import ClientFlows
 from attnserve_client._flows import AsyncRunner, awaited
-from attnserve_client._results import Array
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStreams
 from attnserve_client._sessions import AsyncBatch, AsyncSession
 from attnserve_client._settings import ClientOptions, settings
-from attnserve_client._sharing import Sharing, shared_by
+from attnserve_client._sharing import SharedArrays, Sharing
 from attnserve_client._sharing_flows import SharingFlows
 
 
-class AsyncAttentionClient:
+class AsyncAttentionClient(SharedArrays):
     """Calls an attnserve server from asyncio; many calls may be under way at once.
 
     Its arguments are those of `AttentionClient`, and so are its calls, which are awaited.
@@ -41,7 +38,7 @@ class AsyncAttentionClient:
         self._transport = AsyncTransport(self._channel, given.metadata)
         self._streams = SessionStreams(lambda: AsyncSessionStream(self._transport.decode_call))
         shared = given.shared_memory_bytes
-        self._sharing = None if shared is None else Sharing(shared)
+        super().__init__(None if shared is None else Sharing(shared))
         memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
         self._connection = Connection(self._streams, self._runner, memory)
         self._flows = ClientFlows(
@@ -70,14 +67,6 @@ class AsyncAttentionClient:
         if self._sharing is not None and (region := self._sharing.close()) is not None:
             await self._transport.unregister_now(region)
         await self._channel.close(None)
-
-    def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
-        """As `AttentionClient.shared_empty`; not awaited."""
-        return shared_by(self._sharing).empty(shape, dtype)
-
-    def shared(self, array: Any) -> Array:
-        """As `AttentionClient.shared`; not awaited."""
-        return shared_by(self._sharing).copy(_tensors.as_array(array, "array"))
 
     attend = awaited(ClientFlows.attend)
 

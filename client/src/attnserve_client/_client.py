@@ -2,22 +2,19 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import grpc
 import grpc.experimental
-import numpy as np
 
 from attnserve_client import _arguments as arguments
-from attnserve_client import _tensors
 from attnserve_client._client_flows import ClientFlows
 from attnserve_client._flows import Runner, blocking
-from attnserve_client._results import Array
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStream, SessionStreams
 from attnserve_client._sessions import Batch, Session
 from attnserve_client._settings import ClientOptions, settings
-from attnserve_client._sharing import Sharing, shared_by
+from attnserve_client._sharing import SharedArrays, Sharing
 from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._stream import AttendStream
 from attnserve_client._transport import BlockingTransport
@@ -28,7 +25,7 @@ _ANSWERS_READ_BY_CALLER: list[tuple[str, str | int]] = [
 ]
 
 
-class AttentionClient:
+class AttentionClient(SharedArrays):
     """Calls an attnserve server. Safe to share between threads; close it, or use it in `with`.
 
     Args:
@@ -55,7 +52,7 @@ class AttentionClient:
         self._transport = BlockingTransport(self._channel, given.metadata)
         self._streams = SessionStreams(lambda: SessionStream(self._transport.decode_call))
         shared = given.shared_memory_bytes
-        self._sharing = None if shared is None else Sharing(shared)
+        super().__init__(None if shared is None else Sharing(shared))
         memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
         self._connection = Connection(self._streams, self._runner, memory)
         self._flows = ClientFlows(
@@ -80,23 +77,6 @@ class AttentionClient:
         if self._sharing is not None and (region := self._sharing.close()) is not None:
             self._transport.unregister_now(region)
         self._channel.close()
-
-    def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
-        """An array in the memory shared with the server, its elements undefined.
-
-        Args:
-            shape: of it.
-            dtype: float32, float16 or bfloat16, as the model has it.
-
-        Raises:
-            RuntimeError: this client shares no memory.
-            MemoryError: not so much of it is free.
-        """
-        return shared_by(self._sharing).empty(shape, dtype)
-
-    def shared(self, array: Any) -> Array:
-        """A copy of an array in the memory shared with the server; errors as `shared_empty`."""
-        return shared_by(self._sharing).copy(_tensors.as_array(array, "array"))
 
     attend = blocking(ClientFlows.attend)
 

@@ -134,9 +134,15 @@ class LayerPlan:
     """How requests of one kind are laid out, and their answers: those of the next layer are alike.
 
     Safe to share between threads.
+
+    Attributes:
+        returns: what is asked for.
     """
 
-    def __init__(self, kinds: "tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]") -> None:
+    def __init__(
+        self, returns: bytes, kinds: "tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]"
+    ) -> None:
+        self.returns = pb.AttendLayer.FromString(returns).returns
         self._tensors = [
             (
                 _TENSORS[name],
@@ -203,10 +209,10 @@ def layer_of(received: bytes) -> "Attended":
 
 @lru_cache(maxsize=256)
 def plan_of(
-    options: bytes, kinds: "tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]"
+    returns: bytes, kinds: "tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]"
 ) -> LayerPlan:
-    """The plan of requests with such tensors, which ask for the same."""
-    return LayerPlan(kinds)
+    """The plan of requests with such tensors; `returns` as `returns_of` gives it."""
+    return LayerPlan(returns, kinds)
 
 
 @dataclass(frozen=True, slots=True)

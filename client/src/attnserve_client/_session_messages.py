@@ -1,6 +1,6 @@
 """Messages of Decode, but for those of layers."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Required, TypedDict
 
 from attnserve_proto import attention_pb2 as pb
@@ -59,6 +59,16 @@ def read(received: bytes) -> pb.DecodeResponse:
     if response.WhichOneof("result") == "error":
         raise _errors.from_stream_error(response.error, METHOD)
     return response
+
+
+def making(request: pb.DecodeRequest) -> Callable[[int], bytes]:
+    """What makes the message of a request, given its id."""
+
+    def make(request_id: int) -> bytes:
+        request.request_id = request_id
+        return request.SerializeToString()
+
+    return make
 
 
 class SessionOptions(TypedDict, total=False):

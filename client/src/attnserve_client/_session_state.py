@@ -53,10 +53,7 @@ class Connection:
         self, request: pb.DecodeRequest, timeout: float | None, *, again: bool = True
     ) -> Flow[pb.DecodeResponse]:
         """Send a request, whose id is filled in; `again`: it can be repeated safely."""
-
-        def make(request_id: int) -> bytes:
-            request.request_id = request_id
-            return request.SerializeToString()
+        make = messages.making(request)
 
         def send(left: float | None) -> Any:
             return self.streams.get().exchange(make, messages.read, left)

@@ -162,11 +162,8 @@ class BatchFlows:
         step, self._step = self._step, None
         if step is None or step.stream.failed:
             return
-        request = pb.DecodeRequest(abandon_step=pb.AbandonStep(step_id=step.step_id))
-
-        def make(request_id: int) -> bytes:
-            request.request_id = request_id
-            return request.SerializeToString()
+        abandon = pb.AbandonStep(step_id=step.step_id)
+        make = messages.making(pb.DecodeRequest(abandon_step=abandon))
 
         def send(left: float | None) -> Any:
             return step.stream.exchange(make, messages.read, left)
@@ -281,8 +278,7 @@ class BatchFlows:
         memory = self._connection.memory
         answer_bytes = None
         if memory is not None:
-            returns = pb.AttendLayer.FromString(wanted.returns).returns
-            answer_bytes = shared_layers.answer_bytes(wanted.tensors, returns)
+            answer_bytes = shared_layers.answer_bytes(wanted.tensors, wanted.plan.returns)
         if memory is None or answer_bytes is None:
             attended = yield from self._sent(step, wanted, begin)
         else:

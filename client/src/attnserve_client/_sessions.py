@@ -12,7 +12,21 @@ from attnserve_client._session_state import Connection, SessionState
 from attnserve_client._session_steps import BatchFlows
 
 
-class Session(SessionState):
+class _Session(SessionState):
+    """What both kinds of sessions are made of."""
+
+    def __init__(
+        self, connection: Connection, state: pb.SessionState, model: str, num_layers: int
+    ) -> None:
+        super().__init__(connection, state, model, num_layers)
+        self._runner = connection.runner
+        self._flows = SessionFlows(self, self._like)
+
+    def _like(self, state: pb.SessionState) -> Self:
+        return type(self)(self._connection, state, self.model, self.num_layers)
+
+
+class Session(_Session):
     """One KV session; `client.session` opens it. Closed by `close`, or at the end of a `with`.
 
     Not to be used by several threads at once.
@@ -28,15 +42,6 @@ class Session(SessionState):
         max_tokens, reserved_tokens: what it may grow to, and what it was promised.
         lease: seconds that the server keeps it after its last use.
     """
-
-    def __init__(
-        self, connection: Connection, state: pb.SessionState, model: str, num_layers: int
-    ) -> None:
-        super().__init__(connection, state, model, num_layers)
-        self._runner = connection.runner
-        self._flows: SessionFlows[Session] = SessionFlows(
-            self, lambda fork: Session(connection, fork, model, num_layers)
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -58,21 +63,12 @@ class Session(SessionState):
     close = blocking(SessionFlows.close)
 
 
-class AsyncSession(SessionState):
+class AsyncSession(_Session):
     """One KV session of an `AsyncAttentionClient`: `Session`, awaited; use it in `async with`.
 
     Not to be used by several tasks at once. If a task is cancelled in a step, `abandon` gives that
     step up.
     """
-
-    def __init__(
-        self, connection: Connection, state: pb.SessionState, model: str, num_layers: int
-    ) -> None:
-        super().__init__(connection, state, model, num_layers)
-        self._runner = connection.runner
-        self._flows: SessionFlows[AsyncSession] = SessionFlows(
-            self, lambda fork: AsyncSession(connection, fork, model, num_layers)
-        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -94,7 +90,15 @@ class AsyncSession(SessionState):
     close = awaited(SessionFlows.close)
 
 
-class Batch:
+class _Batch:
+    """What both kinds of batches are made of."""
+
+    def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
+        self._runner = connection.runner
+        self._flows = BatchFlows(connection, sessions)
+
+
+class Batch(_Batch):
     """Steps of several sessions together; `client.batch` makes it.
 
     A step adds tokens to each session: it begins with layer 0, and ends once every layer has been
@@ -105,10 +109,6 @@ class Batch:
     ...         result = batch.attend(layer, [q1, q2], [k1, k2], [v1, v2])
     ...         x1, x2 = result.outputs
     """
-
-    def __init__(self, connection: Connection, sessions: Sequence[Session]) -> None:
-        self._runner = connection.runner
-        self._flows = BatchFlows(connection, sessions)
 
     def __enter__(self) -> Self:
         return self
@@ -126,12 +126,8 @@ class Batch:
     abandon = blocking(BatchFlows.abandon)
 
 
-class AsyncBatch:
+class AsyncBatch(_Batch):
     """Steps of several sessions of an `AsyncAttentionClient`: `Batch`, awaited."""
-
-    def __init__(self, connection: Connection, sessions: Sequence[AsyncSession]) -> None:
-        self._runner = connection.runner
-        self._flows = BatchFlows(connection, sessions)
 
     async def __aenter__(self) -> Self:
         return self

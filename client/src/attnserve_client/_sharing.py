@@ -190,15 +190,37 @@ class Sharing:
         return call.answers.read(answer, region=call.placed.output)[0]
 
 
-def shared_by(sharing: Sharing | None) -> Sharing:
-    """What a client shares.
+class SharedArrays:
+    """Arrays in the memory that a client shares with its server; neither call waits for anything.
 
-    Raises:
-        RuntimeError: nothing.
+    Args:
+        sharing: None: it shares none.
     """
-    if sharing is None:
-        raise RuntimeError("this client shares no memory; give it shared_memory=True")
-    return sharing
+
+    def __init__(self, sharing: Sharing | None) -> None:
+        self._sharing = sharing
+
+    def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        """An array in the memory shared with the server, its elements undefined.
+
+        Args:
+            shape: of it.
+            dtype: float32, float16 or bfloat16, as the model has it.
+
+        Raises:
+            RuntimeError: this client shares no memory.
+            MemoryError: not so much of it is free.
+        """
+        return self._shared_memory().empty(shape, dtype)
+
+    def shared(self, array: Any) -> Array:
+        """A copy of an array in the memory shared with the server; errors as `shared_empty`."""
+        return self._shared_memory().copy(_tensors.as_array(array, "array"))
+
+    def _shared_memory(self) -> Sharing:
+        if self._sharing is None:
+            raise RuntimeError("this client shares no memory; give it shared_memory=True")
+        return self._sharing
 
 
 def _shared(arena: Arena, array: Array) -> tuple[Array, int]:
