@@ -97,13 +97,13 @@ void check_weights_of(const std::vector<std::uint32_t>& sessions, const StepShap
   }
   for (std::size_t at = 0; at < sessions.size(); ++at) {
     const std::uint32_t session = sessions[at];
-    const std::string field = text("returns.weights_of[", at, "]");
+    const auto field = [&] { return text("returns.weights_of[", at, "]"); };
     if (session >= step.keys.size()) {
-      refuse(field, std::to_string(session),
+      refuse(field(), std::to_string(session),
              text("0..", step.keys.size() - 1, ", the sessions of the step"));
     }
     if (at > 0 && session <= sessions[at - 1]) {
-      refuse(field, std::to_string(session), text("more than ", sessions[at - 1], ", before it"));
+      refuse(field(), std::to_string(session), text("more than ", sessions[at - 1], ", before it"));
     }
   }
 }

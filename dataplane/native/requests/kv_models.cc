@@ -50,16 +50,15 @@ constexpr std::array<Property, 5> kAlike{{{"num_heads", &engine::ModelFacts::num
                                           {"value_head_dim", &engine::ModelFacts::value_head_dim},
                                           {"embed_dim", &engine::ModelFacts::embed_dim}}};
 
-// One of several models: `at` for messages.
-void check_of_layer(const std::string& at, const engine::ModelFacts& model,
-                    const engine::ModelFacts& first) {
+// One of several models.
+void check_of_layer(const engine::ModelFacts& model, const engine::ModelFacts& first) {
   if (model.kind != engine::Kind::kLayer) {
     throw RequestError(
         Code::kFailedPrecondition,
-        text(at, "model: ", model.name, " is a ", name_of(model.kind), "; allowed: a layer model"));
+        text("model: ", model.name, " is a ", name_of(model.kind), "; allowed: a layer model"));
   }
   const auto differs = [&](std::string_view what, const auto& given, const auto& allowed) {
-    refuse(text(at, "model"), text(model.name, " of ", what, " ", given),
+    refuse("model", text(model.name, " of ", what, " ", given),
            text(what, " ", allowed, ", as the first layer's, ", first.name, ", has"));
   };
   for (const Property& each : kAlike) {
@@ -75,15 +74,14 @@ KvModels models_of_layers(std::size_t count, Find find) {
   std::vector<KvModel> models;
   models.reserve(count);
   for (std::size_t layer = 0; layer < count; ++layer) {
-    const std::string at = text("layer_models[", layer, "].");
     try {
       models.push_back(find(layer));
+      check_of_layer(models.back().facts(), models.front().facts());
     } catch (const RequestError& error) {
       Status status = error.status();
-      status.message = at + status.message;
+      status.message = text("layer_models[", layer, "].", status.message);
       throw RequestError(std::move(status));
     }
-    check_of_layer(at, models.back().facts(), models.front().facts());
   }
   const auto is_first = [&](const KvModel& each) { return each.model == models.front().model; };
   if (std::ranges::all_of(models, is_first)) models.resize(1);
