@@ -1,6 +1,7 @@
 """`attnserve-server` where it cannot start: exit code 1 and one line that says why."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,20 +123,23 @@ sys.meta_path.insert(0, Absent())
 def test_an_empty_repository_says_what_was_looked_for_and_what_lies_there(
     repository: Path, tmp_path: Path
 ) -> None:
-    [model] = repository.iterdir()
+    [folder] = repository.iterdir()
+    alone = tmp_path / "around" / "models"
+    shutil.copytree(folder, alone / folder.name)
+    [model] = alone.iterdir()
     said = explain_empty(model)
     assert f"looked for {model}/NAME/VERSION/model.json" in said
-    assert said.endswith(f"it is itself a model; give the folder around it, {repository}")
+    assert said.endswith(f"it is itself a model; give the folder around it, {alone}")
     assert explain_empty(model / "1").endswith(
-        f"it is itself a version of a model; give {repository}"
+        f"it is itself a version of a model; give {alone}"
     )
-    assert f"models lie in {repository}; give that" in explain_empty(repository.parent)
-    assert "the folder is empty; `attnserve-export` writes models into it" in explain_empty(
-        tmp_path
-    )
+    assert f"models lie in {alone}; give that" in explain_empty(alone.parent)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "the folder is empty; `attnserve-export` writes models into it" in explain_empty(empty)
     for name in "abcdefg":
-        (tmp_path / f"{name}.txt").touch()
-    assert "there lies a.txt, b.txt, c.txt, d.txt, e.txt, ..." in explain_empty(tmp_path)
+        (empty / f"{name}.txt").touch()
+    assert "there lies a.txt, b.txt, c.txt, d.txt, e.txt, ..." in explain_empty(empty)
 
 
 def test_the_warning_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
