@@ -1,6 +1,7 @@
 """KV sessions of the blocking SDK against a server that has its cache in NumPy and misbehaves."""
 
 import io
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,15 @@ from session_server import (
     random,
     serving_sessions,
 )
+
+
+@pytest.fixture(autouse=True, params=["direct", "public"], scope="module")
+def call(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each kind of call; the public one as if grpc had not what the other stands on."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "public":
+            patch.setitem(sys.modules, "attnserve_client._direct_call", None)
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from attnserve_client import _channel, _errors, _session_messages
 from attnserve_client._assembly import Assembler
 from attnserve_client._attend import AttendCall
-from attnserve_client._decode_call import Metadata
+from attnserve_client._call_events import Metadata
 from attnserve_client._errors import AttnserveError
 from attnserve_client._results import AttendResult
 from attnserve_client._session_messages import METHOD

@@ -1,121 +1,99 @@
-"""One call of messages both ways, moved on by whoever waits for it.
+"""One call of messages both ways, moved on by whoever waits for it."""
 
-grpc's own has two threads beneath: one that takes what is to be sent from an iterator, one that
-reads. A round trip then changes threads three times, which takes longer than the rest of it. This
-one has none, as grpc has it for calls of one request (`SingleThreadedUnaryStream`).
-"""
-
-from dataclasses import dataclass
-from typing import Any
+import queue
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import grpc
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from attnserve_client import _errors
-from attnserve_client._errors import AttnserveError
-
-Metadata = tuple[tuple[str, str | bytes], ...]
-
-_NO_FLAGS = 0
-_RECEIVED = cygrpc.OperationType.receive_message
-_SENT = cygrpc.OperationType.send_message
-_ENDED = cygrpc.OperationType.receive_status_on_client
+from attnserve_client._call_events import Event, Metadata
 
 
-@dataclass(slots=True)
-class Event:
-    """What has happened.
-
-    Attributes:
-        received: a message of the server.
-        sent: the message that was being sent is on its way, or lost with the call.
-        failure: how the call ended.
-    """
-
-    received: bytes | None = None
-    sent: bool = False
-    failure: AttnserveError | None = None
-
-
-class DecodeCall:
+class DecodeCall(Protocol):
     """A call that has been opened.
 
     One thread at a time may be in `next`, and one at a time in the other methods.
     """
 
-    def __init__(self, channel: grpc.Channel, path: str, method: str, metadata: Metadata) -> None:
-        self._method = method
-        first = (
-            (cygrpc.SendInitialMetadataOperation(metadata or None, _NO_FLAGS),),
-            (cygrpc.ReceiveStatusOnClientOperation(_NO_FLAGS),),
-            (cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS),),
-        )
-        self._call: Any = channel._channel.segregated_call(  # type: ignore[attr-defined]
-            cygrpc.PropagationConstants.GRPC_PROPAGATE_DEFAULTS,
-            path.encode(),
-            None,
-            None,
-            metadata or None,
-            None,
-            tuple((operations, None) for operations in first),
-            cygrpc.build_census_context(),
-            None,
-        )
-        # Operations: each number has one writer at a time.
-        self._begun = len(first)
-        self._ended = 0
-        self._given_up = False
-
     @property
     def due(self) -> bool:
         """Whether anything is still to happen; then `next` can be called."""
-        return self._begun > self._ended and not self._given_up
 
     def send(self, message: bytes) -> None:
         """Begin to send a message; the one before must have been sent."""
-        self._operate(cygrpc.SendMessageOperation(message, _NO_FLAGS))
 
     def receive(self) -> None:
         """Begin to wait for a message; there must be no such wait."""
-        self._operate(cygrpc.ReceiveMessageOperation(_NO_FLAGS))
 
     def next(self) -> Event:
         """Wait for something to happen. An interrupt of it ends the call."""
-        try:
-            happened = self._call.next_event()
-        except BaseException:
-            self._given_up = True  # by grpc
-            raise
-        event = Event()
-        for operation in happened.batch_operations:
-            self._ended += 1
-            kind = operation.type()
-            if kind == _RECEIVED:
-                event.received = operation.message()
-            elif kind == _SENT:
-                event.sent = True
-            elif kind == _ENDED:
-                event.failure = self._failure(operation)
-        return event
 
     def cancel(self) -> None:
         """End it: what is due happens soon."""
-        if self.due:
-            self._call.cancel(cygrpc.StatusCode.cancelled, "Locally cancelled by application!")
-
-    def _failure(self, ended: Any) -> AttnserveError:
-        code = _errors.code_of(ended.code())
-        if code == grpc.StatusCode.OK:
-            return _errors.UnavailableError("the stream was ended", method=self._method)
-        details = _text(ended.details())
-        retry_after = _errors.retry_after_of(ended.trailing_metadata())
-        return _errors.from_status(code, details, self._method, retry_after)
-
-    def _operate(self, operation: Any) -> None:
-        # None begins on a call that has ended, which `next` tells.
-        if self._call.operate((operation,), None):
-            self._begun += 1
 
 
-def _text(details: Any) -> str:
-    return details.decode(errors="replace") if isinstance(details, bytes) else str(details or "")
+def open_call(channel: grpc.Channel, path: str, method: str, metadata: Metadata) -> DecodeCall:
+    """Open a call: the quick kind, if this version of grpc has what it stands on."""
+    try:
+        from attnserve_client._direct_call import DirectCall
+
+        return DirectCall(channel, path, method, metadata)
+    except (ImportError, AttributeError, TypeError):
+        return PublicCall(channel, path, method, metadata)
+
+
+class PublicCall:
+    """A call by grpc's public interface, which has two threads of its own beneath."""
+
+    def __init__(self, channel: grpc.Channel, path: str, method: str, metadata: Metadata) -> None:
+        self._method = method
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._handed_over = False
+        self._ended = False
+        open_stream = channel.stream_stream(path, None, None)
+        self._call: Any = open_stream(self._messages(), metadata=metadata or None)
+
+    @property
+    def due(self) -> bool:
+        """As `DecodeCall.due`."""
+        return not self._ended
+
+    def send(self, message: bytes) -> None:
+        """As `DecodeCall.send`: grpc keeps what it cannot send at once."""
+        self._outgoing.put(message)
+        self._handed_over = True
+
+    def receive(self) -> None:
+        """As `DecodeCall.receive`: grpc always waits for one."""
+
+    def next(self) -> Event:
+        """As `DecodeCall.next`."""
+        if self._handed_over:
+            self._handed_over = False
+            return Event(sent=True)
+        try:
+            return Event(received=next(self._call))
+        except StopIteration:
+            code = grpc.StatusCode.UNAVAILABLE
+            failure = _errors.from_status(code, "the stream was ended", self._method, None)
+        except grpc.RpcError as error:
+            failure = _errors.from_rpc_error(error, self._method)
+        except BaseException:
+            self._end()
+            self._call.cancel()
+            raise
+        self._end()
+        return Event(failure=failure)
+
+    def cancel(self) -> None:
+        """As `DecodeCall.cancel`."""
+        self._call.cancel()
+
+    def _messages(self) -> Iterator[bytes]:
+        while (message := self._outgoing.get()) is not None:
+            yield message
+
+    def _end(self) -> None:
+        self._ended = True
+        self._outgoing.put(None)

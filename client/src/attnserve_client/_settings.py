@@ -11,7 +11,7 @@ import grpc
 
 from attnserve_client import _arguments as arguments
 from attnserve_client import _channel
-from attnserve_client._decode_call import Metadata
+from attnserve_client._call_events import Metadata
 
 PathLike = str | os.PathLike[str]
 

@@ -11,7 +11,8 @@ from attnserve_proto import attention_pb2_grpc as pb_grpc
 from attnserve_client import _channel, _errors, _session_messages
 from attnserve_client._assembly import Assembler
 from attnserve_client._attend import AttendCall
-from attnserve_client._decode_call import DecodeCall, Metadata
+from attnserve_client._call_events import Metadata
+from attnserve_client._decode_call import DecodeCall, open_call
 from attnserve_client._errors import AttnserveError
 from attnserve_client._results import AttendResult
 from attnserve_client._session_messages import METHOD
@@ -112,7 +113,7 @@ class BlockingTransport:
 
     def decode_call(self) -> DecodeCall:
         """Open a Decode call that is moved on by whoever waits for it."""
-        return DecodeCall(self._channel, _channel.method_path(METHOD), METHOD, self._metadata)
+        return open_call(self._channel, _channel.method_path(METHOD), METHOD, self._metadata)
 
     def unregister(self, region: str) -> None:
         """Have the server unmap shared memory, without waiting for it."""
