@@ -1,5 +1,6 @@
 // For processors with AVX-512. The standard headers come first: they must not be compiled for it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
