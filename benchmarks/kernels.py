@@ -118,6 +118,8 @@ class Models:
             "value": v,
             "key_lengths": np.array([shape.key_len]),
             "bias": np.zeros((1, 1, 1, 1), np.float32),
+            "mask": np.ones((1, 1, 1, 1), bool),
+            "prefix_lengths": np.zeros(1, np.int64),
             "softcap": np.array([-1], np.float32),
         }
         scores = 4 * shape.num_heads * shape.query_len * shape.key_len

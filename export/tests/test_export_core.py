@@ -92,6 +92,8 @@ def test_any_shape_is_within_tolerance(
         shape = [data.draw(st.sampled_from((1, size))) for size in full]
         feeds["bias"] = generator.standard_normal(shape).astype(dtype)
         feeds["bias"][generator.random(shape) < 0.2] = -np.inf
+        if attention["mask"] == "causal":
+            feeds["prefix_lengths"] = generator.integers(0, sk + 1, batch)
     output, weights = attention_reference(
         **feeds, scheme=CAUSAL if attention["mask"] == "causal" else BIDIRECTIONAL
     )
@@ -126,10 +128,11 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
-    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics", "paged"]
+    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics"]
+    names += ["packed", "packed_diagnostics", "paged"]
     assert [v["name"] for v in manifest["variants"]] == names
     assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
-        "blocked", "native", "diagnostics", "paged",
+        "blocked", "native", "diagnostics", "packed", "packed_diagnostics", "paged",
     }  # fmt: skip
     for provider, rows in manifest["picks"].items():
         assert rows[-1]["up_to"] is None

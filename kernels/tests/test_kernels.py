@@ -157,7 +157,9 @@ def prepare(p: dict) -> tuple[dict, dict, Scheme, float]:
         full = {"b": p["batch"], "h": heads, "q": p["sq"], "k": p["sk"]}
         shape = tuple(size if axis in p["mask"] else 1 for axis, size in full.items())
         # Some rows see all, some nothing, and some blocks of keys nobody.
-        feeds["mask"] = generator.random(shape) < generator.choice([0, 0.5, 1], shape[:3])[..., None]
+        feeds["mask"] = (
+            generator.random(shape) < generator.choice([0, 0.5, 1], shape[:3])[..., None]
+        )
         feeds["mask"][..., 128:256] &= generator.random() < 0.5
     if p["prefix"]:
         feeds["prefix_lengths"] = generator.integers(0, p["sk"] + 1, p["batch"])
@@ -315,7 +317,7 @@ def test_wrong_starts_are_refused(changes: dict, message: str) -> None:
 @pytest.mark.needs_library
 def test_any_mask_is_what_pytorch_takes_as_a_boolean_one(p: dict) -> None:
     p |= {"dtype": "FP32", "bias": None, "slopes": False, "softcap": None}
-    feeds, attributes, scheme, _ = prepare(p)
+    feeds, attributes, _, _ = prepare(p)
     if p["bottom_right"]:
         feeds["key_lengths"][:] = p["sk"]
     query, key = np.arange(p["sq"])[:, None], np.arange(p["sk"])

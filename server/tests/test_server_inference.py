@@ -337,6 +337,8 @@ def test_the_server_and_its_models_describe_themselves(
         "value": ("FP32", [-1, KV_HEADS, -1, VALUE_DIM]),
         "key_lengths": ("INT64", [-1]),
         "bias": ("FP32", [-1, -1, -1, -1]),
+        "cu_seqlens_q": ("INT64", [-1]),
+        "cu_seqlens_k": ("INT64", [-1]),
     }
     assert [tensor.name for tensor in model.outputs] == [
         "output", "weights", "entropy", "top_k_indices", "top_k_weights", "mass_per_key",
@@ -369,7 +371,9 @@ def test_a_models_configuration(infer_client: triton.InferenceServerClient) -> N
     assert (config.name, config.backend, config.max_batch_size) == ("half", "onnxruntime", 64)
     query = config.input[0]
     assert (query.name, query.data_type, list(query.dims)) == ("query", 10, [HEADS, -1, DIM])
-    assert [port.name for port in config.input if port.optional] == ["key_lengths", "bias"]
+    assert [port.name for port in config.input if port.optional] == [
+        "key_lengths", "bias", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k",
+    ]  # fmt: skip
     assert config.parameters["num_heads"].string_value == str(HEADS)
     assert not config.model_transaction_policy.decoupled
     assert infer_client.get_model_config("half", as_json=True)["config"]["name"] == "half"

@@ -13,7 +13,18 @@ from attnserve_client import AttentionClient, Model
 from attnserve_client._results import Array
 
 _NUMPY = {"FP32": np.float32, "FP16": np.float16}
-_TENSORS = ("query", "key", "value", "hidden_states", "context", "key_lengths", "bias")
+_TENSORS = (
+    "query",
+    "key",
+    "value",
+    "hidden_states",
+    "context",
+    "key_lengths",
+    "bias",
+    "prefix_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+)
 _RESULTS = (
     "output",
     "weights",

@@ -273,6 +273,7 @@ class Model:
         alibi: scores fall with distance.
         rotary: how query and key are turned by their positions: "half", "interleaved" or "".
         attentions: of a transformer.
+        chunk: positions of a chunk, of which a query sees its own alone; 0 is all.
         manifest: model.json as text; only from `get_model`.
     """
 
@@ -298,6 +299,7 @@ class Model:
     window_right: int | None = None
     bottom_right: bool = False
     alibi: bool = False
+    chunk: int = 0
     rotary: str = ""
     attentions: tuple[TransformerAttention, ...] = ()
     manifest: str = ""

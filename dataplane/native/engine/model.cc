@@ -13,8 +13,16 @@ namespace {
 
 using Names = std::span<const std::string_view>;
 
+// Variants for packed sequences compute nothing else.
+constexpr std::string_view kPacked = "cu_seqlens_q";
+
+bool lacks_starts(const Variant& variant, Names inputs) {
+  return variant.session->takes(kPacked) && std::ranges::find(inputs, kPacked) == inputs.end();
+}
+
 bool can(const Variant& variant, Names inputs, Names outputs) {
   const Session& session = *variant.session;
+  if (lacks_starts(variant, inputs)) return false;
   return std::ranges::all_of(inputs, [&](auto name) { return session.takes(name); }) &&
          std::ranges::all_of(outputs, [&](auto name) { return session.gives(name); });
 }
@@ -73,6 +81,9 @@ std::string lacking(const std::vector<const Variant*>& candidates, Names inputs,
   std::vector<std::string> parts;
   if (!taken.empty()) parts.push_back(text("it takes no ", joined(taken, ", ")));
   if (!given.empty()) parts.push_back(text("it gives no ", joined(given, ", ")));
+  if (std::ranges::all_of(candidates, [&](auto* each) { return lacks_starts(*each, inputs); })) {
+    parts.push_back(text("it needs ", kPacked));
+  }
   if (parts.empty()) return "no single variant takes and gives all of it";
   return joined(parts, "; ");
 }

@@ -102,6 +102,7 @@ def _beyond_multihead(options: argparse.Namespace) -> dict[str, bool]:
     return {
         "--window": options.window is not None,
         "--window-right": options.window_right is not None,
+        "--chunk": options.chunk is not None,
         "--alignment": options.alignment != "top-left",
         "--alibi": options.alibi,
         "--rotary": options.rotary is not None,
@@ -141,6 +142,7 @@ def _attention(options: argparse.Namespace, head_dim: int) -> AttentionConfig:
         window_right=_window_right(options),
         alibi=options.alibi,
         rotary=_rotary(options, head_dim),
+        chunk=options.chunk,
     )
 
 

@@ -164,6 +164,9 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
         type=values.integer(0),
         help="keys after its own that it sees, unless causal; default: --window less 1, or all",
     )
+    parser.add_argument(
+        "--chunk", type=_size, help="positions of a chunk, which alone a query sees; default: all"
+    )
     parser.add_argument("--softcap", type=_factor, default=0.0, help="default: none")
     parser.add_argument("--alibi", action="store_true", help="scores fall with distance")
     parser.add_argument("--rotary", choices=STYLES, help="default: none")

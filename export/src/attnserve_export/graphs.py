@@ -26,7 +26,12 @@ class Input:
 
 
 def export(
-    module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], opset: int
+    module: nn.Module,
+    inputs: Sequence[Input],
+    outputs: Sequence[str],
+    opset: int,
+    *,
+    by_name: bool = False,
 ) -> onnx.ModelProto:
     """Export a module.
 
@@ -38,20 +43,26 @@ def export(
         inputs: with examples whose dynamic dimensions are all different and above 1.
         outputs: their names, in order.
         opset: of the default domain, 23 or newer.
+        by_name: the inputs are called as the arguments of forward, in the same order, of which
+            some may be left out.
 
     Returns:
         The graph with its weights inside.
     """
     names = {dim for entry in inputs for dim in entry.dims if isinstance(dim, str)}
     dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
-    shapes = tuple(
-        {axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)}
+    by_axis = {
+        entry.name: {
+            axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)
+        }
         for entry in inputs
-    )
+    }
+    shapes = by_axis if by_name else tuple(by_axis.values())
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
-            tuple(entry.example for entry in inputs),
+            () if by_name else tuple(entry.example for entry in inputs),
+            kwargs={entry.name: entry.example for entry in inputs} if by_name else None,
             dynamo=True,
             opset_version=opset,
             input_names=[entry.name for entry in inputs],

@@ -85,7 +85,9 @@ def attention_reference(
     if bias is not None:
         full_bias = np.broadcast_to(np.asarray(bias, np.float64), weights.shape)
     full_mask = np.broadcast_to(np.asarray(True if mask is None else mask, bool), weights.shape)
-    prefixes = [0] * batch if prefix_lengths is None else [int(n) for n in np.asarray(prefix_lengths)]
+    prefixes = (
+        [0] * batch if prefix_lengths is None else [int(n) for n in np.asarray(prefix_lengths)]
+    )
     for row, length in enumerate(lengths):
         positions = np.arange(query_len) + (length - query_len if scheme.bottom_right else 0)
         distance = np.arange(key_len)[None, :] - positions[:, None]  # key minus query
@@ -163,7 +165,9 @@ def packed_reference(
             v[:, :, columns],
             bias=added[:, :, rows, columns],
             mask=seen[:, :, rows, columns],
-            prefix_lengths=None if prefix_lengths is None else np.asarray(prefix_lengths)[n : n + 1],
+            prefix_lengths=None
+            if prefix_lengths is None
+            else np.asarray(prefix_lengths)[n : n + 1],
             scheme=scheme,
             scale=scale,
             softcap=softcap,
