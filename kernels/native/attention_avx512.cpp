@@ -19,6 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 // Not all compilers define __F16C__ and the like after this pragma.
 #define ATTNSERVE_F16C
+#define ATTNSERVE_AVX512
 #define ATTNSERVE_NAMESPACE avx512
 #define ATTNSERVE_LANES 16
 #define ATTNSERVE_VECTORS 3

@@ -209,7 +209,7 @@ def mask_feeds(
     def shape(axes: str | None) -> tuple[int, ...]:
         return tuple(size if axis in (axes or "") else 1 for axis, size in full.items())
 
-    bias = np.zeros(shape(situation.bias), NUMPY[dtype])
+    bias: Array = np.zeros(shape(situation.bias), NUMPY[dtype])
     if situation.bias is not None:
         bias = generator.standard_normal(bias.shape).astype(NUMPY[dtype])
         bias[generator.random(bias.shape) < 0.2] = -np.inf

@@ -378,7 +378,7 @@ class CappedCore(ReferenceCore):
 class SoftcapCore(ReferenceCore):
     """As the reference, with the softcap as an input, [1] FP32 > 0."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

@@ -16,13 +16,6 @@ from attnserve_export.attention.paged import TYPES, nodes, turning
 _STARTS = ("cu_seqlens_q", "cu_seqlens_k")
 # Inputs of both operators after those that carry the heads, where they are for packed sequences.
 _LAST = ("bias", "slopes", "softcap", "mask", "prefix_lengths", *_STARTS)
-_DIAGNOSTICS_SHAPES = {
-    "entropy": (TensorProto.FLOAT, (1, "heads", "query_len")),
-    "mass_per_key": (TensorProto.FLOAT, (1, "heads", "key_len")),
-    "mass_by_distance": (TensorProto.FLOAT, ("sequences", "heads", "distances")),
-    "top_k_indices": (TensorProto.INT64, (1, "heads", "query_len", "top_k")),
-    "top_k_weights": (TensorProto.FLOAT, (1, "heads", "query_len", "top_k")),
-}
 
 
 def packed_inputs(others: Sequence[str]) -> tuple[str, ...]:
@@ -75,8 +68,9 @@ def packed_attention(
         ["exact_output"] if rounded else list(outputs),
         name="packed",
         domain=DOMAIN,
-        **Core(config).attributes(),
     )
+    for name, value in Core(config).attributes().items():
+        node.attribute.append(helper.make_attribute(name, value))
     last = [f"output = Cast <to = {kind}> (exact_output)"] if rounded else []
     shapes: dict[str, tuple[int, tuple[str | int, ...]]] = {
         **own,
@@ -88,10 +82,7 @@ def packed_attention(
         "top_k": (TensorProto.INT64, (1,)),
         "distances": (TensorProto.INT64, (1,)),
         "output": (kind, (1, config.num_heads, "query_len", config.value_head_dim)),
-        **{
-            name: (type_, tuple(config.num_heads if dim == "heads" else dim for dim in dims))
-            for name, (type_, dims) in _DIAGNOSTICS_SHAPES.items()
-        },
+        **_diagnostics_shapes(config.num_heads),
     }
 
     def described(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
@@ -106,6 +97,16 @@ def packed_attention(
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _diagnostics_shapes(heads: int) -> dict[str, tuple[int, tuple[str | int, ...]]]:
+    return {
+        "entropy": (TensorProto.FLOAT, (1, heads, "query_len")),
+        "mass_per_key": (TensorProto.FLOAT, (1, heads, "key_len")),
+        "mass_by_distance": (TensorProto.FLOAT, ("sequences", heads, "distances")),
+        "top_k_indices": (TensorProto.INT64, (1, heads, "query_len", "top_k")),
+        "top_k_weights": (TensorProto.FLOAT, (1, heads, "query_len", "top_k")),
+    }
 
 
 def _turned(config: AttentionConfig) -> list[str]:
