@@ -3,7 +3,9 @@
 A Loop takes a block of queries at a time, cuts out the keys and values that any of them sees, and
 does what the reference does on that cut. A block is as long as fits `SCORES` scores, so the memory
 does not grow with the length; under a window the cut is at most the window and a block long, so
-neither does the time per query.
+neither does the time per query. Where the cut grows from block to block, as under a causal mask, it
+ends at one of `CUTS` places: CUDA's arena keeps what each size has taken, and gives it to no larger
+one, so that as many sizes as blocks would take as much as all scores.
 """
 
 import onnx
@@ -17,6 +19,7 @@ from attnserve_export.attention.text import exact, joined
 # few copies live at a time.
 SCORES = 4 << 20
 FEWEST, MOST = 16, 128
+CUTS = 16
 
 
 def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
@@ -95,6 +98,14 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
             "heads4 = Constant <value_ints = [1, -1, 1, 1]> ()",
             "slopes4 = Reshape (slopes_row, heads4)",
         ]
+    if _grows(mask):
+        lines += [
+            f"cuts = Constant <value_ints = [{CUTS}]> ()",
+            "above_keys = Add (key_len, cuts)",
+            "up_to_keys = Sub (above_keys, one)",
+            "keys_per_cut = Div (up_to_keys, cuts)",
+            "cut_step = Max (keys_per_cut, most)",
+        ]
     if mask.chunk is not None:
         lines.append(f"chunk = Constant <value_ints = [{mask.chunk}]> ()")
     if config.softcap:
@@ -124,6 +135,11 @@ def _reach(mask: Mask) -> int | None:
     if mask.left is not None and mask.right is not None:
         reaches.append(mask.left + mask.right + 1)
     return min(reaches, default=None)
+
+
+def _grows(mask: Mask) -> bool:
+    """Whether later blocks see more keys than earlier ones, without end."""
+    return mask.left is None and mask.right is not None and mask.chunk is None
 
 
 def _chunk_lines() -> list[str]:
@@ -198,6 +214,16 @@ def _body(config: AttentionConfig) -> list[str]:
     if mask.chunk is not None:
         lines += _chunk_lines()
         begin, wanted, first, end = "chunk_key", "chunk_wanted", "chunk_first", "chunk_end"
+    if _grows(mask):
+        # What lies beyond what the block sees is masked with the rest.
+        lines += [
+            f"above_wanted = Add ({wanted}, cut_step)",
+            "up_to_wanted = Sub (above_wanted, one)",
+            "steps_wanted = Div (up_to_wanted, cut_step)",
+            "rounded_wanted = Mul (steps_wanted, cut_step)",
+            "cut_wanted = Min (rounded_wanted, key_len)",
+        ]
+        wanted = "cut_wanted"
     lines += [
         f"after_begin = Add ({begin}, one)",
         f"end_key = Max ({wanted}, after_begin)",
