@@ -15,7 +15,12 @@ from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
 from attnserve_export.paged_cases import paged_cases
 from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
-from attnserve_export.verification import Case, angle_tolerance, core_tolerance
+from attnserve_export.verification import (
+    Case,
+    angle_tolerance,
+    core_tolerance,
+    lowest_bias_tolerance,
+)
 
 Array = NDArray[Any]
 
@@ -31,6 +36,7 @@ class Situation:
 
     Attributes:
         bias: the full dimensions that a bias has, of b, h, q and k; None: no bias.
+        lowest: whether the bias of the first query is the lowest finite number for all keys.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Situation:
     key_len: int
     key_lengths: tuple[int, ...] | None = None
     bias: str | None = None
+    lowest: bool = False
     magnitude: float = 1.0
     softcap: float = 20.0
 
@@ -59,6 +66,7 @@ SITUATIONS = (
     Situation("bias over keys", 2, 23, 29, bias="k"),
     Situation("bias per head", 1, 9, 14, bias="hqk"),
     Situation("bias per sequence", 3, 6, 6, (6, 2, 0), bias="bk"),
+    Situation("lowest bias", 2, 11, 11, (11, 4), bias="bqk", lowest=True),
     Situation("long", 1, 301, 301),
 )
 
@@ -115,6 +123,8 @@ def _tolerance(
     config: AttentionConfig, dtype: str, situation: Situation, largest_score: float
 ) -> float:
     tolerance = core_tolerance(dtype, situation.key_len, largest_score)
+    if situation.lowest:
+        tolerance += lowest_bias_tolerance(dtype)
     if config.rotary is not None:
         tolerance += angle_tolerance(max(situation.query_len, situation.key_len))
     return tolerance
@@ -160,11 +170,17 @@ def core_feeds(
         return generator.standard_normal(shape).astype(NUMPY[dtype])
 
     query = normal(batch, config.num_heads, situation.query_len, config.head_dim)
+    key = normal(batch, config.num_kv_heads, key_len, config.head_dim)
+    value = normal(batch, config.num_kv_heads, key_len, config.value_head_dim)
+    lengths = np.array(situation.key_lengths or (key_len,) * batch, np.int64)
+    # Nothing that is padding may reach a result, no number least of all.
+    for row, length in enumerate(lengths):
+        key[row, :, length:], value[row, :, length:] = np.nan, np.inf
     return {
         "query": query * NUMPY[dtype](situation.magnitude),
-        "key": normal(batch, config.num_kv_heads, key_len, config.head_dim),
-        "value": normal(batch, config.num_kv_heads, key_len, config.value_head_dim),
-        "key_lengths": np.array(situation.key_lengths or (key_len,) * batch, np.int64),
+        "key": key,
+        "value": value,
+        "key_lengths": lengths,
         "bias": bias_feed(situation, config.num_heads, dtype, generator),
     }
 
@@ -172,7 +188,10 @@ def core_feeds(
 def bias_feed(
     situation: Situation, num_heads: int, dtype: str, generator: np.random.Generator
 ) -> Array:
-    """A random bias of the situation's dimensions, a fifth of it -inf; zero if it has none."""
+    """A random bias of the situation's dimensions, a fifth of it -inf; zero if it has none.
+
+    The lowest finite number is one like any other: a row of it weighs all keys alike.
+    """
     if situation.bias is None:
         return np.zeros((1, 1, 1, 1), NUMPY[dtype])
     full = {
@@ -184,6 +203,8 @@ def bias_feed(
     shape = tuple(size if axis in situation.bias else 1 for axis, size in full.items())
     bias = generator.standard_normal(shape).astype(NUMPY[dtype])
     bias[generator.random(shape) < 0.2] = -np.inf
+    if situation.lowest:
+        bias[:, :, 0] = ml_dtypes.finfo(NUMPY[dtype]).min
     return bias
 
 
@@ -314,7 +335,7 @@ def _largest_score(query: Array, key: Array, config: AttentionConfig) -> float:
     q, k = np.asarray(query, np.float64), np.asarray(key, np.float64)
     groups = config.num_heads // config.num_kv_heads
     scores = q @ np.repeat(k, groups, axis=1).swapaxes(2, 3) * config.scale
-    return float(np.abs(scores).max())
+    return float(np.nanmax(np.abs(scores)))  # padding is no number
 
 
 def _dims(situation: Situation) -> dict[str, int]:

@@ -78,7 +78,10 @@ def attention_reference(
     full_bias: NDArray[Any] | None = None
     if bias is not None:
         full_bias = np.broadcast_to(np.asarray(bias, np.float64), weights.shape)
+    k, v = k.copy(), v.copy()
     for row, length in enumerate(lengths):
+        # What is padding never reaches a result, though 0 * NaN would.
+        k[row, :, length:] = v[row, :, length:] = 0
         positions = np.arange(query_len) + (length - query_len if scheme.bottom_right else 0)
         distance = np.arange(key_len)[None, :] - positions[:, None]  # key minus query
         hidden = np.broadcast_to(np.arange(key_len) >= length, distance.shape).copy()
