@@ -25,6 +25,7 @@ from attnserve_export.verification import (
 Array = NDArray[Any]
 
 NUMPY: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+_TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 
 # Of the cases of diagnostics.
 _TOP_K, _DISTANCES = 5, 9
@@ -204,7 +205,7 @@ def bias_feed(
     bias = generator.standard_normal(shape).astype(NUMPY[dtype])
     bias[generator.random(shape) < 0.2] = -np.inf
     if situation.lowest:
-        bias[:, :, 0] = ml_dtypes.finfo(NUMPY[dtype]).min
+        bias[:, :, 0] = torch.finfo(_TORCH[dtype]).min
     return bias
 
 
