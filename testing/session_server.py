@@ -39,6 +39,7 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
         """Answer requests, one after another."""
         steps: dict[int, pb.BeginStep] = {}
         chunks: list[bytes] = []
+        halves: dict[int, pb.AttendLayer] = {}
         try:
             for request in requests:
                 self.requests.append(request)
@@ -56,6 +57,13 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
                         if not body.chunk.last:
                             continue
                         body = b"".join(chunks)
+                    if request.request_id in halves:
+                        body = pb.AttendLayer()
+                        body.MergeFrom(halves.pop(request.request_id))
+                        body.MergeFrom(request.attend_layer)
+                    elif action == "attend_layer" and self._is_half(body, steps):
+                        halves[request.request_id] = body
+                        continue
                     getattr(self, f"_{action}")(body, response, steps)
                 except (KeyError, ValueError) as error:
                     code = grpc.StatusCode.NOT_FOUND
@@ -65,6 +73,13 @@ class NumpyServer(pb_grpc.AttentionServiceServicer):
                 yield response
         except BreakError as broken:
             context.abort(broken.code, "restarting")
+
+    def _is_half(self, body: pb.AttendLayer, steps: Any) -> bool:
+        """Whether keys are still to come."""
+        if body.HasField("key") or not body.HasField("query"):
+            return False
+        step = body.begin if body.HasField("begin") else steps[body.step_id][0]
+        return not self.sessions[step.sessions[0].session_id].layers[body.layer].cross
 
     def _state(self, name: str, response: pb.SessionState) -> None:
         response.session_id, response.length = name, self.sessions[name].length

@@ -175,6 +175,83 @@ def test_a_batch_steps_sessions_of_different_lengths() -> None:
         assert (first.length, second.length) == (5, 5)
 
 
+def test_queries_go_ahead_of_their_keys_and_values() -> None:
+    with served() as (service, client):
+        sessions = client.sessions(2, "m", num_layers=LAYERS, max_tokens=64)
+        alone = client.session("m", num_layers=LAYERS, max_tokens=64)
+        with client.batch(sessions) as batch:
+            for count in (3, 1):
+                for layer in range(LAYERS):
+                    query, key, value = random(GENERATOR, count)
+                    halves = [np.concatenate([each, each]) for each in (query, key, value)]
+                    batch.send_query(layer, halves[0], return_entropy=True)
+                    with pytest.raises(ValueError, match="was sent ahead; allowed: attend_sent"):
+                        batch.attend(layer, *halves)
+                    with pytest.raises(ValueError, match="was sent; allowed: attend_sent"):
+                        batch.send_query(layer, halves[0])
+                    expected = alone.attend(layer, query, key, value)  # other requests in between
+                    result = batch.attend_sent(layer, halves[1], halves[2])
+                    for output in result.outputs:
+                        np.testing.assert_array_equal(output, expected.output)
+                    assert result.entropy is not None
+                    parts = [
+                        r.attend_layer for r in service.requests if r.HasField("attend_layer")
+                    ][-3::2]
+                    assert [part.HasField("key") for part in parts] == [False, True]
+                    assert [part.HasField("query") for part in parts] == [True, False]
+            assert [session.length for session in sessions] == [4, 4]
+            with pytest.raises(ValueError, match="layer: 0, whose query was not sent"):
+                batch.attend_sent(0, *random(GENERATOR, 2)[1:])
+            with pytest.raises(ValueError, match="layer: 1 without a step"):
+                batch.send_query(1, random(GENERATOR, 2)[0])
+            with pytest.raises(ValueError, match="query: not given"):
+                batch.send_query(0, None)
+            batch.send_query(0, random(GENERATOR, 2)[0])
+        assert service.requests[-1].WhichOneof("action") == "abandon_step"
+
+
+def test_what_is_wrong_with_queries_is_said_when_the_rest_was_sent() -> None:
+    with (
+        served() as (_, client),
+        client.session("m", num_layers=LAYERS, max_tokens=64) as session,
+    ):
+        query, key, value = random(GENERATOR, 2)
+        for layer in range(LAYERS):
+            session.send_query(layer, key)
+            with pytest.raises(InvalidArgumentError, match=r"query\.shape"):
+                session.attend_sent(layer, key, value)
+            session.send_query(layer, query)
+            session.attend_sent(layer, key, value)
+        assert session.length == 2
+
+
+def test_a_step_whose_query_was_sent_is_lost_with_its_stream() -> None:
+    breaking: list[int] = []
+
+    def look(request: pb.DecodeRequest) -> None:
+        if breaking and request.HasField("attend_layer") and request.attend_layer.HasField("key"):
+            breaking.clear()
+            raise BreakError(grpc.StatusCode.UNAVAILABLE)
+
+    with (
+        served(look) as (service, client),
+        client.session("m", num_layers=LAYERS, max_tokens=64) as session,
+    ):
+        query, key, value = random(GENERATOR, 2)
+        for layers in range(LAYERS):
+            for layer in range(layers):
+                session.attend(layer, query, key, value)
+            session.send_query(layers, query)
+            breaking.append(1)
+            with pytest.raises(UnavailableError, match="its sessions are there, of lengths"):
+                session.attend_sent(layers, key, value)
+            service.sessions[session.id].truncate(0)  # as a server does when a stream ends
+        for layer in range(LAYERS):
+            session.send_query(layer, query)
+            assert session.attend_sent(layer, key, value).output is not None
+        assert session.length == 2
+
+
 def test_a_tree_is_committed() -> None:
     parents = [-1, 0, 0, 1]
     plain = PlainSession([PlainLayer() for _ in range(LAYERS)])

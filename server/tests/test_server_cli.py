@@ -130,9 +130,7 @@ def test_an_empty_repository_says_what_was_looked_for_and_what_lies_there(
     said = explain_empty(model)
     assert f"looked for {model}/NAME/VERSION/model.json" in said
     assert said.endswith(f"it is itself a model; give the folder around it, {alone}")
-    assert explain_empty(model / "1").endswith(
-        f"it is itself a version of a model; give {alone}"
-    )
+    assert explain_empty(model / "1").endswith(f"it is itself a version of a model; give {alone}")
     assert f"models lie in {alone}; give that" in explain_empty(alone.parent)
     empty = tmp_path / "empty"
     empty.mkdir()

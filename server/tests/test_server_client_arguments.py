@@ -245,6 +245,8 @@ CLIENT_CALLS: list[Row] = [
     ("shared_empty", {"shape": (1,)}, {"shape": ["a", -1, [1.5], NAN, [-1], None, [HUGE]],
                                        "dtype": ["x", 5, object(), NAN, "O"]}),
 ]  # fmt: skip
+REST = {name: LAYER[name] for name in ("layer", "key", "value", "timeout")}
+SENT = LAYER.keys() - {"key", "value", "hidden_states"}
 SESSION_CALLS: list[Row] = [
     (
         "attend",
@@ -256,6 +258,17 @@ SESSION_CALLS: list[Row] = [
             "return_weights": FLAGS,
         },
     ),
+    (
+        "send_query",
+        {"layer": 0, "query": ROWS},
+        {name: values for name, values in LAYER.items() if name in SENT}
+        | {
+            "parents": [*LISTS, [-1], [-2, 0], [-1, 5]],
+            "cross_tokens": [*INTEGERS, 5],
+            "return_weights": FLAGS,
+        },
+    ),
+    ("attend_sent", {"layer": 0, "key": ROWS, "value": ROWS}, REST),
     ("commit", {"accepted": []}, {"accepted": LISTS, "timeout": TIMEOUTS}),
     ("truncate", {"length": 0}, {"length": [*INTEGERS, 5], "timeout": TIMEOUTS}),
     ("fork", {}, FORK),
@@ -276,6 +289,18 @@ BATCH_CALLS: list[Row] = [
         },
     ),
 ]
+BATCH_CALLS += [
+    (
+        "send_query",
+        {"layer": 0, "query": ROWS},
+        {
+            name: values
+            for name, values in BATCH_CALLS[0][2].items()
+            if name not in {"key", "value", "hidden_states"}
+        },
+    ),
+    ("attend_sent", {"layer": 0, "key": ROWS, "value": ROWS}, REST),
+]
 
 SUBMIT: list[Row] = [("submit", CLIENT_CALLS[0][1], {"timeout": TIMEOUTS, "top_k": ["5", 5.0]})]
 # What the server calls an argument, where it refuses it.
@@ -295,6 +320,19 @@ def cases(rows: list[Row]) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
                 yield call, right | {name: value}, name, value
 
 
+async def called(it: Any, call: str, arguments: dict[str, Any]) -> None:
+    """Make a call, and what belongs to it: queries are refused with the keys that they go with."""
+    calls = [(call, arguments)]
+    if call == "attend_sent":
+        calls.insert(0, ("send_query", {"layer": 0, "query": ROWS}))
+    elif call == "send_query":
+        calls.append(("attend_sent", {"layer": 0, "key": ROWS, "value": ROWS}))
+    for name, given in calls:
+        result = getattr(it, name)(**given)
+        if inspect.isawaitable(result):
+            await result
+
+
 async def found(
     rows: list[Row], make: Callable[[], Awaitable[Any]], finish: Callable[[Any], Awaitable[None]]
 ) -> list[str]:
@@ -304,9 +342,7 @@ async def found(
         case = f"{call}({name}={value!r:.60})"
         it = await make()
         try:
-            result = getattr(it, call)(**arguments)
-            if inspect.isawaitable(result):
-                result = await result
+            await called(it, call, arguments)
         except (TypeError, ValueError, AttnserveError, OSError, MemoryError) as error:
             names = (name, *SERVERS_NAMES.get(name, ()))
             if not any(each in str(error) for each in names) or len(str(error)) > 2000:

@@ -116,6 +116,49 @@ def test_weights_of_named_sessions_and_latent_layers(server: AttentionServer) ->
                         np.testing.assert_allclose(given, plain.weights, atol=1e-5)
 
 
+def test_queries_of_many_sessions_go_ahead(server: AttentionServer) -> None:
+    address = f"127.0.0.1:{server.port}"
+    plain = PlainSession([PlainLayer(), PlainLayer()])
+
+    async def ahead(arrays: list[list[list[Array]]]) -> list[Array]:
+        outputs = []
+        async with (
+            AsyncAttentionClient(address) as client,
+            await client.session("core", num_layers=2, max_tokens=64) as session,
+        ):
+            for step in arrays:
+                for number, (query, key, value) in enumerate(step):
+                    await session.send_query(number, query)
+                    result = await session.attend_sent(number, key, value)
+                    assert result.output is not None
+                    outputs.append(result.output)
+                assert result.step_ended
+            await session.send_query(0, step[0][1][:, :1])
+            with pytest.raises(InvalidArgumentError, match="query"):
+                await session.attend_sent(0, step[0][1], step[0][2])
+            await session.send_query(0, step[0][0])
+            await session.abandon()
+            assert session.length == sum(len(step[0][0]) for step in arrays)
+        return outputs
+
+    given = [[heads_of(tokens) for _ in range(2)] for tokens in (5, 1, 1)]
+    outputs = iter(asyncio.run(ahead(given)))
+    with (
+        AttentionClient(address) as client,
+        client.session("core", num_layers=2, max_tokens=64) as session,
+    ):
+        for step in given:
+            plain.begin(len(step[0][0]))
+            for number, (query, key, value) in enumerate(step):
+                expected, _, _ = plain.attend(number, query, key, value)
+                session.send_query(number, query)
+                result = session.attend_sent(number, key, value)
+                for output in (result.output, next(outputs)):
+                    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+            plain.end()
+        assert session.length == plain.length
+
+
 def test_asyncio_has_sessions_streams_and_shared_memory(server: AttentionServer) -> None:
     async def generate(client: AsyncAttentionClient, tokens: int) -> None:
         plain = PlainSession([PlainLayer(), PlainLayer()])

@@ -44,14 +44,45 @@ class AsyncSessionStream:
         self, make: Callable[[int], bytes], read: Callable[[bytes], T], timeout: float | None
     ) -> T:
         """Send a request, and await what answers it; as `SessionStream.exchange`."""
+        return await self._answer(await self.begin(make), read, timeout)
+
+    async def begin(self, make: Callable[[int], bytes]) -> int:
+        """Send the first part of a request; as `SessionStream.begin`."""
         if self._failure is not None:
             raise self._failure
         request_id = self._last_id + 1
         message = make(request_id)
         self._last_id = request_id
-        answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._pending[request_id] = answered
+        self._pending[request_id] = asyncio.get_running_loop().create_future()
         self._outgoing.put_nowait(message)
+        return request_id
+
+    async def finish(
+        self,
+        begun: int,
+        make: Callable[[int], bytes],
+        read: Callable[[bytes], T],
+        timeout: float | None,
+    ) -> T:
+        """Send the last part of a request, and await what answers it; as `exchange`."""
+        try:
+            message = make(begun)
+        except BaseException:
+            self.drop(begun)
+            raise
+        self._outgoing.put_nowait(message)
+        return await self._answer(begun, read, timeout)
+
+    def drop(self, begun: int) -> None:
+        """Await no answer to a request that was begun."""
+        answered = self._pending.pop(begun, None)
+        if answered is not None:
+            answered.cancel()
+
+    async def _answer(
+        self, request_id: int, read: Callable[[bytes], T], timeout: float | None
+    ) -> T:
+        answered = self._pending[request_id]
         try:
             async with asyncio.timeout(timeout):
                 received = await answered
@@ -97,3 +128,4 @@ class AsyncSessionStream:
         for answered in self._pending.values():
             if not answered.done():
                 answered.set_exception(failure)
+                answered.exception()  # it may be that nobody asks for it again

@@ -94,6 +94,45 @@ class SessionFlows(Generic[S]):
             timeout=timeout,
         )
 
+    def send_query(
+        self,
+        layer: int,
+        query: Any,
+        *,
+        parents: Sequence[int] | None = None,
+        cross_tokens: int = 0,
+        prefix_hashes: Iterable[bytes] = (),
+        return_output: bool = True,
+        return_log_sum_exp: bool = False,
+        return_entropy: bool = False,
+        return_weights: bool = False,
+        priority: int = 0,
+        timeout: float | None = 60.0,
+    ) -> Flow[None]:
+        """Send the queries of a layer while its keys and values are still being computed.
+
+        Arguments as those of `attend`; what it does, and errors, as `Batch.send_query`.
+        """
+        return self._alone.send_query(
+            layer,
+            query,
+            parents=None if parents is None else [parents],
+            cross_tokens=cross_tokens,
+            prefix_hashes=None if prefix_hashes == () else [prefix_hashes],
+            return_output=return_output,
+            return_log_sum_exp=return_log_sum_exp,
+            return_entropy=return_entropy,
+            return_weights_of=(0,) if arguments.flag("return_weights", return_weights) else (),
+            priority=priority,
+            timeout=timeout,
+        )
+
+    def attend_sent(
+        self, layer: int, key: Any, value: Any = None, *, timeout: float | None = 60.0
+    ) -> Flow[LayerResult]:
+        """Compute a layer whose queries were sent by `send_query`; as `Batch.attend_sent`."""
+        return self._alone.attend_sent(layer, key, value, timeout=timeout)
+
     def abandon(self) -> Flow[None]:
         """Give up the step under way, if there is one: the session holds what it held before."""
         return self._alone.abandon()

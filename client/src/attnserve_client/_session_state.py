@@ -29,6 +29,21 @@ class Stream(Protocol):
     ) -> Any:
         """Send a request, and wait for what answers it."""
 
+    def begin(self, make: Callable[[int], bytes]) -> Any:
+        """Send the first part of a request; gives what `finish` and `drop` know it by."""
+
+    def finish(
+        self,
+        begun: Any,
+        make: Callable[[int], bytes],
+        read: Callable[[bytes], Any],
+        timeout: float | None,
+    ) -> Any:
+        """Send the last part of a request, and wait for what answers it."""
+
+    def drop(self, begun: Any) -> None:
+        """Wait for no answer to a request that was begun."""
+
 
 class Streams(Protocol):
     """The stream of a client, opened when it is needed, and again after it has failed."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import grpc
@@ -17,6 +16,7 @@ from attnserve_client import _shared_layers as shared_layers
 from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Call, Flow
 from attnserve_client._results import LayerResult
+from attnserve_client._session_beginnings import Beginning, Beginnings
 from attnserve_client._session_layers import Attended, LayerPlan, Rows
 from attnserve_client._session_messages import METHOD
 from attnserve_client._session_state import Connection, SessionState, Stream
@@ -24,7 +24,6 @@ from attnserve_client._sharing_flows import SharingFlows
 
 # How long it is asked after a lost connection whether sessions survived, seconds.
 _FIND_SECONDS = 30.0
-_INT32 = (1 << 31) - 1
 _NOT_FOUND = grpc.StatusCode.NOT_FOUND
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
@@ -34,9 +33,7 @@ class _Step:
     """A step that is under way.
 
     Attributes:
-        kept: of each session, the new tokens that it holds when the step has ended; a tree's are
-            kept by `commit`.
-        starts: where each session's tokens begin, and where the last one's end.
+        kept, starts: as `Beginning` has them.
         unsure: whether an answer was not waited for.
     """
 
@@ -48,15 +45,6 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True)
-class _Beginning:
-    """What begins a step: as a field of the first layer, and as `_Step` has it."""
-
-    field: bytes
-    kept: list[int]
-    starts: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
     """A layer to be computed."""
 
@@ -65,6 +53,19 @@ class _Layer:
     tensors: dict[str, Rows]
     plan: LayerPlan
     timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """A layer whose queries were sent ahead.
+
+    Attributes:
+        begun: what the stream knows it by.
+        begins: whether it begins its step.
+    """
+
+    begun: Any
+    begins: bool
 
 
 class BatchFlows:
@@ -85,7 +86,8 @@ class BatchFlows:
         if not self._sessions:
             raise ValueError("sessions: none; allowed: one or more")
         self._step: _Step | None = None
-        self._plain: dict[tuple[int, ...], _Beginning] = {}  # of steps without anything special
+        self._beginnings = Beginnings(self._sessions)
+        self._early: dict[int, _Early] = {}
 
     def attend(
         self,
@@ -143,23 +145,141 @@ class BatchFlows:
         arguments.integer("layer", layer)
         timeout = arguments.seconds("timeout", timeout)
         tensors = _given(query, key, value, hidden_states)
+        if layer in self._early:
+            raise ValueError(
+                f"layer: {layer}, whose query was sent ahead; allowed: attend_sent with its key "
+                "and value"
+            )
         returns = layers.returns_of(
             return_output, return_log_sum_exp, return_entropy, return_weights_of
         )
-        kinds = tuple([(name, each.parts[0].dtype, each.shape) for name, each in tensors.items()])
-        plan = layers.plan_of(returns, kinds)
-        wanted = _Layer(layer, returns, tensors, plan, timeout)
+        wanted = _Layer(layer, returns, tensors, _plan(returns, tensors), timeout)
         if self._step is not None:
             return (yield from self._next(self._step, wanted))
-        if layer != 0:
-            raise ValueError(f"layer: {layer} without a step; allowed: 0, which begins one")
-        counts = self._counts(next(iter(tensors.values())), new_tokens)
-        beginning = self._beginning(counts, parents, cross_tokens, prefix_hashes, priority)
+        first = self._first_tensor(layer, tensors)
+        beginning = self._beginnings.make(
+            first, new_tokens, parents, cross_tokens, prefix_hashes, priority
+        )
         return (yield from self._first(beginning, wanted))
+
+    def send_query(
+        self,
+        layer: int,
+        query: Any,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
+        cross_tokens: Sequence[int] | int = 0,
+        prefix_hashes: Sequence[Iterable[bytes]] | None = None,
+        return_output: bool = True,
+        return_log_sum_exp: bool = False,
+        return_entropy: bool = False,
+        return_weights_of: Sequence[int] = (),
+        priority: int = 0,
+        timeout: float | None = 60.0,
+    ) -> Flow[None]:
+        """Send the queries of a layer while its keys and values are still being computed.
+
+        They are on their way when this returns; `attend_sent` sends the rest (the order of Lamina:
+        https://arxiv.org/abs/2405.01814). What is wrong with them is said there.
+
+        Args:
+            timeout: seconds that sending may take.
+
+        The others as those of `attend`.
+
+        Raises:
+            AttnserveError, TypeError, ValueError: as `attend`.
+        """
+        arguments.integer("layer", layer)
+        timeout = arguments.seconds("timeout", timeout)
+        if query is None:
+            raise ValueError("query: not given; allowed: an array")
+        if layer in self._early:
+            raise ValueError(f"layer: {layer}, whose query was sent; allowed: attend_sent")
+        tensors = {"query": layers.rows(query, "query")}
+        options = layers.returns_of(
+            return_output, return_log_sum_exp, return_entropy, return_weights_of
+        )
+        plan, packed = _plan(options, tensors), tuple(tensors.values())
+        step, begins = self._step, self._step is None
+        if step is None:
+            first = self._first_tensor(layer, tensors)
+            beginning = self._beginnings.make(
+                first, new_tokens, parents, cross_tokens, prefix_hashes, priority
+            )
+            options = beginning.field + options
+            stream = self._connection.streams.get()
+            step = _Step(stream, stream.new_step(), beginning.kept, beginning.starts)
+
+        def make(request_id: int) -> bytes:
+            return plan.message(request_id, step.step_id, layer, options, packed)
+
+        def send(left: float | None) -> Any:
+            return step.stream.begin(make)
+
+        try:
+            begun = yield Call(send, timeout)
+        except AttnserveError as error:
+            if begins:
+                raise
+            self._forget_step(step)
+            failure = yield from self._after_loss(error)
+            raise failure from error
+        self._step = step
+        self._early[layer] = _Early(begun, begins)
+
+    def attend_sent(
+        self, layer: int, key: Any, value: Any = None, *, timeout: float | None = 60.0
+    ) -> Flow[LayerResult]:
+        """Compute a layer whose queries were sent by `send_query`.
+
+        Args:
+            layer: 0-based.
+            key: [T, Hkv, D], as `attend` has it.
+            value: [T, Hkv, Dv]; of a latent layer None.
+            timeout: seconds; None waits for ever. After it the step is lost.
+
+        Raises:
+            AttnserveError: as `attend`; the layer can be sent again, query and all.
+            TypeError: an argument cannot be read as an array.
+            ValueError: tensors of a wrong rank; no query was sent.
+        """
+        arguments.integer("layer", layer)
+        timeout = arguments.seconds("timeout", timeout)
+        early, step = self._early.get(layer), self._step
+        if early is None or step is None:
+            raise ValueError(f"layer: {layer}, whose query was not sent; allowed: send_query first")
+        if key is None:
+            raise ValueError("key: not given; allowed: an array")
+        tensors = {"key": layers.rows(key, "key")}
+        if value is not None:
+            tensors["value"] = layers.rows(value, "value")
+        plan, packed = _plan(b"", tensors), tuple(tensors.values())
+
+        def make(request_id: int) -> bytes:
+            return plan.message(request_id, step.step_id, layer, b"", packed)
+
+        def send(left: float | None) -> Any:
+            return step.stream.finish(early.begun, make, plan.read, left)
+
+        del self._early[layer]
+        try:
+            attended = yield from self._answered(step, Call(send, timeout))
+        except AttnserveError as error:
+            if early.begins or step.stream.failed:  # then the step has not begun, or is lost
+                self._forget_step(step)
+            if not step.stream.failed:
+                raise
+            failure = yield from self._after_loss(error)
+            raise failure from error
+        return self._taken(step, attended, early.begins)
 
     def abandon(self) -> Flow[None]:
         """Give up the step under way, if there is one: the sessions hold what they held before."""
-        step, self._step = self._step, None
+        step = self._step
+        if step is not None:
+            self._forget_step(step)
         if step is None or step.stream.failed:
             return
         abandon = pb.AbandonStep(step_id=step.step_id)
@@ -177,69 +297,20 @@ class BatchFlows:
         if step.unsure:
             yield from self._lengths_anew()
 
-    def _counts(self, first: Rows, new_tokens: Sequence[int] | None) -> tuple[int, ...]:
-        """The new tokens of each session."""
-        count = len(self._sessions)
-        if new_tokens is None and len(first.parts) == count:
-            return tuple(first.lengths)
-        total = first.shape[0]
-        lengths = (
-            (total // count,) * count
-            if new_tokens is None
-            else tuple(arguments.integers("new_tokens", new_tokens))
-        )
-        if len(lengths) != count or sum(lengths) != total:
-            raise ValueError(
-                f"new_tokens: {list(lengths)} for {count} sessions and a query of {total} tokens; "
-                "allowed: one number for each session, which add up to the query's tokens"
-            )
-        return lengths
+    def _first_tensor(self, layer: int, tensors: dict[str, Rows]) -> Rows:
+        """What tells a step's new tokens; only layer 0 may begin it."""
+        if layer != 0:
+            raise ValueError(f"layer: {layer} without a step; allowed: 0, which begins one")
+        return next(iter(tensors.values()))
 
-    def _beginning(
-        self,
-        counts: tuple[int, ...],
-        parents: Sequence[Sequence[int] | None] | None,
-        cross_tokens: Sequence[int] | int,
-        prefix_hashes: Sequence[Iterable[bytes]] | None,
-        priority: int,
-    ) -> _Beginning:
-        plain = parents is None and prefix_hashes is None and (cross_tokens, priority) == (0, 0)
-        if plain and counts in self._plain:
-            return self._plain[counts]
-        begin = pb.BeginStep(priority=arguments.integer("priority", priority, 0, 3))
-        if not isinstance(cross_tokens, list | tuple):
-            cross_tokens = [arguments.integer("cross_tokens", cross_tokens)] * len(counts)
-        crossing = self._each("cross_tokens", arguments.integers("cross_tokens", cross_tokens), 0)
-        trees = self._each("parents", parents, None)
-        hashes = self._each("prefix_hashes", prefix_hashes, ())
-        for session, new, tree, pages, cross in zip(
-            self._sessions, counts, trees, hashes, crossing, strict=True
-        ):
-            begin.sessions.add(
-                session_id=session.id,
-                new_tokens=new,
-                parents=() if tree is None else arguments.integers("parents", tree, -1, _INT32),
-                cross_tokens=cross,
-                prefix_hashes=messages.joined_hashes("prefix_hashes", pages),
-            )
-        kept = [0 if each.parents else each.new_tokens for each in begin.sessions]
-        starts = tuple(accumulate(counts, initial=0))
-        beginning = _Beginning(layers.begin_of(begin), kept, starts)
-        if plain:
-            self._plain = {counts: beginning}  # the next step is most often like this one
-        return beginning
+    def _forget_step(self, step: _Step) -> None:
+        """No step is under way, whatever became of it."""
+        for early in self._early.values():
+            step.stream.drop(early.begun)
+        self._early.clear()
+        self._step = None
 
-    def _each(self, name: str, given: Any, nothing: Any) -> list[Any]:
-        """What is given for each session; None: nothing for any."""
-        count = len(self._sessions)
-        if given is None:
-            return [nothing] * count
-        each = arguments.items(name, given, f"a list of {count}, one for each session")
-        if len(each) != count:
-            raise arguments.refused(name, given, f"a list of {count}, one for each session")
-        return each
-
-    def _first(self, beginning: _Beginning, wanted: _Layer) -> Flow[LayerResult]:
+    def _first(self, beginning: Beginning, wanted: _Layer) -> Flow[LayerResult]:
         """Begin a step and compute its first layer, in one go.
 
         If the connection is lost under it, once more: but only if the sessions are as they were,
@@ -254,7 +325,7 @@ class BatchFlows:
                 self._step = step
                 return (yield from self._compute(step, wanted, beginning.field))
             except AttnserveError as error:
-                self._step = None
+                self._forget_step(step)
                 if not stream.failed:
                     raise
                 failure = yield from self._after_loss(error)
@@ -270,7 +341,7 @@ class BatchFlows:
         except AttnserveError as error:
             if not step.stream.failed:
                 raise
-            self._step = None
+            self._forget_step(step)
             failure = yield from self._after_loss(error)
             raise failure from error
 
@@ -283,7 +354,11 @@ class BatchFlows:
             attended = yield from self._sent(step, wanted, begin)
         else:
             attended = yield from self._shared(memory, answer_bytes, step, wanted, begin)
-        if begin:
+        return self._taken(step, attended, len(begin) > 0)
+
+    def _taken(self, step: _Step, attended: Attended, begins: bool) -> LayerResult:
+        """What a layer's answer says, also of the sessions."""
+        if begins:
             for session, length in zip(self._sessions, attended.message.lengths, strict=True):
                 session.length = length
         result = attended.result(step.starts)
@@ -374,6 +449,11 @@ class BatchFlows:
             except _errors.NotFoundError:
                 lost.append(session.id)
         return lost
+
+
+def _plan(options: bytes, tensors: dict[str, Rows]) -> LayerPlan:
+    kinds = tuple([(name, each.parts[0].dtype, each.shape) for name, each in tensors.items()])
+    return layers.plan_of(options, kinds)
 
 
 def _given(query: Any, key: Any, value: Any, hidden_states: Any) -> dict[str, Rows]:

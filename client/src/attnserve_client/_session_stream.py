@@ -26,11 +26,17 @@ _GUARD_SECONDS = 0.25
 class _Pending:
     """A request that is not answered yet."""
 
-    __slots__ = ("answer", "until")
+    __slots__ = ("answer", "request_id", "until", "waited_for")
 
-    def __init__(self, until: float | None) -> None:
+    def __init__(self, request_id: int, until: float | None, waited_for: bool) -> None:
         self.answer: bytes | None = None
+        self.request_id = request_id
         self.until = until
+        self.waited_for = waited_for
+
+
+def _until(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
 
 
 class SessionStream:
@@ -77,18 +83,50 @@ class SessionStream:
         Raises:
             AttnserveError: the request failed, or the stream.
         """
-        pending = _Pending(None if timeout is None else time.monotonic() + timeout)
+        return self._answered(self._sent(make, timeout, True), read)
+
+    def begin(self, make: Make) -> _Pending:
+        """Send the first part of a request, which `finish` completes or `drop` forgets.
+
+        Raises:
+            AttnserveError: the stream failed.
+        """
+        return self._sent(make, None, False)
+
+    def finish(self, begun: _Pending, make: Make, read: Read[T], timeout: float | None) -> T:
+        """Send the last part of a request, and wait for what answers it; as `exchange`."""
+        try:
+            message = make(begun.request_id)
+            with self._sending_order, self._state:
+                begun.until = _until(timeout)
+                begun.waited_for = True
+                self._send(message)
+        except BaseException:
+            self.drop(begun)
+            raise
+        return self._answered(begun, read)
+
+    def drop(self, begun: _Pending) -> None:
+        """Wait for no answer to a request that was begun."""
+        with self._state:
+            self._pending.pop(begun.request_id, None)
+
+    def _sent(self, make: Make, timeout: float | None, waited_for: bool) -> _Pending:
         with self._sending_order:
-            request_id = self._last_id + 1
-            message = make(request_id)
-            self._last_id = request_id
+            pending = _Pending(self._last_id + 1, _until(timeout), waited_for)
+            message = make(pending.request_id)
+            self._last_id = pending.request_id
             with self._state:
-                self._send(request_id, pending, message)
+                self._send(message)
+                self._pending[pending.request_id] = pending
+        return pending
+
+    def _answered(self, pending: _Pending, read: Read[T]) -> T:
         with self._state:
             try:
                 received = self._wait(pending)
             finally:
-                del self._pending[request_id]
+                del self._pending[pending.request_id]
         return read(received)
 
     def close(self) -> None:
@@ -99,7 +137,7 @@ class SessionStream:
             while self._call.due and not self._reading:
                 self._read_one()
 
-    def _send(self, request_id: int, pending: _Pending, message: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         if self._failure is not None:
             raise self._failure
         if self._sending:
@@ -107,7 +145,6 @@ class SessionStream:
         else:
             self._call.send(message)
             self._sending = True
-        self._pending[request_id] = pending
 
     def _wait(self, pending: _Pending) -> bytes:
         while pending.answer is None:
@@ -177,7 +214,8 @@ class SessionStream:
                     each.until is not None and now > each.until for each in self._pending.values()
                 ):
                     self._give_up()
-                idle = self._failure is not None or not self._pending
+                waiting = any(each.waited_for for each in self._pending.values())
+                idle = self._failure is not None or not waiting
                 while idle and self._call.due and not self._reading:
                     self._read_one()
                     idle = self._failure is not None

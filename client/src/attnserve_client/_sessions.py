@@ -55,6 +55,8 @@ class Session(_Session):
         self.close()
 
     attend = blocking(SessionFlows.attend)
+    send_query = blocking(SessionFlows.send_query)
+    attend_sent = blocking(SessionFlows.attend_sent)
     abandon = blocking(SessionFlows.abandon)
     commit = blocking(SessionFlows.commit)
     truncate = blocking(SessionFlows.truncate)
@@ -82,6 +84,8 @@ class AsyncSession(_Session):
         await self.close()
 
     attend = awaited(SessionFlows.attend)
+    send_query = awaited(SessionFlows.send_query)
+    attend_sent = awaited(SessionFlows.attend_sent)
     abandon = awaited(SessionFlows.abandon)
     commit = awaited(SessionFlows.commit)
     truncate = awaited(SessionFlows.truncate)
@@ -123,6 +127,8 @@ class Batch(_Batch):
         self.abandon()
 
     attend = blocking(BatchFlows.attend)
+    send_query = blocking(BatchFlows.send_query)
+    attend_sent = blocking(BatchFlows.attend_sent)
     abandon = blocking(BatchFlows.abandon)
 
 
@@ -142,4 +148,6 @@ class AsyncBatch(_Batch):
         await self.abandon()
 
     attend = awaited(BatchFlows.attend)
+    send_query = awaited(BatchFlows.send_query)
+    attend_sent = awaited(BatchFlows.attend_sent)
     abandon = awaited(BatchFlows.abandon)
