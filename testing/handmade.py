@@ -294,8 +294,14 @@ def _core(config: AttentionConfig, spec: VariantSpec, result: str = "output") ->
     lines += [
         *_visible(config, prefixes="prefix_lengths" in spec.inputs),
         f"exact_query = Cast <to = 1> ({query})",
-        f"exact_key = Cast <to = 1> ({key})",
-        "exact_value = Cast <to = 1> (value)",
+        f"given_key = Cast <to = 1> ({key})",
+        "given_value = Cast <to = 1> (value)",
+        # 0 where they are padding: a weight of 0 does not hide what is no number.
+        "numbers_across = Reshape (numbers, column)",
+        "valid = Less (numbers_across, lengths)",
+        "none = Constant <value_float = 0.0> ()",
+        "exact_key = Where (valid, given_key, none)",
+        "exact_value = Where (valid, given_value, none)",
     ]
     make = _fused if spec.core is FusedCore else _reference
     return [*lines, *make(config, spec, result)]
@@ -428,7 +434,6 @@ def _fused(config: AttentionConfig, _: VariantSpec, result: str) -> list[str]:
         f"""attended = Attention <scale = {exact(config.scale)}>
             (exact_query, exact_key, exact_value, visible)""",
         "some = Less (first, end)",
-        "none = Constant <value_float = 0.0> ()",
         "seen = Where (some, attended, none)",
         f"{result} = CastLike (seen, query)",
     ]
@@ -478,16 +483,14 @@ def _reference(config: AttentionConfig, spec: VariantSpec, result: str) -> list[
         scores = "inclined"
     return [
         *lines,
-        # A finite stand-in for -inf: softmax over a row of -inf would give NaN.
-        "lowest = Constant <value_float = -3.4028234663852886e+38> ()",
-        f"finite = Max ({scores}, lowest)",
-        "masked = Where (visible, finite, lowest)",
+        "minus_one = Constant <value_float = -1.0> ()",
+        "hidden = Div (minus_one, none)",
+        f"masked = Where (visible, {scores}, hidden)",
         "last_axis = Constant <value_ints = [-1]> ()",
         "highest = ReduceMax <keepdims = 1> (masked, last_axis)",
-        "some = Greater (highest, lowest)",
-        "some_or_none = Cast <to = 1> (some)",
+        "unseeing = Equal (highest, hidden)",
         "normal = Softmax <axis = -1> (masked)",
-        "exact_weights = Mul (normal, some_or_none)",
+        "exact_weights = Where (unseeing, none, normal)",
         "products_shape = Shape (products)",
         "grouped_weights = Reshape (exact_weights, products_shape)",
         "sums = MatMul (grouped_weights, exact_value)",

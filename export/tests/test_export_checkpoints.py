@@ -199,3 +199,33 @@ def test_every_family_of_the_table_in_the_docs_is_there_and_no_other() -> None:
 def export(folder: Path) -> int:
     arguments = ["transformer", "--out", str(folder / "out"), "--name", "x"]
     return main([*arguments, "--checkpoint", str(folder)])
+
+
+@pytest.mark.slow
+def test_large_scores_widen_the_bounds(tmp_path: Path) -> None:
+    """A key bias of norm 605, as Qwen2.5 has: FP32 itself is off by more than small scores are."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    torch.manual_seed(0)
+    model = Qwen2Model(
+        Qwen2Config(
+            vocab_size=40,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=16,
+            max_position_embeddings=80,
+        )
+    )
+    with torch.no_grad():
+        for name, norm in (("k_proj", 605.0), ("q_proj", 100.0)):
+            bias = model.layers[0].self_attn.get_submodule(name).bias
+            bias.copy_(torch.nn.functional.normalize(torch.randn_like(bias), dim=0) * norm)
+    model.save_pretrained(tmp_path / "qwen2")
+    arguments = ["transformer", "--out", str(tmp_path), "--name", "x"]
+    assert main([*arguments, "--checkpoint", str(tmp_path / "qwen2")]) == 0
+    manifest = json.loads((tmp_path / "x/1/model.json").read_text())
+    for variant in manifest["variants"]:
+        bounds = {case["case"]: case["tolerance"] for case in variant["verification"]["cases"]}
+        assert all(1e-4 < bound < 5e-2 for bound in bounds.values())

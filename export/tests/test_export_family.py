@@ -15,8 +15,10 @@ from attnserve_export import sessions, tuning
 from attnserve_export.attention.core import AttentionConfig
 from attnserve_export.attention.paged import has_paged
 from attnserve_export.attention.positions import Rotary, alibi_slopes
+from attnserve_export.attention.variants import core_specs
 from attnserve_export.cases import scheme_of
 from attnserve_export.cli import main
+from attnserve_export.models import core_graph
 from attnserve_export.reference import attention_reference
 from attnserve_export.tuning import Measurement, picks_from
 from attnserve_export.verification import angle_tolerance
@@ -363,3 +365,57 @@ def test_tuning_stays_within_the_repository(
         (tmp_path / "bad/1/model.json").write_text(text)
         assert main(["tune", "--out", str(tmp_path), "--name", "bad"]) == 2
         assert message in capsys.readouterr().err
+
+
+@cache
+def chunked(
+    mask: str, alignment: str, window: int | None, variant: str
+) -> onnxruntime.InferenceSession:
+    """A variant with chunks of 20."""
+    config = AttentionConfig(
+        2, 8, 1, 8, mask, 1.0, alignment=alignment, window=window, window_right=window, chunk=20
+    )
+    specs = core_specs(config, "FP32", native=True)
+    assert not {"flash", "cudnn", "paged"} & set(specs)
+    graph = core_graph(config, specs[variant], "FP32", 23)
+    return onnxruntime.InferenceSession(graph.SerializeToString())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.tuples(st.integers(1, 3), lengths, lengths),
+    seed=st.integers(0, 2**32 - 1),
+)
+@pytest.mark.parametrize(
+    ("variant", "mask", "alignment", "window"),
+    [
+        ("fused", "bidirectional", "bottom-right", None),
+        ("blocked", "bidirectional", "bottom-right", 13),
+        ("blocked", "causal", "top-left", None),
+    ],
+)
+def test_chunks_are_what_pytorch_sees_by_an_explicit_mask(
+    variant: str, mask: str, alignment: str, window: int | None, sizes: tuple, seed: int
+) -> None:
+    batch, sq, sk = sizes
+    generator = np.random.default_rng(seed)
+    shapes = {"query": (batch, 2, sq, 8), "key": (batch, 1, sk, 8), "value": (batch, 1, sk, 8)}
+    feeds = {name: generator.standard_normal(s, np.float32) for name, s in shapes.items()}
+    feeds["key_lengths"] = generator.integers(0, sk + 1, batch)
+    (output,) = chunked(mask, alignment, window, variant).run(None, feeds)
+    length = feeds["key_lengths"][:, None, None, None]
+    offset = length - sq if alignment == "bottom-right" else 0
+    query, key = np.arange(sq)[:, None] + offset, np.arange(sk)
+    visible = (key // 20 == query // 20) & (key < length)
+    if window is not None:
+        visible &= key > query - window
+    reach = 0 if mask == "causal" else window
+    if reach is not None:
+        visible &= key <= query + reach
+    visible = torch.from_numpy(np.broadcast_to(visible, (batch, 2, sq, sk)).copy())
+    q, k, v = (torch.from_numpy(feeds[name]).double() for name in shapes)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, visible, scale=1.0, enable_gqa=True
+    )
+    expected = torch.where(visible.any(dim=-1, keepdim=True), expected, 0)
+    np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)

@@ -21,11 +21,17 @@ from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
 from attnserve_export.packed_cases import packed_cases
 from attnserve_export.paged_cases import paged_cases
 from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
-from attnserve_export.verification import Case, angle_tolerance, core_tolerance
+from attnserve_export.verification import (
+    Case,
+    angle_tolerance,
+    core_tolerance,
+    lowest_bias_tolerance,
+)
 
 Array = NDArray[Any]
 
 NUMPY: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+_TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 
 # Of the cases of diagnostics.
 _TOP_K, _DISTANCES = 5, 9
@@ -39,6 +45,7 @@ class Situation:
         bias: the full dimensions that a bias has, of b, h, q and k; None: no bias.
         mask: likewise of a boolean mask.
         prefix_lengths: keys of each sequence that all queries see; None: none.
+        lowest: whether the bias of the first query is the lowest finite number for all keys.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Situation:
     key_len: int
     key_lengths: tuple[int, ...] | None = None
     bias: str | None = None
+    lowest: bool = False
     magnitude: float = 1.0
     softcap: float = 20.0
     mask: str | None = None
@@ -77,6 +85,7 @@ SITUATIONS = (
     Situation("boolean mask", 2, 140, 140, (140, 90), mask="bqk"),
     Situation("boolean mask over keys", 3, 6, 6, (6, 2, 0), mask="bk"),
     Situation("prefix", 4, 53, 53, (53, 20, 0, 5), prefix_lengths=(7, 30, 0, 5)),
+    Situation("lowest bias", 2, 11, 11, (11, 4), bias="bqk", lowest=True),
     Situation("long", 1, 301, 301),
 )
 
@@ -138,6 +147,8 @@ def _tolerance(
     config: AttentionConfig, dtype: str, situation: Situation, largest_score: float
 ) -> float:
     tolerance = core_tolerance(dtype, situation.key_len, largest_score)
+    if situation.lowest:
+        tolerance += lowest_bias_tolerance(dtype)
     if config.rotary is not None:
         tolerance += angle_tolerance(max(situation.query_len, situation.key_len))
     return tolerance
@@ -183,11 +194,17 @@ def core_feeds(
         return generator.standard_normal(shape).astype(NUMPY[dtype])
 
     query = normal(batch, config.num_heads, situation.query_len, config.head_dim)
+    key = normal(batch, config.num_kv_heads, key_len, config.head_dim)
+    value = normal(batch, config.num_kv_heads, key_len, config.value_head_dim)
+    lengths = np.array(situation.key_lengths or (key_len,) * batch, np.int64)
+    # Nothing that is padding may reach a result, no number least of all.
+    for row, length in enumerate(lengths):
+        key[row, :, length:], value[row, :, length:] = np.nan, np.inf
     return {
         "query": query * NUMPY[dtype](situation.magnitude),
-        "key": normal(batch, config.num_kv_heads, key_len, config.head_dim),
-        "value": normal(batch, config.num_kv_heads, key_len, config.value_head_dim),
-        "key_lengths": np.array(situation.key_lengths or (key_len,) * batch, np.int64),
+        "key": key,
+        "value": value,
+        "key_lengths": lengths,
         **mask_feeds(situation, config.num_heads, dtype, generator),
     }
 
@@ -197,7 +214,8 @@ def mask_feeds(
 ) -> dict[str, Array]:
     """A random bias, a fifth of it -inf, and a mask of the situation's dimensions, and prefixes.
 
-    What the situation has not is zero, true and zero.
+    What the situation has not is zero, true and zero. The lowest finite number is a bias like any
+    other: a row of it weighs all keys alike.
     """
     full = {
         "b": situation.batch,
@@ -213,6 +231,8 @@ def mask_feeds(
     if situation.bias is not None:
         bias = generator.standard_normal(bias.shape).astype(NUMPY[dtype])
         bias[generator.random(bias.shape) < 0.2] = -np.inf
+        if situation.lowest:
+            bias[:, :, 0] = torch.finfo(_TORCH[dtype]).min
     mask = np.ones(shape(situation.mask), bool)
     if situation.mask is not None:
         mask = generator.random(mask.shape) < 0.6
@@ -354,7 +374,7 @@ def _largest_score(query: Array, key: Array, config: AttentionConfig) -> float:
     q, k = np.asarray(query, np.float64), np.asarray(key, np.float64)
     groups = config.num_heads // config.num_kv_heads
     scores = q @ np.repeat(k, groups, axis=1).swapaxes(2, 3) * config.scale
-    return float(np.abs(scores).max())
+    return float(np.nanmax(np.abs(scores)))  # padding is no number
 
 
 def _dims(situation: Situation) -> dict[str, int]:

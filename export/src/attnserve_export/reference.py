@@ -88,7 +88,10 @@ def attention_reference(
     prefixes = (
         [0] * batch if prefix_lengths is None else [int(n) for n in np.asarray(prefix_lengths)]
     )
+    k, v = k.copy(), v.copy()
     for row, length in enumerate(lengths):
+        # What is padding never reaches a result, though 0 * NaN would.
+        k[row, :, length:] = v[row, :, length:] = 0
         positions = np.arange(query_len) + (length - query_len if scheme.bottom_right else 0)
         distance = np.arange(key_len)[None, :] - positions[:, None]  # key minus query
         hidden = np.zeros(distance.shape, bool)

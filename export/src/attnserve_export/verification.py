@@ -60,6 +60,14 @@ def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
     return 2e-6 * math.sqrt(key_len) * max(1.0, largest_score / 8)
 
 
+def lowest_bias_tolerance(dtype: str) -> float:
+    """What a bias of the lowest number adds.
+
+    FP16's, -65504, leaves scores a unit of 2^-7 in FP32; FP32's and BF16's leave nothing of them.
+    """
+    return 2**-7 if dtype == "FP16" else 0.0
+
+
 def angle_tolerance(longest: int) -> float:
     """What a rotary embedding adds in FP32: angles of up to `longest`, rounded to FP32."""
     return 2e-7 * longest

@@ -51,7 +51,6 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         "exact_query = Cast <to = 1> (query)",
         "scaled = Mul (exact_query, scale)",
         "exact_key = Cast <to = 1> (key)",
-        "exact_value = Cast <to = 1> (value)",
         # How long a block is.
         f"window = Constant <value_ints = [{window}]> ()",
         f"width = {width if ' ' in width else f'Identity ({width})'}",
@@ -75,21 +74,30 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         # Positions: of each sequence's queries, and the extremes.
         "lengths = Min (key_lengths, key_len)",
         f"offsets = {offsets}",
+        "column = Constant <value_ints = [1, 1, -1, 1]> ()",
         "four = Constant <value_ints = [-1, 1, 1, 1]> ()",
         "length4 = Reshape (lengths, four)",
+        # A weight of 0 does not hide padding that is no number.
+        "nothing = Constant <value_float = 0.0> ()",
+        "key_len_scalar = Reshape (key_len, scalar)",
+        "zero_scalar = Reshape (zero, scalar)",
+        "one_scalar = Reshape (one, scalar)",
+        "all_keys = Range (zero_scalar, key_len_scalar, one_scalar)",
+        "all_keys4 = Reshape (all_keys, column)",
+        "valid = Less (all_keys4, length4)",
+        "given_value = Cast <to = 1> (value)",
+        "exact_value = Where (valid, given_value, nothing)",
         "offset4 = Reshape (offsets, four)",
         "lowest_offset = ReduceMin <keepdims = 1> (offsets)",
         "highest_offset = ReduceMax <keepdims = 1> (offsets)",
         "longest = ReduceMax <keepdims = 1> (lengths)",
         f"left = Constant <value_ints = [{mask.left or 0}]> ()",
         f"right = Constant <value_ints = [{(mask.right or 0) + 1}]> ()",
-        "column = Constant <value_ints = [1, 1, -1, 1]> ()",
         "row = Constant <value_ints = [1, 1, 1, -1]> ()",
         f"by_key_head = Constant <value_ints = [0, {kv_heads}, -1, {config.head_dim}]> ()",
         "heads_shape = Concat <axis = 0> (batch, num_heads, block, last)",
         "lowest = Constant <value_float = -3.4028234663852886e+38> ()",
         "axis2 = Constant <value_ints = [2]> ()",
-        "one_scalar = Reshape (one, scalar)",
     ]
     if config.slopes is not None:
         slopes = ", ".join(exact(slope) for slope in config.slopes)

@@ -140,8 +140,8 @@ class FusedCore(Core):
         # was measured to put the output off by up to 2e-3, and by 1.5e-2 for scores of 30.
         output = nn.functional.scaled_dot_product_attention(
             query.float(),
-            key.float(),
-            value.float(),
+            self.mask.unpadded(key.float(), key_lengths),
+            self.mask.unpadded(value.float(), key_lengths),
             attn_mask=self.mask.visible(query.shape[2], key.shape[2], key_lengths),
             scale=config.scale,
             enable_gqa=config.num_kv_heads != config.num_heads,
@@ -357,13 +357,14 @@ class ReferenceCore(Core):
             positions = self.mask.positions(query_len, key_lengths)[:, None, :, None]
             apart = (positions - torch.arange(key_len)).abs().float()  # (B, 1, Sq, Sk)
             scores = scores - self.slopes[:, None, None] * apart
-        lowest = torch.finfo(torch.float32).min
+        hidden = torch.full((), -torch.inf)
         visible = self.mask.visible(query_len, key_len, key_lengths, prefix_lengths)
-        # A finite stand-in for -inf: softmax over a row of -inf would give NaN.
-        scores = torch.where(visible, scores.clamp(min=lowest), lowest)
-        seen = scores.amax(dim=-1, keepdim=True) > lowest
-        weights = torch.softmax(scores, dim=-1) * seen.float()  # (B, H, Sq, Sk)
-        output = weights.reshape(batch, num_kv_heads, -1, key_len) @ value.float()
+        scores = torch.where(visible, scores, hidden)
+        # The softmax of a row of -inf is no number. Any finite bias is a number, the lowest too.
+        unseeing = scores.amax(dim=-1, keepdim=True) == hidden
+        weights = torch.where(unseeing, torch.zeros(()), torch.softmax(scores, dim=-1))
+        values = self.mask.unpadded(value.float(), key_lengths)
+        output = weights.reshape(batch, num_kv_heads, -1, key_len) @ values
         output = output.reshape(batch, num_heads, -1, value.shape[3])
         return output.to(dtype), weights.to(dtype)
 

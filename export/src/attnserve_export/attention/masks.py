@@ -66,3 +66,12 @@ class Mask:
         if prefixes is None:
             return seen
         return seen | (keys < torch.minimum(prefixes, key_lengths)[:, None, None, None])
+
+    def unpadded(self, heads: Tensor, key_lengths: Tensor) -> Tensor:
+        """Keys or values [B, Hkv, Sk, D] with 0 where they are padding.
+
+        A weight of 0 does not hide what is no number: 0 * NaN is NaN.
+        """
+        keys = torch.arange(heads.shape[2], device=key_lengths.device)[:, None]
+        valid = keys < key_lengths[:, None, None, None]  # [B, 1, Sk, 1]
+        return torch.where(valid, heads, torch.zeros((), dtype=heads.dtype))

@@ -10,6 +10,7 @@ import torch
 from attnserve_proto.manifest import Transformer, TransformerAttention
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from attnserve_export.checkpoints.checkpoint import Checkpoint
 from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECODER
@@ -21,14 +22,18 @@ from attnserve_export.verification import Case
 Array = NDArray[Any]
 
 # Largest absolute error of attention weights and hidden states, FP32. Hidden states of which some
-# are larger than 10 may be off by as much more.
+# are larger than 10 may be off by as much more; so may all where scores are larger than 64, since
+# exp turns an absolute error of a score into a relative one of a weight.
 TOLERANCE = 1e-4
-_LARGE = 10.0
+_LARGE, _LARGE_SCORE = 10.0, 64.0
 
 # No case is longer than the model's table of positions; where there is none, nothing changes from
 # some length on. Nor has any more weights than this in all layers and heads together.
 _LONGEST, _LONGEST_WITHOUT_TABLE = 1024, 320
 _MOST_WEIGHTS = 1 << 26
+
+# Scores of this size are masked ones.
+_MASKED = 1e30
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,9 @@ def _case(
 ) -> Case:
     queries = "decoder_attention_mask" if kind == ENCODER_DECODER else "attention_mask"
     masks = {ENCODER: feeds["attention_mask"], DECODER: feeds[queries], CROSS: feeds[queries]}
-    expected = _alone(exact, kind, feeds)
+    with _Scores() as scores:
+        expected = _alone(exact, kind, feeds)
+    growth = max(1.0, scores.largest / _LARGE_SCORE)
     # What is made of padding means nothing.
     compared = {}
     for output in expected:
@@ -125,7 +132,7 @@ def _case(
         dims,
         feeds,
         expected,
-        TOLERANCE,
+        TOLERANCE * growth,
         compared,
         derive=_deriver(info, feeds),
         magnitudes={
@@ -134,6 +141,31 @@ def _case(
             if state in expected
         },
     )
+
+
+class _Scores(TorchFunctionMode):
+    """Finds the largest score that reaches a softmax while it is entered.
+
+    Attributes:
+        largest: by magnitude, of what is not masked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0.0
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is nn.functional.softmax:
+            sizes = args[0].abs()
+            # Masks are the lowest numbers of some type, to which scores were added.
+            self.largest = max(self.largest, float(torch.where(sizes < _MASKED, sizes, 0).max()))
+        return function(*args, **(kwargs or {}))
 
 
 def _alone(exact: nn.Module, kind: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
