@@ -34,7 +34,13 @@ from attnserve_export.cli import main as export
 from attnserve_export.runtime import CPU
 from attnserve_loadtest.fitting import fit_power_law
 from common import arguments, write_json
-from kernels_masks import boolean_masks, neutral, packed_and_padded, prefixes_and_chunks
+from kernels_masks import (
+    boolean_masks,
+    neutral,
+    packed_and_padded,
+    prefixes_and_chunks,
+    with_chunks,
+)
 from kernels_memory import peak_growth
 from kernels_plots import draw
 from kernels_timing import Timing, in_turns
@@ -288,13 +294,13 @@ def masked(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
         tensors = dict(zip(("query", "key", "value"), shape.tensors(), strict=True))
         plain = models.opened(["--mask", "bidirectional"], shape, "native")
         rows += compare("masks", shape, boolean_masks(plain, tensors), "no mask", options)
-        causal = ["--mask", "causal"]
+        causal = models.variants(["--mask", "causal"], shape)["native"]["path"]
         # The largest sees all: what chunks cost where they spare nothing.
         chunked = {
-            chunk: models.opened([*causal, "--chunk", str(chunk)], shape, "native")
+            chunk: models.session(with_chunks(causal, chunk))
             for chunk in (256, options.mask_seq_lens[-1])
         }
-        ways = prefixes_and_chunks(models.opened(causal, shape, "native"), chunked, tensors)
+        ways = prefixes_and_chunks(models.session(causal), chunked, tensors)
         rows += compare("prefix, chunks", shape, ways, "causal", options)
     return rows
 

@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from attnserve_export import sessions
+from attnserve_export.attention.core import DOMAIN
 from numpy.typing import NDArray
 from torch.nn import functional
 
@@ -49,6 +52,18 @@ def boolean_masks(session: onnxruntime.InferenceSession, tensors: Mapping[str, A
     }
     feeds = {**tensors, "key_lengths": np.array([length]), **neutral(1)}
     return {name: call(session, feeds | {"mask": mask}) for name, mask in masks.items()}
+
+
+def with_chunks(native: Path, chunk: int) -> Path:
+    """The same graph with chunks, written beside it: only an attribute of its node differs."""
+    model = onnx.load(native)
+    (node,) = (node for node in model.graph.node if node.domain == DOMAIN)
+    for attribute in node.attribute:
+        if attribute.name == "chunk":
+            attribute.i = chunk
+    path = native.with_name(f"chunks-of-{chunk}.onnx")
+    onnx.save(model, path)
+    return path
 
 
 def prefixes_and_chunks(

@@ -37,7 +37,7 @@ OF = {
     "host": "host",
     "number": "--timeout --seq-len --batch --seed --scale --softcap --top-k --mass-by-distance "
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
-    "--window --window-right --rotary-dims --rotary-base --embed-dim --context-dim --opset "
+    "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version",
     "numbers": "--ids --seq-lens --depths --tokens-seq-lens --layers --heads",

@@ -143,6 +143,7 @@ def test_no_variant_of_the_family_is_missing(family: Callable[[str], Path], name
     manifest = json.loads((family(name) / "model.json").read_text())
     config = config_of(name)
     expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
+    expected |= {"packed", "packed_diagnostics"}
     if not config.softcap and not config.alibi:
         expected.add("fused")
     if has_paged(config):
