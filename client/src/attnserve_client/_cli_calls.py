@@ -11,6 +11,7 @@ from attnserve_proto.commands import replacing, values
 
 from attnserve_client import AttentionClient, Model
 from attnserve_client._results import Array
+from attnserve_client.command_options import add_output
 
 _NUMPY = {"FP32": np.float32, "FP16": np.float16}
 _TENSORS = (
@@ -76,16 +77,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=values.name, required=True, help="`attnserve info` lists")
     parser.add_argument("--version", type=values.version, help="default: the highest")
     parser.add_argument("--variant", type=values.name, help="default: the server picks")
-
-
-def add_output(
-    parser: argparse.ArgumentParser, option: str, kind: str, what: str, *, required: bool = False
-) -> None:
-    """A file to write, which is looked at before any work."""
-    parser.add_argument(
-        option, dest="output", type=values.path, required=required, metavar=kind, help=what
-    )
-    parser.set_defaults(output_option=option)
 
 
 def save(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 
+from attnserve_client._results import TokensResult
+
 # Whole names of tokens that models add around a text. They tend to be sinks: places for weight
 # that a head has no better use for.
 _SPECIAL = frozenset(
@@ -26,6 +28,24 @@ _BYTES |= {
 # SentencePiece writes a byte that is no piece like this, and a space as ▁.
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE_PIECE = "▁"
+
+
+def axes_of(result: TokensResult, sequence: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tokens that the Sq and the Sk axis of a sequence's weights stand for.
+
+    Args:
+        result: of `attend_tokens`.
+        sequence: which one of the batch.
+
+    Returns:
+        Queries and keys, as the vocabulary writes them; ids where the model has no tokenizer.
+    """
+    source = _names(result.tokens, result.ids, sequence)
+    target = _names(result.target_tokens, result.target_ids, sequence)
+    # Only the results of encoder-decoders have a target.
+    queries = target if target and result.attention in ("decoder", "cross") else source
+    keys = target if target and result.attention == "decoder" else source
+    return queries, keys
 
 
 def shown(tokens: Sequence[str]) -> list[str]:
@@ -60,6 +80,16 @@ def text_of(tokens: Sequence[str]) -> str:
     text = re.sub(r"(\w) - (?=\w)", r"\1-", text)
     text = re.sub(r" ([,.;:!?)\]}%])", r"\1", text)
     return re.sub(r"([(\[{]) ", r"\1", text)
+
+
+def _names(
+    tokens: Sequence[Sequence[str]], ids: Sequence[Sequence[int]], sequence: int
+) -> tuple[str, ...]:
+    """The tokens of a sequence, or its ids where there is no tokenizer; empty if it has neither."""
+    for each in (tokens, ids):
+        if sequence < len(each) and each[sequence]:
+            return tuple(map(str, each[sequence]))
+    return ()
 
 
 def _are_bytes(tokens: Sequence[str]) -> bool:

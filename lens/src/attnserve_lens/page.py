@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attnserve_client import AttendResult, TokensResult
+from attnserve_client import token_texts as texts
 from attnserve_proto.commands import replacing
 
-from attnserve_client._inspect import encoding
-from attnserve_client._inspect import tokens as texts
-from attnserve_client._inspect.attention import AttentionMap, maps_of
-from attnserve_client._inspect.measures import Measures, measure
-from attnserve_client._inspect.summary import facts_of, sentences_of
-from attnserve_client._results import AttendResult, TokensResult
+from attnserve_lens import encoding
+from attnserve_lens.attention import AttentionMap, maps_of
+from attnserve_lens.measures import Measures, measure
+from attnserve_lens.summary import facts_of, sentences_of
 
 # One script of several files: their order is that of their declarations.
 _SCRIPTS = ("colour", "data", "dom", "overview", "tokens", "heatmap", "query", "spread", "sinks")
@@ -186,7 +186,7 @@ def _json(content: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath("page", name).read_text("utf-8")
+    return resources.files(__package__).joinpath("page_assets", name).read_text("utf-8")
 
 
 def _hash(content: str) -> str:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attnserve_client import AttentionClient, TokensResult
+from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
 from attnserve_proto.commands import Progress, values
 
-from attnserve_client._cli_calls import add_output
-from attnserve_client._cli_tokens import add_what_is_read, ids, say_what_was_cut
-from attnserve_client._client import AttentionClient
-from attnserve_client._inspect.page import write_page
-from attnserve_client._results import TokensResult
+from attnserve_lens.page import write_page
 
 # Weights of one page, all texts together: 12 layers of 12 heads at 512 tokens are 38 million and
 # make a file of 36 MB, which opens in a second; browsers get slow far above.

@@ -1,23 +1,24 @@
-"""Results as matplotlib figures: `result.plot()`. Needs the extra `attnserve-client[plot]`."""
+"""Results as matplotlib figures: `result.plot()`."""
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from attnserve_client import AttendResult, TokensResult
+from attnserve_client import token_texts as texts
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from attnserve_client._inspect import tokens as texts
-from attnserve_client._inspect.attention import AttentionMap, maps_of
-from attnserve_client._inspect.measures import effective_keys
-from attnserve_client._results import Array, AttendResult, TokensResult
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from attnserve_lens.attention import Array, AttentionMap, maps_of
+from attnserve_lens.measures import effective_keys
 
 KINDS = ("overview", "head", "spread")
 
-# Every 15th of the 256 colours of the page (page/colour.js), light: from paper to ink, uniform to
-# the eye, and readable in grey.
+# Every 15th of the 256 colours of the page (page_assets/colour.js), light: from paper to ink,
+# uniform to the eye, and readable in grey.
 SCALE = (
     "#ffffff",
     "#f4f3d5",
@@ -49,8 +50,8 @@ def plot(
     attention: str = "",
     layer: int | None = None,
     head: int | None = None,
-    axes: "Axes | None" = None,
-) -> "Figure":
+    axes: Axes | None = None,
+) -> Figure:
     """Draw the weights of one sequence.
 
     Args:
@@ -69,10 +70,8 @@ def plot(
         The figure; a notebook shows it, `figure.savefig(path)` writes it.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: an argument is not among what the result holds.
     """
-    figure_class = _figure_class()
     shown = _pick(maps_of(result, sequence), attention)
     single = shown.weights.shape[:2] == (1, 1)
     kind = kind or ("head" if head is not None or single else "overview")
@@ -81,10 +80,10 @@ def plot(
     if kind == "overview":
         if axes is not None:
             raise ValueError("axes: given with kind 'overview'; allowed: with 'head' and 'spread'")
-        return _overview(shown, figure_class)
+        return _overview(shown)
     if axes is None:
         size = (6.4, 5.8) if kind == "head" else (7.6, 4.4)
-        axes = figure_class(figsize=size, layout="constrained").subplots()
+        axes = NotebookFigure(figsize=size, layout="constrained").subplots()
     if kind == "head":
         _draw_head(axes, shown, layer, head)
     else:
@@ -94,25 +93,13 @@ def plot(
     return figure
 
 
-def _figure_class() -> "type[Figure]":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "plot needs matplotlib; `pip install 'attnserve-client[plot]'`. "
-            "`save_html` does without"
-        ) from None
+class NotebookFigure(Figure):
+    """Shown by notebooks whatever backend they use, and only once."""
 
-    class NotebookFigure(Figure):
-        """Shown by notebooks whatever backend they use, and only once."""
-
-        def _repr_png_(self) -> bytes:
-            content = io.BytesIO()
-            FigureCanvasAgg(self).print_png(content)  # type: ignore[no-untyped-call]
-            return content.getvalue()
-
-    return NotebookFigure
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        FigureCanvasAgg(self).print_png(content)  # type: ignore[no-untyped-call]
+        return content.getvalue()
 
 
 def _pick(maps: tuple[AttentionMap, ...], kind: str) -> AttentionMap:
@@ -123,13 +110,11 @@ def _pick(maps: tuple[AttentionMap, ...], kind: str) -> AttentionMap:
     raise ValueError(f"attention: {kind!r}; allowed: {allowed}, as the result has")
 
 
-def _overview(shown: AttentionMap, figure_class: "type[Figure]") -> "Figure":
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
+def _overview(shown: AttentionMap) -> Figure:
     layers, heads = len(shown.layers), len(shown.heads)
     side = max(0.62, min(1.6, 9 / heads))
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
-    figure = figure_class(figsize=(side * heads + 0.7, side * layers + 0.8), layout=layout)
+    figure = NotebookFigure(figsize=(side * heads + 0.7, side * layers + 0.8), layout=layout)
     grid = figure.subplots(layers, heads, squeeze=False)
     for row, layer in enumerate(shown.layers):
         for column, head in enumerate(shown.heads):
@@ -146,7 +131,7 @@ def _overview(shown: AttentionMap, figure_class: "type[Figure]") -> "Figure":
     return figure
 
 
-def _draw_head(axes: "Axes", shown: AttentionMap, layer: int | None, head: int | None) -> None:
+def _draw_head(axes: Axes, shown: AttentionMap, layer: int | None, head: int | None) -> None:
     row = shown.layer_index(layer)
     weights = shown.weights[row]
     name = f"layer {shown.layers[row]}"
@@ -165,7 +150,7 @@ def _draw_head(axes: "Axes", shown: AttentionMap, layer: int | None, head: int |
     _name(axes.yaxis, shown.queries)
 
 
-def _draw_spread(axes: "Axes", shown: AttentionMap, layer: int | None) -> None:
+def _draw_spread(axes: Axes, shown: AttentionMap, layer: int | None) -> None:
     row = shown.layer_index(layer)
     weights = shown.weights[row].astype(np.float32, copy=False)
     effective, positions = effective_keys(weights), np.arange(len(shown.queries))
@@ -185,9 +170,7 @@ def _draw_spread(axes: "Axes", shown: AttentionMap, layer: int | None) -> None:
     axes.legend(frameon=False)
 
 
-def _image(axes: "Axes", weights: Array, most: float) -> Any:
-    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
-
+def _image(axes: Axes, weights: Array, most: float) -> Any:
     # The root of the weight, as on the page: light weights are many, and matter together.
     norm = PowerNorm(0.5, 0, most)
     picture = weights.astype(np.float32, copy=False)

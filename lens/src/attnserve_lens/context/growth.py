@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+from attnserve_loadtest.fitting import CONFIDENCE, fit_power_law
 from numpy.typing import NDArray
 
-from attnserve_loadtest.context_schema import Cell, Growth
-from attnserve_loadtest.fitting import CONFIDENCE, fit_power_law
+from attnserve_lens.context.schema import Cell, Growth
 
 Floats = NDArray[np.float64]
 _BEST = 5

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from attnserve_client._results import Array
+from attnserve_lens.attention import Array
 
 # Up to so many weights a map is packed with two bytes each; above, with one.
 TWO_BYTES_UP_TO = 1 << 21

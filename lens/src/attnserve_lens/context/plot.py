@@ -6,15 +6,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from attnserve_client._plot import SCALE
+from attnserve_loadtest.report import palette
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from attnserve_loadtest.context_schema import ContextReport, Growth
-from attnserve_loadtest.report import palette
+from attnserve_lens.context.schema import ContextReport, Growth
+from attnserve_lens.plot import SCALE
 
 matplotlib.use("Agg")
 

@@ -1,12 +1,14 @@
 """What there is to see in a result: one map for each kind of attention of one sequence."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from attnserve_client import AttendResult, TokensResult
+from attnserve_client import token_texts as texts
+from numpy.typing import NDArray
 
-from attnserve_client._inspect import tokens as texts
-from attnserve_client._results import Array, AttendResult, TokensResult
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,27 +84,11 @@ def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[Att
         queries, keys = _numbers(num_queries), _numbers(num_keys)
         heads = tuple(range(num_heads))
         return (AttentionMap("self", array[None], queries, keys, (0,), heads),)
-    kind: str = getattr(result, "attention", "") or "self"
-    source = _names(result.tokens, result.ids, sequence)
-    # Only the results of encoder-decoders have a target.
-    target = _names(
-        getattr(result, "target_tokens", []), getattr(result, "target_ids", []), sequence
-    )
-    queries = target if target and kind in ("decoder", "cross") else source
-    keys = target if target and kind == "decoder" else source
+    kind: str = result.attention or "self"
+    queries, keys = texts.axes_of(result, sequence)
     split = texts.second_segment(queries) if queries == keys else None
     layers, heads = tuple(result.layers), tuple(result.heads)
     return (AttentionMap(kind, array, queries, keys, layers, heads, split),)
-
-
-def _names(
-    tokens: Sequence[Sequence[str]], ids: Sequence[Sequence[int]], sequence: int
-) -> tuple[str, ...]:
-    """The tokens of a sequence, or its ids where there is no tokenizer; empty if it has neither."""
-    for each in (tokens, ids):
-        if sequence < len(each) and each[sequence]:
-            return tuple(map(str, each[sequence]))
-    return ()
 
 
 def _numbers(count: int) -> tuple[str, ...]:

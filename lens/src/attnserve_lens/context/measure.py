@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 
 import numpy as np
 from attnserve_client import AttentionClient, AttnserveError, Model, TokensResult
+from attnserve_loadtest.environment import client_facts, server_facts
+from attnserve_loadtest.errors import LoadTestError
+from attnserve_loadtest.report.schema import Server
 from numpy.typing import NDArray
 
-from attnserve_loadtest.context_growth import best, by_length, growth, of_heads
-from attnserve_loadtest.context_schema import (
+from attnserve_lens.context.growth import best, by_length, growth, of_heads
+from attnserve_lens.context.schema import (
     SCHEMA,
     SCHEMA_VERSION,
     Cell,
@@ -17,10 +20,7 @@ from attnserve_loadtest.context_schema import (
     ContextSettings,
     Grid,
 )
-from attnserve_loadtest.context_text import Context, Pieces, random_pieces, text_pieces
-from attnserve_loadtest.environment import client_facts, server_facts
-from attnserve_loadtest.errors import LoadTestError
-from attnserve_loadtest.report.schema import Server
+from attnserve_lens.context.text import Context, Pieces, random_pieces, text_pieces
 
 # Weights of one answer: a server sends 128 MiB at most unless told otherwise, and this process
 # holds no more than one answer at a time.

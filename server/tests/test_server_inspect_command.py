@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from attnserve_client import AttentionClient
 from attnserve_client._cli import main
-from attnserve_client._inspect import command, encoding
+from attnserve_lens import command, encoding
 
 
 def meta_of(page: Path) -> dict:

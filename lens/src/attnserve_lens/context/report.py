@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-
-from attnserve_loadtest import context_plot
-from attnserve_loadtest.context_schema import ContextReport, Growth
 from attnserve_loadtest.report.files import write_files
 from attnserve_loadtest.report.html import page_style
 from attnserve_loadtest.report.svg import inline_svg
+
+from attnserve_lens.context import plot as context_plot
+from attnserve_lens.context.schema import ContextReport, Growth
 
 _CSV = ("fact", "beside", "sinks", "effective")
 # A head holds the fact if its weight falls at most half as fast as uniform weight.

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from attnserve_client import token_texts as texts
 from numpy.typing import NDArray
 
-from attnserve_client._inspect import tokens as texts
-from attnserve_client._inspect.attention import AttentionMap
+from attnserve_lens.attention import AttentionMap
 
 Floats = NDArray[np.float32]
 

@@ -3,11 +3,11 @@
 import html
 
 import numpy as np
+from attnserve_client import AttendResult, TokensResult
+from attnserve_client import token_texts as texts
 
-from attnserve_client._inspect import tokens as texts
-from attnserve_client._inspect.attention import AttentionMap, maps_of
-from attnserve_client._inspect.measures import Measures, measure
-from attnserve_client._results import Array, AttendResult, TokensResult
+from attnserve_lens.attention import Array, AttentionMap, maps_of
+from attnserve_lens.measures import Measures, measure
 
 # A notebook keeps what it shows: results with more weights than this are described without them.
 _MEASURED_UP_TO = 1 << 24

@@ -1,7 +1,6 @@
 """What the page, notebooks and figures show: numbers against independent ones, hostile tokens."""
 
 import base64
-import builtins
 import html.parser
 import json
 import re
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from attnserve_client import AttendResult, Timings, TokensResult
-from attnserve_client._inspect import encoding, maps_of, page_of, write_page
-from attnserve_client._inspect import tokens as texts
-from attnserve_client._inspect.measures import effective_keys, measure
+from attnserve_client import token_texts as texts
+from attnserve_lens import encoding, maps_of, page_of, write_page
+from attnserve_lens.measures import effective_keys, measure
 from scipy import stats
 
 HOSTILE = [
@@ -205,21 +204,6 @@ def test_figures_hold_the_weights() -> None:
 def test_wrong_plot_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokens_result(["a", "b"], random_weights(2, 2, 2, 2)).plot(**options)
-
-
-def test_without_matplotlib_plot_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *arguments: Any, **more: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return imported(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    result = tokens_result(["a", "b"], random_weights(1, 1, 2, 2))
-    with pytest.raises(ImportError, match=r"attnserve-client\[plot\]"):
-        result.plot()
-    assert "effective keys" in result._repr_html_()
 
 
 # "The café is 👍 déjà vu." as GPT-2's tokens, "é" and "👍" in two parts each.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from attnserve_client import Timings, TokensResult
-from attnserve_client._inspect import write_page
-from attnserve_client._plot import SCALE
+from attnserve_lens import write_page
+from attnserve_lens.plot import SCALE
 
 if TYPE_CHECKING:
     from conftest import Browser
@@ -268,7 +268,7 @@ def test_pictures_have_a_name_and_the_page_fits_a_narrow_screen(
 
 
 def test_the_scale_of_colours_is_even_and_the_figures_own(browser: "Browser", page: Path) -> None:
-    source = (Path(write_page.__code__.co_filename).parent / "page/colour.js").read_text()
+    source = (Path(write_page.__code__.co_filename).parent / "page_assets/colour.js").read_text()
     for dark in (False, True):
         code = f"(() => {{ {source}; return Array.from(makeScale({str(dark).lower()})); }})()"
         scale = np.array(browser.run(code)).reshape(256, 3)

@@ -11,12 +11,12 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from attnserve_lens.context.growth import growth
+from attnserve_lens.context.measure import measure_rows, run_context
+from attnserve_lens.context.report import write_context_report
+from attnserve_lens.context.schema import ContextSettings
+from attnserve_lens.context.text import FACTS, Context, random_pieces, sentences, text_pieces
 from attnserve_loadtest.cli import main
-from attnserve_loadtest.context import measure_rows, run_context
-from attnserve_loadtest.context_growth import growth
-from attnserve_loadtest.context_report import write_context_report
-from attnserve_loadtest.context_schema import ContextSettings
-from attnserve_loadtest.context_text import FACTS, Context, random_pieces, sentences, text_pieces
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
 
@@ -161,7 +161,7 @@ def test_without_a_tokenizer_ids_are_drawn_and_it_is_said(
 def test_no_answer_is_larger_than_promised(
     service: tuple[str, Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnserve_loadtest.context._ANSWER_BYTES", 2 * 4 * 384 * 384)
+    monkeypatch.setattr("attnserve_lens.context.measure._ANSWER_BYTES", 2 * 4 * 384 * 384)
     service[1].largest = 0
     assert main(arguments(service[0], tmp_path, "--seq-lens", "384", "--trials", "1")) == 0
     assert service[1].largest == 2 * 4 * 384 * 384
