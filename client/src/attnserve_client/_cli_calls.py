@@ -111,6 +111,8 @@ def _describe(model: Model) -> str:
     parts = [model.kind, model.mask, model.dtype, heads]
     if model.window:
         parts.append(f"window {model.window}")
+    if model.chunk:
+        parts.append(f"chunks of {model.chunk}")
     if model.num_layers:
         parts.append(f"{model.num_layers} layers")
     return ", ".join(parts)
