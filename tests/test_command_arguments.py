@@ -39,7 +39,7 @@ OF = {
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
     "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
-    "--bound-ms --request-timeout --version",
+    "--bound-ms --request-timeout --version --port",
     "numbers": "--ids --seq-lens --depths --tokens-seq-lens --layers --heads",
     "span": "--prompt --tokens",
     "choice": "--attention --mask --alignment --rotary --dtype --module --provider --log-format "

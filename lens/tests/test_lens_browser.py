@@ -12,7 +12,7 @@ from attnserve_lens import write_page
 from attnserve_lens.plot import SCALE
 
 if TYPE_CHECKING:
-    from conftest import Browser
+    from chromium import Browser
 
 HOSTILE = "</script><img src=x onerror=window.hacked=1>\u202e\n"
 WORDS = ["[CLS]", "the", HOSTILE, "שלום", "👩‍🚀", "[SEP]", "it", "slept", "[SEP]"]

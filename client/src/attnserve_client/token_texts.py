@@ -30,21 +30,25 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE_PIECE = "▁"
 
 
-def axes_of(result: TokensResult, sequence: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def axes_of(
+    result: TokensResult, sequence: int, attention: str = ""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The tokens that the Sq and the Sk axis of a sequence's weights stand for.
 
     Args:
         result: of `attend_tokens`.
         sequence: which one of the batch.
+        attention: which one of the model's; empty: that of the result.
 
     Returns:
         Queries and keys, as the vocabulary writes them; ids where the model has no tokenizer.
     """
+    attention = attention or result.attention
     source = _names(result.tokens, result.ids, sequence)
     target = _names(result.target_tokens, result.target_ids, sequence)
     # Only the results of encoder-decoders have a target.
-    queries = target if target and result.attention in ("decoder", "cross") else source
-    keys = target if target and result.attention == "decoder" else source
+    queries = target if target and attention in ("decoder", "cross") else source
+    keys = target if target and attention == "decoder" else source
     return queries, keys
 
 

@@ -12,6 +12,23 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Axes:
+    """What the axes of a map's weights stand for; attributes as in `AttentionMap`."""
+
+    kind: str
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    split: int | None = None
+
+    @property
+    def square(self) -> bool:
+        """Whether queries and keys are the same tokens."""
+        return self.queries == self.keys
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMap:
     """The weights of one sequence, of some layers and heads of one kind of attention.
 
@@ -44,6 +61,11 @@ class AttentionMap:
     def square(self) -> bool:
         """Whether queries and keys are the same tokens."""
         return self.queries == self.keys
+
+    @property
+    def axes(self) -> Axes:
+        """What the axes of the weights stand for."""
+        return Axes(self.kind, self.queries, self.keys, self.layers, self.heads, self.split)
 
     def layer_index(self, layer: int | None) -> int:
         """Where a layer is on the L axis; None is the first there.
@@ -84,11 +106,32 @@ def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[Att
         queries, keys = _numbers(num_queries), _numbers(num_keys)
         heads = tuple(range(num_heads))
         return (AttentionMap("self", array[None], queries, keys, (0,), heads),)
-    kind: str = result.attention or "self"
-    queries, keys = texts.axes_of(result, sequence)
+    axes = axes_of(result, result.attention, tuple(result.layers), tuple(result.heads), sequence)
+    return (
+        AttentionMap(
+            axes.kind, array, axes.queries, axes.keys, axes.layers, axes.heads, axes.split
+        ),
+    )
+
+
+def axes_of(
+    result: TokensResult,
+    attention: str,
+    layers: tuple[int, ...],
+    heads: tuple[int, ...],
+    sequence: int = 0,
+) -> Axes:
+    """What the axes of an attention of a sequence stand for, whether it has weights or not.
+
+    Args:
+        result: with the tokens.
+        attention: which of the model's; empty of one.
+        layers, heads: 0-based.
+        sequence: which one of the batch.
+    """
+    queries, keys = texts.axes_of(result, sequence, attention)
     split = texts.second_segment(queries) if queries == keys else None
-    layers, heads = tuple(result.layers), tuple(result.heads)
-    return (AttentionMap(kind, array, queries, keys, layers, heads, split),)
+    return Axes(attention or "self", queries, keys, layers, heads, split)
 
 
 def _numbers(count: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`attnserve inspect`: texts in, one page out."""
+"""`attnserve inspect`: texts in, one page out; or a live page that is served here."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,11 @@ from attnserve_client import AttentionClient, TokensResult
 from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
 from attnserve_proto.commands import Progress, values
 
+from attnserve_lens.asking import layer_of
+from attnserve_lens.live import Viewer
 from attnserve_lens.page import write_page
+from attnserve_lens.pairs import pair_ids
+from attnserve_lens.serve import serve
 
 # Weights of one page, all texts together: 12 layers of 12 heads at 512 tokens are 38 million and
 # make a file of 36 MB, which opens in a second; browsers get slow far above.
@@ -28,8 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("texts", nargs="*", type=values.text, metavar="TEXT", help="- reads standard input")
-    add("--model", type=values.name, required=True, help="`attnserve info` lists them")
-    add_output(parser, "--out", "PAGE.html", "the page to write", required=True)
+    add("--model", type=values.name, help="`attnserve info` lists them")
+    add_output(parser, "--out", "PAGE.html", "the page to write")
+    add(
+        "--serve",
+        action="store_true",
+        help="instead of writing a page, serve one on this machine where texts are typed and "
+        "models picked, until Ctrl-C",
+    )
+    add("--port", type=values.integer(0, 65535), help="of --serve; default: a free one")
     add(
         "--file",
         type=values.path,
@@ -51,6 +62,13 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
         ValueError: the options do not go together, or there would be too much to show.
         AttnserveError: the server refused.
     """
+    if options.serve:
+        return _serve(client, options)
+    for option, given in (("--model", options.model), ("--out", options.output)):
+        if given is None:
+            raise ValueError(f"{option}: missing; allowed to be left out with --serve alone")
+    if options.port is not None:
+        raise ValueError("--port: given without --serve; allowed: with it")
     texts = _texts(options)
     results = collect(
         client,
@@ -110,8 +128,8 @@ def collect(
         timeout=timeout,
         **more,
     )
-    target_ids: list[list[int]] = getattr(found, "target_ids", [])
-    listed = getattr(asked, "attentions", ()) or (asked,)
+    target_ids = found.target_ids
+    listed: tuple[Any, ...] = asked.attentions or (asked,)
     _check_size(found.ids, target_ids, listed, layers, heads)
     wanted_layers = [
         list(range(each.num_layers)) if layers is None else list(layers) for each in listed
@@ -119,34 +137,37 @@ def collect(
     results = []
     with Progress(len(found.ids) * sum(map(len, wanted_layers)), "layers of texts") as progress:
         for attention, shown in zip(listed, wanted_layers, strict=True):
-            wanted: dict[str, Any] = {
-                "heads": list(range(attention.num_heads)) if heads is None else list(heads)
-            }
+            shown_heads = list(range(attention.num_heads)) if heads is None else list(heads)
             # A model with one attention is not asked which.
-            named: dict[str, Any] = {"attention": attention.name} if len(listed) > 1 else {}
+            name = attention.name if len(listed) > 1 else ""
             weights = []
             for index, ids_ in enumerate(found.ids):
                 target = target_ids[index] if index < len(target_ids) else []
-                more = {"targets": [target]} if target else {}
                 rows = []
                 for layer in shown:
-                    last = client.attend_tokens(
-                        [ids_],
+                    row, last = layer_of(
+                        client,
+                        ids_,
+                        target,
                         model=model,
-                        layers=[layer],
-                        return_hidden=False,
-                        return_weights=True,
+                        attention=name,
+                        layer=layer,
+                        heads=shown_heads,
                         timeout=timeout,
-                        **more,
-                        **wanted,
-                        **named,
                     )
-                    rows.append((last.weights or [])[0])
+                    rows.append(row)
                     progress.step()
-                weights.append(np.concatenate(rows))
-            changes: dict[str, Any] = {**wanted, **named, "weights": weights, "layers": shown}
+                weights.append(np.stack(rows))
             results.append(
-                dataclasses.replace(found, variant=last.variant, timings=last.timings, **changes)
+                dataclasses.replace(
+                    found,
+                    variant=last.variant,
+                    timings=last.timings,
+                    attention=name,
+                    weights=weights,
+                    layers=shown,
+                    heads=shown_heads,
+                )
             )
     return results
 
@@ -209,14 +230,37 @@ def _inputs(
         return texts
     if len(texts) != 1:
         raise ValueError(f"--pair: given with {len(texts)} texts; allowed: 1")
-    # Each text comes back between the model's own tokens; the second drops its first one.
-    both = client.attend_tokens(
-        [texts[0], options.pair],
+    ids_ = pair_ids(
+        client,
+        texts[0],
+        options.pair,
         model=options.model,
-        return_hidden=False,
-        return_weights=False,
         truncate=options.truncate,
         timeout=options.timeout,
     )
-    first, second = both.ids
-    return [first + (second[1:] if second[0] == first[0] else second)]
+    return [ids_]
+
+
+def _serve(client: AttentionClient, options: argparse.Namespace) -> int:
+    """Serve the live page until it is interrupted."""
+    for option, given in (
+        ("--out", options.output),
+        ("--file", options.file),
+        ("--ids", options.ids),
+        ("--layers", options.layers),
+        ("--heads", options.heads),
+        ("--target-text", options.target_text),
+        ("--truncate", options.truncate),
+        ("--title", options.title),
+    ):
+        if given:
+            raise ValueError(f"{option}: given with --serve; allowed: without it")
+    if len(options.texts) > 1:
+        raise ValueError(f"TEXT: {len(options.texts)} given with --serve; allowed: 1 or none")
+    first = {
+        "text": options.texts[0] if options.texts else "",
+        "pair": options.pair or "",
+        "model": options.model or "",
+    }
+    serve(Viewer(client, options.timeout), first, options.port or 0)
+    return 0

@@ -36,16 +36,25 @@ def pack_layer(weights: Array, bits: int) -> str:
     """Pack the weights [H, Sq, Sk] of a layer.
 
     Returns:
-        base64 of deflated bytes: the heaviest weight of each row, [H, Sq] float32, then the codes,
-        [H, Sq, Sk] uint8 or uint16; all little-endian.
+        base64 of the deflated `layer_bytes`.
+    """
+    return pack_bytes(layer_bytes(weights, bits))
+
+
+def layer_bytes(weights: Array, bits: int) -> bytes:
+    """The weights [H, Sq, Sk] of a layer as codes.
+
+    Returns:
+        The heaviest weight of each row, [H, Sq] float32, then the codes, [H, Sq, Sk] uint8 or
+        uint16; all little-endian.
     """
     exact = weights.astype(np.float32, copy=False)
     heaviest = exact.max(axis=-1)
     codes = np.sqrt(exact / np.where(heaviest > 0, heaviest, 1)[..., None])
     codes *= largest_code(bits)
     np.rint(codes, out=codes)
-    content = heaviest.astype("<f4").tobytes() + codes.astype(f"<u{bits // 8}").tobytes()
-    return pack_bytes(content)
+    parts = heaviest.astype("<f4").tobytes(), codes.astype(f"<u{bits // 8}").tobytes()
+    return b"".join(parts)
 
 
 def unpack_layer(packed: str, shape: tuple[int, int, int], bits: int) -> NDArray[np.float32]:
@@ -65,6 +74,11 @@ def pack_floats(array: Array) -> str:
 
 
 def pack_thumbnails(weights: Array) -> str:
+    """The deflated `thumbnail_bytes`, in base64."""
+    return pack_bytes(thumbnail_bytes(weights))
+
+
+def thumbnail_bytes(weights: Array) -> bytes:
     """Pictures of all heads, [L, H, h, w] with h and w at most THUMBNAIL: one byte a pixel.
 
     A pixel is the heaviest weight of its cell, as 255 * sqrt(weight / heaviest of the picture).
@@ -72,7 +86,7 @@ def pack_thumbnails(weights: Array) -> str:
     small = _pooled(_pooled(weights, 2), 3).astype(np.float32)
     heaviest = small.max(axis=(2, 3), keepdims=True)
     codes = np.rint(255 * np.sqrt(small / np.where(heaviest > 0, heaviest, 1)))
-    return pack_bytes(codes.astype(np.uint8).tobytes())
+    return bytes(codes.astype(np.uint8).tobytes())
 
 
 def thumbnail_size(length: int) -> int:
@@ -82,8 +96,13 @@ def thumbnail_size(length: int) -> int:
 
 def pack_bytes(content: bytes) -> str:
     """Deflated, base64."""
-    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return base64.b64encode(packer.compress(content) + packer.flush()).decode("ascii")
+    return base64.b64encode(deflate(content, 6)).decode("ascii")
+
+
+def deflate(content: bytes, level: int) -> bytes:
+    """Deflated without a header (RFC 1951)."""
+    packer = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return packer.compress(content) + packer.flush()
 
 
 def _pooled(weights: Array, axis: int) -> Array:

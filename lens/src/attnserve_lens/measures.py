@@ -67,6 +67,18 @@ def measure(attention: AttentionMap) -> Measures:
     )
 
 
+def per_head(measures: Measures) -> dict[str, Floats | None]:
+    """The measures that are one number for each layer and head, [L, H]; see `Measures`."""
+    return {
+        "effective": measures.effective.mean(axis=-1),
+        "first": measures.first,
+        "special": measures.special,
+        "own": measures.own,
+        "previous": measures.previous,
+        "following": measures.following,
+    }
+
+
 def effective_keys(weights: Floats) -> Floats:
     """exp of the Shannon entropy of each row: n where n keys share the weight equally.
 

@@ -16,8 +16,8 @@ from attnserve_client import token_texts as texts
 from attnserve_proto.commands import replacing
 
 from attnserve_lens import encoding
-from attnserve_lens.attention import AttentionMap, maps_of
-from attnserve_lens.measures import Measures, measure
+from attnserve_lens.attention import AttentionMap, Axes, maps_of
+from attnserve_lens.measures import Measures, measure, per_head
 from attnserve_lens.summary import facts_of, sentences_of
 
 # One script of several files: their order is that of their declarations.
@@ -84,62 +84,118 @@ def _parts(results: Sequence[Result], title: str, names: Sequence[str]) -> Itera
             name = f"s{index}m{len(maps)}"
             measures = measure(attention)
             bits = encoding.code_bits(attention.weights.size)
-            maps.append(_describe(attention, measures, name, bits))
+            described = describe(attention.axes, name, bits)
+            maps.append({**described, "measures": _numbers(measures)})
             blocks += _blocks(attention, measures, name, bits)
             if index == 0:
                 sentences += sentences_of(attention, measures)
         text = names[index] if index < len(names) else texts.text_of(found[0].keys)
-        sequences.append({"name": _cut(text), "maps": maps})
-    page = _asset("template.html")
-    script = (
-        "(() => {\n" + "\n".join(_asset(f"{name}.js") for name in (*_SCRIPTS, "main")) + "})();"
+        sequences.append({"name": cut(text), "maps": maps})
+    meta = json_of({"sequences": sequences})
+    yield from assemble(
+        _SCRIPTS,
+        title=title or f"{result.model}: {sequences[0]['name']}",
+        facts=facts_of(result),
+        summary=f"<ul>{''.join(f'<li>{html.escape(each)}</li>' for each in sentences)}</ul>",
+        precision=_precision(sequences),
+        data="\n".join((f'<script type="application/json" id="meta">{meta}</script>', *blocks)),
     )
+
+
+def assemble(
+    scripts: Sequence[str],
+    *,
+    title: str,
+    facts: str,
+    summary: str,
+    precision: str,
+    data: str,
+    form: str = "",
+    connect: str = "'none'",
+) -> Iterator[str]:
+    """The parts of a page.
+
+    Args:
+        scripts: names of its scripts, in the order of their declarations; `main` follows them.
+        title, facts, precision: texts.
+        summary, data, form: markup.
+        connect: what the page may fetch, as its Content-Security-Policy says it.
+    """
+    script = "(() => {\n" + "\n".join(_asset(f"{name}.js") for name in (*scripts, "main")) + "})();"
     script, style = f'"use strict";\n{script}\n', _asset("style.css")
-    meta = _json({"sequences": sequences})
     values = {
-        "title": html.escape(title or f"{result.model}: {sequences[0]['name']}"),
-        "facts": html.escape(facts_of(result)),
-        "summary": f"<ul>{''.join(f'<li>{html.escape(each)}</li>' for each in sentences)}</ul>",
-        "precision": html.escape(_precision(sequences)),
+        "title": html.escape(title),
+        "facts": html.escape(facts),
+        "summary": summary,
+        "precision": html.escape(precision),
+        "form": form,
+        "connect": connect,
         "style": style,
         "style_hash": _hash(style),
         "script": script,
         "script_hash": _hash(script),
-        "data": "\n".join((f'<script type="application/json" id="meta">{meta}</script>', *blocks)),
+        "data": data,
     }
     # One pass: what is put in is not looked at again.
-    for index, part in enumerate(re.split(r"\{\{(\w+)\}\}", page)):
+    for index, part in enumerate(re.split(r"\{\{(\w+)\}\}", _asset("template.html"))):
         yield values[part] if index % 2 else part
 
 
-def _describe(attention: AttentionMap, measures: Measures, name: str, bits: int) -> dict[str, Any]:
-    """What the script must know before it unpacks anything."""
-    height, width = map(encoding.thumbnail_size, attention.weights.shape[-2:])
-    per_head = {
-        "effective": measures.effective.mean(axis=-1),
-        **{each: getattr(measures, each) for each in ("first", "special", "own")},
-        **{each: getattr(measures, each) for each in ("previous", "following")},
-    }
-    special = [index for index, key in enumerate(attention.keys) if texts.is_special(key)]
-    own = {index for index, query in enumerate(attention.queries) if texts.is_special(query)}
-    ordinary = [index for index in range(len(attention.queries)) if index not in own]
+def live_page(title: str, facts: str, live: dict[str, Any]) -> str:
+    """The page that asks the server behind it for what it shows.
+
+    Args:
+        title, facts: texts.
+        live: what the form offers: models, and what it holds at first.
+    """
+    return "".join(
+        assemble(
+            (*_SCRIPTS, "live"),
+            title=title,
+            facts=facts,
+            summary="",
+            precision="Weights are packed with 16 bits, or with 8 where a layer has many: off by "
+            "at most 0.4 % of the heaviest weight of their row. Effective keys and means are "
+            "computed from the exact weights.",
+            data=f'<script type="application/json" id="meta">{json_of({"live": live})}</script>',
+            form=_asset("live.html"),
+            connect="'self'",
+        )
+    )
+
+
+def describe(axes: Axes, name: str, bits: int) -> dict[str, Any]:
+    """What the script must know of a map before it unpacks anything; measures come beside.
+
+    Args:
+        axes: of the map.
+        name: of its blocks.
+        bits: of a code, see `encoding`.
+    """
+    special = [index for index, key in enumerate(axes.keys) if texts.is_special(key)]
+    own = {index for index, query in enumerate(axes.queries) if texts.is_special(query)}
+    ordinary = [index for index in range(len(axes.queries)) if index not in own]
+    lengths = (len(axes.queries), len(axes.keys))
     return {
         "name": name,
-        "title": _TITLES.get(attention.kind, attention.kind),
-        "queries": texts.shown(attention.queries),
-        "keys": texts.shown(attention.keys),
-        "square": attention.square,
-        "layers": attention.layers,
-        "heads": attention.heads,
-        "split": attention.split,
+        "title": _TITLES.get(axes.kind, axes.kind),
+        "queries": texts.shown(axes.queries),
+        "keys": texts.shown(axes.keys),
+        "square": axes.square,
+        "layers": axes.layers,
+        "heads": axes.heads,
+        "split": axes.split,
         "special": special,
         "bits": bits,
-        "thumbnail": (height, width),
+        "thumbnail": tuple(map(encoding.thumbnail_size, lengths)),
         "first_query": ordinary[len(ordinary) // 2] if ordinary else 0,
-        "measures": {
-            each: None if values is None else np.round(values.astype(float), 5).tolist()
-            for each, values in per_head.items()
-        },
+    }
+
+
+def _numbers(measures: Measures) -> dict[str, Any]:
+    return {
+        each: None if values is None else np.round(values.astype(float), 5).tolist()
+        for each, values in per_head(measures).items()
     }
 
 
@@ -171,12 +227,13 @@ def _precision(sequences: list[dict[str, Any]]) -> str:
     )
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """A text as a name: one line, not long."""
     said = texts.displayable(" ".join(text.split()))
     return said if len(said) <= _NAME_LENGTH else said[: _NAME_LENGTH - 1] + "…"
 
 
-def _json(content: Any) -> str:
+def json_of(content: Any) -> str:
     """JSON that no HTML parser takes for markup."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":

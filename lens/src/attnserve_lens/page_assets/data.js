@@ -21,11 +21,11 @@ async function block(name) {
 
 // All weights of one layer.
 class Layer {
-  constructor(buffer, map) {
+  constructor(buffer, map, start = 0) {
     this.map = map;
-    const rows = map.heads.length * map.queries.length;
-    this.heaviest = new Float32Array(buffer, 0, rows);
-    this.codes = map.bits === 16 ? new Uint16Array(buffer, 4 * rows) : new Uint8Array(buffer, 4 * rows);
+    const rows = map.heads.length * map.queries.length, codes = start + 4 * rows;
+    this.heaviest = new Float32Array(buffer, start, rows);
+    this.codes = new (map.bits === 16 ? Uint16Array : Uint8Array)(buffer, codes, rows * map.keys.length);
     this.unit = 1 / (map.bits === 16 ? 65535 : 255);
     this.edges = new Map();
   }
@@ -99,13 +99,15 @@ const layers = new Map();
 // One layer's weights, unpacked at the first call.
 function loadLayer(map, layer) {
   const name = `${map.name}-layer-${layer}`;
-  if (!layers.has(name)) layers.set(name, block(name).then((buffer) => new Layer(buffer, map)));
+  if (!layers.has(name)) {
+    layers.set(name, meta.live ? fetchLayer(map, layer) : block(name).then((buffer) => new Layer(buffer, map)));
+  }
   return layers.get(name);
 }
 
 // What is needed from the start: measures and pictures, without the weights.
 async function loadMap(map) {
-  if (map.ready) return map;
+  if (map.ready || meta.live) return map;
   const floats = async (part) => new Float32Array(await block(`${map.name}-${part}`));
   map.effective = await floats("effective");
   map.visible = await floats("visible");
@@ -119,8 +121,8 @@ async function loadMap(map) {
 function loadRest(map) {
   let layer = 0;
   const next = async () => {
-    if (layer >= map.layers.length) return;
-    await loadLayer(map, layer++);
+    if (layer >= map.layers.length || map !== state.map || map.onlyLookedAt) return;
+    if (!(await loadLayer(map, layer++))) return;
     idle(next);
   };
   idle(next);

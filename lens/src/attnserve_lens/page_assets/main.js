@@ -47,8 +47,8 @@ async function setState(changes) {
   if (changes.query !== undefined) state.cross = state.query;
   const layer = state.layer !== before.layer || !state.data;
   if (layer) {
-    const wanted = state.layer, data = await loadLayer(state.map, wanted);
-    if (wanted !== state.layer) return;
+    const { map, layer: wanted } = state, data = await loadLayer(map, wanted);
+    if (!data || map !== state.map || wanted !== state.layer) return;
     state.data = data;
   }
   const changed = (...names) => layer || names.some((name) => state[name] !== before[name]);
@@ -141,9 +141,11 @@ function listen() {
 
 async function start() {
   readPalette();
-  fillSelect($("sequence"), meta.sequences.map((sequence, s) => [s, sequence.name]), 0);
-  $("sequence-field").hidden = meta.sequences.length < 2;
+  const sequences = meta.sequences ?? [];
+  fillSelect($("sequence"), sequences.map((sequence, s) => [s, sequence.name]), 0);
+  $("sequence-field").hidden = sequences.length < 2;
   listen();
+  if (meta.live) return startLive();
   await showSequence(0);
   await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
   document.documentElement.dataset.ready = String(Math.round(performance.now()));

@@ -35,7 +35,8 @@ function drawOverview() {
   const [, format] = measures[state.measure];
   for (const cell of $("grid").querySelectorAll("[data-item]")) {
     const [l, h] = [+cell.dataset.layer, +cell.dataset.head];
-    const number = format(map.measures[state.measure][l][h]);
+    const numbers = map.measures[state.measure][l]; // none of a layer that is not loaded yet
+    const number = numbers ? format(numbers[h]) : "…";
     cell.querySelector(".number").textContent = number;
     cell.setAttribute("aria-label", `layer ${map.layers[l]}, head ${map.heads[h]}: ${number} ${measures[state.measure][0]}`);
     drawThumbnail(cell.querySelector("canvas"), l, h);

@@ -61,11 +61,12 @@ function drawSinks() {
 
 function listAllSinks() {
   const { map } = state, sum = new Float32Array(map.keys.length);
-  map.layers.forEach((_, l) => receivedOf(map, l, -1).forEach((value, k) => (sum[k] += value / map.layers.length)));
+  const loaded = [...map.layers.keys()].filter((l) => map.measures.first[l]);
+  loaded.forEach((l) => receivedOf(map, l, -1).forEach((value, k) => (sum[k] += value / loaded.length)));
   fillTable($("sinks-all"), SINK_HEADINGS, sinkRows(sum));
   const average = (name, l) => (map.measures[name] ? percent(mean(map.measures[name][l])) : "–");
-  fillTable($("sinks-layers"), ["layer", "first key", "model's own tokens", "most in one head"], map.layers.map((layer, l) => {
+  fillTable($("sinks-layers"), ["layer", "first key", "model's own tokens", "most in one head"], loaded.map((l) => {
     const numbers = map.measures.special[l], most = numbers.indexOf(Math.max(...numbers));
-    return [String(layer), average("first", l), average("special", l), `${percent(numbers[most])} in head ${map.heads[most]}`];
+    return [String(map.layers[l]), average("first", l), average("special", l), `${percent(numbers[most])} in head ${map.heads[most]}`];
   }));
 }

@@ -11,7 +11,7 @@ function spreadLines() {
     return sum;
   };
   if ($("spread-lines").value === "layers") {
-    map.layers.forEach((layer, l) => lines.push({ name: `layer ${layer}`, values: meanOf(l), colour: headColours[l % headColours.length], width: l === state.layer ? 3 : 1.4 }));
+    map.layers.forEach((layer, l) => map.measures.effective[l] && lines.push({ name: `layer ${layer}`, values: meanOf(l), colour: headColours[l % headColours.length], width: l === state.layer ? 3 : 1.4 }));
   } else {
     map.heads.forEach((head, h) => {
       const chosen = h === state.head;
@@ -52,7 +52,7 @@ function refreshSpread() {
 
 function drawCurves(canvas, count) {
   const { context, width, height } = prepare(canvas);
-  const lines = spreadLines(), top = Math.max(2, ...state.map.visible);
+  const lines = spreadLines(), top = state.map.visible.reduce((most, each) => Math.max(most, each), 2);
   const plot = { x: MARGIN.left, y: MARGIN.top, w: width - MARGIN.left - MARGIN.right, h: height - MARGIN.top - MARGIN.bottom };
   const x = (i) => plot.x + (count > 1 ? (i / (count - 1)) * plot.w : plot.w / 2);
   const y = (value) => plot.y + plot.h * (1 - Math.log2(Math.max(1, value)) / Math.log2(top));
