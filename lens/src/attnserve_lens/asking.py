@@ -1,6 +1,6 @@
 """Weights from a server, a layer at a time and a few heads an answer, so that none is large."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,24 @@ from attnserve_client import AttentionClient, TokensResult
 
 from attnserve_lens.attention import Array
 
-# A server sends 128 MiB at most unless told otherwise.
-_ANSWER_BYTES = 32 << 20
+# Of what a server sends at most: an answer holds more than weights. Each answer runs the model
+# again, so few large ones are fast; this process holds one at a time.
+_SHARE, _MOST_BYTES = 0.75, 96 << 20
+
+
+def heads_at_once(client: AttentionClient, seq_len: int, timeout: float) -> int:
+    """Heads of one layer that an answer has room for.
+
+    Args:
+        client: connected.
+        seq_len: of the longer of input and target.
+        timeout: seconds that the request may take.
+
+    Raises:
+        AttnserveError: the server refused.
+    """
+    limit = client.server_info(timeout=timeout).limits.max_response_bytes
+    return max(1, int(min(_SHARE * limit, _MOST_BYTES)) // (4 * seq_len * seq_len))
 
 
 def layer_of(
@@ -21,7 +37,9 @@ def layer_of(
     attention: str,
     layer: int,
     heads: Sequence[int],
+    at_once: int,
     timeout: float,
+    step: Callable[[], None] = lambda: None,
 ) -> tuple[Array, TokensResult]:
     """The weights of one layer of one sequence.
 
@@ -33,7 +51,9 @@ def layer_of(
         attention: which of several; empty of one.
         layer: 0-based.
         heads: 0-based, in the order wanted.
+        at_once: heads of an answer, see `heads_at_once`.
         timeout: seconds that each request may take.
+        step: called after each answer.
 
     Returns:
         Weights [H, Sq, Sk], and the last answer, which says what ran.
@@ -42,8 +62,6 @@ def layer_of(
         AttnserveError: the server refused.
     """
     more: dict[str, Any] = {"targets": [list(target)]} if target else {}
-    longest = max(len(ids), len(target))
-    at_once = max(1, _ANSWER_BYTES // (4 * longest * longest))
     parts = []
     for first in range(0, len(heads), at_once):
         answer = client.attend_tokens(
@@ -59,4 +77,5 @@ def layer_of(
         )
         assert answer.weights is not None
         parts.append(answer.weights[0][0])
+        step()
     return np.concatenate(parts), answer

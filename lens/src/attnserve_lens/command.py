@@ -12,7 +12,7 @@ from attnserve_client import AttentionClient, TokensResult
 from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
 from attnserve_proto.commands import Progress, values
 
-from attnserve_lens.asking import layer_of
+from attnserve_lens.asking import heads_at_once, layer_of
 from attnserve_lens.live import Viewer
 from attnserve_lens.page import write_page
 from attnserve_lens.pairs import pair_ids
@@ -143,6 +143,7 @@ def collect(
             weights = []
             for index, ids_ in enumerate(found.ids):
                 target = target_ids[index] if index < len(target_ids) else []
+                at_once = heads_at_once(client, max(len(ids_), len(target)), timeout)
                 rows = []
                 for layer in shown:
                     row, last = layer_of(
@@ -153,6 +154,7 @@ def collect(
                         attention=name,
                         layer=layer,
                         heads=shown_heads,
+                        at_once=at_once,
                         timeout=timeout,
                     )
                     rows.append(row)

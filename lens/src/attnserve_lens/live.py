@@ -8,6 +8,7 @@ all float32; then `encoding.layer_bytes` and `encoding.thumbnail_bytes`.
 import itertools
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from attnserve_client import AttentionClient, Model
 
 from attnserve_lens import encoding
-from attnserve_lens.asking import layer_of
+from attnserve_lens.asking import heads_at_once, layer_of
 from attnserve_lens.attention import AttentionMap, Axes, axes_of
 from attnserve_lens.measures import measure, per_head
 from attnserve_lens.page import cut, describe
@@ -50,6 +51,7 @@ class Viewer:
         self._lock, self._numbers = threading.Lock(), itertools.count()
         self._maps: OrderedDict[str, _Asked] = OrderedDict()
         self._packed: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._looks: OrderedDict[tuple[str, ...], dict[str, Any]] = OrderedDict()
 
     def models(self) -> list[dict[str, Any]]:
         """The transformer models that take text: their names, and whether they have a decoder.
@@ -74,7 +76,8 @@ class Viewer:
             target: what the decoder of an encoder-decoder reads.
 
         Returns:
-            What the page's script must know of the sequence, without measures.
+            What the page's script must know of the sequence, without measures; the same again for
+            the same text, so that layers which are here need not be asked for again.
 
         Raises:
             AttnserveError: the server refused.
@@ -83,6 +86,12 @@ class Viewer:
         if not text.strip():
             raise ValueError("text: empty; allowed: any text")
         asked = self._client.get_model(model, timeout=self._timeout)
+        # The manifest holds the hashes of the model's files: another model is another look.
+        key = (asked.manifest, text, pair, target)
+        with self._lock:
+            known = self._looks.get(key)
+            if known is not None and all(each["name"] in self._maps for each in known["maps"]):
+                return known
         inputs: list[str] | list[list[int]] = [text]
         if pair:
             options: dict[str, Any] = {"model": model, "truncate": True, "timeout": self._timeout}
@@ -106,16 +115,32 @@ class Viewer:
             axes = axes_of(found, name, tuple(range(each.num_layers)), tuple(range(each.num_heads)))
             bits = encoding.code_bits(len(axes.heads) * len(axes.queries) * len(axes.keys))
             ids, targets = tuple(found.ids[0]), tuple(found.target_ids[0] if target else ())
-            key = self._keep(_Asked(model, name, axes, ids, targets, bits))
-            maps.append(describe(axes, key, bits))
-        return {"name": cut(text if not pair else f"{text} {pair}"), "facts": facts, "maps": maps}
+            named = self._keep(_Asked(model, name, axes, ids, targets, bits))
+            maps.append(describe(axes, named, bits))
+        shown = cut(text if not pair else f"{text} {pair}")
+        found_there = {"name": shown, "facts": facts, "maps": maps}
+        with self._lock:
+            self._looks[key] = found_there
+            if len(self._looks) > _MAPS:
+                self._looks.popitem(last=False)
+        return found_there
 
-    def layer(self, name: str, layer: int) -> bytes:
+    def answers(self, name: str) -> int:
+        """How many answers of the server a layer of a map takes.
+
+        Raises:
+            AttnserveError: the server refused.
+        """
+        asked = self._maps[name]
+        return -(-len(asked.axes.heads) // self._at_once(asked))
+
+    def layer(self, name: str, layer: int, step: Callable[[], None] = lambda: None) -> bytes:
         """A layer of a map, packed as is said above.
 
         Args:
             name: of the map, as `look` gave it.
             layer: its place among the map's layers.
+            step: called after each answer of the server.
 
         Raises:
             AttnserveError: the server refused.
@@ -129,14 +154,18 @@ class Viewer:
         if not 0 <= layer < len(asked.axes.layers):
             raise ValueError(f"layer: {layer}; allowed: 0..{len(asked.axes.layers) - 1}")
         if packed is None:
-            packed = self._pack(asked, layer)
+            packed = self._pack(asked, layer, step)
             with self._lock:
                 self._packed[name, layer] = packed
                 while sum(map(len, self._packed.values())) > _BYTES and len(self._packed) > 1:
                     self._packed.popitem(last=False)
         return packed
 
-    def _pack(self, asked: _Asked, layer: int) -> bytes:
+    def _at_once(self, asked: _Asked) -> int:
+        longest = max(len(asked.ids), len(asked.target))
+        return heads_at_once(self._client, longest, self._timeout)
+
+    def _pack(self, asked: _Asked, layer: int, step: Callable[[], None]) -> bytes:
         axes = asked.axes
         weights, _ = layer_of(
             self._client,
@@ -146,7 +175,9 @@ class Viewer:
             attention=asked.attention,
             layer=axes.layers[layer],
             heads=axes.heads,
+            at_once=self._at_once(asked),
             timeout=self._timeout,
+            step=step,
         )
         shown = AttentionMap(
             axes.kind, weights[None], axes.queries, axes.keys, (layer,), axes.heads, axes.split

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from attnserve_client import AttnserveError
+from attnserve_proto.commands import Progress
 
 from attnserve_lens.live import Viewer
 from attnserve_lens.page import live_page
@@ -39,7 +40,7 @@ def serve(viewer: Viewer, first: dict[str, str], port: int = 0) -> None:
         port: where; 0 is a free one.
 
     Raises:
-        AttnserveError: the models cannot be listed.
+        AttnserveError: the server refused.
         OSError: the port is taken.
         ValueError: the model to begin with is none that takes text.
     """
@@ -47,6 +48,12 @@ def serve(viewer: Viewer, first: dict[str, str], port: int = 0) -> None:
     if first["model"] and first["model"] not in names:
         allowed = ", ".join(names) or "none, the server has no transformer model that takes text"
         raise ValueError(f"--model: given {first['model']}; allowed: {allowed}")
+    if first["model"] and first["text"]:
+        # Before there is a page, so that it opens at once.
+        look = viewer.look(first["model"], first["text"], first["pair"])
+        shown = look["maps"][0]["name"]
+        with Progress(viewer.answers(shown), "parts of the first layer") as progress:
+            viewer.layer(shown, 0, progress.step)
     with PageServer(viewer, first, port) as server:
         print(f"{server.address} shows attention; Ctrl-C ends it", flush=True)
         server.serve_forever(poll_interval=0.1)
