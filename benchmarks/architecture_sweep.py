@@ -41,15 +41,6 @@ def examine(model_type: str, native: bool) -> dict[str, Any]:
     Returns:
         What came of it: `outcome`, and `reason` or the largest error.
     """
-    try:
-        model_class = architectures.model_class_of(model_type)
-        if model_class is None:
-            return _refused("it is a part of others: AutoModel has no model of its own for it")
-        given = input_of(model_class)
-        if given != "input_ids":
-            return _refused(f"it takes {given}, no token ids")
-    except Exception as error:
-        return _refused(f"transformers cannot load its class: {_short(error)}")
     from attnserve_export import building, errors
     from attnserve_export.cli import _parser
     from transformers.utils import logging
@@ -84,6 +75,18 @@ def examine(model_type: str, native: bool) -> dict[str, Any]:
     }
 
 
+def refused_at_once(model_type: str) -> dict[str, Any] | None:
+    """What its class alone says against an architecture; None: nothing."""
+    try:
+        model_class = architectures.model_class_of(model_type)
+        if model_class is None:
+            return _refused("it is a part of others: AutoModel has no model of its own for it")
+        given = input_of(model_class)
+    except Exception as error:  # of a library that is not there
+        return _refused(f"transformers cannot load its class: {_short(error)}")
+    return None if given == "input_ids" else _refused(f"it takes {given}, no token ids")
+
+
 def sweep(
     model_types: Iterable[str], results: Path, processes: int, seconds: int, native: bool
 ) -> dict[str, dict[str, Any]]:
@@ -98,9 +101,18 @@ def sweep(
     """
     known = read(results)
     missing = [each for each in model_types if each not in known]
+    if not missing:
+        return known
     _warm_up()
     started = time.monotonic()
     with ThreadPoolExecutor(processes) as pool, results.open("a", encoding="utf-8") as file:
+        for model_type in list(missing):
+            found_at_once = refused_at_once(model_type)
+            if found_at_once is not None:
+                known[model_type] = found_at_once
+                missing.remove(model_type)
+                line = {"model_type": model_type, **found_at_once}
+                print(json.dumps(line), file=file, flush=True)
         under_way = {pool.submit(_alone, each, seconds, native): each for each in missing}
         for number, done in enumerate(as_completed(under_way), 1):
             model_type, found = under_way[done], done.result()
@@ -158,7 +170,7 @@ def table(known: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {attentions} | {', '.join(names)} |")
     lines += [
         "",
-        "All others are refused:",
+        "Refused, by the reason that the export names:",
         "",
         "| reason | | `model_type` |",
         "| --- | --- | --- |",
@@ -166,6 +178,9 @@ def table(known: dict[str, dict[str, Any]]) -> str:
     for reason, names in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
         listed = ", ".join(f"`{name}`" for name in names)
         lines.append(f"| {reason.replace('|', '/')} | {len(names)} | {listed} |")
+    untried = [f"`{name}`" for name in architectures.model_types() if name not in known]
+    if untried:
+        lines += ["", f"Not tried yet, {len(untried)}: {', '.join(untried)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -224,7 +239,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="model types; all without it")
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    types = options.only or architectures.model_types()
+    types = architectures.model_types() if options.only is None else options.only
     known = sweep(types, options.results, options.processes, options.seconds, options.native)
     if options.table is not None:
         text = options.table.read_text(encoding="utf-8")
