@@ -55,9 +55,11 @@ def ready(browser: "Browser", text: str, pair: str = "") -> None:
         "delete document.documentElement.dataset.ready;"
         "document.getElementById('ask').requestSubmit(); 0"
     )
-    wait(browser, "document.documentElement.dataset.ready && "
-         "document.getElementById('ask-progress').hidden && "
-         "![...document.querySelectorAll('#grid .number')].some(e => e.textContent === '…')")  # fmt: skip
+    wait(
+        browser,
+        "document.documentElement.dataset.ready && document.getElementById('ask-progress').hidden"
+        " && ![...document.querySelectorAll('#grid .number')].some(e => e.textContent === '…')",
+    )
 
 
 def wait(browser: "Browser", condition: str) -> None:
