@@ -1,5 +1,6 @@
 """The page in a real Chromium: it draws, answers mouse and keyboard, can be read, loads nothing."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -279,6 +280,25 @@ def test_the_scale_of_colours_is_even_and_the_figures_own(browser: "Browser", pa
         assert (lightness > 0).all() if dark else (lightness < 0).all()
         if not dark:
             assert ["#" + bytes(colour.tolist()).hex() for colour in scale[::15]] == list(SCALE)
+
+
+def test_a_learned_sink_is_a_key_of_its_own(
+    browser: "Browser", tmp_path: Path, result: TokensResult
+) -> None:
+    left = dataclasses.replace(result, weights=[result.weights[0] * np.float32(0.75)])
+    browser.open(write_page(left, tmp_path / "page.html"))
+    keys = browser.run("[...document.querySelectorAll('#keys li')].map(e => e.textContent)")
+    queries = browser.run("document.querySelectorAll('#queries li').length")
+    assert (len(keys), keys[-1]) == (queries + 1, "(sink)")
+    assert browser.run("document.querySelectorAll('#text [data-item]').length") == queries
+    browser.run("document.querySelectorAll('#text [data-item]')[4].click()")
+    browser.run("document.getElementById('query-view').scrollIntoView()")
+    drawn(browser)
+    listed = dict(
+        zip(column(browser, "top-table", 2), column(browser, "top-table", 4), strict=True)
+    )
+    assert listed[queries] == pytest.approx(0.25, abs=6e-4)
+    assert browser.errors == []
 
 
 @pytest.mark.slow

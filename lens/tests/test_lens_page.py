@@ -268,3 +268,33 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> 
     write_page(result, path)
     assert path.read_text("utf-8").startswith("<!DOCTYPE html>")
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_what_rows_leave_to_a_learned_sink_is_a_column(dtype: type) -> None:
+    """Against a softmax with one logit more, in float64."""
+    scores = np.random.default_rng(3).normal(0, 2, (2, 3, 5, 5))
+    scores[..., ~np.tri(5, dtype=bool)] = -np.inf
+    sink = np.broadcast_to(np.array([0.5, -1.0, 2.0])[None, :, None, None], (2, 3, 5, 1))
+    whole = np.exp(np.concatenate([scores, sink], axis=-1))
+    whole /= whole.sum(axis=-1, keepdims=True)
+    words = ["a", "b", "c", "d", "e"]
+    result = tokens_result(words, whole[..., :-1].astype(dtype))
+    [found] = maps_of(result)
+    assert (found.sink, found.square, found.keys) == (True, True, (*words, "(sink)"))
+    np.testing.assert_allclose(found.weights, whole, atol=5e-3 if dtype is np.float16 else 1e-6)
+    measures = measure(found)
+    following = np.diagonal(whole[..., :5], 1, axis1=-2, axis2=-1).mean(-1)
+    np.testing.assert_allclose(measures.following, following, atol=5e-3)
+    assert "5 keys and the model" in str(result._repr_html_())
+    assert result.plot("head", layer=0, head=0).axes
+    assert '"sink":5' in page_of(result)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_without_a_sink_there_is_no_column(dtype: type) -> None:
+    weights = causal(random_weights(2, 2, 300, 300)).astype(dtype)
+    weights[0, 0, 7] = 0  # sees no key
+    [found] = maps_of(tokens_result([f"w{n}" for n in range(300)], weights))
+    assert not found.sink
+    assert found.weights.shape == weights.shape

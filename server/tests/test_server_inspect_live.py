@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from attnserve_client import AttentionClient
 from attnserve_client._cli import main
+from attnserve_server.app import AttentionServer
+from attnserve_server.settings import Settings
 from chromium import browser
 
 if TYPE_CHECKING:
@@ -52,8 +55,11 @@ def ready(browser: "Browser", text: str, pair: str = "") -> None:
         "delete document.documentElement.dataset.ready;"
         "document.getElementById('ask').requestSubmit(); 0"
     )
-    wait(browser, "document.documentElement.dataset.ready && "
-         "document.getElementById('ask-progress').hidden")  # fmt: skip
+    wait(
+        browser,
+        "document.documentElement.dataset.ready && document.getElementById('ask-progress').hidden"
+        " && ![...document.querySelectorAll('#grid .number')].some(e => e.textContent === '…')",
+    )
 
 
 def wait(browser: "Browser", condition: str) -> None:
@@ -211,3 +217,55 @@ def test_a_text_given_is_looked_at_at_once(browser: "Browser", address: str) -> 
         assert process.wait(timeout=10) == 130
         process.stdout.close()
         process.stderr.close()
+
+
+@pytest.mark.slow
+def test_32_layers_of_32_heads_at_2048_tokens_open_from_one_layer(
+    browser: "Browser", tmp_path: Path
+) -> None:
+    import torch
+    from attnserve_export.cli import main as export
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaModel(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(3)  # uneven weights, as trained models have them
+    model.save_pretrained(tmp_path / "checkpoint")
+    words = {f"w{number}": number for number in range(511)} | {"[UNK]": 511}
+    tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "checkpoint/tokenizer.json"))
+    out = ["--out", str(tmp_path / "models"), "--name", "large"]
+    assert export(["transformer", *out, "--checkpoint", str(tmp_path / "checkpoint")]) == 0
+    server = AttentionServer(
+        Settings(tmp_path / "models", port=0, metrics_port=0, provider="cpu", drain_seconds=5)
+    )
+    server.start()
+    numbers = np.random.default_rng(1).integers(0, 511, 2048)
+    text = " ".join(f"w{number}" for number in numbers)
+    try:
+        started = time.monotonic()
+        target = f"127.0.0.1:{server.port}"
+        process, url = begin(target, text, "--model", "large", "--timeout", "300")
+        print(f"first layer computed and packed in {time.monotonic() - started:.1f} s")
+        times = [browser.open(url) for _ in range(7)]
+        sent = browser.run(
+            "performance.getEntriesByType('resource').reduce((sum, e) => sum + e.transferSize, 0)"
+        )
+        print(f"{sent / 1e6:.0f} MB; opened in {sorted(times)[3]:.0f} ms, the median of {times}")
+        said = browser.run("document.getElementById('ask-status').textContent")
+        assert said.startswith("2048 tokens; 1 of 32 layers loaded; the others are loaded when")
+        assert sent <= 100e6
+        assert browser.errors == []
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+        assert process.returncode == 130
+    finally:
+        server.drain()

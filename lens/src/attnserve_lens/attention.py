@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+# What the column of a learned sink is called. Rows that add up to less than 1 by more than rounding
+# can explain, by the size of their numbers in bytes, left the rest to one.
+SINK = "(sink)"
+_ROUNDING = {2: 0.02, 4: 1e-3, 8: 1e-6}
+
 
 @dataclass(frozen=True, slots=True)
 class Axes:
@@ -21,11 +26,12 @@ class Axes:
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     split: int | None = None
+    sink: bool = False
 
     @property
     def square(self) -> bool:
-        """Whether queries and keys are the same tokens."""
-        return self.queries == self.keys
+        """Whether queries and keys are the same tokens, the sink aside."""
+        return self.queries == (self.keys[:-1] if self.sink else self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class AttentionMap:
         queries, keys: the tokens, as the vocabulary writes them; the same for self-attention.
         layers, heads: what the L and H axes hold, 0-based.
         split: where the second of two texts begins, in queries and in keys; None of one text.
+        sink: whether the last key is no token but the model's learned sink.
     """
 
     kind: str
@@ -48,6 +55,7 @@ class AttentionMap:
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     split: int | None = None
+    sink: bool = False
 
     def __post_init__(self) -> None:
         allowed = (len(self.layers), len(self.heads), len(self.queries), len(self.keys))
@@ -59,13 +67,15 @@ class AttentionMap:
 
     @property
     def square(self) -> bool:
-        """Whether queries and keys are the same tokens."""
-        return self.queries == self.keys
+        """Whether queries and keys are the same tokens, the sink aside."""
+        return self.axes.square
 
     @property
     def axes(self) -> Axes:
         """What the axes of the weights stand for."""
-        return Axes(self.kind, self.queries, self.keys, self.layers, self.heads, self.split)
+        return Axes(
+            self.kind, self.queries, self.keys, self.layers, self.heads, self.split, self.sink
+        )
 
     def layer_index(self, layer: int | None) -> int:
         """Where a layer is on the L axis; None is the first there.
@@ -104,14 +114,32 @@ def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[Att
         # One layer, positions for tokens; a window's rows keep their own numbers.
         num_heads, num_queries, num_keys = array.shape
         queries, keys = _numbers(num_queries), _numbers(num_keys)
-        heads = tuple(range(num_heads))
-        return (AttentionMap("self", array[None], queries, keys, (0,), heads),)
-    axes = axes_of(result, result.attention, tuple(result.layers), tuple(result.heads), sequence)
+        axes, array = Axes("self", queries, keys, (0,), tuple(range(num_heads))), array[None]
+    else:
+        layers, heads = tuple(result.layers), tuple(result.heads)
+        axes = axes_of(result, result.attention, layers, heads, sequence)
+    keys, with_sink = axes.keys, _with_sink(array)
+    sink = with_sink is not None
+    if with_sink is not None:
+        array, keys = with_sink, (*keys, SINK)
     return (
         AttentionMap(
-            axes.kind, array, axes.queries, axes.keys, axes.layers, axes.heads, axes.split
+            axes.kind, array, axes.queries, keys, axes.layers, axes.heads, axes.split, sink
         ),
     )
+
+
+def _with_sink(weights: Array) -> Array | None:
+    """The weights with a column of what their rows leave to a learned sink; None without one.
+
+    A row without any weight sees no key: it stays empty.
+    """
+    sums = weights.sum(axis=-1, dtype=np.float32)
+    left = np.where(sums > 0, 1 - sums, 0)
+    if left.max(initial=0) <= _ROUNDING[weights.dtype.itemsize]:
+        return None
+    column = np.maximum(left, 0).astype(weights.dtype)
+    return np.concatenate([weights, column[..., None]], axis=-1)
 
 
 def axes_of(

@@ -52,7 +52,8 @@ def measure(attention: AttentionMap) -> Measures:
     def diagonal(offset: int) -> Floats | None:
         if not attention.square or num_queries <= abs(offset):
             return None
-        found = np.diagonal(attention.weights, offset, axis1=-2, axis2=-1)
+        tokens = attention.weights[..., :num_queries]  # without a sink
+        found = np.diagonal(tokens, offset, axis1=-2, axis2=-1)
         return np.asarray(found.mean(axis=-1, dtype=np.float32))
 
     return Measures(

@@ -185,6 +185,7 @@ def describe(axes: Axes, name: str, bits: int) -> dict[str, Any]:
         "layers": axes.layers,
         "heads": axes.heads,
         "split": axes.split,
+        "sink": len(axes.keys) - 1 if axes.sink else None,
         "special": special,
         "bits": bits,
         "thumbnail": tuple(map(encoding.thumbnail_size, lengths)),

@@ -30,7 +30,7 @@ def sentences_of(attention: AttentionMap, measures: Measures) -> list[str]:
     kind = "" if attention.kind == "self" else f"{attention.kind.capitalize()}: "
     found = [
         f"{kind}{len(attention.layers)} layers, {len(attention.heads)} heads, "
-        f"{len(attention.queries)} queries, {len(attention.keys)} keys. A query spreads its weight "
+        f"{len(attention.queries)} queries, {_keys(attention)}. A query spreads its weight "
         f"as over {effective.mean():.1f} keys of equal weight, {share:.0%} of uniform, in the mean."
     ]
     if effective.size > 1:
@@ -106,6 +106,12 @@ def _grid(attention: AttentionMap, measures: Measures) -> str:
         "<details><summary>effective keys, exp(entropy), mean over queries</summary>"
         f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></details>"
     )
+
+
+def _keys(attention: AttentionMap) -> str:
+    if attention.sink:
+        return f"{len(attention.keys) - 1} keys and the model's sink"
+    return f"{len(attention.keys)} keys"
 
 
 def _head(attention: AttentionMap, values: Array, index: np.intp) -> str:

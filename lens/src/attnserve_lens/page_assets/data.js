@@ -89,7 +89,7 @@ class Layer {
 
 // Whether a query and a key are on the sides of the pair that the filter names.
 function within(map, filter, query, key) {
-  if (filter === "all" || map.split === null) return true;
+  if (filter === "all" || map.split === null || key === map.sink) return true;
   const side = (position) => (position < map.split ? "a" : "b");
   return side(query) === filter[0] && side(key) === filter[1];
 }

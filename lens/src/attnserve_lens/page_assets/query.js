@@ -6,7 +6,7 @@ function setUpQuery() {
     const span = make("span", { dir: "auto", "aria-selected": "false" });
     span.textContent = token;
     span.dataset.index = index;
-    if (map.square) {
+    if (map.square && index !== map.sink) {
       span.setAttribute("role", "option");
       span.setAttribute("data-item", "");
       span.tabIndex = -1;
@@ -69,7 +69,7 @@ function listTop(row, order) {
   let sum = 0;
   const rows = order.slice(0, +$("top").value).map((key, i) => {
     sum += row[key];
-    return [String(i + 1), { text: map.keys[key], word: true }, String(key), map.square ? String(key - query) : "–",
+    return [String(i + 1), { text: map.keys[key], word: true }, String(key), map.square && key !== map.sink ? String(key - query) : "–",
       weightText(row[key]), { text: "", meter: row[key] / heaviest }, sum.toFixed(3), Math.log(row[key] / heaviest).toFixed(2)];
   });
   fillTable($("top-table"), ["rank", { text: "key", word: true }, "position", "distance", "weight", "", "sum", "score"], rows);
