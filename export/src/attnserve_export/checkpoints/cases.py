@@ -197,8 +197,14 @@ def _alone(exact: Exact, feeds: Mapping[str, Array]) -> dict[str, Array]:
             length = int(feeds[name.replace("input_ids", "attention_mask")][row].sum())
             if name in taken:
                 given[name] = torch.from_numpy(array[row : row + 1, :length])
-        with torch.no_grad(), recording() as calls:
-            result = exact.model(**given)
+        try:
+            with torch.no_grad(), recording() as calls:
+                result = exact.model(**given)
+        except Exception as error:  # whatever a model may raise
+            sizes = ", ".join(f"{n} of {tensor.shape[1]}" for n, tensor in given.items())
+            raise ExportError(
+                f"--checkpoint: transformers itself cannot run {sizes} tokens: {error}"
+            ) from None
         states = {HIDDEN: last_hidden_state(result)}
         if kind == ENCODER_DECODER:
             states[ENCODER_HIDDEN] = result.encoder_last_hidden_state
