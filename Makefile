@@ -35,6 +35,7 @@ check-all: lint test ## lint, all tests, the longest included, and the C++ under
 	scripts/native-tests all
 	scripts/sanitized-server-tests
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/architecture_sweep.py --table docs/checkpoints.md
 
 native-tests: $(STAMP) ## the C++ tests
 	scripts/native-tests plain

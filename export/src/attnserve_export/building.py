@@ -82,6 +82,8 @@ def layer(options: argparse.Namespace, target: Path, progress: Progress) -> Mani
     if options.weights is not None:
         models.load_parameters(module, options.weights)
         digest = repository.sha256(options.weights)
+        if options.module == "multihead":
+            progress("add_zero_attn, which leaves no parameters behind, is taken to be off")
         source = {"description": f"parameters of {options.weights.name}", "sha256": digest}
     source["module"] = options.module
     return models.export_layer(
@@ -118,6 +120,7 @@ def transformer(options: argparse.Namespace, target: Path, progress: Progress) -
         name=options.name,
         version=options.version,
         opset=options.opset,
+        native=not options.no_native,
         progress=progress,
     )
 

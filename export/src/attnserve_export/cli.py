@@ -130,6 +130,11 @@ def _parser() -> Parser:
         required=True,
         help="folder with config.json, model*.safetensors",
     )
+    transformer.add_argument(
+        "--no-native",
+        action="store_true",
+        help="leave out the variant that needs the operators of attnserve-kernels",
+    )
 
     tune = kinds.add_parser("tune", help="measure a core model's variants on this machine")
     _add_place(tune)
