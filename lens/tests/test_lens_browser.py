@@ -301,6 +301,31 @@ def test_a_learned_sink_is_a_key_of_its_own(
     assert browser.errors == []
 
 
+def test_local_layers_stand_beside_global_ones(browser: "Browser", tmp_path: Path) -> None:
+    result = result_of([f"w{n}" for n in range(24)], 4, 2)
+    weights = result.weights[0] * np.tri(24, dtype=np.float32)
+    weights[::2] *= 1 - np.tri(24, k=-4, dtype=np.float32)  # layers 0 and 2: a window of 4
+    weights /= weights.sum(axis=-1, keepdims=True)
+    page = write_page(dataclasses.replace(result, weights=[weights]), tmp_path / "page.html")
+    browser.open(page)
+    browser.run("document.getElementById('spread').scrollIntoView()")
+    drawn(browser)
+    rows = browser.run(
+        "[...document.querySelectorAll('#kinds-table tbody tr')]"
+        ".map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    assert [row[:3] for row in rows] == [["local", "0, 2", "4"], ["global", "1, 3", "24"]]
+    logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    effective = np.exp(-(weights * logs).sum(-1)).mean(axis=(1, 2))
+    assert float(rows[0][3]) == pytest.approx(effective[::2].mean(), abs=0.06)
+    assert float(rows[1][3]) == pytest.approx(effective[1::2].mean(), abs=0.06)
+    choose(browser, "spread-lines", "kinds")
+    drawn(browser)
+    lines = "[...document.querySelectorAll('#spread-table tbody th')].map(e => e.textContent)"
+    assert browser.run(lines) == ["local", "global", "uniform"]
+    assert browser.errors == []
+
+
 @pytest.mark.slow
 def test_512_tokens_of_12_by_12_heads_open_and_answer_in_time(
     browser: "Browser", tmp_path: Path

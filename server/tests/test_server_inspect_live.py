@@ -219,6 +219,18 @@ def test_a_text_given_is_looked_at_at_once(browser: "Browser", address: str) -> 
         process.stderr.close()
 
 
+def test_a_port_that_is_taken_is_said_in_one_line(page: str, address: str) -> None:
+    taken = str(urlsplit(page).port)
+    done = subprocess.run(
+        [sys.executable, "-m", "attnserve_client._cli", "inspect", "--serve", "--port", taken,
+         "--target", address], capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"attnserve: --port: 127.0.0.1:{taken} is taken; give another, or none for a free one\n"
+    )
+
+
 @pytest.mark.slow
 def test_32_layers_of_32_heads_at_2048_tokens_open_from_one_layer(
     browser: "Browser", tmp_path: Path

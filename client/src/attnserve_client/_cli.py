@@ -19,7 +19,7 @@ what a server has:
 attention:
   attend     of query, key and value: from a file, or random
   tokens     of texts, by a transformer model: what each token attends to
-  inspect    of texts, as one HTML page to look at
+  inspect    of texts, as one HTML page to look at, or live with --serve
 
 `attnserve COMMAND --help` explains each. Beside it there are attnserve-export (make models),
 attnserve-server (serve them) and attnserve-loadtest (measure them).

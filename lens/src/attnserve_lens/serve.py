@@ -5,6 +5,7 @@ the printed address holds; a Host that is not this address (DNS rebinding), an O
 this page's and a request that a browser says another site made are refused before anything is read.
 """
 
+import errno
 import json
 import secrets
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from attnserve_client import AttnserveError
-from attnserve_proto.commands import Progress
+from attnserve_proto.commands import CommandError, Progress
 
 from attnserve_lens.live import Viewer
 from attnserve_lens.page import live_page
@@ -41,7 +42,7 @@ def serve(viewer: Viewer, first: dict[str, str], port: int = 0) -> None:
 
     Raises:
         AttnserveError: the server refused.
-        OSError: the port is taken.
+        CommandError: the port is taken.
         ValueError: the model to begin with is none that takes text.
     """
     names = [each["name"] for each in viewer.models()]
@@ -65,7 +66,14 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, viewer: Viewer, first: dict[str, str], port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise CommandError(
+                f"--port: 127.0.0.1:{port} is taken; give another, or none for a free one"
+            ) from None
         self.viewer, self.first = viewer, first
         self.host = f"127.0.0.1:{self.server_address[1]}"
         self.secret = secrets.token_urlsafe(16)

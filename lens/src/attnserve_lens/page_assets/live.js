@@ -78,7 +78,8 @@ const showArrived = oncePerFrame(() => {
   if (!state.data) return;
   drawOverview();
   listAllSinks();
-  if ($("spread-lines").value === "layers") refreshSpread();
+  if ($("spread-lines").value === "heads") listKinds();
+  else refreshSpread();
 });
 
 function showProgress(map) {

@@ -10,7 +10,14 @@ function spreadLines() {
     map.heads.forEach((_, h) => effectiveOf(map, l, h).forEach((value, i) => (sum[i] += value / map.heads.length)));
     return sum;
   };
-  if ($("spread-lines").value === "layers") {
+  const kinds = layerKinds(), chosenLines = $("spread-lines").value;
+  if (chosenLines === "kinds" && kinds.length > 1) {
+    kinds.forEach((kind, at) => {
+      const values = new Float32Array(count);
+      kind.layers.forEach((l) => meanOf(l).forEach((value, i) => (values[i] += value / kind.layers.length)));
+      lines.push({ name: kind.name, values, colour: headColours[at], width: 2.4, dash: at ? [7, 4] : [] });
+    });
+  } else if (chosenLines !== "heads") {
     map.layers.forEach((layer, l) => map.measures.effective[l] && lines.push({ name: `layer ${layer}`, values: meanOf(l), colour: headColours[l % headColours.length], width: l === state.layer ? 3 : 1.4 }));
   } else {
     map.heads.forEach((head, h) => {
@@ -21,6 +28,30 @@ function spreadLines() {
   }
   lines.push({ name: "uniform", values: visibleOf(map, state.layer), colour: palette.muted, width: 2, dash: [2, 3] });
   return lines;
+}
+
+// Layers that see fewer keys than others do (a window) are local; a layer that is not loaded is in
+// neither. A key counts as seen where any head gives it weight, so a few may be missed.
+function layerKinds() {
+  const { map } = state;
+  const most = map.layers.map((_, l) => visibleOf(map, l).reduce((found, each) => Math.max(found, each), 0));
+  const all = Math.max(...most), loaded = [...map.layers.keys()].filter((l) => most[l]);
+  return [
+    { name: "local", layers: loaded.filter((l) => most[l] < 0.9 * all) },
+    { name: "global", layers: loaded.filter((l) => most[l] >= 0.9 * all) },
+  ].map((kind) => ({ ...kind, most: Math.max(0, ...kind.layers.map((l) => most[l])) })).filter((kind) => kind.layers.length);
+}
+
+function listKinds() {
+  const { map } = state, kinds = layerKinds();
+  $("kinds").hidden = kinds.length < 2;
+  $("spread-lines").querySelector("[value=kinds]").hidden = kinds.length < 2;
+  if (kinds.length < 2) return;
+  const average = (name, kind) => map.measures[name] ? mean(kind.layers.map((l) => mean(map.measures[name][l]))) : null;
+  const share = (kind, name) => (average(name, kind) === null ? "–" : percent(average(name, kind)));
+  fillTable($("kinds-table"), ["layers", "which", "keys seen, at most", "effective keys", "first key", "the token before"],
+    kinds.map((kind) => [kind.name, kind.layers.map((l) => map.layers[l]).join(", "), String(kind.most),
+      keysText(average("effective", kind)), share(kind, "first"), share(kind, "previous")]));
 }
 
 // Of long inputs a point of a curve is the mean of some positions: neighbours differ so much that
@@ -76,6 +107,7 @@ function drawCurves(canvas, count) {
   picture.getContext("2d").drawImage(canvas, 0, 0);
   Object.assign(curves, { picture, lines, plot, step: positionsAPoint(count) });
   listSpread(lines, count);
+  listKinds();
 }
 
 function drawAxes(context, plot, top, count, x, y) {
