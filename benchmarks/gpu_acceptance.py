@@ -46,9 +46,19 @@ ONNX_TYPES = {
     torch.float16: int(onnx.TensorProto.FLOAT16),
     torch.bfloat16: int(onnx.TensorProto.BFLOAT16),
     torch.int64: int(onnx.TensorProto.INT64),
+    torch.bool: int(onnx.TensorProto.BOOL),
 }
 # Which inputs a variant may have to be run here; one with any other is skipped.
-KNOWN_INPUTS = {"query", "key", "value", "key_lengths", "bias", "softcap"}
+KNOWN_INPUTS = {
+    "query",
+    "key",
+    "value",
+    "key_lengths",
+    "bias",
+    "mask",
+    "prefix_lengths",
+    "softcap",
+}
 FLEX = "torch_flex"
 KERNEL_LOG = ("ONNX Attention: using", "unified unfused", "SdpaKernel=")
 # What the exporter and the probes of kernels and memory may need after the timings.
@@ -379,6 +389,8 @@ def tensors_for(
     }
     tensors["key_lengths"] = torch.tensor(key_lengths, device=target.kind, dtype=torch.int64)
     tensors["bias"] = torch.zeros((1, 1, 1, 1), device=target.kind, dtype=variant.dtype)
+    tensors["mask"] = torch.ones((1, 1, 1, 1), device=target.kind, dtype=torch.bool)
+    tensors["prefix_lengths"] = torch.zeros_like(tensors["key_lengths"])
     tensors["softcap"] = torch.tensor([-1.0], device=target.kind)  # the model's own
     return {name: tensors[name] for name in variant.inputs}
 

@@ -34,6 +34,13 @@ from attnserve_export.cli import main as export
 from attnserve_export.runtime import CPU
 from attnserve_loadtest.fitting import fit_power_law
 from common import arguments, write_json
+from kernels_masks import (
+    boolean_masks,
+    neutral,
+    packed_and_padded,
+    prefixes_and_chunks,
+    with_chunks,
+)
 from kernels_memory import peak_growth
 from kernels_plots import draw
 from kernels_timing import Timing, in_turns
@@ -97,6 +104,10 @@ class Models:
             and entry["name"] not in ("softcap", "paged")
         }
 
+    def opened(self, options: Sequence[str], shape: Shape, name: str) -> Any:
+        """One variant, ready to run."""
+        return self.session(self.variants(options, shape)[name]["path"])
+
     def session(self, path: Path) -> onnxruntime.InferenceSession:
         """A graph, ready to run on all cores."""
         if path not in self._opened:
@@ -117,11 +128,12 @@ class Models:
             "key": k,
             "value": v,
             "key_lengths": np.array([shape.key_len]),
-            "bias": np.zeros((1, 1, 1, 1), np.float32),
-            "softcap": np.array([-1], np.float32),
+            **neutral(1),
         }
         scores = 4 * shape.num_heads * shape.query_len * shape.key_len
         for name, entry in self.variants(options, shape).items():
+            if name == "packed":  # for packed sequences alone
+                continue
             if entry["memory"] == "quadratic" and scores > MOST_SCORE_BYTES:
                 continue
             session = self.session(entry["path"])
@@ -274,6 +286,63 @@ def other_shapes(models: Models, options: argparse.Namespace) -> list[dict[str, 
     return rows
 
 
+def masked(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What boolean masks, prefixes and chunks cost `native`."""
+    rows = []
+    for seq_len in options.mask_seq_lens:
+        shape = Shape(options.num_heads, options.num_heads, seq_len, seq_len, options.head_dim)
+        tensors = dict(zip(("query", "key", "value"), shape.tensors(), strict=True))
+        plain = models.opened(["--mask", "bidirectional"], shape, "native")
+        rows += compare("masks", shape, boolean_masks(plain, tensors), "no mask", options)
+        causal = models.variants(["--mask", "causal"], shape)["native"]["path"]
+        # The largest sees all: what chunks cost where they spare nothing.
+        chunked = {
+            chunk: models.session(with_chunks(causal, chunk))
+            for chunk in (256, options.mask_seq_lens[-1])
+        }
+        ways = prefixes_and_chunks(models.session(causal), chunked, tensors)
+        rows += compare("prefix, chunks", shape, ways, "causal", options)
+    return rows
+
+
+def packed(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Documents of unlike lengths, packed into one row or padded to the longest."""
+    rows = []
+    shortest, longest = options.documents
+    lengths = np.random.default_rng(0).integers(shortest, longest + 1, 64)
+    lengths[:2] = shortest, longest
+    tokens = int(lengths.sum())
+    shape = Shape(options.num_heads, options.num_heads, tokens, tokens, options.head_dim)
+    for mask in ("causal", "bidirectional"):
+        chosen = ["--mask", mask]
+        ways = packed_and_padded(
+            models.opened(chosen, shape, "packed"),
+            models.opened(chosen, shape, "native"),
+            lengths,
+            options.num_heads,
+            options.head_dim,
+            causal=mask == "causal",
+        )
+        rows += measure(f"packed {mask}", shape, ways, "packed", options)
+    return rows
+
+
+def compare(
+    section: str,
+    shape: Shape,
+    contenders: dict[str, Callable[[], Array]],
+    baseline: str,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Time, in turns, what does not compute the same."""
+    timings = in_turns(contenders, baseline, seconds=options.seconds, rounds=options.rounds)
+    print_rows(section, shape, timings)
+    return [
+        {"section": section, **asdict(shape), "contender": name, **asdict(timing)}
+        for name, timing in timings.items()
+    ]
+
+
 def memory(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Peak memory above inputs and output, each in a process of its own."""
     rows = []
@@ -285,7 +354,7 @@ def memory(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
             contenders: dict[str, Path | None] = {
                 name: entry["path"]
                 for name, entry in models.variants(mask, shape).items()
-                if entry["memory"] == "linear" or scores <= MOST_SCORE_BYTES
+                if name != "packed" and (entry["memory"] == "linear" or scores <= MOST_SCORE_BYTES)
             }
             if kind == "causal":
                 contenders["torch"] = None
@@ -331,7 +400,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-SECTIONS = {"full": full, "window": windowed, "shapes": other_shapes, "memory": memory}
+SECTIONS = {
+    "full": full,
+    "window": windowed,
+    "masks": masked,
+    "packed": packed,
+    "shapes": other_shapes,
+    "memory": memory,
+}
 
 
 def main() -> int:
@@ -354,10 +430,12 @@ def main() -> int:
     options.memory_seq_lens = [4096, 16_384, 65_536]
     options.compare_seq_len, options.flex, shortest = 16_384, True, 2048
     options.grouped_seq_len, options.cross_key_len = 1024, 8192
+    options.mask_seq_lens, options.documents = [512, 2048, 4096], (32, 512)
     if options.quick:
         options.seq_lens, options.window_seq_lens = [128, 256], [128, 256, 512]
         options.memory_seq_lens, options.compare_seq_len = [1024], 1024
         options.grouped_seq_len, options.cross_key_len = 128, 1024
+        options.mask_seq_lens, options.documents = [128, 512], (4, 64)
         options.flex, options.seconds, options.rounds, shortest = False, 0.05, 3, 128
     torch.set_num_threads(cores())
     rows: list[dict[str, Any]] = []

@@ -68,6 +68,8 @@ def _graph_run(path: Path, threads: int) -> Run:
             "value": value,
             "key_lengths": np.array([query.shape[2]]),
             "bias": np.zeros((1, 1, 1, 1), np.float32),
+            "mask": np.ones((1, 1, 1, 1), bool),
+            "prefix_lengths": np.zeros(1, np.int64),
             "softcap": np.array([-1], np.float32),
         }
         binding = session.io_binding()

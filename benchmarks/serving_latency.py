@@ -73,6 +73,8 @@ class InProcess:
             "value": v,
             "key_lengths": np.array([k.shape[2]]),
             "bias": np.zeros((1, 1, 1, 1), np.float32),
+            "mask": np.ones((1, 1, 1, 1), bool),
+            "prefix_lengths": np.zeros(1, np.int64),
             "softcap": np.array([-1], np.float32),
         }
         feeds = {entry.name: known[entry.name] for entry in session.get_inputs()}

@@ -5,8 +5,9 @@ WORKDIR /app
 COPY constraints.txt ./
 COPY proto ./proto
 COPY client ./client
+COPY lens ./lens
 COPY loadtest ./loadtest
-RUN pip install --no-cache-dir -c constraints.txt ./proto ./client ./loadtest \
+RUN pip install --no-cache-dir -c constraints.txt ./proto ./client ./loadtest './lens[context]' \
     && useradd --create-home attnserve && mkdir /reports && chown attnserve /reports
 USER attnserve
 EXPOSE 8089

@@ -35,6 +35,7 @@ setup(
             ],
             depends=[
                 "native/attention.h",
+                "native/attention_mask.inc",
                 "native/attention_tiles.inc",
                 "native/onnxruntime_abi.h",
                 "native/operator_context.h",

@@ -15,4 +15,4 @@ def read_operators_once() -> None:
     build = ONNXRegistry.from_torchlib
     if not hasattr(build, "cache_info"):
         cached: Any = staticmethod(functools.cache(build))
-        ONNXRegistry.from_torchlib = cached
+        ONNXRegistry.from_torchlib = cached  # type: ignore[method-assign]

@@ -28,6 +28,8 @@ from attnserve_export.attention.core import (
     CudnnCore,
     FlashCore,
     FusedCore,
+    PackedCore,
+    PackedDiagnosticsCore,
     PagedCore,
     SoftcapCore,
     default_scale,
@@ -35,6 +37,7 @@ from attnserve_export.attention.core import (
 from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer
+from attnserve_export.attention.packed import packed_attention
 from attnserve_export.attention.paged import paged_attention
 from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.text import exact, joined
@@ -169,6 +172,8 @@ def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.M
     """The graph of one variant of a core model."""
     if spec.core is PagedCore:
         return paged_attention(config, dtype, runtime.MIN_OPSET)
+    if spec.core in (PackedCore, PackedDiagnosticsCore):
+        return packed_attention(config, spec.inputs, spec.outputs, dtype, runtime.MIN_OPSET)
     kind, c = _TYPES[dtype], config
     own = [
         f"{kind}[batch, {c.num_heads}, query_len, {c.head_dim}] query",
@@ -240,6 +245,8 @@ def _model(
     inputs = {
         "key_lengths": "int64[batch] key_lengths",
         "bias": f"{kind}[{_BIAS}] bias",
+        "mask": f"bool[{_BIAS.replace('bias', 'mask')}] mask",
+        "prefix_lengths": "int64[batch] prefix_lengths",
         "softcap": "float[1] softcap",
         "top_k": "int64[1] top_k",
         "distances": "int64[1] distances",
@@ -285,10 +292,16 @@ def _core(config: AttentionConfig, spec: VariantSpec, result: str = "output") ->
     if config.rotary is None:
         lines = _positions(config)
     lines += [
-        *_visible(config),
+        *_visible(config, prefixes="prefix_lengths" in spec.inputs),
         f"exact_query = Cast <to = 1> ({query})",
-        f"exact_key = Cast <to = 1> ({key})",
-        "exact_value = Cast <to = 1> (value)",
+        f"given_key = Cast <to = 1> ({key})",
+        "given_value = Cast <to = 1> (value)",
+        # 0 where they are padding: a weight of 0 does not hide what is no number.
+        "numbers_across = Reshape (numbers, column)",
+        "valid = Less (numbers_across, lengths)",
+        "none = Constant <value_float = 0.0> ()",
+        "exact_key = Where (valid, given_key, none)",
+        "exact_value = Where (valid, given_value, none)",
     ]
     make = _fused if spec.core is FusedCore else _reference
     return [*lines, *make(config, spec, result)]
@@ -306,13 +319,16 @@ def _native(
             f"left = {-1 if mask.left is None else mask.left}",
             f"right = {-1 if mask.right is None else mask.right}",
             f"bottom_right = {int(mask.bottom_right)}",
+            f"chunk = {mask.chunk or 0}",
         )
     )
     slopes = ""
     if config.slopes is not None:
         slopes = "slopes"
         lines.append(f"slopes = Constant <value_floats = [{_floats(config.slopes)}]> ()")
-    last = [slopes, "softcap"] if "softcap" in spec.inputs else [slopes] if slopes else []
+    last = [slopes, *(name if name in spec.inputs else "" for name in ("softcap", "mask"))]
+    if "prefix_lengths" in spec.inputs:
+        last.append("prefix_lengths")
     if spec.outputs == DIAGNOSTICS:
         given = [query, key, "key_lengths", "top_k", "distances", "bias", *last]
         call = f"AttentionDiagnostics <{attributes}> ({', '.join(given)})"
@@ -372,9 +388,11 @@ def _turned(config: AttentionConfig, name: str) -> list[str]:
     ]
 
 
-def _visible(config: AttentionConfig) -> list[str]:
+def _visible(config: AttentionConfig, *, prefixes: bool) -> list[str]:
     """Which keys each query sees: from `first` to before `end` [B, 1, Sq, 1]."""
     mask = config.visibility
+    if mask.chunk is not None:
+        raise NotImplementedError(mask)
     lines = ["nothing = Mul (positions, zero)"]
     if mask.left is None:
         lines.append("first = Identity (nothing)")
@@ -396,7 +414,17 @@ def _visible(config: AttentionConfig) -> list[str]:
         *lines,
         "from_first = GreaterOrEqual (numbers, first)",
         "before_end = Less (numbers, end)",
-        "visible = And (from_first, before_end)",
+        f"{'in_range' if prefixes else 'visible'} = And (from_first, before_end)",
+        *(_prefix_lines() if prefixes else ()),
+    ]
+
+
+def _prefix_lines() -> list[str]:
+    return [
+        "prefixes = Reshape (prefix_lengths, by_sequence)",
+        "valid_prefixes = Min (prefixes, lengths)",
+        "in_prefix = Less (numbers, valid_prefixes)",
+        "visible = Or (in_range, in_prefix)",
     ]
 
 
@@ -406,7 +434,6 @@ def _fused(config: AttentionConfig, _: VariantSpec, result: str) -> list[str]:
         f"""attended = Attention <scale = {exact(config.scale)}>
             (exact_query, exact_key, exact_value, visible)""",
         "some = Less (first, end)",
-        "none = Constant <value_float = 0.0> ()",
         "seen = Where (some, attended, none)",
         f"{result} = CastLike (seen, query)",
     ]
@@ -456,16 +483,14 @@ def _reference(config: AttentionConfig, spec: VariantSpec, result: str) -> list[
         scores = "inclined"
     return [
         *lines,
-        # A finite stand-in for -inf: softmax over a row of -inf would give NaN.
-        "lowest = Constant <value_float = -3.4028234663852886e+38> ()",
-        f"finite = Max ({scores}, lowest)",
-        "masked = Where (visible, finite, lowest)",
+        "minus_one = Constant <value_float = -1.0> ()",
+        "hidden = Div (minus_one, none)",
+        f"masked = Where (visible, {scores}, hidden)",
         "last_axis = Constant <value_ints = [-1]> ()",
         "highest = ReduceMax <keepdims = 1> (masked, last_axis)",
-        "some = Greater (highest, lowest)",
-        "some_or_none = Cast <to = 1> (some)",
+        "unseeing = Equal (highest, hidden)",
         "normal = Softmax <axis = -1> (masked)",
-        "exact_weights = Mul (normal, some_or_none)",
+        "exact_weights = Where (unseeing, none, normal)",
         "products_shape = Shape (products)",
         "grouped_weights = Reshape (exact_weights, products_shape)",
         "sums = MatMul (grouped_weights, exact_value)",

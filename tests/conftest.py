@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from attnserve_export.checkpoints.families import FAMILIES
 from attnserve_server.app import AttentionServer
 from attnserve_server.settings import Settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 VOCABULARY, POSITIONS = 60, 48
 
 # Without these, whose code differs from another's by little; `-m slow` has them all.
-QUICK = ("roberta", "gpt2", "qwen2", "llama", "t5", "bart")
+QUICK = ("roberta", "gpt2", "qwen2", "gpt_oss", "t5", "bart")
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,16 @@ def qwen2(s: Shape) -> dict[str, Any]:
     return qwen(s) | {"hidden_size": s.heads * s.head_dim}
 
 
+def gpt_oss(s: Shape) -> dict[str, Any]:
+    """Sinks, experts, and a window in every other layer."""
+    return llama(s) | {
+        "sliding_window": s.window,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+
+
 def t5(s: Shape) -> dict[str, Any]:
     return {
         "d_model": 24,
@@ -152,6 +161,7 @@ CONFIGS: Mapping[str, Callable[[Shape], dict[str, Any]]] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen,
+    "gpt_oss": gpt_oss,
     "t5": t5,
     "bart": bart,
 }
@@ -160,8 +170,10 @@ CONFIGS: Mapping[str, Callable[[Shape], dict[str, Any]]] = {
 def write_checkpoint(family: str, shape: Shape, folder: Path) -> None:
     """A random checkpoint, with parameters larger than those that training starts from."""
     torch.manual_seed(shape.seed)
-    model_class = getattr(transformers, FAMILIES[family].model_class)
-    model = model_class(model_class.config_class(vocab_size=VOCABULARY, **CONFIGS[family](shape)))
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, **CONFIGS[family](shape)
+    )
+    model = transformers.AutoModel.from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and "norm" not in name.lower() and "ln_" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -213,8 +225,9 @@ def families(
     folder = tmp_path_factory.mktemp("families")
     commands = []
     for family in QUICK:
-        # Only Qwen's layers differ among each other.
-        make_checkpoint(family, folder / family, layers=(2 if family == "qwen2" else 1, 1))
+        # Only these have layers that differ among each other.
+        layers = 2 if family in ("qwen2", "gpt_oss") else 1
+        make_checkpoint(family, folder / family, layers=(layers, 1))
         commands.append(["transformer", "--out", str(folder / "models"), "--name", family])
         commands[-1] += ["--checkpoint", str(folder / family)]
     export_all(commands)

@@ -52,6 +52,13 @@ def test_all_sections_and_plots(models: Path, tmp_path: Path) -> None:
     for section in ("memory causal", "memory window"):
         grown = {r["contender"]: r["bytes"] for r in rows if r["section"] == section}
         assert grown["reference"] > grown["blocked"] > grown["native"] >= 0
+    ways = {row["contender"] for row in timed if row["section"] == "packed causal"}
+    assert ways == {"packed", "one by one", "padded", "torch, padded"}
+    assert {"no mask", "mask [1, 1, n, n]"} <= {
+        r["contender"] for r in timed if r["section"] == "masks"
+    }
+    chunked = {r["contender"] for r in timed if r["section"] == "prefix, chunks"}
+    assert {"causal", "prefix of 16", "chunks of 256"} <= chunked
     assert "causal, native" not in figures["exponents"]  # two lengths say nothing
     assert figures["exponents"]["window 256, native"] > 0
     made = {path.stem for path in plots.glob("*.png")}

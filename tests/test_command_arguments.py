@@ -37,9 +37,9 @@ OF = {
     "host": "host",
     "number": "--timeout --seq-len --batch --seed --scale --softcap --top-k --mass-by-distance "
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
-    "--window --window-right --rotary-dims --rotary-base --embed-dim --context-dim --opset "
+    "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
-    "--bound-ms --request-timeout --version",
+    "--bound-ms --request-timeout --version --port",
     "numbers": "--ids --seq-lens --depths --tokens-seq-lens --layers --heads",
     "span": "--prompt --tokens",
     "choice": "--attention --mask --alignment --rotary --dtype --module --provider --log-format "

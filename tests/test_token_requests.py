@@ -228,7 +228,7 @@ def test_long_inputs_take_no_matrix_unless_weights_are_asked_for(
 ) -> None:
     length = 12_288  # the weights of one head would take 576 MiB
     checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(families[0] / "llama", checkpoint)
+    shutil.copytree(families[0] / "qwen2", checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(
         json.dumps(config | {"max_position_embeddings": length})

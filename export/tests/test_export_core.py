@@ -20,6 +20,7 @@ from attnserve_export.attention.positions import Rotary
 from attnserve_export.attention.variants import FUSED, VariantSpec, core_specs, layer_specs
 from attnserve_export.cli import main
 from attnserve_export.reference import BIDIRECTIONAL, CAUSAL, attention_reference
+from attnserve_export.verification import lowest_bias_tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -87,17 +88,27 @@ def test_any_shape_is_within_tolerance(
         "value": generator.standard_normal((batch, kv_heads, sk, value_dim)).astype(dtype),
         "key_lengths": generator.integers(0, sk + 1, batch),
     }
+    for row, length in enumerate(feeds["key_lengths"]):
+        feeds["key"][row, :, length:] = data.draw(st.sampled_from((0, np.nan, np.inf)))
+        feeds["value"][row, :, length:] = data.draw(st.sampled_from((0, np.nan, -np.inf)))
+    lowest = False
     if variant == "reference":
         full = (batch, heads, sq, sk)
         shape = [data.draw(st.sampled_from((1, size))) for size in full]
         feeds["bias"] = generator.standard_normal(shape).astype(dtype)
         feeds["bias"][generator.random(shape) < 0.2] = -np.inf
+        if attention["mask"] == "causal":
+            feeds["prefix_lengths"] = generator.integers(0, sk + 1, batch)
+        lowest = data.draw(st.booleans(), label="lowest")
+        if lowest:
+            feeds["bias"][:, :, 0] = np.finfo(dtype).min
     output, weights = attention_reference(
         **feeds, scheme=CAUSAL if attention["mask"] == "causal" else BIDIRECTIONAL
     )
     session = _session(repository / name / "1" / _file(manifest, variant))
     answers = session.run(None, feeds)
     tolerance = 2e-3 if name == "half" else 2e-6 * np.sqrt(sk)
+    tolerance += lowest * lowest_bias_tolerance(manifest["dtype"])
     np.testing.assert_allclose(answers[0], output, atol=tolerance)
     for answer in answers[1:]:
         np.testing.assert_allclose(answer, weights, atol=tolerance)
@@ -126,10 +137,11 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
-    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics", "paged"]
+    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics"]
+    names += ["packed", "packed_diagnostics", "paged"]
     assert [v["name"] for v in manifest["variants"]] == names
     assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
-        "blocked", "native", "diagnostics", "paged",
+        "blocked", "native", "diagnostics", "packed", "packed_diagnostics", "paged",
     }  # fmt: skip
     for provider, rows in manifest["picks"].items():
         assert rows[-1]["up_to"] is None

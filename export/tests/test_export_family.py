@@ -15,8 +15,10 @@ from attnserve_export import sessions, tuning
 from attnserve_export.attention.core import AttentionConfig
 from attnserve_export.attention.paged import has_paged
 from attnserve_export.attention.positions import Rotary, alibi_slopes
+from attnserve_export.attention.variants import core_specs
 from attnserve_export.cases import scheme_of
 from attnserve_export.cli import main
+from attnserve_export.models import core_graph
 from attnserve_export.reference import attention_reference
 from attnserve_export.tuning import Measurement, picks_from
 from attnserve_export.verification import angle_tolerance
@@ -77,6 +79,9 @@ def config_of(name: str) -> AttentionConfig:
     return AttentionConfig(HEADS, DIM, KV_HEADS, VALUE_DIM, **settings_of)
 
 
+# One has another softcap, the others are for other requests.
+NOT_RUN = ("softcap", "paged", "packed")
+
 # On both sides of blocks (16 to 128 queries) and of the windows.
 lengths = st.integers(1, 24) | st.sampled_from([127, 128, 129, 150, 260])
 
@@ -102,6 +107,8 @@ def test_every_variant_at_any_shape(
         "value": normal(batch, KV_HEADS, sk, VALUE_DIM),
         "key_lengths": generator.integers(0, sk + 1, batch),
         "bias": np.zeros((1, 1, 1, 1), dtype),
+        "mask": np.ones((1, 1, 1, 1), bool),
+        "prefix_lengths": np.zeros(batch, np.int64),
         "softcap": np.array([-1.0], np.float32),
     }
     expected, weights = attention_reference(
@@ -116,7 +123,7 @@ def test_every_variant_at_any_shape(
     tolerance = TOLERANCE.get(manifest["dtype"], exact)
     for variant in manifest["variants"]:
         outputs = {entry["name"] for entry in variant["outputs"]}
-        if "output" not in outputs or variant["name"] in ("softcap", "paged"):
+        if "output" not in outputs or variant["name"] in NOT_RUN:
             continue
         shapes = {n: a.shape for n, a in (("output", expected), ("weights", weights))}
         answers = sessions.run(
@@ -136,6 +143,7 @@ def test_no_variant_of_the_family_is_missing(family: Callable[[str], Path], name
     manifest = json.loads((family(name) / "model.json").read_text())
     config = config_of(name)
     expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
+    expected |= {"packed", "packed_diagnostics"}
     if not config.softcap and not config.alibi:
         expected.add("fused")
     if has_paged(config):
@@ -358,3 +366,57 @@ def test_tuning_stays_within_the_repository(
         (tmp_path / "bad/1/model.json").write_text(text)
         assert main(["tune", "--out", str(tmp_path), "--name", "bad"]) == 2
         assert message in capsys.readouterr().err
+
+
+@cache
+def chunked(
+    mask: str, alignment: str, window: int | None, variant: str
+) -> onnxruntime.InferenceSession:
+    """A variant with chunks of 20."""
+    config = AttentionConfig(
+        2, 8, 1, 8, mask, 1.0, alignment=alignment, window=window, window_right=window, chunk=20
+    )
+    specs = core_specs(config, "FP32", native=True)
+    assert not {"flash", "cudnn", "paged"} & set(specs)
+    graph = core_graph(config, specs[variant], "FP32", 23)
+    return onnxruntime.InferenceSession(graph.SerializeToString())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.tuples(st.integers(1, 3), lengths, lengths),
+    seed=st.integers(0, 2**32 - 1),
+)
+@pytest.mark.parametrize(
+    ("variant", "mask", "alignment", "window"),
+    [
+        ("fused", "bidirectional", "bottom-right", None),
+        ("blocked", "bidirectional", "bottom-right", 13),
+        ("blocked", "causal", "top-left", None),
+    ],
+)
+def test_chunks_are_what_pytorch_sees_by_an_explicit_mask(
+    variant: str, mask: str, alignment: str, window: int | None, sizes: tuple, seed: int
+) -> None:
+    batch, sq, sk = sizes
+    generator = np.random.default_rng(seed)
+    shapes = {"query": (batch, 2, sq, 8), "key": (batch, 1, sk, 8), "value": (batch, 1, sk, 8)}
+    feeds = {name: generator.standard_normal(s, np.float32) for name, s in shapes.items()}
+    feeds["key_lengths"] = generator.integers(0, sk + 1, batch)
+    (output,) = chunked(mask, alignment, window, variant).run(None, feeds)
+    length = feeds["key_lengths"][:, None, None, None]
+    offset = length - sq if alignment == "bottom-right" else 0
+    query, key = np.arange(sq)[:, None] + offset, np.arange(sk)
+    visible = (key // 20 == query // 20) & (key < length)
+    if window is not None:
+        visible &= key > query - window
+    reach = 0 if mask == "causal" else window
+    if reach is not None:
+        visible &= key <= query + reach
+    visible = torch.from_numpy(np.broadcast_to(visible, (batch, 2, sq, sk)).copy())
+    q, k, v = (torch.from_numpy(feeds[name]).double() for name in shapes)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, visible, scale=1.0, enable_gqa=True
+    )
+    expected = torch.where(visible.any(dim=-1, keepdim=True), expected, 0)
+    np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)

@@ -47,12 +47,32 @@ const Implementation& implementation() {
 
 }  // namespace
 
-std::int64_t attention_tasks(const Problem& problem) {
-  const std::int64_t rows = problem.query_len * (problem.num_heads / problem.num_kv_heads);
-  return problem.batch * problem.num_kv_heads * ((rows + kQueriesPerTask - 1) / kQueriesPerTask);
+namespace {
+
+// Pieces of so many queries that share a key head.
+std::int64_t pieces(const Problem& problem, std::int64_t queries) {
+  const std::int64_t rows = queries * (problem.num_heads / problem.num_kv_heads);
+  return (rows + kQueriesPerTask - 1) / kQueriesPerTask;
 }
 
-std::int64_t diagnosis_tasks(const Problem& problem) { return problem.batch * problem.num_heads; }
+}  // namespace
+
+std::int64_t attention_tasks(const Problem& problem) {
+  if (problem.packed > 0) return problem.num_kv_heads * problem.task_starts[problem.packed];
+  return problem.batch * problem.num_kv_heads * pieces(problem, problem.query_len);
+}
+
+std::vector<std::int64_t> packed_tasks(const Problem& problem) {
+  std::vector<std::int64_t> starts{0};
+  for (std::int64_t s = 0; s < problem.packed; ++s)
+    starts.push_back(starts.back() +
+                     pieces(problem, problem.query_starts[s + 1] - problem.query_starts[s]));
+  return starts;
+}
+
+std::int64_t diagnosis_tasks(const Problem& problem) {
+  return problem.sequences() * problem.num_heads;
+}
 
 Kernel attention_kernel() { return implementation().attend; }
 Kernel diagnosis_kernel() { return implementation().diagnose; }

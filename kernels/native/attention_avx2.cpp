@@ -1,5 +1,6 @@
 // For processors with AVX2 and FMA. The standard headers come first: they must not be compiled for it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>

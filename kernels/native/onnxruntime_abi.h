@@ -26,7 +26,7 @@ struct ApiBase {
 constexpr std::uint32_t kApiVersion = 17;      // ONNX Runtime 1.17, the first with parallel_for
 constexpr std::uint32_t kOperatorVersion = 16;  // of the layout of CustomOp below
 
-enum ElementType { kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt64 = 7, kBool = 9, kFloat16 = 10, kBFloat16 = 16 };
 enum Presence { kRequired = 0, kOptional = 1 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 
@@ -102,6 +102,7 @@ class Interface {
     return at<Status* (*)(KernelContext*, std::size_t, const std::int64_t*, std::size_t, Value**)>(
         91)(context, index, dimensions, count, out);
   }
+  void release_status(Status* status) const { at<void (*)(Status*)>(93)(status); }
   void release_tensor_info(TensorInfo* info) const { at<void (*)(TensorInfo*)>(99)(info); }
   Status* parallel_for(const KernelContext* context, void (*body)(void*, std::size_t),
                        std::size_t total, std::size_t batches, void* data) const {

@@ -1,14 +1,17 @@
 // The operators of domain `attnserve`, as ONNX Runtime loads them:
 //
-// Attention(query, key, value, key_lengths, bias?, slopes?, softcap?) -> output
-// AttentionDiagnostics(query, key, key_lengths, top_k, distances, bias?, slopes?, softcap?)
+// Attention(query, key, value, key_lengths?, bias?, slopes?, softcap?, mask?, prefix_lengths?,
+//           query_starts?, key_starts?) -> output
+// AttentionDiagnostics(query, key, key_lengths?, top_k, distances, bias?, slopes?, softcap?, mask?,
+//                      prefix_lengths?, query_starts?, key_starts?)
 //     -> entropy, mass_per_key, mass_by_distance, top_k_indices, top_k_weights
+// Sequences are rows of the batch, with key_lengths, or packed in one row, with the two starts.
 //
 // PagedAttention(query, key?, value?, cache, starts, lengths, table_starts, table, spec, parents?,
 //                slopes?, weights_of?) -> output, log_sum_exp, entropy?, weights?
 //
 // Attributes of the first two: scale, softcap (float; an input of that name replaces it unless it is
-// negative), left, right (integer; -1 is all), bottom_right (0 or 1). Of PagedAttention: scale,
+// negative), left, right (integer; -1 is all), bottom_right (0 or 1), chunk (0 or absent: none). Of PagedAttention: scale,
 // softcap, num_kv_heads, head_dim, value_head_dim; it writes into `cache`. Shapes and meaning:
 // attention.h, paged.h and docs/kernels.md.
 #include <algorithm>
@@ -38,20 +41,30 @@ using attnserve::Tensor;
 // What stops the computations that begin on this thread: see attnserve_set_stop_flag.
 thread_local const std::atomic<bool>* stop_flag = nullptr;
 
+// Pairs of a query and a key of one sequence, of one head.
+double pairs_of(const Problem& p) {
+  if (p.packed == 0) return static_cast<double>(p.batch) * p.query_len * p.key_len;
+  double pairs = 0;
+  for (std::int64_t s = 0; s < p.packed; ++s)
+    pairs += static_cast<double>(p.query_starts[s + 1] - p.query_starts[s]) *
+             (p.key_starts[s + 1] - p.key_starts[s]);
+  return pairs;
+}
+
 double attention_work(const Problem& p) {
-  const double keys = static_cast<double>(p.batch) * p.key_len * (p.head_dim + p.value_head_dim);
+  const double keys = static_cast<double>(p.batch) * p.key_len;
   // Reading a key and its value takes about as long as multiplying them eight times.
-  return keys * (static_cast<double>(p.num_heads) * p.query_len + 8.0 * p.num_kv_heads);
+  return (p.head_dim + p.value_head_dim) * (p.num_heads * pairs_of(p) + 8.0 * p.num_kv_heads * keys);
 }
 
 double diagnosis_work(const Problem& p) {
-  const double pairs = static_cast<double>(p.batch) * p.num_heads * p.query_len * p.key_len;
+  const double pairs = p.num_heads * pairs_of(p);
   return pairs * (2.0 * p.head_dim + 100.0);  // scores twice, and what is gathered from each
 }
 
 struct Settings {
   float scale, softcap;
-  std::int64_t left, right, bottom_right;
+  std::int64_t left, right, bottom_right, chunk;
 };
 
 // A node of a graph.
@@ -65,10 +78,64 @@ struct NodeOf {
 using Node = NodeOf<Settings>;
 using PagedNode = NodeOf<PagedSettings>;
 
-// What both operators share: query, key, lengths, bias, slopes, softcap.
+// The strides of a tensor that broadcasts to [batch, num_heads, query_len, key_len], and how many
+// elements it has.
+std::int64_t broadcast_strides(const Context& context, const Problem& p, const Tensor& tensor,
+                               const std::string& name, std::int64_t* strides) {
+  const std::int64_t full[4] = {p.batch, p.num_heads, p.query_len, p.key_len};
+  context.require(tensor.shape.size() == 4, ("attnserve: " + name + ": its rank must be 4").c_str());
+  std::int64_t stride = 1;
+  for (int axis = 3; axis >= 0; --axis) {
+    const std::int64_t size = tensor.shape[axis];
+    context.require(size == 1 || size == full[axis],
+                    ("attnserve: " + name + ": each dimension must be 1 or the full one").c_str());
+    strides[axis] = size == 1 ? 0 : stride;
+    stride *= size;
+  }
+  return stride;
+}
+
+// Where packed sequences begin: from 0 to `end`, none before the one before it.
+const std::int64_t* starts_of(const Context& context, const Tensor& starts, std::int64_t end,
+                              const char* name) {
+  const auto* at = static_cast<const std::int64_t*>(starts.data);
+  const bool right = starts.shape.size() == 1 && starts.shape[0] >= 2 && at[0] == 0 &&
+                     at[starts.shape[0] - 1] == end && std::is_sorted(at, at + starts.shape[0]);
+  if (!right)
+    context.refuse("attnserve: " + std::string(name) + ": must rise from 0 to " +
+                   std::to_string(end));
+  return at;
+}
+
+// Which sequences there are: rows of the batch, or packed.
+void place_sequences(const Context& context, const Tensor& lengths, const Tensor& prefixes,
+                     const Tensor& query_starts, const Tensor& key_starts, Problem& p) {
+  if (query_starts.data != nullptr) {
+    context.require(p.batch == 1, "attnserve: query: packed sequences lie in a batch of 1");
+    p.query_starts = starts_of(context, query_starts, p.query_len, "query_starts");
+    p.key_starts = starts_of(context, key_starts.data == nullptr ? query_starts : key_starts,
+                             p.key_len, "key_starts");
+    context.require(key_starts.data == nullptr || key_starts.shape == query_starts.shape,
+                    "attnserve: key_starts: its shape must be that of query_starts");
+    p.packed = query_starts.shape[0] - 1;
+  } else {
+    context.require(lengths.shape == std::vector<std::int64_t>{p.batch},
+                    "attnserve: key_lengths: its shape must be [batch]");
+    p.key_lengths = static_cast<const std::int64_t*>(lengths.data);
+  }
+  if (prefixes.data != nullptr) {
+    context.require(prefixes.shape == std::vector<std::int64_t>{p.sequences()},
+                    "attnserve: prefix_lengths: its shape must be [sequences]");
+    p.prefix_lengths = static_cast<const std::int64_t*>(prefixes.data);
+  }
+}
+
+// What both operators share, from `first` on their inputs in the same order: bias, slopes, softcap,
+// mask, prefix_lengths, query_starts, key_starts.
 Problem problem_of(const Context& context, const Node& node, const Tensor& query,
-                   const Tensor& key, const Tensor& lengths, const Tensor& bias,
-                   const Tensor& slopes, const Tensor& softcap) {
+                   const Tensor& key, const Tensor& lengths, std::size_t first) {
+  const Tensor bias = context.input(first), slopes = context.input(first + 1),
+               softcap = context.input(first + 2), mask = context.input(first + 3);
   Problem p{};
   const auto& q = query.shape;
   const auto& k = key.shape;
@@ -78,13 +145,10 @@ Problem problem_of(const Context& context, const Node& node, const Tensor& query
                   "attnserve: key: batch and head_dim must be those of query");
   context.require(k[1] > 0 && q[1] % k[1] == 0,
                   "attnserve: key: its heads must divide those of query");
-  context.require(lengths.shape == std::vector<std::int64_t>{q[0]},
-                  "attnserve: key_lengths: its shape must be [batch]");
   p.stop = stop_flag;
   p.element = node.element;
   p.query = query.data;
   p.key = key.data;
-  p.key_lengths = static_cast<const std::int64_t*>(lengths.data);
   p.batch = q[0];
   p.num_heads = q[1];
   p.query_len = q[2];
@@ -98,6 +162,9 @@ Problem problem_of(const Context& context, const Node& node, const Tensor& query
   p.left = std::min(node.settings.left, farthest);
   p.right = std::min(node.settings.right, farthest);
   p.bottom_right = node.settings.bottom_right != 0;
+  p.chunk = std::min(node.settings.chunk, farthest);
+  place_sequences(context, lengths, context.input(first + 4), context.input(first + 5),
+                  context.input(first + 6), p);
   if (slopes.data != nullptr) {
     context.require(slopes.shape == std::vector<std::int64_t>{p.num_heads},
                     "attnserve: slopes: its shape must be [num_heads]");
@@ -110,43 +177,45 @@ Problem problem_of(const Context& context, const Node& node, const Tensor& query
     if (given >= 0) p.softcap = given;
   }
   if (bias.data != nullptr) {
-    const std::int64_t full[4] = {p.batch, p.num_heads, p.query_len, p.key_len};
-    context.require(bias.shape.size() == 4, "attnserve: bias: its rank must be 4");
-    std::int64_t stride = 1;
-    for (int axis = 3; axis >= 0; --axis) {
-      const std::int64_t size = bias.shape[axis];
-      context.require(size == 1 || size == full[axis],
-                      "attnserve: bias: each dimension must be 1 or the full one");
-      p.bias_strides[axis] = size == 1 ? 0 : stride;
-      stride *= size;
-    }
+    const std::int64_t size = broadcast_strides(context, p, bias, "bias", p.bias_strides);
     // The neutral bias, a single 0, costs nothing. 0 is all bits 0 in each element type.
-    const bool neutral = stride == 1 && (node.element == Element::kFloat32
+    const bool neutral = size == 1 && (node.element == Element::kFloat32
                                              ? *static_cast<const float*>(bias.data) == 0
                                              : *static_cast<const std::uint16_t*>(bias.data) == 0);
     if (!neutral) p.bias = bias.data;
   }
+  if (mask.data != nullptr) {
+    const auto* given = static_cast<const std::uint8_t*>(mask.data);
+    const std::int64_t size = broadcast_strides(context, p, mask, "mask", p.mask_strides);
+    const bool neutral = size == 1 && *given != 0;
+    if (!neutral) p.mask = given;
+  }
   return p;
 }
 
+// A problem with its sequences cut into pieces.
+struct Cut {
+  explicit Cut(Problem& p) : starts(attnserve::packed_tasks(p)) { p.task_starts = starts.data(); }
+  std::vector<std::int64_t> starts;
+};
+
 void attention(const Context& context, const Node& node) {
   const Tensor query = context.input(0), key = context.input(1), value = context.input(2);
-  Problem p = problem_of(context, node, query, key, context.input(3), context.input(4),
-                         context.input(5), context.input(6));
+  Problem p = problem_of(context, node, query, key, context.input(3), 4);
   const auto& v = value.shape;
   context.require(v.size() == 4 && v[0] == p.batch && v[1] == p.num_kv_heads && v[2] == p.key_len,
                   "attnserve: value: batch, heads and length must be those of key");
   p.value = value.data;
   p.value_head_dim = v[3];
   p.output = context.output<void>(0, {p.batch, p.num_heads, p.query_len, p.value_head_dim});
+  const Cut cut(p);
   const attnserve::Kernel kernel = attnserve::attention_kernel();
   context.run([&](std::int64_t task) { kernel(p, task); }, p.stop, attnserve::attention_tasks(p),
               attention_work(p));
 }
 
 void diagnostics(const Context& context, const Node& node) {
-  Problem p = problem_of(context, node, context.input(0), context.input(1), context.input(2),
-                         context.input(5), context.input(6), context.input(7));
+  Problem p = problem_of(context, node, context.input(0), context.input(1), context.input(2), 5);
   const Tensor top_k = context.input(3), distances = context.input(4);
   const std::vector<std::int64_t> one{1};
   context.require(top_k.shape == one, "attnserve: top_k: its shape must be [1]");
@@ -158,7 +227,7 @@ void diagnostics(const Context& context, const Node& node) {
                   "attnserve: distances: must be 0..16777216");
   p.entropy = context.output<float>(0, {p.batch, p.num_heads, p.query_len});
   p.mass_per_key = context.output<float>(1, {p.batch, p.num_heads, p.key_len});
-  float* by_distance = context.output<float>(2, {p.batch, p.num_heads, p.distances});
+  float* by_distance = context.output<float>(2, {p.sequences(), p.num_heads, p.distances});
   if (p.distances > 0) p.mass_by_distance = by_distance;
   p.top_indices = context.output<std::int64_t>(3, {p.batch, p.num_heads, p.query_len, p.top_k});
   p.top_weights = context.output<float>(4, {p.batch, p.num_heads, p.query_len, p.top_k});
@@ -192,6 +261,12 @@ void read(const ort::Interface& api, const ort::KernelInfo* info, Settings& s) {
   check(api.integer_attribute(info, "left", &s.left));
   check(api.integer_attribute(info, "right", &s.right));
   check(api.integer_attribute(info, "bottom_right", &s.bottom_right));
+  // Graphs exported earlier have none.
+  ort::Status* absent = api.integer_attribute(info, "chunk", &s.chunk);
+  if (absent != nullptr) {
+    api.release_status(absent);
+    s.chunk = 0;
+  }
 }
 
 void read(const ort::Interface& api, const ort::KernelInfo* info, PagedSettings& s) {
@@ -237,11 +312,14 @@ constexpr ort::ElementType type_of(Element element) {
 template <Element kElement>
 struct AttentionOperator {
   static constexpr const char* kName = "Attention";
-  static constexpr std::size_t kInputs = 7, kOutputs = 1;
-  static bool requires_input(std::size_t index) { return index < 4; }
+  static constexpr std::size_t kInputs = 11, kOutputs = 1;
+  static bool requires_input(std::size_t index) { return index < 3; }
   static bool requires_output(std::size_t) { return true; }
   static ort::ElementType input(std::size_t index) {
-    return index == 3 ? ort::kInt64 : index >= 5 ? ort::kFloat : type_of(kElement);
+    return index == 3 || index >= 8 ? ort::kInt64
+           : index == 7             ? ort::kBool
+           : index >= 5             ? ort::kFloat
+                                    : type_of(kElement);
   }
   static ort::ElementType output(std::size_t) { return type_of(kElement); }
   static constexpr auto kCreate = create<Settings>;
@@ -252,11 +330,14 @@ struct AttentionOperator {
 template <Element kElement>
 struct DiagnosticsOperator {
   static constexpr const char* kName = "AttentionDiagnostics";
-  static constexpr std::size_t kInputs = 8, kOutputs = 5;
-  static bool requires_input(std::size_t index) { return index < 5; }
+  static constexpr std::size_t kInputs = 12, kOutputs = 5;
+  static bool requires_input(std::size_t index) { return index < 5 && index != 2; }
   static bool requires_output(std::size_t) { return true; }
   static ort::ElementType input(std::size_t index) {
-    return index >= 2 && index <= 4 ? ort::kInt64 : index >= 6 ? ort::kFloat : type_of(kElement);
+    return (index >= 2 && index <= 4) || index >= 9 ? ort::kInt64
+           : index == 8                             ? ort::kBool
+           : index >= 6                             ? ort::kFloat
+                                                    : type_of(kElement);
   }
   static ort::ElementType output(std::size_t index) {
     return index == 3 ? ort::kInt64 : ort::kFloat;

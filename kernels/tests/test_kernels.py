@@ -15,7 +15,13 @@ import numpy as np
 import onnx.helper
 import onnxruntime
 import pytest
-from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
+import torch
+from attnserve_export.reference import (
+    Scheme,
+    attention_reference,
+    diagnostics_reference,
+    packed_reference,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,9 +30,13 @@ SHARE = int(os.environ.get("ATTNSERVE_TEST_SHARE", "1"))
 
 TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.bfloat16, 16)}
 INPUTS = {
-    "Attention": ("query", "key", "value", "key_lengths", "bias", "slopes", "softcap"),
+    "Attention": (
+        "query", "key", "value", "key_lengths", "bias", "slopes", "softcap", "mask",
+        "prefix_lengths", "query_starts", "key_starts",
+    ),
     "AttentionDiagnostics": (
-        "query", "key", "key_lengths", "top_k", "distances", "bias", "slopes", "softcap",
+        "query", "key", "key_lengths", "top_k", "distances", "bias", "slopes", "softcap", "mask",
+        "prefix_lengths", "query_starts", "key_starts",
     ),
 }  # fmt: skip
 OUTPUTS = {
@@ -35,8 +45,11 @@ OUTPUTS = {
         "entropy", "mass_per_key", "mass_by_distance", "top_k_indices", "top_k_weights",
     ),
 }  # fmt: skip
-INTEGERS = ("key_lengths", "top_k", "distances", "top_k_indices")
-RANKS = {"key_lengths": 1, "slopes": 1, "softcap": 1, "top_k": 1, "distances": 1}
+INTEGERS = (
+    "key_lengths", "prefix_lengths", "query_starts", "key_starts", "top_k", "distances",
+    "top_k_indices",
+)  # fmt: skip
+RANKS = dict.fromkeys((*INTEGERS[:-1], "slopes", "softcap"), 1)
 
 
 @cache
@@ -46,6 +59,7 @@ def session(operator: str, dtype: str, present: frozenset, attributes: tuple):
 
     def value(name: str):
         kind = 7 if name in INTEGERS else 1 if name in exact else TYPES[dtype][1]
+        kind = 9 if name == "mask" else kind
         return onnx.helper.make_tensor_value_info(name, kind, [None] * RANKS.get(name, 4))
 
     names = [name if name in present else "" for name in INPUTS[operator]]
@@ -113,6 +127,9 @@ def problems(draw: st.DrawFn) -> dict:
         "softcap": draw(st.sampled_from([None, 0.0, 2.5, 30.0])),
         "slopes": draw(st.booleans()),
         "bias": draw(st.none() | st.sets(st.sampled_from("bhqk"))),
+        "mask": draw(st.none() | st.sets(st.sampled_from("bhqk"))),
+        "prefix": draw(st.booleans()),
+        "chunk": draw(st.none() | st.integers(1, 60)),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
 
@@ -136,6 +153,16 @@ def prepare(p: dict) -> tuple[dict, dict, Scheme, float]:
         shape = tuple(size if axis in p["bias"] else 1 for axis, size in full.items())
         feeds["bias"] = normal(*shape)
         feeds["bias"][generator.random(shape) < 0.2] = -np.inf
+    if p["mask"] is not None:
+        full = {"b": p["batch"], "h": heads, "q": p["sq"], "k": p["sk"]}
+        shape = tuple(size if axis in p["mask"] else 1 for axis, size in full.items())
+        # Some rows see all, some nothing, and some blocks of keys nobody.
+        feeds["mask"] = (
+            generator.random(shape) < generator.choice([0, 0.5, 1], shape[:3])[..., None]
+        )
+        feeds["mask"][..., 128:256] &= generator.random() < 0.5
+    if p["prefix"]:
+        feeds["prefix_lengths"] = generator.integers(0, p["sk"] + 1, p["batch"])
     slopes = None
     if p["slopes"]:
         slopes = generator.random(heads).astype(np.float32)
@@ -147,15 +174,54 @@ def prepare(p: dict) -> tuple[dict, dict, Scheme, float]:
         "left": -1 if p["left"] is None else p["left"],
         "right": -1 if p["right"] is None else p["right"],
         "bottom_right": int(p["bottom_right"]),
+        "chunk": p["chunk"] or 0,
     }
-    scheme = Scheme(p["left"], p["right"], p["bottom_right"], slopes)
+    scheme = Scheme(p["left"], p["right"], p["bottom_right"], slopes, chunk=p["chunk"])
     return feeds, attributes, scheme, p["softcap"] or 0.0
 
 
 def reference(feeds: dict, scheme: Scheme, scale: float, softcap: float):
     return attention_reference(
         feeds["query"], feeds["key"], feeds["value"], key_lengths=feeds["key_lengths"],
-        bias=feeds.get("bias"), scheme=scheme, scale=scale, softcap=softcap,
+        bias=feeds.get("bias"), mask=feeds.get("mask"), prefix_lengths=feeds.get("prefix_lengths"),
+        scheme=scheme, scale=scale, softcap=softcap,
+    )  # fmt: skip
+
+
+def starts(generator: np.random.Generator, count: int, tokens: int) -> np.ndarray:
+    """Where `count` sequences of `tokens` tokens begin, and the last one ends; some are empty."""
+    return np.concatenate([[0], np.sort(generator.integers(0, tokens + 1, count - 1)), [tokens]])
+
+
+def pack(feeds: dict, p: dict, count: int, *, cross: bool) -> None:
+    """Make one row of a problem so many sequences."""
+    generator = np.random.default_rng(p["seed"])
+    for name in ("query", "key", "value", "bias", "mask"):
+        if name in feeds:
+            feeds[name] = feeds[name][:1]
+    del feeds["key_lengths"]
+    if not cross:
+        feeds["key"], feeds["value"] = feeds["key"][:, :, :1], feeds["value"][:, :, :1]
+        for name in ("key", "value"):
+            feeds[name] = np.repeat(feeds[name], p["sq"], axis=2)
+            noise = generator.standard_normal(feeds[name].shape)
+            feeds[name] = (feeds[name] + noise).astype(feeds[name].dtype)
+        for name in ("bias", "mask"):
+            if name in feeds and feeds[name].shape[3] > 1:
+                feeds[name] = np.resize(feeds[name], (*feeds[name].shape[:3], p["sq"]))
+    feeds["query_starts"] = starts(generator, count, p["sq"])
+    if cross:
+        feeds["key_starts"] = starts(generator, count, p["sk"])
+    if "prefix_lengths" in feeds:
+        feeds["prefix_lengths"] = generator.integers(0, p["sk"] + 1, count)
+
+
+def packed(feeds: dict, scheme: Scheme, scale: float, softcap: float):
+    return packed_reference(
+        feeds["query"], feeds["key"], feeds["value"], feeds["query_starts"],
+        feeds.get("key_starts", feeds["query_starts"]),
+        bias=feeds.get("bias"), mask=feeds.get("mask"), prefix_lengths=feeds.get("prefix_lengths"),
+        scheme=scheme, scale=scale, softcap=softcap,
     )  # fmt: skip
 
 
@@ -177,6 +243,104 @@ def test_any_attention_is_within_tolerance(p: dict) -> None:
     tolerance = {"FP32": exact, "FP16": max(2e-3, exact), "BF16": 1.6e-2}[p["dtype"]]
     assert output.dtype == TYPES[p["dtype"]][0]
     np.testing.assert_allclose(output.astype(np.float64), expected, atol=tolerance, rtol=0)
+
+
+@settings(deadline=None, max_examples=100 // SHARE)
+@given(p=problems(), count=st.integers(1, 9), cross=st.booleans())
+@pytest.mark.needs_library
+def test_any_packed_attention_is_within_tolerance(p: dict, count: int, cross: bool) -> None:
+    feeds, attributes, scheme, softcap = prepare(p)
+    pack(feeds, p, count, cross=cross)
+    expected, _ = packed(feeds, scheme, attributes["scale"], softcap)
+    (output,) = run("Attention", p["dtype"], feeds, expected.shape, **attributes)
+    exact = 2e-6 * np.sqrt(p["sk"]) * growth(p, scheme)
+    tolerance = {"FP32": exact, "FP16": max(2e-3, exact), "BF16": 1.6e-2}[p["dtype"]]
+    np.testing.assert_allclose(output.astype(np.float64), expected, atol=tolerance, rtol=0)
+
+
+@settings(deadline=None, max_examples=60 // SHARE)
+@given(p=problems(), count=st.integers(1, 9), cross=st.booleans())
+@pytest.mark.needs_library
+def test_any_packed_diagnosis_says_what_its_sequences_do(p: dict, count: int, cross: bool) -> None:
+    feeds, attributes, scheme, softcap = prepare(p)
+    pack(feeds, p, count, cross=cross)
+    _, weights = packed(feeds, scheme, attributes["scale"], softcap)
+    del feeds["value"]
+    top_k, distances = min(3, weights.shape[3]), 6
+    feeds |= {"top_k": np.array([top_k]), "distances": np.array([distances])}
+    answers = run("AttentionDiagnostics", p["dtype"], feeds, (), **attributes)
+    entropy, per_key, by_distance, indices, heaviest = answers
+    tolerance = 1e-5 * np.sqrt(max(p["sq"], p["sk"])) * growth(p, scheme)
+    logs = np.log(np.where(weights > 0, weights, 1))
+    np.testing.assert_allclose(entropy, -(weights * logs).sum(axis=-1), atol=tolerance, rtol=0)
+    np.testing.assert_allclose(per_key, weights.sum(axis=2), atol=tolerance, rtol=1e-5)
+    picked = np.take_along_axis(weights, indices, -1)
+    np.testing.assert_allclose(picked, heaviest, atol=tolerance, rtol=0)
+    expected = -np.sort(-weights, axis=-1)[..., :top_k]
+    np.testing.assert_allclose(heaviest, expected, atol=tolerance, rtol=0)
+    queries, keys = feeds["query_starts"], feeds.get("key_starts", feeds["query_starts"])
+    for n in range(count):
+        own = weights[:, :, slice(*queries[n : n + 2]), slice(*keys[n : n + 2])]
+        if own.size == 0:
+            assert (by_distance[n] == 0).all()
+            continue
+        said = diagnostics_reference(
+            own, [own.shape[3]], bottom_right=p["bottom_right"], top_k=1, distances=distances
+        )["mass_by_distance"]
+        np.testing.assert_allclose(by_distance[n], said[0], atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_starts": [0, 5, 3, 9]}, "query_starts: must rise from 0 to 9"),
+        ({"query_starts": [1, 9]}, "query_starts: must rise from 0 to 9"),
+        ({"query_starts": [0, 8]}, "query_starts: must rise from 0 to 9"),
+        ({"query_starts": [-1, 9]}, "query_starts: must rise from 0 to 9"),
+        ({"query_starts": [0]}, "query_starts: must rise from 0 to 9"),
+        ({"key_starts": [0, 4, 9]}, "key_starts: its shape"),
+        ({"prefix_lengths": [1, 2]}, "prefix_lengths: its shape"),
+        ({"batch": 2}, "query: packed sequences lie in a batch of 1"),
+    ],
+)
+@pytest.mark.needs_library
+def test_wrong_starts_are_refused(changes: dict, message: str) -> None:
+    rows = np.ones((changes.pop("batch", 1), 2, 9, 8), np.float32)
+    feeds = {"query": rows, "key": rows, "value": rows, "query_starts": np.array([0, 9])}
+    feeds |= {name: np.array(given) for name, given in changes.items()}
+    with pytest.raises(Exception, match=message):
+        run("Attention", "FP32", feeds, ())
+
+
+@settings(deadline=None, max_examples=40 // SHARE)
+@given(p=problems())
+@pytest.mark.needs_library
+def test_any_mask_is_what_pytorch_takes_as_a_boolean_one(p: dict) -> None:
+    p |= {"dtype": "FP32", "bias": None, "slopes": False, "softcap": None}
+    feeds, attributes, _, _ = prepare(p)
+    if p["bottom_right"]:
+        feeds["key_lengths"][:] = p["sk"]
+    query, key = np.arange(p["sq"])[:, None], np.arange(p["sk"])
+    query = query + (p["sk"] - p["sq"] if p["bottom_right"] else 0)
+    visible = np.ones((p["batch"], p["kv_heads"] * p["group"], p["sq"], p["sk"]), bool)
+    if p["left"] is not None:
+        visible &= key >= query - p["left"]
+    if p["right"] is not None:
+        visible &= key <= query + p["right"]
+    if p["chunk"] is not None:
+        visible &= key // p["chunk"] == query // p["chunk"]
+    if p["prefix"]:
+        visible |= key < feeds["prefix_lengths"][:, None, None, None]
+    visible &= key < feeds["key_lengths"][:, None, None, None]
+    visible &= feeds.get("mask", True)
+    q, k, v = (torch.from_numpy(feeds[name]).double() for name in ("query", "key", "value"))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, torch.from_numpy(visible), scale=attributes["scale"], enable_gqa=True
+    )
+    some = torch.from_numpy(visible.any(axis=-1, keepdims=True))
+    expected = torch.where(some, expected, 0).numpy()
+    (output,) = run("Attention", "FP32", feeds, expected.shape, **attributes)
+    np.testing.assert_allclose(output, expected, atol=2e-6 * np.sqrt(p["sk"]), rtol=0)
 
 
 @settings(deadline=None, max_examples=100 // SHARE)

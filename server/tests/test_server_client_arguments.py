@@ -63,12 +63,17 @@ ONES = np.ones((1, 4, 2, 8), np.float32)
 ROWS = np.ones((2, 4, 8), np.float32)
 STORED = StoredTensor("handle", 1.0, (1,), np.dtype(np.float32))
 
+LENGTHS = [*ARRAYS[:7], [8.0], [1, 2, 3], [-1], [99], [NAN], [True], "1", [2**63], []]
+
 ATTEND: dict[str, list[Any]] = {
     "query": ARRAYS,
     "key": ARRAYS,
     "value": ARRAYS,
     "bias": ARRAYS,
-    "key_lengths": [*ARRAYS[:7], [8.0], [1, 2, 3], [-1], [99], [NAN], [True], "1", [2**63], []],
+    "key_lengths": LENGTHS,
+    "prefix_lengths": LENGTHS,
+    "cu_seqlens_q": LENGTHS,
+    "cu_seqlens_k": LENGTHS,
     "model": NAMES,
     "version": VERSIONS,
     "variant": TEXTS,

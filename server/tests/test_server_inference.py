@@ -224,6 +224,32 @@ def test_transformers_take_padded_tokens(
     np.testing.assert_allclose(alone.as_numpy("last_hidden_state"), hidden[:1], atol=1e-5)
 
 
+def test_padding_may_be_on_the_left(
+    infer_client: triton.InferenceServerClient, client: AttentionClient
+) -> None:
+    """Positions count from the first token, as transformers' `generate` has it."""
+    ids = np.array([[0, 2, 7, 3, 0], [2, 9, 8, 7, 3], [0, 0, 0, 0, 5]], np.int64)
+    mask = np.array([[0, 1, 1, 1, 0], [1] * 5, [0, 0, 0, 0, 1]], np.int64)
+    result = infer_client.infer(
+        "bert",
+        inputs({"input_ids": ids, "attention_mask": mask}),
+        outputs=outputs("weights_1", "last_hidden_state"),
+    )
+    expected = client.attend_tokens(
+        [row[seen > 0] for row, seen in zip(ids, mask, strict=True)],
+        model="bert",
+        return_weights=True,
+        layers=[1],
+    )
+    hidden, weights = result.as_numpy("last_hidden_state"), result.as_numpy("weights_1")
+    for row, seen in enumerate(mask.astype(bool)):
+        np.testing.assert_allclose(hidden[row, seen], expected.hidden[row], atol=1e-5)
+        assert not hidden[row, ~seen].any()
+        own = weights[row][:, seen][:, :, seen]
+        np.testing.assert_allclose(own, expected.weights[row][0], atol=1e-5)
+        np.testing.assert_allclose(weights[row].sum(axis=(1, 2)), own.sum(axis=(1, 2)), atol=1e-5)
+
+
 def test_the_async_client_has_many_requests_under_way(address: str) -> None:
     async def run() -> None:
         async with triton_aio.InferenceServerClient(address) as opened:
@@ -337,6 +363,8 @@ def test_the_server_and_its_models_describe_themselves(
         "value": ("FP32", [-1, KV_HEADS, -1, VALUE_DIM]),
         "key_lengths": ("INT64", [-1]),
         "bias": ("FP32", [-1, -1, -1, -1]),
+        "cu_seqlens_q": ("INT64", [-1]),
+        "cu_seqlens_k": ("INT64", [-1]),
     }
     assert [tensor.name for tensor in model.outputs] == [
         "output", "weights", "entropy", "top_k_indices", "top_k_weights", "mass_per_key",
@@ -369,7 +397,9 @@ def test_a_models_configuration(infer_client: triton.InferenceServerClient) -> N
     assert (config.name, config.backend, config.max_batch_size) == ("half", "onnxruntime", 64)
     query = config.input[0]
     assert (query.name, query.data_type, list(query.dims)) == ("query", 10, [HEADS, -1, DIM])
-    assert [port.name for port in config.input if port.optional] == ["key_lengths", "bias"]
+    assert [port.name for port in config.input if port.optional] == [
+        "key_lengths", "bias", "cu_seqlens_q", "cu_seqlens_k",
+    ]  # fmt: skip
     assert config.parameters["num_heads"].string_value == str(HEADS)
     assert not config.model_transaction_policy.decoupled
     assert infer_client.get_model_config("half", as_json=True)["config"]["name"] == "half"

@@ -165,7 +165,7 @@ CASES = {
     "id out of vocabulary": (tokens([[2, 3], [2, 40]]), INVALID, "input_ids\\[1, 1\\]: given 40"),
     "mask of another shape": (tokens([[2, 3]], [[1]]), INVALID, "attention_mask.shape"),
     "padding on the left": (
-        tokens([[2, 3, 3]], [[0, 1, 1]]), INVALID, "attention_mask\\[0, 0\\]: given 0"
+        tokens([[2, 3, 3, 3]], [[0, 1, 0, 1]]), INVALID, "attention_mask\\[0, 2\\]: given 0"
     ),
     "a gap in the mask": (
         tokens([[2, 3, 3]], [[1, 0, 1]]), INVALID, "attention_mask\\[0, 1\\]: given 0"

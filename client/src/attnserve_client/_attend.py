@@ -21,6 +21,12 @@ from attnserve_client._results import Array, StoredTensor
 _INTERLEAVED_BYTES = 4 << 20
 _PARTS = 2
 _CORE = ("query", "key", "value")
+_INTEGERS = {
+    "key_lengths": "[B] integers",
+    "prefix_lengths": "[B] integers, or [N] if packed",
+    "cu_seqlens_q": "[N + 1] integers",
+    "cu_seqlens_k": "[N + 1] integers",
+}
 
 _REQUEST_FIELD = {name: number for number, name in wire.REQUEST_TENSORS.items()}
 _STREAM_ID = encoding.tag(pb.AttendStreamRequest.REQUEST_ID_FIELD_NUMBER, 0)
@@ -161,7 +167,13 @@ class AttendOptions(TypedDict, total=False):
         hidden_states: [B, Sq, E], for a layer model, instead of query, key and value.
         context: [B, Sk, E], for a cross-attention layer.
         key_lengths: [B] integers; keys from that position on are padding.
-        bias: added to the scores; [B or 1, H or 1, Sq or 1, Sk or 1].
+        bias: added to the scores; [B or 1, H or 1, Sq or 1, Sk or 1]. Of bool, as PyTorch's
+            attn_mask: true where the query may see the key.
+        prefix_lengths: [B] integers; valid keys before that position are seen by all queries
+            (prefix-LM), by causal models. Packed: [N].
+        cu_seqlens_q, cu_seqlens_k: [N + 1] integers: N sequences are packed into one row, B = 1,
+            and sequence n has queries cu_seqlens_q[n] to cu_seqlens_q[n + 1] and those keys of
+            cu_seqlens_k, which may be left out where it is the same.
         scale: multiplies query x key; None is the model's own.
         softcap: None is the model's own, 0 none.
         return_output: also send the output back; it is, unless this is False.
@@ -181,6 +193,9 @@ class AttendOptions(TypedDict, total=False):
     context: Any
     key_lengths: Any
     bias: Any
+    prefix_lengths: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
     scale: float | None
     softcap: float | None
     return_output: bool
@@ -204,6 +219,9 @@ def attend_call(
     context: Any = None,
     key_lengths: Any = None,
     bias: Any = None,
+    prefix_lengths: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
     return_output: bool = True,
@@ -243,6 +261,9 @@ def attend_call(
         "context": context,
         "key_lengths": key_lengths,
         "bias": bias,
+        "prefix_lengths": prefix_lengths,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
     }
     for name, given in tensors.items():
         if given is None:
@@ -254,9 +275,9 @@ def attend_call(
             )
             continue
         array = _tensors.as_array(given, name)
-        if name == "key_lengths":
+        if name in _INTEGERS:
             if array.dtype.kind != "i":
-                raise arguments.mistyped(name, given, "[B] integers")
+                raise arguments.mistyped(name, given, _INTEGERS[name])
             array = array.astype(np.int64)
         arrays[name] = array
     return AttendCall(plan_of(head, arrays), arrays, stored)

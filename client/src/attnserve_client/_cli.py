@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import grpc
 from attnserve_proto import commands
-from attnserve_proto.commands import CommandError, Parser, values
+from attnserve_proto.commands import CommandError, Parser, add_missing_command, extension, values
 
 from attnserve_client import AttentionClient, AttnserveError, __version__, _cli_calls, _cli_tokens
-from attnserve_client._inspect import command as inspect
 
 _HELP = """\
 Look at an attention server, and call it.
@@ -20,7 +19,7 @@ what a server has:
 attention:
   attend     of query, key and value: from a file, or random
   tokens     of texts, by a transformer model: what each token attends to
-  inspect    of texts, as one HTML page to look at
+  inspect    of texts, as one HTML page to look at, or live with --serve
 
 `attnserve COMMAND --help` explains each. Beside it there are attnserve-export (make models),
 attnserve-server (serve them) and attnserve-loadtest (measure them).
@@ -72,8 +71,11 @@ def _parser() -> Parser:
         ("info", _cli_calls.add_info),
         ("attend", _cli_calls.add_attend),
         ("tokens", _cli_tokens.add_arguments),
-        ("inspect", inspect.add_arguments),
+        ("inspect", extension("attnserve.commands", "inspect")),
     ):
+        if add is None:
+            add_missing_command(found, name, "attnserve-client[lens]")
+            continue
         one = found.add_parser(name, prog=f"attnserve {name}")
         add(one)
         # In both places: the one after the command, if it is given, wins.

@@ -11,9 +11,21 @@ from attnserve_proto.commands import replacing, values
 
 from attnserve_client import AttentionClient, Model
 from attnserve_client._results import Array
+from attnserve_client.command_options import add_output
 
 _NUMPY = {"FP32": np.float32, "FP16": np.float16}
-_TENSORS = ("query", "key", "value", "hidden_states", "context", "key_lengths", "bias")
+_TENSORS = (
+    "query",
+    "key",
+    "value",
+    "hidden_states",
+    "context",
+    "key_lengths",
+    "bias",
+    "prefix_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+)
 _RESULTS = (
     "output",
     "weights",
@@ -67,16 +79,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", type=values.name, help="default: the server picks")
 
 
-def add_output(
-    parser: argparse.ArgumentParser, option: str, kind: str, what: str, *, required: bool = False
-) -> None:
-    """A file to write, which is looked at before any work."""
-    parser.add_argument(
-        option, dest="output", type=values.path, required=required, metavar=kind, help=what
-    )
-    parser.set_defaults(output_option=option)
-
-
 def save(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write arrays to an .npz file, which is replaced whole."""
     with replacing(path) as beside, beside.open("wb") as file:
@@ -109,6 +111,8 @@ def _describe(model: Model) -> str:
     parts = [model.kind, model.mask, model.dtype, heads]
     if model.window:
         parts.append(f"window {model.window}")
+    if model.chunk:
+        parts.append(f"chunks of {model.chunk}")
     if model.num_layers:
         parts.append(f"{model.num_layers} layers")
     return ", ".join(parts)

@@ -1,16 +1,15 @@
 """`attnserve tokens`: every option of `AttentionClient.attend_tokens`."""
 
 import argparse
-import sys
 
 import numpy as np
 from attnserve_proto.commands import values
 
 from attnserve_client import AttentionClient
-from attnserve_client._cli_calls import add_model, add_output, save
-from attnserve_client._inspect import tokens as texts
-from attnserve_client._inspect.attention import AttentionMap, maps_of
+from attnserve_client import token_texts as texts
+from attnserve_client._cli_calls import add_model, save
 from attnserve_client._results import Array, TokensResult
+from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
 
 _RESULTS = (
     "hidden",
@@ -47,29 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-def add_what_is_read(parser: argparse.ArgumentParser) -> None:
-    """What is read beside the texts, and which layers and heads are asked for."""
-    parser.add_argument(
-        "--target-text",
-        type=values.text,
-        action="append",
-        metavar="TEXT",
-        help="what the decoder of an encoder-decoder reads; again for each text",
-    )
-    parser.add_argument(
-        "--truncate", action="store_true", help="cut texts that are too long for the model"
-    )
-    indices = values.listed(values.integer(0))
-    parser.add_argument("--layers", type=indices, metavar="N,N,...", help="e.g. 0,5; default all")
-    parser.add_argument("--heads", type=indices, metavar="N,N,...", help="e.g. 0,5; default all")
-
-
-def ids(given: str) -> list[int]:
-    """Token ids between commas, in their order."""
-    read = values.integer(0)
-    return [read(part.strip()) for part in given.split(",")]
-
-
 def _run(client: AttentionClient, options: argparse.Namespace) -> int:
     if bool(options.texts) == bool(options.ids):
         given = "both" if options.texts else "neither"
@@ -96,20 +72,12 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
     say_what_was_cut(result)
     for index in range(len(result.ids)):
         if result.weights is not None:
-            _print_weights(maps_of(result, index)[0], options)
+            _print_weights(result, index, options)
         else:
             _print_shapes(result, index)
     if options.output:
         save(options.output, _arrays(result))
     return 0
-
-
-def say_what_was_cut(result: TokensResult) -> None:
-    """Say on standard error which texts were longer than the model takes."""
-    for index, cut in enumerate(result.truncated):
-        if cut:
-            kept = len(result.ids[index])
-            print(f"attnserve: text {index} was cut to {kept} tokens", file=sys.stderr)
 
 
 def _arrays(result: TokensResult) -> dict[str, Array]:
@@ -131,19 +99,21 @@ def _print_shapes(result: TokensResult, index: int) -> None:
             print(f"  {name}: {list(found[index].shape)} {found[index].dtype}")
 
 
-def _print_weights(attention: AttentionMap, options: argparse.Namespace) -> None:
-    queries, keys = texts.shown(attention.queries), texts.shown(attention.keys)
+def _print_weights(result: TokensResult, index: int, options: argparse.Namespace) -> None:
+    names = texts.axes_of(result, index)
+    queries, keys = map(texts.shown, names)
     asked = [
         at
-        for at, pair in enumerate(zip(attention.queries, queries, strict=True))
+        for at, pair in enumerate(zip(names[0], queries, strict=True))
         if options.query is None or options.query in pair
     ]
     if not asked:
         raise ValueError(f"--query: given {options.query!r}; allowed: one of {' '.join(queries)}")
-    weights = attention.weights.mean(axis=1)  # (L, Sq, Sk), averaged over heads
+    assert result.weights is not None
+    weights = result.weights[index].mean(axis=1)  # (L, Sq, Sk), averaged over heads
     print(" ".join(queries))
     for query in asked:
-        for layer, number in enumerate(attention.layers):
+        for layer, number in enumerate(result.layers):
             heaviest = np.argsort(-weights[layer, query], kind="stable")[: options.top]
             seen = "  ".join(f"{keys[key]} {weights[layer, query, key]:.2f}" for key in heaviest)
             print(f"  {queries[query]:>12}  layer {number}: {seen}")

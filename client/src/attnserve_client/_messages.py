@@ -266,6 +266,7 @@ def model_from(message: pb.Model, manifest: str = "") -> Model:
         bottom_right=message.bottom_right,
         alibi=message.alibi,
         rotary=message.rotary,
+        chunk=message.chunk,
         attentions=tuple(
             TransformerAttention(
                 name=attention.name,

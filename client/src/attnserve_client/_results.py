@@ -6,22 +6,17 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from attnserve_proto.commands import extension
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
 
-def _plot() -> Any:
-    # At the call: the views read the results, and matplotlib is an extra.
-    from attnserve_client import _plot
-
-    return _plot
-
-
-def _inspect() -> Any:
-    from attnserve_client import _inspect
-
-    return _inspect
+def _lens(name: str) -> Any:
+    found = extension("attnserve.results", name)
+    if found is None:
+        raise ImportError(f"{name} is not installed; `pip install 'attnserve-client[lens]'`")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +146,25 @@ class AttendResult:
     mass_by_distance: Array | None = None
 
     def plot(self, kind: str = "", **options: Any) -> Any:
-        """Draw the weights with matplotlib; see `attnserve_client._plot.plot`."""
-        return _plot().plot(self, kind, **options)
+        """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
+
+        Raises:
+            ImportError: attnserve-lens is not installed.
+        """
+        return _lens("plot")(self, kind, **options)
 
     def save_html(self, path: Any, *, title: str = "") -> Any:
-        """Write a page to explore the weights; see `attnserve_client._inspect.write_page`."""
-        return _inspect().write_page(self, path, title=title)
+        """Write a page to explore the weights; see `attnserve_lens.write_page`.
 
-    def _repr_html_(self) -> str:
-        return str(_inspect().summary_html(self))
+        Raises:
+            ImportError: attnserve-lens is not installed.
+        """
+        return _lens("save_html")(self, path, title=title)
+
+    def _repr_html_(self) -> str | None:
+        # Without it a notebook shows the `repr`.
+        shown = extension("attnserve.results", "summary_html")
+        return None if shown is None else str(shown(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,15 +216,25 @@ class TokensResult:
     target_truncated: list[bool] = field(default_factory=list)
 
     def plot(self, kind: str = "", **options: Any) -> Any:
-        """Draw the weights with matplotlib; see `attnserve_client._plot.plot`."""
-        return _plot().plot(self, kind, **options)
+        """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
+
+        Raises:
+            ImportError: attnserve-lens is not installed.
+        """
+        return _lens("plot")(self, kind, **options)
 
     def save_html(self, path: Any, *, title: str = "") -> Any:
-        """Write a page to explore the weights; see `attnserve_client._inspect.write_page`."""
-        return _inspect().write_page(self, path, title=title)
+        """Write a page to explore the weights; see `attnserve_lens.write_page`.
 
-    def _repr_html_(self) -> str:
-        return str(_inspect().summary_html(self))
+        Raises:
+            ImportError: attnserve-lens is not installed.
+        """
+        return _lens("save_html")(self, path, title=title)
+
+    def _repr_html_(self) -> str | None:
+        # Without it a notebook shows the `repr`.
+        shown = extension("attnserve.results", "summary_html")
+        return None if shown is None else str(shown(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +288,7 @@ class Model:
         alibi: scores fall with distance.
         rotary: how query and key are turned by their positions: "half", "interleaved" or "".
         attentions: of a transformer.
+        chunk: positions of a chunk, of which a query sees its own alone; 0 is all.
         manifest: model.json as text; only from `get_model`.
     """
 
@@ -298,6 +314,7 @@ class Model:
     window_right: int | None = None
     bottom_right: bool = False
     alibi: bool = False
+    chunk: int = 0
     rotary: str = ""
     attentions: tuple[TransformerAttention, ...] = ()
     manifest: str = ""

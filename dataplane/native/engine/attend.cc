@@ -9,8 +9,9 @@ namespace attnserve::engine {
 namespace {
 
 constexpr std::array<std::string_view, kFeeds> kFeedNames = {
-    "query",       "key",  "value",   "hidden_states", "context",
-    "key_lengths", "bias", "softcap", "top_k",         "distances"};
+    "query",       "key",     "value",          "hidden_states", "context",
+    "key_lengths", "bias",    "prefix_lengths", "cu_seqlens_q",  "cu_seqlens_k",
+    "mask",        "softcap", "top_k",          "distances"};
 constexpr std::array<std::string_view, kResults> kResultNames = {
     "output",        "weights",      "entropy",         "top_k_indices",
     "top_k_weights", "mass_per_key", "mass_by_distance"};
@@ -48,7 +49,7 @@ std::int64_t bucket(std::int64_t length) {
 
 BatchKey batch_key(const Model& model, const Variant& variant, const Variant* diagnosis,
                    const Wanted& wanted, const Dims& dims, std::optional<float> softcap,
-                   bool biased) {
+                   bool apart) {
   const bool masked = variant.session->takes(name_of(Feed::kKeyLengths));
   // What is summed over queries, or counts positions from the last one, bears no padded queries.
   const bool exact_keys = wanted.diagnosed() || !masked;
@@ -56,7 +57,7 @@ BatchKey batch_key(const Model& model, const Variant& variant, const Variant* di
   std::uint64_t flags = 0;
   unsigned place = 0;
   for (const bool flag : {wanted.output, wanted.weights, wanted.entropy, wanted.mass_per_key,
-                          softcap.has_value(), biased}) {
+                          softcap.has_value(), apart}) {
     flags |= std::uint64_t{flag} << place++;
   }
   flags |= std::uint64_t{std::bit_cast<std::uint32_t>(softcap.value_or(0.0F))} << 32U;

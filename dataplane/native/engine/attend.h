@@ -15,7 +15,7 @@
 
 namespace attnserve::engine {
 
-// Graph inputs of an attention; the first seven are numbered as wire::Input.
+// Graph inputs of an attention; the first ten are numbered as wire::Input.
 enum class Feed : std::uint8_t {
   kQuery,
   kKey,
@@ -24,11 +24,15 @@ enum class Feed : std::uint8_t {
   kContext,
   kKeyLengths,
   kBias,
+  kPrefixLengths,
+  kCuSeqlensQ,
+  kCuSeqlensK,
+  kMask,
   kSoftcap,
   kTopK,
   kDistances
 };
-constexpr std::size_t kFeeds = 10;
+constexpr std::size_t kFeeds = 14;
 std::string_view name_of(Feed feed);  // "top_k"
 
 // Results of an attention, numbered as wire::Output.
@@ -56,6 +60,8 @@ struct Wanted {
 
 struct Dims {
   std::int64_t batch = 1, num_heads = 1, query_len = 1, key_len = 1;
+  std::int64_t packed = 0;  // sequences that lie one after another in a batch of 1; 0: they do not
+  std::int64_t sequences() const { return packed > 0 ? packed : batch; }
 };
 
 // Equal for works that can run as one if both are joinable, and that take alike long a sequence.
@@ -80,10 +86,11 @@ struct AttendWork {
 std::int64_t bucket(std::int64_t length);
 
 // The key of a work with these: equal ones can be joined, and take alike long for each sequence.
-// `softcap`: other than the model's own. `biased`: with a bias of its own; such are never joined.
+// `softcap`: other than the model's own. `apart`: with a bias of its own, or packed; such are never
+// joined.
 BatchKey batch_key(const Model& model, const Variant& variant, const Variant* diagnosis,
                    const Wanted& wanted, const Dims& dims, std::optional<float> softcap,
-                   bool biased);
+                   bool apart);
 
 // Computes attentions of one key in one run, padded to the longest, and puts the results where each
 // wants them. One work alone is computed without a copy. Throws as Session::run.

@@ -18,7 +18,7 @@ constexpr Axis kBatchKeys[] = {Axis::kBatch, Axis::kKeyLen, Axis::kSame};
 constexpr Axis kWeightsAxes[] = {Axis::kBatch, Axis::kSame, Axis::kQueryLen, Axis::kKeyLen};
 constexpr Axis kByHead[] = {Axis::kBatch, Axis::kSame, Axis::kSame};
 
-// None: alike in all works of a key (a softcap, a count, the bias that is none).
+// None: alike in all works of a key (a softcap, a count, the bias or mask that is none).
 std::optional<Axes> axes_of(Feed feed) {
   switch (feed) {
     case Feed::kQuery:
@@ -31,8 +31,12 @@ std::optional<Axes> axes_of(Feed feed) {
     case Feed::kContext:
       return kBatchKeys;
     case Feed::kKeyLengths:
+    case Feed::kPrefixLengths:
       return Axes(kByHead).first(1);
     case Feed::kBias:
+    case Feed::kMask:
+    case Feed::kCuSeqlensQ:
+    case Feed::kCuSeqlensK:
     case Feed::kSoftcap:
     case Feed::kTopK:
     case Feed::kDistances:

@@ -13,8 +13,16 @@ namespace {
 
 using Names = std::span<const std::string_view>;
 
+// Variants for packed sequences compute nothing else.
+constexpr std::string_view kPacked = "cu_seqlens_q";
+
+bool lacks_starts(const Variant& variant, Names inputs) {
+  return variant.session->takes(kPacked) && std::ranges::find(inputs, kPacked) == inputs.end();
+}
+
 bool can(const Variant& variant, Names inputs, Names outputs) {
   const Session& session = *variant.session;
+  if (lacks_starts(variant, inputs)) return false;
   return std::ranges::all_of(inputs, [&](auto name) { return session.takes(name); }) &&
          std::ranges::all_of(outputs, [&](auto name) { return session.gives(name); });
 }
@@ -73,6 +81,9 @@ std::string lacking(const std::vector<const Variant*>& candidates, Names inputs,
   std::vector<std::string> parts;
   if (!taken.empty()) parts.push_back(text("it takes no ", joined(taken, ", ")));
   if (!given.empty()) parts.push_back(text("it gives no ", joined(given, ", ")));
+  if (std::ranges::all_of(candidates, [&](auto* each) { return lacks_starts(*each, inputs); })) {
+    parts.push_back(text("it needs ", kPacked));
+  }
   if (parts.empty()) return "no single variant takes and gives all of it";
   return joined(parts, "; ");
 }
@@ -172,6 +183,12 @@ constexpr std::size_t kScoreCopies = 6;
 constexpr std::size_t kBlockBytes = std::size_t{128} << 20;
 constexpr std::size_t kTileBytes = std::size_t{16} << 20;
 
+// A block of `blocked` has so many bytes of scores, or as many as so many queries have if that is
+// more; and what blocks that grow take of them where nothing is reused: 8.5 sizes, 4 copies.
+constexpr std::size_t kBlockScores = std::size_t{16} << 20;
+constexpr std::size_t kFewestQueries = 16;
+constexpr std::size_t kGrowingCopies = 34;
+
 }  // namespace
 
 std::size_t working_bytes(const Model& model, const Variant& variant, std::int64_t batch,
@@ -186,11 +203,14 @@ std::size_t working_bytes(const Model& model, const Variant& variant, std::int64
   if (variant.facts.native) return plus(kTileBytes, times(2, tensor_bytes));
   // Twice: FP16 tensors are computed in FP32; and the blocks are put together at the end.
   const std::size_t linear = plus(kBlockBytes, times(4, tensor_bytes));
-  // CUDA's arena does not reuse what a smaller block had, where keys grow from block to block:
-  // measured to come to all scores, once.
+  // CUDA's arena does not reuse what a smaller block had, where keys grow from block to block: in
+  // 16 steps, of which all together take 8.5 times as much as the last, and of each some copies.
   const bool growing_blocks = model.on_cuda && model.facts.mask == Mask::kCausal &&
                               !model.facts.window && variant.name() == "blocked";
-  return growing_blocks ? plus(linear, scores) : linear;
+  if (!growing_blocks) return linear;
+  const std::size_t queries = static_cast<std::size_t>(std::max<std::int64_t>(query_len, 1));
+  const std::size_t fewest = times(kFewestQueries, scores / queries);
+  return plus(linear, times(kGrowingCopies, std::min(scores, std::max(kBlockScores, fewest))));
 }
 
 }  // namespace attnserve::engine

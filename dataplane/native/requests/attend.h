@@ -100,10 +100,12 @@ class PreparedAttend {
   // at and was unaligned, and what the request left out.
   std::vector<Bytes> copies;
   struct Defaults {
-    std::array<std::int64_t, 8> key_lengths;  // of as many sequences or fewer
+    using Lengths = std::array<std::int64_t, 8>;  // of as many sequences or fewer
+    Lengths key_lengths, prefix_lengths;
     std::int64_t top_k, distances;
     float softcap;
     float bias;  // zero, as in every other dtype
+    bool mask = true;
   } defaults{};
   std::vector<std::shared_ptr<const void>> owners;
 };

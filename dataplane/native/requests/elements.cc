@@ -105,29 +105,87 @@ void scale_each(ByteSpan from, MutableByteSpan to, Scale scale) {
   });
 }
 
+// "name[0, 3]": an element of a tensor by its number.
+std::string place_text(std::string_view field, const Tensor& tensor, std::size_t at) {
+  Shape place = tensor.shape;
+  auto rest = static_cast<std::int64_t>(at);
+  for (std::size_t axis = place.rank(); axis-- > 0;) {
+    const std::int64_t size = place[axis];
+    place[axis] = rest % size;
+    rest /= size;
+  }
+  return text(field, list_text(place.sizes()));
+}
+
+// Zeros where the mask's bytes are 1, `hidden` where they are 0.
+template <class Bits>
+void hide(const std::byte* mask, std::size_t count, Bits hidden, std::byte* to) {
+  auto* bias = reinterpret_cast<Bits*>(to);
+  for_each_block(count, [&](std::size_t start, auto size) {
+    for (std::size_t i = 0; i < size; ++i) {
+      bias[start + i] = mask[start + i] == std::byte{0} ? hidden : Bits{0};
+    }
+  });
+}
+
 }  // namespace
 
-void check_key_lengths(const Tensor& key_lengths, std::int64_t key_len) {
-  const auto* lengths = reinterpret_cast<const std::int64_t*>(key_lengths.data);
-  for (std::int64_t row = 0; row < key_lengths.shape[0]; ++row) {
-    const std::int64_t length = lengths[row];
-    if (length < 0 || length > key_len) {
-      refuse(text("key_lengths[", row, "]"), std::to_string(length), text("0..", key_len));
+void check_lengths(std::string_view field, const Tensor& lengths, std::int64_t key_len) {
+  const auto* given = reinterpret_cast<const std::int64_t*>(lengths.data);
+  for (std::int64_t row = 0; row < lengths.shape[0]; ++row) {
+    if (given[row] < 0 || given[row] > key_len) {
+      refuse(text(field, "[", row, "]"), std::to_string(given[row]), text("0..", key_len));
     }
+  }
+}
+
+void check_starts(std::string_view field, const Tensor& starts, std::int64_t end) {
+  const auto* given = reinterpret_cast<const std::int64_t*>(starts.data);
+  const std::int64_t last = starts.shape[0] - 1;
+  for (std::int64_t at = 0; at <= last; ++at) {
+    const std::int64_t least = at == 0 ? 0 : at == last ? end : given[at - 1];
+    const std::int64_t most = at == 0 ? 0 : end;
+    if (given[at] >= least && given[at] <= most) continue;
+    refuse(text(field, "[", at, "]"), std::to_string(given[at]),
+           least == most ? text(least, at == 0 ? ", the first token" : ", all tokens")
+                         : text(least, "..", most));
+  }
+}
+
+void check_mask(std::string_view field, const Tensor& mask) {
+  const auto count = static_cast<std::size_t>(mask.shape.elements());
+  for_each_block(count, [&](std::size_t start, auto size) {
+    std::byte any{0};
+    for (std::size_t i = 0; i < size; ++i) any |= mask.data[start + i];
+    if (any <= std::byte{1}) return;
+    for (std::size_t i = start; i < start + size; ++i) {
+      if (mask.data[i] > std::byte{1}) {
+        refuse(place_text(field, mask, i), text("a byte of ", std::to_integer<int>(mask.data[i])),
+               "0 or 1");
+      }
+    }
+  });
+}
+
+void bias_of_mask(const Tensor& mask, DataType dtype, std::byte* to) {
+  const auto count = static_cast<std::size_t>(mask.shape.elements());
+  const auto negative = [](auto infinity) {
+    return static_cast<decltype(infinity)>(infinity | kSign<decltype(infinity)>);
+  };
+  switch (dtype) {
+    case DataType::kFp16:
+      return hide(mask.data, count, negative(Fp16::kInfinity), to);
+    case DataType::kBf16:
+      return hide(mask.data, count, negative(Bf16::kInfinity), to);
+    default:
+      return hide(mask.data, count, negative(Fp32::kInfinity), to);
   }
 }
 
 void check_bias(const Tensor& bias) {
   const std::optional<Wrong> wrong = find_wrong(bias);
   if (!wrong) return;
-  Shape place = bias.shape;
-  auto rest = static_cast<std::int64_t>(wrong->at);
-  for (std::size_t axis = place.rank(); axis-- > 0;) {
-    const std::int64_t size = place[axis];
-    place[axis] = rest % size;
-    rest /= size;
-  }
-  refuse(text("bias", list_text(place.sizes())), wrong->nan ? "nan" : "inf",
+  refuse(place_text("bias", bias, wrong->at), wrong->nan ? "nan" : "inf",
          "finite numbers and -infinity");
 }
 

@@ -32,12 +32,15 @@ void take_contents(wire::InferRequest& message, std::vector<Bytes>& memory) {
 // Kernels trust lengths that were checked, while the caller's memory may change after that. Sizes
 // are checked by now.
 void copy_shared_lengths(Inputs& inputs, std::vector<Bytes>& memory) {
-  const auto at = static_cast<std::size_t>(Input::kKeyLengths);
-  if (inputs.tensors[at] == nullptr || !inputs.shared[at]) return;
-  Bytes copy = Bytes::allocate(inputs.elements[at].size());
-  copy_bytes(copy.data(), inputs.elements[at].data(), copy.size());
-  memory.push_back(std::move(copy));
-  inputs.elements[at] = memory.back().span();
+  for (const Input input :
+       {Input::kKeyLengths, Input::kPrefixLengths, Input::kCuSeqlensQ, Input::kCuSeqlensK}) {
+    const auto at = static_cast<std::size_t>(input);
+    if (inputs.tensors[at] == nullptr || !inputs.shared[at]) continue;
+    Bytes copy = Bytes::allocate(inputs.elements[at].size());
+    copy_bytes(copy.data(), inputs.elements[at].data(), copy.size());
+    memory.push_back(std::move(copy));
+    inputs.elements[at] = memory.back().span();
+  }
 }
 
 bool wishes_for(std::span<const Wish> wishes, Output output) {

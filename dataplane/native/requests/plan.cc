@@ -35,8 +35,14 @@ constexpr std::array<std::string_view, 3> kHiddenStatesDims{"B", "Sq", "E"};
 constexpr std::array<std::string_view, 3> kContextDims{"B", "Sk", "E"};
 constexpr std::array<std::string_view, 1> kKeyLengthsDims{"B"};
 constexpr std::array<std::string_view, 4> kBiasDims{"1 or B", "1 or H", "1 or Sq", "1 or Sk"};
+constexpr std::array<std::string_view, 1> kPrefixLengthsDims{"B, or N if packed"};
+constexpr std::array<std::string_view, 1> kStartsDims{"N + 1"};
 constexpr std::array<std::span<const std::string_view>, wire::kInputs> kDims{
-    kQueryDims, kKeyDims, kValueDims, kHiddenStatesDims, kContextDims, kKeyLengthsDims, kBiasDims};
+    kQueryDims,      kKeyDims,  kValueDims,         kHiddenStatesDims, kContextDims,
+    kKeyLengthsDims, kBiasDims, kPrefixLengthsDims, kStartsDims,       kStartsDims};
+
+// Those that say who sees whom: INT64 but for the bias, and never needed.
+constexpr bool masks(Input input) { return input >= Input::kKeyLengths; }
 
 bool required(const engine::Model& model, Input input) {
   switch (input) {
@@ -48,11 +54,9 @@ bool required(const engine::Model& model, Input input) {
       return model.facts.kind == engine::Kind::kLayer;
     case Input::kContext:
       return model.facts.kind == engine::Kind::kLayer && model.facts.context_dim.has_value();
-    case Input::kKeyLengths:
-    case Input::kBias:
-      break;
+    default:
+      return false;
   }
-  return false;
 }
 
 std::string required_names(const engine::Model& model) {
@@ -85,12 +89,16 @@ TensorSpecs checked_specs(const wire::AttendRequest& message, const engine::Mode
       refuse(name_of(input), "nothing",
              text(dims_text(kDims[number]), " for ", name_of(facts.kind), " models"));
     }
-    if (!always && input != Input::kKeyLengths && input != Input::kBias) {
+    if (!always && !masks(input)) {
       refuse(name_of(input), "a tensor", text(required_names(model), " for model ", facts.name));
     }
-    const DataType dtype = input == Input::kKeyLengths ? DataType::kInt64 : facts.dtype;
-    specs[number] = check_tensor(TensorRule{name_of(input), dtype, kDims[number]}, *tensor,
-                                 chunks_allowed, &stored);
+    TensorRule rule{name_of(input), facts.dtype, kDims[number]};
+    if (input == Input::kBias) {
+      rule.also = DataType::kBool;
+    } else if (masks(input)) {
+      rule.dtype = DataType::kInt64;
+    }
+    specs[number] = check_tensor(rule, *tensor, chunks_allowed, &stored);
   }
   return specs;
 }
@@ -109,7 +117,32 @@ engine::Dims dims_of(const engine::Model& model, const TensorSpecs& specs) {
     dims.query_len = hidden_states->shape[1];
     dims.key_len = (context ? context : hidden_states)->shape[1];
   }
+  if (const auto& starts = at(specs, Input::kCuSeqlensQ)) dims.packed = starts->shape[0] - 1;
   return dims;
+}
+
+// Packed sequences: one row of the batch, in which they lie by their starts.
+void check_packed(const TensorSpecs& specs, const engine::Dims& dims) {
+  const auto& queries = at(specs, Input::kCuSeqlensQ);
+  const auto& keys = at(specs, Input::kCuSeqlensK);
+  if (keys && !queries) refuse("cu_seqlens_k", "a tensor", "nothing without cu_seqlens_q");
+  if (!queries) return;
+  if (queries->shape[0] < 2) {
+    refuse("cu_seqlens_q.shape", list_text(queries->shape.sizes()), "[N + 1], N at least 1");
+  }
+  if (at(specs, Input::kKeyLengths)) {
+    refuse("key_lengths", "a tensor", "nothing with cu_seqlens_q, which says where sequences end");
+  }
+  if (dims.batch != 1) {
+    refuse("batch B", std::to_string(dims.batch), "1 with cu_seqlens_q: sequences lie in one row");
+  }
+  if (keys && keys->shape[0] != queries->shape[0]) {
+    refuse("cu_seqlens_k.shape", list_text(keys->shape.sizes()),
+           text(list_text(queries->shape.sizes()), ", as cu_seqlens_q has"));
+  }
+  if (!keys && dims.query_len != dims.key_len) {
+    refuse("cu_seqlens_k", "nothing", "[N + 1] where Sq and Sk differ");
+  }
 }
 
 void check_limits(const engine::Dims& dims, const Limits& limits) {
@@ -152,6 +185,9 @@ void check_shapes(const engine::Model& model, const TensorSpecs& specs, const en
   expect(specs, Input::kContext, 0, dims.batch, kBatch);
   expect(specs, Input::kContext, 2, facts.context_dim.value_or(0), "context_dim of the model");
   expect(specs, Input::kKeyLengths, 0, dims.batch, kBatch);
+  check_packed(specs, dims);
+  expect(specs, Input::kPrefixLengths, 0, dims.sequences(),
+         dims.packed > 0 ? "sequences N of cu_seqlens_q" : kBatch);
   if (const auto& bias = at(specs, Input::kBias)) {
     const std::array<std::int64_t, 4> full{dims.batch, dims.num_heads, dims.query_len,
                                            dims.key_len};
@@ -217,7 +253,8 @@ AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
   plan.model = std::move(model);
   if (takes(plan, engine::Feed::kSoftcap)) softcap_feed(plan);
   plan.key = engine::batch_key(*plan.model, *plan.variant, plan.diagnosis, plan.wanted, plan.dims,
-                               plan.softcap, at(plan.specs, Input::kBias).has_value());
+                               plan.softcap,
+                               at(plan.specs, Input::kBias).has_value() || plan.dims.packed > 0);
   plan.priority = checked_priority(message.priority);
   if (message.output_region) {
     plan.output_region = checked_output_region(*message.output_region, plan.results);

@@ -26,7 +26,8 @@ std::string input_names(const engine::Model& model) {
   if (model.facts.kind != engine::Kind::kCore) {
     names = model.facts.context_dim ? "hidden_states, context" : "hidden_states";
   }
-  for (const std::string_view name : {"key_lengths", "bias"}) {
+  for (const std::string_view name :
+       {"key_lengths", "bias", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k"}) {
     if (any_takes(model, name)) names.append(", ").append(name);
   }
   return names;

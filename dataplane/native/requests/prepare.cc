@@ -58,6 +58,33 @@ Tensor readable(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan eleme
   return tensor;
 }
 
+// What kernels trust once it is checked, while the caller's memory may change after that.
+Tensor trusted(PreparedAttend& prepared, const TensorSpec& spec, ByteSpan elements) {
+  return spec.region ? Tensor{spec.dtype, spec.shape, copied(prepared, elements)}
+                     : readable(prepared, spec, elements);
+}
+
+bool all_take(const AttendPlan& plan, Feed feed) {
+  const std::string_view name = name_of(feed);
+  return plan.variant->session->takes(name) &&
+         (plan.diagnosis == nullptr || plan.diagnosis->session->takes(name));
+}
+
+// A boolean bias: the mask of graphs that take one, otherwise a bias of 0 and -infinity.
+void feed_mask(PreparedAttend& prepared, Tensor mask) {
+  const AttendPlan& plan = prepared.plan;
+  auto& feeds = prepared.work.feeds;
+  check_mask("bias", mask);
+  if (all_take(plan, Feed::kMask)) {
+    feeds[index(Feed::kMask)] = mask;
+    return;
+  }
+  Tensor bias{plan.model->facts.dtype, mask.shape, nullptr};
+  bias.data = room(prepared, bias.byte_size()).data();
+  bias_of_mask(mask, bias.dtype, bias.data);
+  feeds[index(Feed::kBias)] = bias;
+}
+
 void feed_inputs(PreparedAttend& prepared, const Sources& sources) {
   const AttendPlan& plan = prepared.plan;
   auto& feeds = prepared.work.feeds;
@@ -66,12 +93,22 @@ void feed_inputs(PreparedAttend& prepared, const Sources& sources) {
     if (!spec) continue;
     switch (static_cast<Input>(at)) {
       case Input::kKeyLengths:
-        // Kernels trust lengths that were checked; the caller's memory may change after that.
-        feeds[at] = spec->region ? Tensor{spec->dtype, spec->shape, copied(prepared, sources[at])}
-                                 : readable(prepared, *spec, sources[at]);
-        check_key_lengths(feeds[at], plan.dims.key_len);
+      case Input::kPrefixLengths:
+        feeds[at] = trusted(prepared, *spec, sources[at]);
+        check_lengths(name_of(static_cast<Input>(at)), feeds[at], plan.dims.key_len);
+        break;
+      case Input::kCuSeqlensQ:
+      case Input::kCuSeqlensK:
+        feeds[at] = trusted(prepared, *spec, sources[at]);
+        check_starts(
+            name_of(static_cast<Input>(at)), feeds[at],
+            static_cast<Input>(at) == Input::kCuSeqlensQ ? plan.dims.query_len : plan.dims.key_len);
         break;
       case Input::kBias:
+        if (spec->dtype == DataType::kBool) {
+          feed_mask(prepared, readable(prepared, *spec, sources[at]));
+          break;
+        }
         feeds[at] = readable(prepared, *spec, sources[at]);
         check_bias(feeds[at]);
         break;
@@ -92,16 +129,17 @@ Tensor one_element(DataType dtype, const Shape& shape, void* element) {
   return {dtype, shape, static_cast<std::byte*>(element)};
 }
 
-// All keys of each sequence are valid.
-Tensor full_key_lengths(PreparedAttend& prepared) {
-  const engine::Dims& dims = prepared.plan.dims;
-  const auto batch = static_cast<std::size_t>(dims.batch);
-  std::int64_t* lengths = prepared.defaults.key_lengths.data();
-  if (batch > prepared.defaults.key_lengths.size()) {
-    lengths = reinterpret_cast<std::int64_t*>(room(prepared, batch * sizeof *lengths).data());
+// The same length for each sequence, in `place` if there is room.
+Tensor equal_lengths(PreparedAttend& prepared, std::int64_t length,
+                     PreparedAttend::Defaults::Lengths& place) {
+  const std::int64_t count = prepared.plan.dims.sequences();
+  const auto size = static_cast<std::size_t>(count);
+  std::int64_t* lengths = place.data();
+  if (size > place.size()) {
+    lengths = reinterpret_cast<std::int64_t*>(room(prepared, size * sizeof *lengths).data());
   }
-  std::fill_n(lengths, batch, dims.key_len);
-  return {DataType::kInt64, {dims.batch}, reinterpret_cast<std::byte*>(lengths)};
+  std::fill_n(lengths, size, length);
+  return {DataType::kInt64, {count}, reinterpret_cast<std::byte*>(lengths)};
 }
 
 // What the graphs take besides the request's tensors.
@@ -119,10 +157,20 @@ void feed_defaults(PreparedAttend& prepared) {
     // Distances are counted from the weights up to each sequence's length.
     const bool counted = plan.diagnosis == nullptr && plan.wanted.mass_by_distance != 0;
     if (counted || takes(plan, Feed::kKeyLengths)) {
-      feeds[index(Feed::kKeyLengths)] = full_key_lengths(prepared);
+      feeds[index(Feed::kKeyLengths)] =
+          equal_lengths(prepared, plan.dims.key_len, defaults.key_lengths);
     }
   }
-  if (!plan.specs[index(Input::kBias)] && takes(plan, Feed::kBias)) {
+  if (!plan.specs[index(Input::kPrefixLengths)] && takes(plan, Feed::kPrefixLengths)) {
+    feeds[index(Feed::kPrefixLengths)] = equal_lengths(prepared, 0, defaults.prefix_lengths);
+  }
+  if (plan.dims.packed > 0 && !plan.specs[index(Input::kCuSeqlensK)]) {
+    feeds[index(Feed::kCuSeqlensK)] = feeds[index(Feed::kCuSeqlensQ)];
+  }
+  if (feeds[index(Feed::kMask)].data == nullptr && takes(plan, Feed::kMask)) {
+    feeds[index(Feed::kMask)] = one_element(DataType::kBool, {1, 1, 1, 1}, &defaults.mask);
+  }
+  if (feeds[index(Feed::kBias)].data == nullptr && takes(plan, Feed::kBias)) {
     feeds[index(Feed::kBias)] = one_element(plan.model->facts.dtype, {1, 1, 1, 1}, &defaults.bias);
   }
   if (takes(plan, Feed::kSoftcap)) {
@@ -148,7 +196,7 @@ std::unique_ptr<PreparedAttend> prepare(AttendPlan plan, const Sources& elements
   work.wanted = checked.wanted;
   work.dims = checked.dims;
   work.key = checked.key;
-  work.joinable = !checked.specs[index(Input::kBias)];
+  work.joinable = !checked.specs[index(Input::kBias)] && checked.dims.packed == 0;
   return prepared;
 }
 

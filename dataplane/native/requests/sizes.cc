@@ -75,7 +75,7 @@ Results checked_results(const engine::Model& model, const Shape* layer_output,
   add(wanted.top_k != 0, kTopKWeights, DataType::kFp32, heaviest);
   add(wanted.mass_per_key, kMassPerKey, DataType::kFp32, {batch, heads, dims.key_len});
   add(wanted.mass_by_distance != 0, kMassByDistance, DataType::kFp32,
-      {batch, heads, wanted.mass_by_distance});
+      {dims.sequences(), heads, wanted.mass_by_distance});
   check_response_bytes(total, limits);
   results.byte_size = static_cast<std::size_t>(total);
   return results;

@@ -22,14 +22,18 @@ std::string dtype_text(std::int32_t number) {
   return std::string(name_of(static_cast<DataType>(number)));
 }
 
-std::string_view wanted_dtype(const TensorRule& rule) {
-  return rule.dtype == DataType::kUnspecified ? "a dtype" : name_of(rule.dtype);
+std::string wanted_dtype(const TensorRule& rule) {
+  if (rule.dtype == DataType::kUnspecified) return "a dtype";
+  if (rule.also == DataType::kUnspecified) return std::string(name_of(rule.dtype));
+  return text(name_of(rule.dtype), " or ", name_of(rule.also));
 }
 
 DataType checked_dtype(const TensorRule& rule, std::int32_t number) {
   const bool known = number > 0 && number <= static_cast<std::int32_t>(DataType::kBool);
   const DataType given = known ? static_cast<DataType>(number) : DataType::kUnspecified;
-  const bool wanted = rule.dtype == DataType::kUnspecified ? known : given == rule.dtype;
+  const bool wanted = rule.dtype == DataType::kUnspecified
+                          ? known
+                          : known && (given == rule.dtype || given == rule.also);
   if (!wanted) refuse(text(rule.field, ".dtype"), dtype_text(number), wanted_dtype(rule));
   return given;
 }

@@ -18,6 +18,7 @@ struct TensorRule {
   std::string_view field;                    // for messages
   DataType dtype = DataType::kUnspecified;   // kUnspecified: any
   std::span<const std::string_view> dims{};  // names of its dimensions; none: any rank from 1 to 8
+  DataType also = DataType::kUnspecified;    // a second one that it may be
 };
 
 // Checks one tensor but for its elements. `stored` finds stored tensors; nullptr: there are none.

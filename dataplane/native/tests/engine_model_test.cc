@@ -183,7 +183,9 @@ TEST_CASE("working memory: scores for quadratic variants, tiles for native ones,
   variant.facts.name = "blocked";
   model->facts.mask = Mask::kCausal;
   model->on_cuda = true;
-  CHECK(needed(100) == (128 << 20) + 4000 + 4 * 2 * 8 * 100 * 100);
+  CHECK(needed(100) == (128 << 20) + 4000 + 34 * 4 * 2 * 8 * 100 * 100);
+  // Linear in the length: 16 queries of 16 rows, 64 MiB of scores.
+  CHECK(needed(65'536) == (128U << 20) + 4000 + 34 * (std::size_t{64} << 20));
   model->facts.window = 5;
   CHECK(needed(100) == (128 << 20) + 4000);
 }

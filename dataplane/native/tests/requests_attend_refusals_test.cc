@@ -41,7 +41,7 @@ const std::vector<Refusal> kRefusals{
      "model: given nothing; allowed: a name that ListModels gives"},
     {"unknown model", [](Request& r, World&) { r.message.model = "nope"; }, Code::kNotFound,
      "model: given 'nope'; models here: bare, bert, brain, capped, causal, cross, grouped, half, "
-     "self"},
+     "masked, self"},
     {"unknown version",
      [](Request& r, World&) {
        r.message.model = "grouped";

@@ -342,6 +342,55 @@ TEST_CASE("what the graphs take and the request leaves out is added") {
   CHECK(feed(*prepared, Feed::kSoftcap).data == nullptr);
 }
 
+TEST_CASE("a boolean bias is a mask for graphs that take one, and else a bias of -infinity") {
+  World world;
+  for (const bool takes_mask : {true, false}) {
+    Request request(takes_mask ? "masked" : "causal");
+    request.bias() = request.with<std::uint8_t>({1, 1, 1, 3}, DataType::kBool, {1, 0, 1});
+    const auto prepared = prepared_of(world, request);
+    CHECK(!prepared->work.joinable);
+    if (takes_mask) {
+      CHECK(elements<std::uint8_t>(feed(*prepared, Feed::kMask)) ==
+            std::vector<std::uint8_t>{1, 0, 1});
+      CHECK(elements<float>(feed(*prepared, Feed::kBias)) == std::vector<float>{0});
+    } else {
+      CHECK(feed(*prepared, Feed::kMask).data == nullptr);
+      CHECK(elements<float>(feed(*prepared, Feed::kBias)) == std::vector<float>{0, -kInf, 0});
+    }
+  }
+}
+
+TEST_CASE("prefixes and masks that a request leaves out hide nothing and show nothing more") {
+  World world;
+  Request request("masked");
+  request.all({2, 4, 3, 8});
+  const auto prepared = prepared_of(world, request);
+  CHECK(prepared->work.joinable);
+  CHECK(elements<std::int64_t>(feed(*prepared, Feed::kPrefixLengths)) ==
+        std::vector<std::int64_t>{0, 0});
+  CHECK(elements<std::uint8_t>(feed(*prepared, Feed::kMask)) == std::vector<std::uint8_t>{1});
+  CHECK(feed(*prepared, Feed::kCuSeqlensQ).data == nullptr);
+}
+
+TEST_CASE("packed sequences run by the graph for them, alone, with a prefix for each") {
+  World world;
+  Request request("masked");
+  request.at(wire::Input::kCuSeqlensQ) = request.lengths({0, 1, 1, 3});
+  auto prepared = prepared_of(world, request);
+  CHECK(prepared->plan.variant->name() == "packed");
+  CHECK(!prepared->work.joinable);
+  CHECK(prepared->work.dims.packed == 3);
+  CHECK(feed(*prepared, Feed::kCuSeqlensK).data == feed(*prepared, Feed::kCuSeqlensQ).data);
+  CHECK(feed(*prepared, Feed::kPrefixLengths).shape == Shape{3});
+  request.at(wire::Input::kPrefixLengths) = request.lengths({1, 0, 3});
+  prepared = prepared_of(world, request);
+  CHECK(elements<std::int64_t>(feed(*prepared, Feed::kPrefixLengths)) ==
+        std::vector<std::int64_t>{1, 0, 3});
+  request.at(wire::Input::kCuSeqlensK) = request.lengths({0, 2, 2, 2});
+  CHECK(status_thrown([&] { prepared_of(world, request); }).message ==
+        "cu_seqlens_k[3]: given 2; allowed: 3, all tokens");
+}
+
 TEST_CASE("a graph that only caps scores gets the model's own softcap") {
   World world;
   Request request("capped");

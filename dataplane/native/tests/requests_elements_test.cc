@@ -51,6 +51,44 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("starts rise or stay, from 0 to the end; the first that does not is named") {
+  const auto message = [](std::vector<std::int64_t> starts, std::int64_t end) {
+    const Shape shape{static_cast<std::int64_t>(starts.size())};
+    const Tensor tensor = tensor_of(starts, DataType::kInt64, shape);
+    return status_thrown([&] { check_starts("starts", tensor, end); }).message;
+  };
+  CHECK(message({0, 9}, 9).empty());
+  CHECK(message({0, 0, 4, 4, 9, 9}, 9).empty());
+  CHECK(message({1, 9}, 9) == "starts[0]: given 1; allowed: 0, the first token");
+  CHECK(message({0, 4, 3, 9}, 9) == "starts[2]: given 3; allowed: 4..9");
+  CHECK(message({0, 10, 9}, 9) == "starts[1]: given 10; allowed: 0..9");
+  CHECK(message({0, -1, 9}, 9) == "starts[1]: given -1; allowed: 0..9");
+  CHECK(message({0, 8}, 9) == "starts[1]: given 8; allowed: 9, all tokens");
+}
+
+TEST_CASE("a mask is of zeros and ones, and becomes a bias of every dtype") {
+  for (const std::size_t place : {0UL, 255UL, 256UL, 1029UL}) {
+    std::vector<std::uint8_t> bytes(1030, 1);
+    const Tensor mask = tensor_of(bytes, DataType::kBool, {1, 103, 5, 2});
+    check_mask("bias", mask);
+    bytes[place] = 0;
+    check_mask("bias", mask);
+    std::vector<float> fp32(1030, kNan);
+    bias_of_mask(mask, DataType::kFp32, reinterpret_cast<std::byte*>(fp32.data()));
+    std::vector<std::uint16_t> fp16(1030, 1), bf16(1030, 1);
+    bias_of_mask(mask, DataType::kFp16, reinterpret_cast<std::byte*>(fp16.data()));
+    bias_of_mask(mask, DataType::kBf16, reinterpret_cast<std::byte*>(bf16.data()));
+    for (std::size_t i = 0; i < fp32.size(); ++i) {
+      CHECK(fp32[i] == (i == place ? -kInf : 0.0F));
+      CHECK(fp16[i] == (i == place ? 0xFC00 : 0));
+      CHECK(bf16[i] == (i == place ? 0xFF80 : 0));
+    }
+    bytes[place] = 2;
+    CHECK(status_thrown([&] { check_mask("bias", mask); }).message.find("a byte of 2") !=
+          std::string::npos);
+  }
+}
+
 TEST_CASE("elements are multiplied as floats and rounded back, unaligned ones too") {
   const std::vector<float> given{1, -2.5F, 0, 3e38F, -kInf};
   std::vector<std::byte> bytes(given.size() * sizeof(float) + 1);

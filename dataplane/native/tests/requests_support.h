@@ -63,6 +63,21 @@ inline engine::ModelPtr core(engine::ModelFacts facts) {
   return model;
 }
 
+// One of packed sequences beside the others, all of which take masks and prefixes.
+inline engine::ModelPtr masked() {
+  engine::ModelFacts facts = core_facts("masked");
+  facts.mask = engine::Mask::kCausal;
+  const auto model = model_of(std::move(facts));
+  const std::vector<std::string> masks{"bias", "mask", "prefix_lengths", "softcap"};
+  std::vector<std::string> takes{"query", "key", "value", "key_lengths"};
+  takes.insert(takes.end(), masks.begin(), masks.end());
+  add(*model, "native", takes, {"output"}, true);
+  takes = {"query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"};
+  takes.insert(takes.end(), masks.begin(), masks.end());
+  add(*model, "packed", takes, {"output"}, true);
+  return model;
+}
+
 // One graph that takes and gives the least.
 inline engine::ModelPtr bare() {
   const auto model = model_of(core_facts("bare"));
@@ -124,6 +139,7 @@ class World {
     facts.softcap = 5;
     put(core(facts));
     put(bare());
+    put(masked());
     put(layer("self", std::nullopt));
     put(layer("cross", 24));
     put(transformer());

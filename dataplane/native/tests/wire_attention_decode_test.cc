@@ -35,6 +35,10 @@ bool same(const AttendRequest& ours, const pb::AttendRequest& theirs) {
          same(tensor(Input::kContext), theirs.has_context(), theirs.context()) &&
          same(tensor(Input::kKeyLengths), theirs.has_key_lengths(), theirs.key_lengths()) &&
          same(tensor(Input::kBias), theirs.has_bias(), theirs.bias()) &&
+         same(tensor(Input::kPrefixLengths), theirs.has_prefix_lengths(),
+              theirs.prefix_lengths()) &&
+         same(tensor(Input::kCuSeqlensQ), theirs.has_cu_seqlens_q(), theirs.cu_seqlens_q()) &&
+         same(tensor(Input::kCuSeqlensK), theirs.has_cu_seqlens_k(), theirs.cu_seqlens_k()) &&
          same(ours.scale, theirs.has_scale(), theirs.scale()) &&
          same(ours.softcap, theirs.has_softcap(), theirs.softcap()) &&
          same(ours.returns, theirs.returns()) &&

@@ -35,7 +35,7 @@ struct TensorMessage {
   std::string_view stored;           // kStored
 };
 
-// The tensors of AttendRequest, in the order of their field numbers (4 to 10).
+// The tensors of AttendRequest, in the order of their field numbers (4 to 10, and 18 to 20).
 enum class Input : std::uint8_t {
   kQuery,
   kKey,
@@ -43,9 +43,12 @@ enum class Input : std::uint8_t {
   kHiddenStates,
   kContext,
   kKeyLengths,
-  kBias
+  kBias,
+  kPrefixLengths,
+  kCuSeqlensQ,
+  kCuSeqlensK
 };
-constexpr std::size_t kInputs = 7;
+constexpr std::size_t kInputs = 10;
 std::string_view name_of(Input input);  // "query"
 std::uint32_t field_of(Input input);    // 4
 std::optional<Input> input_of_field(std::uint64_t field);

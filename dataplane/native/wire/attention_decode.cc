@@ -56,7 +56,10 @@ void merge(FieldReader reader, AttendRequest& request) {
       case bytes_field(7):
       case bytes_field(8):
       case bytes_field(9):
-      case bytes_field(10): {
+      case bytes_field(10):
+      case bytes_field(18):
+      case bytes_field(19):
+      case bytes_field(20): {
         const auto input = static_cast<std::size_t>(*input_of_field(reader.key() >> 3));
         merge(reader.message(), present(request.tensors[input]));
         break;

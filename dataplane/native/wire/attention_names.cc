@@ -7,11 +7,13 @@ namespace attnserve::wire {
 
 namespace {
 
-// The tensors of either message have consecutive numbers from here on.
+// The tensors of an answer have consecutive numbers from here on.
 constexpr std::uint32_t kFirstField = 4;
+constexpr std::array<std::uint32_t, kInputs> kInputFields{4, 5, 6, 7, 8, 9, 10, 18, 19, 20};
 
 constexpr std::array<std::string_view, kInputs> kInputNames{
-    "query", "key", "value", "hidden_states", "context", "key_lengths", "bias"};
+    "query",       "key",  "value",          "hidden_states", "context",
+    "key_lengths", "bias", "prefix_lengths", "cu_seqlens_q",  "cu_seqlens_k"};
 constexpr std::array<std::string_view, kOutputs> kOutputNames{
     "output",        "weights",      "entropy",         "top_k_indices",
     "top_k_weights", "mass_per_key", "mass_by_distance"};
@@ -29,13 +31,14 @@ std::string_view name_of(Input input) { return kInputNames[static_cast<std::size
 
 std::string_view name_of(Output output) { return kOutputNames[static_cast<std::size_t>(output)]; }
 
-std::uint32_t field_of(Input input) { return kFirstField + static_cast<std::uint32_t>(input); }
+std::uint32_t field_of(Input input) { return kInputFields[static_cast<std::size_t>(input)]; }
 
 std::uint32_t field_of(Output output) { return kFirstField + static_cast<std::uint32_t>(output); }
 
 std::optional<Input> input_of_field(std::uint64_t field) {
-  if (field < kFirstField || field >= kFirstField + kInputs) return std::nullopt;
-  return static_cast<Input>(field - kFirstField);
+  const auto* found = std::ranges::find(kInputFields, field);
+  if (found == kInputFields.end()) return std::nullopt;
+  return static_cast<Input>(found - kInputFields.begin());
 }
 
 std::optional<Input> input_of_name(std::string_view name) { return find<Input>(kInputNames, name); }

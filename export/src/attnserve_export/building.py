@@ -82,6 +82,8 @@ def layer(options: argparse.Namespace, target: Path, progress: Progress) -> Mani
     if options.weights is not None:
         models.load_parameters(module, options.weights)
         digest = repository.sha256(options.weights)
+        if options.module == "multihead":
+            progress("add_zero_attn, which leaves no parameters behind, is taken to be off")
         source = {"description": f"parameters of {options.weights.name}", "sha256": digest}
     source["module"] = options.module
     return models.export_layer(
@@ -102,6 +104,7 @@ def _beyond_multihead(options: argparse.Namespace) -> dict[str, bool]:
     return {
         "--window": options.window is not None,
         "--window-right": options.window_right is not None,
+        "--chunk": options.chunk is not None,
         "--alignment": options.alignment != "top-left",
         "--alibi": options.alibi,
         "--rotary": options.rotary is not None,
@@ -117,6 +120,7 @@ def transformer(options: argparse.Namespace, target: Path, progress: Progress) -
         name=options.name,
         version=options.version,
         opset=options.opset,
+        native=not options.no_native,
         progress=progress,
     )
 
@@ -141,6 +145,7 @@ def _attention(options: argparse.Namespace, head_dim: int) -> AttentionConfig:
         window_right=_window_right(options),
         alibi=options.alibi,
         rotary=_rotary(options, head_dim),
+        chunk=options.chunk,
     )
 
 

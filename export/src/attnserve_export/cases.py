@@ -10,16 +10,28 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attnserve_export.attention.core import AttentionConfig, PagedCore
+from attnserve_export.attention.core import (
+    AttentionConfig,
+    PackedCore,
+    PackedDiagnosticsCore,
+    PagedCore,
+)
 from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
+from attnserve_export.packed_cases import packed_cases
 from attnserve_export.paged_cases import paged_cases
 from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
-from attnserve_export.verification import Case, angle_tolerance, core_tolerance
+from attnserve_export.verification import (
+    Case,
+    angle_tolerance,
+    core_tolerance,
+    lowest_bias_tolerance,
+)
 
 Array = NDArray[Any]
 
 NUMPY: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+_TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 
 # Of the cases of diagnostics.
 _TOP_K, _DISTANCES = 5, 9
@@ -31,6 +43,9 @@ class Situation:
 
     Attributes:
         bias: the full dimensions that a bias has, of b, h, q and k; None: no bias.
+        mask: likewise of a boolean mask.
+        prefix_lengths: keys of each sequence that all queries see; None: none.
+        lowest: whether the bias of the first query is the lowest finite number for all keys.
     """
 
     name: str
@@ -39,8 +54,16 @@ class Situation:
     key_len: int
     key_lengths: tuple[int, ...] | None = None
     bias: str | None = None
+    lowest: bool = False
     magnitude: float = 1.0
     softcap: float = 20.0
+    mask: str | None = None
+    prefix_lengths: tuple[int, ...] | None = None
+
+    def suits(self, spec: VariantSpec) -> bool:
+        """Whether a variant takes what is special about it."""
+        special = {"bias": self.bias, "mask": self.mask, "prefix_lengths": self.prefix_lengths}
+        return all(name in spec.inputs for name, given in special.items() if given is not None)
 
 
 SITUATIONS = (
@@ -59,6 +82,10 @@ SITUATIONS = (
     Situation("bias over keys", 2, 23, 29, bias="k"),
     Situation("bias per head", 1, 9, 14, bias="hqk"),
     Situation("bias per sequence", 3, 6, 6, (6, 2, 0), bias="bk"),
+    Situation("boolean mask", 2, 140, 140, (140, 90), mask="bqk"),
+    Situation("boolean mask over keys", 3, 6, 6, (6, 2, 0), mask="bk"),
+    Situation("prefix", 4, 53, 53, (53, 20, 0, 5), prefix_lengths=(7, 30, 0, 5)),
+    Situation("lowest bias", 2, 11, 11, (11, 4), bias="bqk", lowest=True),
     Situation("long", 1, 301, 301),
 )
 
@@ -66,7 +93,7 @@ SITUATIONS = (
 def scheme_of(config: AttentionConfig) -> Scheme:
     """A config as the reference has it."""
     mask, rotary = config.visibility, config.rotary
-    scheme = Scheme(mask.left, mask.right, mask.bottom_right, config.slopes)
+    scheme = Scheme(mask.left, mask.right, mask.bottom_right, config.slopes, chunk=mask.chunk)
     if rotary is None:
         return scheme
     return replace(
@@ -81,8 +108,11 @@ def core_cases(
     if spec.core is PagedCore:
         yield from paged_cases(config, dtype, NUMPY[dtype], generator)
         return
+    if spec.core in (PackedCore, PackedDiagnosticsCore):
+        yield from packed_cases(config, dtype, NUMPY[dtype], spec.outputs, generator)
+        return
     for situation in SITUATIONS:
-        if situation.bias and "bias" not in spec.inputs:
+        if not situation.suits(spec):
             continue
         feeds = core_feeds(config, dtype, situation, generator)
         softcap = config.softcap
@@ -97,6 +127,8 @@ def core_cases(
             feeds["value"],
             key_lengths=feeds["key_lengths"],
             bias=feeds["bias"],
+            mask=feeds["mask"],
+            prefix_lengths=feeds["prefix_lengths"],
             scheme=scheme_of(config),
             scale=config.scale,
             softcap=softcap,
@@ -115,6 +147,8 @@ def _tolerance(
     config: AttentionConfig, dtype: str, situation: Situation, largest_score: float
 ) -> float:
     tolerance = core_tolerance(dtype, situation.key_len, largest_score)
+    if situation.lowest:
+        tolerance += lowest_bias_tolerance(dtype)
     if config.rotary is not None:
         tolerance += angle_tolerance(max(situation.query_len, situation.key_len))
     return tolerance
@@ -160,31 +194,52 @@ def core_feeds(
         return generator.standard_normal(shape).astype(NUMPY[dtype])
 
     query = normal(batch, config.num_heads, situation.query_len, config.head_dim)
+    key = normal(batch, config.num_kv_heads, key_len, config.head_dim)
+    value = normal(batch, config.num_kv_heads, key_len, config.value_head_dim)
+    lengths = np.array(situation.key_lengths or (key_len,) * batch, np.int64)
+    # Nothing that is padding may reach a result, no number least of all.
+    for row, length in enumerate(lengths):
+        key[row, :, length:], value[row, :, length:] = np.nan, np.inf
     return {
         "query": query * NUMPY[dtype](situation.magnitude),
-        "key": normal(batch, config.num_kv_heads, key_len, config.head_dim),
-        "value": normal(batch, config.num_kv_heads, key_len, config.value_head_dim),
-        "key_lengths": np.array(situation.key_lengths or (key_len,) * batch, np.int64),
-        "bias": bias_feed(situation, config.num_heads, dtype, generator),
+        "key": key,
+        "value": value,
+        "key_lengths": lengths,
+        **mask_feeds(situation, config.num_heads, dtype, generator),
     }
 
 
-def bias_feed(
+def mask_feeds(
     situation: Situation, num_heads: int, dtype: str, generator: np.random.Generator
-) -> Array:
-    """A random bias of the situation's dimensions, a fifth of it -inf; zero if it has none."""
-    if situation.bias is None:
-        return np.zeros((1, 1, 1, 1), NUMPY[dtype])
+) -> dict[str, Array]:
+    """A random bias, a fifth of it -inf, and a mask of the situation's dimensions, and prefixes.
+
+    What the situation has not is zero, true and zero. The lowest finite number is a bias like any
+    other: a row of it weighs all keys alike.
+    """
     full = {
         "b": situation.batch,
         "h": num_heads,
         "q": situation.query_len,
         "k": situation.key_len,
     }
-    shape = tuple(size if axis in situation.bias else 1 for axis, size in full.items())
-    bias = generator.standard_normal(shape).astype(NUMPY[dtype])
-    bias[generator.random(shape) < 0.2] = -np.inf
-    return bias
+
+    def shape(axes: str | None) -> tuple[int, ...]:
+        return tuple(size if axis in (axes or "") else 1 for axis, size in full.items())
+
+    bias: Array = np.zeros(shape(situation.bias), NUMPY[dtype])
+    if situation.bias is not None:
+        bias = generator.standard_normal(bias.shape).astype(NUMPY[dtype])
+        bias[generator.random(bias.shape) < 0.2] = -np.inf
+        if situation.lowest:
+            bias[:, :, 0] = torch.finfo(_TORCH[dtype]).min
+    mask = np.ones(shape(situation.mask), bool)
+    if situation.mask is not None:
+        mask = generator.random(mask.shape) < 0.6
+        # A block of keys that some queries do not see at all, and queries that see nothing.
+        mask[..., : mask.shape[2] // 2, :128] = False
+    prefixes = situation.prefix_lengths or (0,) * situation.batch
+    return {"bias": bias, "mask": mask, "prefix_lengths": np.array(prefixes, np.int64)}
 
 
 def layer_cases(
@@ -210,7 +265,7 @@ def layer_cases(
         yield from paged_cases(attention, dtype, NUMPY[dtype], generator, _exact(layer))
         return
     for situation in SITUATIONS:
-        if situation.bias and "bias" not in spec.inputs:
+        if not situation.suits(spec):
             continue
         if config.context_dim is None and situation.query_len != situation.key_len:
             continue
@@ -221,7 +276,7 @@ def layer_cases(
             "key_lengths": np.array(
                 situation.key_lengths or (situation.key_len,) * situation.batch, np.int64
             ),
-            "bias": bias_feed(situation, attention.num_heads, dtype, generator),
+            **mask_feeds(situation, attention.num_heads, dtype, generator),
         }
         if config.context_dim is not None:
             context = (situation.batch, situation.key_len, config.context_dim)
@@ -254,6 +309,8 @@ def _layer_reference(
             value,
             key_lengths=feeds["key_lengths"],
             bias=feeds["bias"],
+            mask=feeds["mask"],
+            prefix_lengths=feeds["prefix_lengths"],
             scheme=scheme_of(attention),
             scale=attention.scale,
             softcap=attention.softcap,
@@ -288,7 +345,10 @@ def _check_multihead(
     additive.masked_fill_(padding[:, None, None, :], -torch.inf)
     if attention.mask == "causal":
         later = torch.ones(query_len, key_len, dtype=torch.bool).triu(1)
-        additive.masked_fill_(later, -torch.inf)
+        prefixes = torch.from_numpy(feeds["prefix_lengths"])
+        prefix = torch.arange(key_len) < prefixes[:, None, None, None]
+        additive.masked_fill_(later & ~prefix, -torch.inf)
+    additive.masked_fill_(torch.from_numpy(~feeds["mask"]), -torch.inf)
     expected, expected_weights = original(
         hidden,
         context,
@@ -314,7 +374,7 @@ def _largest_score(query: Array, key: Array, config: AttentionConfig) -> float:
     q, k = np.asarray(query, np.float64), np.asarray(key, np.float64)
     groups = config.num_heads // config.num_kv_heads
     scores = q @ np.repeat(k, groups, axis=1).swapaxes(2, 3) * config.scale
-    return float(np.abs(scores).max())
+    return float(np.nanmax(np.abs(scores)))  # padding is no number
 
 
 def _dims(situation: Situation) -> dict[str, int]:

@@ -130,6 +130,11 @@ def _parser() -> Parser:
         required=True,
         help="folder with config.json, model*.safetensors",
     )
+    transformer.add_argument(
+        "--no-native",
+        action="store_true",
+        help="leave out the variant that needs the operators of attnserve-kernels",
+    )
 
     tune = kinds.add_parser("tune", help="measure a core model's variants on this machine")
     _add_place(tune)
@@ -163,6 +168,9 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
         "--window-right",
         type=values.integer(0),
         help="keys after its own that it sees, unless causal; default: --window less 1, or all",
+    )
+    parser.add_argument(
+        "--chunk", type=_size, help="positions of a chunk, which alone a query sees; default: all"
     )
     parser.add_argument("--softcap", type=_factor, default=0.0, help="default: none")
     parser.add_argument("--alibi", action="store_true", help="scores fall with distance")

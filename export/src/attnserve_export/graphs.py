@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import onnx.helper
@@ -26,7 +27,13 @@ class Input:
 
 
 def export(
-    module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], opset: int
+    module: nn.Module,
+    inputs: Sequence[Input],
+    outputs: Sequence[str],
+    opset: int,
+    *,
+    by_name: bool = False,
+    ends: Mapping[str, int] | None = None,
 ) -> onnx.ModelProto:
     """Export a module.
 
@@ -38,20 +45,36 @@ def export(
         inputs: with examples whose dynamic dimensions are all different and above 1.
         outputs: their names, in order.
         opset: of the default domain, 23 or newer.
+        by_name: the inputs are called as the arguments of forward, in the same order, of which
+            some may be left out.
+        ends: the largest sizes of dimensions that have one, for modules that are traced in one way
+            or not at all; None: all ways are tried.
 
     Returns:
         The graph with its weights inside.
     """
     names = {dim for entry in inputs for dim in entry.dims if isinstance(dim, str)}
-    dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
-    shapes = tuple(
-        {axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)}
+    if ends is None:
+        dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
+    else:
+        # What PyTorch finds to be different at size 1 (which strides count) is not in a graph.
+        dynamic = {name: torch.export.Dim(name, min=2, max=ends.get(name)) for name in names}
+    by_axis = {
+        entry.name: {
+            axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)
+        }
         for entry in inputs
-    )
+    }
+    shapes = by_axis if by_name else tuple(by_axis.values())
+    positional = () if by_name else tuple(entry.example for entry in inputs)
     with _quiet(), torch.no_grad():
+        traced: Any = module.eval()
+        if ends is not None:
+            traced = _traced(module, positional, shapes)
         program = torch.onnx.export(
-            module.eval(),
-            tuple(entry.example for entry in inputs),
+            traced,
+            positional,
+            kwargs={entry.name: entry.example for entry in inputs} if by_name else None,
             dynamo=True,
             opset_version=opset,
             input_names=[entry.name for entry in inputs],
@@ -73,6 +96,25 @@ def export(
     model.ClearField("metadata_props")
     model.graph.ClearField("metadata_props")
     return model
+
+
+def _traced(module: nn.Module, examples: tuple[Tensor, ...], shapes: Any) -> Any:
+    """PyTorch's own graph of a module.
+
+    `torch.onnx.export` would try three ways more if this one fails, each as slow, and none of them
+    right for modules whose parts keep what they were given.
+    """
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        try:
+            return torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
+        except torch._dynamo.exc.UserError as error:
+            # A dimension that has an end, say at the size of a table, must be told so.
+            refine = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes
+            try:
+                refined = refine(error.msg, shapes)
+            except Exception:  # there is nothing to refine
+                raise error from None
+            return torch.export.export(module, examples, dynamic_shapes=refined, strict=False)
 
 
 def add_function(model: onnx.ModelProto, function: onnx.FunctionProto) -> None:
@@ -139,6 +181,30 @@ def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) 
     for value in model.graph.output:
         for axis, name in names.get(value.name, {}).items():
             value.type.tensor_type.shape.dim[axis].dim_param = name
+
+
+def write_out_angles(model: onnx.ModelProto) -> None:
+    """Give each RotaryEmbedding its angles written out over the batch, which it does not broadcast.
+
+    Args:
+        model: changed in place.
+    """
+    make, nodes = onnx.helper.make_node, []
+    for node in model.graph.node:
+        if node.op_type == "RotaryEmbedding" and len(node.input) == 3:
+            batch, shape = f"{node.name}_batch", f"{node.name}_angles"
+            nodes.append(make("Shape", [node.input[0]], [batch], name=batch, start=0, end=1))
+            ones = onnx.helper.make_tensor(f"{shape}_ones", onnx.TensorProto.INT64, [2], [1, 1])
+            nodes.append(make("Constant", [], [f"{shape}_ones"], name=f"{shape}_ones", value=ones))
+            inputs = [batch, f"{shape}_ones"]
+            nodes.append(make("Concat", inputs, [shape], name=shape, axis=0))
+            for place in (1, 2):
+                given, made = node.input[place], f"{node.name}_angles_{place}"
+                nodes.append(make("Expand", [given, shape], [made], name=made))
+                node.input[place] = made
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def keep_apart(model: onnx.ModelProto, op_types: Collection[str]) -> None:

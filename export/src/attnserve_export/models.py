@@ -24,11 +24,14 @@ from attnserve_export.attention.core import (
     CudnnCore,
     FlashCore,
     NativeCore,
+    PackedCore,
+    PackedDiagnosticsCore,
     PagedCore,
 )
 from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_module
+from attnserve_export.attention.packed import packed_attention
 from attnserve_export.attention.paged import paged_attention
 from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.variants import (
@@ -51,7 +54,7 @@ _DIAGNOSTICS_DIMS = {
     "top_k_indices": {3: "top_k"},
     "top_k_weights": {3: "top_k"},
 }
-_BIAS_DIMS = ("bias_batch", "bias_heads", "bias_queries", "bias_keys")
+_BROADCAST_DIMS = ("batch", "heads", "queries", "keys")
 _REFERENCE = "attention in float64 (attnserve_export.reference)"
 
 
@@ -113,6 +116,8 @@ def core_graph(
     """The graph of one variant of a core model."""
     if spec.core is PagedCore:
         return paged_attention(config, dtype, opset)
+    if spec.core in (PackedCore, PackedDiagnosticsCore):
+        return packed_attention(config, spec.inputs, spec.outputs, dtype, opset)
     own = _heads(config, dtype)[: 3 if spec.takes_value else 2]
     return _graph(core_module(config, spec), spec, own, config, dtype, opset)
 
@@ -251,6 +256,7 @@ def attention_info(config: AttentionConfig) -> Attention:
         alignment=config.alignment,
         alibi=config.alibi,
         rotary=None if config.rotary is None else RotaryEmbedding(**asdict(config.rotary)),
+        chunk=config.chunk,
         scale=config.scale,
         softcap=config.softcap,
     )
@@ -295,6 +301,16 @@ def _graph(
     more = {
         "key_lengths": _key_lengths(),
         "bias": _input("bias", dtype, "batch", config.num_heads, "query_len", key_len),
+        "mask": Input(
+            "mask",
+            torch.ones(
+                TRACED["batch"], config.num_heads, TRACED["query_len"], TRACED[key_len]
+            ).bool(),
+            ("batch", config.num_heads, "query_len", key_len),
+        ),
+        "prefix_lengths": Input(
+            "prefix_lengths", torch.zeros(TRACED["batch"], dtype=torch.int64), ("batch",)
+        ),
         "softcap": Input("softcap", torch.tensor([20.0]), (1,)),
         # Objects of their own: the exporter takes one tensor given twice for one input.
         "top_k": Input("top_k", torch.ones(1, dtype=torch.int64), (1,)),
@@ -303,9 +319,10 @@ def _graph(
     inputs = [*own_inputs, *(more[name] for name in spec.inputs)]
     flash = spec.core in (FlashCore, CudnnCore)
     opset = max(opset, FLASH_OPSET) if flash else opset
-    model = graphs.export(module, inputs, spec.outputs, opset)
-    if "bias" in spec.inputs:
-        graphs.free_dims(model, "bias", _BIAS_DIMS)
+    model = graphs.export(module, inputs, spec.outputs, opset, by_name=True)
+    for name in ("bias", "mask"):
+        if name in spec.inputs:
+            graphs.free_dims(model, name, [f"{name}_{dim}" for dim in _BROADCAST_DIMS])
     if spec.outputs == DIAGNOSTICS:
         # Their last dimension is the value of an input; traced as 1.
         graphs.rename_dims(model, _DIAGNOSTICS_DIMS)

@@ -24,6 +24,7 @@ class Scheme:
         slopes: of each head, by which scores fall with distance (ALiBi); None: not at all.
         rotary_style: "half" or "interleaved": query and key are turned first; None: not.
         rotary_dims, rotary_base: of the rotary embedding.
+        chunk: a query sees keys of its own chunk of so many positions; None: of all.
     """
 
     left: int | None = None
@@ -33,6 +34,7 @@ class Scheme:
     rotary_style: str | None = None
     rotary_dims: int = 0
     rotary_base: float = 10_000.0
+    chunk: int | None = None
 
 
 BIDIRECTIONAL = Scheme()
@@ -46,6 +48,8 @@ def attention_reference(
     *,
     key_lengths: ArrayLike | None = None,
     bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    prefix_lengths: ArrayLike | None = None,
     scheme: Scheme = BIDIRECTIONAL,
     scale: float | None = None,
     softcap: float = 0.0,
@@ -58,6 +62,8 @@ def attention_reference(
         value: [B, Hkv, Sk, Dv].
         key_lengths: [B]; keys from that position on are masked.
         bias: added to the scores, broadcast to [B, H, Sq, Sk]; -inf masks.
+        mask: bool, broadcast likewise; true where a key may be seen.
+        prefix_lengths: [B]; valid keys before that position are seen by all queries.
         scheme: who sees whom, and what positions do.
         scale: multiplies query x key; None is 1/sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap); 0 is off.
@@ -78,14 +84,25 @@ def attention_reference(
     full_bias: NDArray[Any] | None = None
     if bias is not None:
         full_bias = np.broadcast_to(np.asarray(bias, np.float64), weights.shape)
+    full_mask = np.broadcast_to(np.asarray(True if mask is None else mask, bool), weights.shape)
+    prefixes = (
+        [0] * batch if prefix_lengths is None else [int(n) for n in np.asarray(prefix_lengths)]
+    )
+    k, v = k.copy(), v.copy()
     for row, length in enumerate(lengths):
+        # What is padding never reaches a result, though 0 * NaN would.
+        k[row, :, length:] = v[row, :, length:] = 0
         positions = np.arange(query_len) + (length - query_len if scheme.bottom_right else 0)
         distance = np.arange(key_len)[None, :] - positions[:, None]  # key minus query
-        hidden = np.broadcast_to(np.arange(key_len) >= length, distance.shape).copy()
+        hidden = np.zeros(distance.shape, bool)
         if scheme.left is not None:
             hidden |= distance < -scheme.left
         if scheme.right is not None:
             hidden |= distance > scheme.right
+        if scheme.chunk is not None:
+            hidden |= np.arange(key_len) // scheme.chunk != (positions // scheme.chunk)[:, None]
+        hidden[:, : prefixes[row]] = False
+        hidden[:, length:] = True
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
             left = turned(q[row, head], positions, scheme)
@@ -97,13 +114,67 @@ def attention_reference(
                 scores = scores - scheme.slopes[head] * np.abs(distance)
             if full_bias is not None:
                 scores = scores + full_bias[row, head]
-            scores[hidden] = -np.inf
+            scores[hidden | ~full_mask[row, head]] = -np.inf
             highest = scores.max(axis=1, keepdims=True)
             highest[highest == -np.inf] = 0
             exponentials = np.exp(scores - highest)
             total = exponentials.sum(axis=1, keepdims=True)
             weights[row, head] = exponentials / np.where(total > 0, total, 1)
             output[row, head] = weights[row, head] @ v[row, kv_head]
+    return output, weights
+
+
+def packed_reference(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    query_starts: ArrayLike,
+    key_starts: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    prefix_lengths: ArrayLike | None = None,
+    scheme: Scheme = BIDIRECTIONAL,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> tuple[Float64, Float64]:
+    """Attention of N sequences that lie one after another: each computed by itself.
+
+    Args:
+        query: [1, H, Tq, D].
+        key: [1, Hkv, Tk, D].
+        value: [1, Hkv, Tk, Dv].
+        query_starts, key_starts: [N + 1]; sequence n has tokens [n] to [n + 1].
+        prefix_lengths: [N].
+        bias, mask: broadcast to [1, H, Tq, Tk].
+        scheme, scale, softcap: as in `attention_reference`.
+
+    Returns:
+        Output [1, H, Tq, Dv] and weights [1, H, Tq, Tk], 0 between sequences.
+    """
+    q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
+    shape = (1, q.shape[1], q.shape[2], k.shape[2])
+    added = np.broadcast_to(np.asarray(0 if bias is None else bias, np.float64), shape)
+    seen = np.broadcast_to(np.asarray(True if mask is None else mask, bool), shape)
+    starts, keys_from = np.asarray(query_starts), np.asarray(key_starts)
+    output, weights = np.zeros((*q.shape[:3], v.shape[3])), np.zeros(shape)
+    for n in range(len(starts) - 1):
+        rows, columns = slice(*starts[n : n + 2]), slice(*keys_from[n : n + 2])
+        if rows.start == rows.stop or columns.start == columns.stop:
+            continue
+        output[:, :, rows], weights[:, :, rows, columns] = attention_reference(
+            q[:, :, rows],
+            k[:, :, columns],
+            v[:, :, columns],
+            bias=added[:, :, rows, columns],
+            mask=seen[:, :, rows, columns],
+            prefix_lengths=None
+            if prefix_lengths is None
+            else np.asarray(prefix_lengths)[n : n + 1],
+            scheme=scheme,
+            scale=scale,
+            softcap=softcap,
+        )
     return output, weights
 
 

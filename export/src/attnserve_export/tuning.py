@@ -99,8 +99,9 @@ def tune(
         for entry in manifest.variants
         if provider in entry.providers
         and "output" in entry.output_names
-        # `softcap` is `reference` with one more input, `paged` is for sessions.
-        and entry.name not in ("softcap", "paged")
+        # `softcap` is `reference` with one more input, `paged` is for sessions, `packed` alone is
+        # for packed sequences.
+        and entry.name not in ("softcap", "paged", "packed")
     }
     opened = {
         name: sessions.open_session(folder / entry.file, tuple(dict.fromkeys((provider, CPU))))
@@ -245,6 +246,8 @@ def _times(
         "value": normal(attention.num_kv_heads, attention.value_head_dim),
         "key_lengths": np.full(batch, seq_len, np.int64),
         "bias": np.zeros((1, 1, 1, 1), dtype),
+        "mask": np.ones((1, 1, 1, 1), bool),
+        "prefix_lengths": np.zeros(batch, np.int64),
         "softcap": np.array([-1], np.float32),
     }
     shape = (batch, attention.num_heads, seq_len, attention.value_head_dim)

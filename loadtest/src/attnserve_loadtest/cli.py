@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve_proto import commands
-from attnserve_proto.commands import INTERRUPTED, CommandError, Parser, values
+from attnserve_proto.commands import (
+    INTERRUPTED,
+    CommandError,
+    Parser,
+    add_missing_command,
+    extension,
+    values,
+)
 
 from attnserve_loadtest import __version__, parsing
-from attnserve_loadtest import context_command as context
 from attnserve_loadtest import decode_command as decode
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.schema import Settings
@@ -30,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
-        if parsed.out is not None:
+        if getattr(parsed, "out", None) is not None:
             commands.check_folder("--out", parsed.out)
         status: int = parsed.run(parsed)
     except LoadTestError as error:
@@ -48,7 +54,12 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     found = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     _add_scaling(found.add_parser("scaling", help="how latency grows with seq_len"))
-    context.add_arguments(found.add_parser("context", help="a fact in a growing context"))
+    help_of_context = "a fact in a growing context"
+    add_context = extension("attnserve_loadtest.commands", "context")
+    if add_context is None:
+        add_missing_command(found, "context", "attnserve-lens[context]", help=help_of_context)
+    else:
+        add_context(found.add_parser("context", help=help_of_context))
     decode.add_arguments(found.add_parser("decode", help="KV sessions that come and go"))
     _add_report(found.add_parser("report", help="draw a report.json again"))
     return parser

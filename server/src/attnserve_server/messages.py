@@ -31,6 +31,7 @@ def model_message(model: LoadedModel) -> pb.Model:
         has_window_right=attention.window_right is not None,
         bottom_right=attention.alignment == "bottom-right",
         alibi=attention.alibi,
+        chunk=attention.chunk or 0,
         rotary=attention.rotary.style if attention.rotary else "",
     )
     if manifest.layer is not None:

@@ -3,19 +3,23 @@
 A Loop takes a block of queries at a time, cuts out the keys and values that any of them sees, and
 does what the reference does on that cut. A block is as long as fits `SCORES` scores, so the memory
 does not grow with the length; under a window the cut is at most the window and a block long, so
-neither does the time per query.
+neither does the time per query. Where the cut grows from block to block, as under a causal mask, it
+ends at one of `CUTS` places: CUDA's arena keeps what each size has taken, and gives it to no larger
+one, so that as many sizes as blocks would take as much as all scores.
 """
 
 import onnx
 from onnx import FunctionProto
 
 from attnserve_export.attention.core import BLOCKED, DOMAIN, AttentionConfig
+from attnserve_export.attention.masks import Mask
 from attnserve_export.attention.text import exact, joined
 
 # Scores held at once, and bounds for the queries of a block. 4 Mi scores are 16 MiB, of which a
 # few copies live at a time.
 SCORES = 4 << 20
 FEWEST, MOST = 16, 128
+CUTS = 16
 
 
 def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
@@ -28,11 +32,9 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
     mask = config.visibility
     heads, kv_heads = config.num_heads, config.num_kv_heads
     offsets = "Sub (lengths, query_len)" if mask.bottom_right else "Mul (lengths, zero)"
-    bounded = mask.left is not None and mask.right is not None
-    width = "key_len"
-    if mask.left is not None and mask.right is not None:
-        width = "Min (key_len, window)"
-    window = (mask.left or 0) + (mask.right or 0) + 1 + MOST if bounded else 0
+    reach = _reach(mask)
+    width = "key_len" if reach is None else "Min (key_len, window)"
+    window = 0 if reach is None else reach + MOST
     lines = [
         "zero = Constant <value_ints = [0]> ()",
         "one = Constant <value_ints = [1]> ()",
@@ -49,7 +51,6 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         "exact_query = Cast <to = 1> (query)",
         "scaled = Mul (exact_query, scale)",
         "exact_key = Cast <to = 1> (key)",
-        "exact_value = Cast <to = 1> (value)",
         # How long a block is.
         f"window = Constant <value_ints = [{window}]> ()",
         f"width = {width if ' ' in width else f'Identity ({width})'}",
@@ -73,21 +74,30 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         # Positions: of each sequence's queries, and the extremes.
         "lengths = Min (key_lengths, key_len)",
         f"offsets = {offsets}",
+        "column = Constant <value_ints = [1, 1, -1, 1]> ()",
         "four = Constant <value_ints = [-1, 1, 1, 1]> ()",
         "length4 = Reshape (lengths, four)",
+        # A weight of 0 does not hide padding that is no number.
+        "nothing = Constant <value_float = 0.0> ()",
+        "key_len_scalar = Reshape (key_len, scalar)",
+        "zero_scalar = Reshape (zero, scalar)",
+        "one_scalar = Reshape (one, scalar)",
+        "all_keys = Range (zero_scalar, key_len_scalar, one_scalar)",
+        "all_keys4 = Reshape (all_keys, column)",
+        "valid = Less (all_keys4, length4)",
+        "given_value = Cast <to = 1> (value)",
+        "exact_value = Where (valid, given_value, nothing)",
         "offset4 = Reshape (offsets, four)",
         "lowest_offset = ReduceMin <keepdims = 1> (offsets)",
         "highest_offset = ReduceMax <keepdims = 1> (offsets)",
         "longest = ReduceMax <keepdims = 1> (lengths)",
         f"left = Constant <value_ints = [{mask.left or 0}]> ()",
         f"right = Constant <value_ints = [{(mask.right or 0) + 1}]> ()",
-        "column = Constant <value_ints = [1, 1, -1, 1]> ()",
         "row = Constant <value_ints = [1, 1, 1, -1]> ()",
         f"by_key_head = Constant <value_ints = [0, {kv_heads}, -1, {config.head_dim}]> ()",
         "heads_shape = Concat <axis = 0> (batch, num_heads, block, last)",
         "lowest = Constant <value_float = -3.4028234663852886e+38> ()",
         "axis2 = Constant <value_ints = [2]> ()",
-        "one_scalar = Reshape (one, scalar)",
     ]
     if config.slopes is not None:
         slopes = ", ".join(exact(slope) for slope in config.slopes)
@@ -96,6 +106,16 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
             "heads4 = Constant <value_ints = [1, -1, 1, 1]> ()",
             "slopes4 = Reshape (slopes_row, heads4)",
         ]
+    if _grows(mask):
+        lines += [
+            f"cuts = Constant <value_ints = [{CUTS}]> ()",
+            "above_keys = Add (key_len, cuts)",
+            "up_to_keys = Sub (above_keys, one)",
+            "keys_per_cut = Div (up_to_keys, cuts)",
+            "cut_step = Max (keys_per_cut, most)",
+        ]
+    if mask.chunk is not None:
+        lines.append(f"chunk = Constant <value_ints = [{mask.chunk}]> ()")
     if config.softcap:
         lines.append(f"cap = Constant <value_float = {exact(config.softcap)}> ()")
     lines += [
@@ -115,6 +135,50 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
     text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
         {BLOCKED} (query, key, value, key_lengths) => (output) {{ {joined(lines)} }}"""
     return onnx.parser.parse_function(text)
+
+
+def _reach(mask: Mask) -> int | None:
+    """Keys that a query sees at most; None: any number."""
+    reaches = [] if mask.chunk is None else [mask.chunk]
+    if mask.left is not None and mask.right is not None:
+        reaches.append(mask.left + mask.right + 1)
+    return min(reaches, default=None)
+
+
+def _grows(mask: Mask) -> bool:
+    """Whether later blocks see more keys than earlier ones, without end."""
+    return mask.left is None and mask.right is not None and mask.chunk is None
+
+
+def _chunk_lines() -> list[str]:
+    """What each query sees, and what a block does, cut to chunks.
+
+    Positions before the first key divide to 0, not down: their queries are told apart.
+    """
+    return [
+        "counted = Max (positions, zero)",
+        "chunk_number = Div (counted, chunk)",
+        "chunk_begin = Mul (chunk_number, chunk)",
+        "chunk_stop = Add (chunk_begin, chunk)",
+        "chunk_first = Max (first, chunk_begin)",
+        "cut_end = Min (end, chunk_stop)",
+        "before_all = Less (positions, zero)",
+        "chunk_end = Where (before_all, zero, cut_end)",
+        "block_lowest = Add (start, lowest_offset)",
+        "lowest_counted = Max (block_lowest, zero)",
+        "lowest_number = Div (lowest_counted, chunk)",
+        "lowest_begin = Mul (lowest_number, chunk)",
+        "later_begin = Max (begin_key, lowest_begin)",
+        "very_last_key = Sub (key_len, one)",
+        "chunk_key = Min (later_begin, very_last_key)",
+        "block_above = Add (stop, highest_offset)",
+        "block_highest = Sub (block_above, one)",
+        "highest_counted = Max (block_highest, zero)",
+        "highest_number = Div (highest_counted, chunk)",
+        "highest_begin = Mul (highest_number, chunk)",
+        "highest_stop = Add (highest_begin, chunk)",
+        "chunk_wanted = Min (wanted_end, highest_stop)",
+    ]
 
 
 def _body(config: AttentionConfig) -> list[str]:
@@ -154,11 +218,25 @@ def _body(config: AttentionConfig) -> list[str]:
             "block_right = Sub (block_end, one)",
             "wanted_end = Min (block_right, longest)",
         ]
+    begin, wanted, first, end = "begin_key", "wanted_end", "first", "end"
+    if mask.chunk is not None:
+        lines += _chunk_lines()
+        begin, wanted, first, end = "chunk_key", "chunk_wanted", "chunk_first", "chunk_end"
+    if _grows(mask):
+        # What lies beyond what the block sees is masked with the rest.
+        lines += [
+            f"above_wanted = Add ({wanted}, cut_step)",
+            "up_to_wanted = Sub (above_wanted, one)",
+            "steps_wanted = Div (up_to_wanted, cut_step)",
+            "rounded_wanted = Mul (steps_wanted, cut_step)",
+            "cut_wanted = Min (rounded_wanted, key_len)",
+        ]
+        wanted = "cut_wanted"
     lines += [
-        "after_begin = Add (begin_key, one)",
-        "end_key = Max (wanted_end, after_begin)",
-        "keys = Slice (exact_key, begin_key, end_key, axis2)",
-        "values = Slice (exact_value, begin_key, end_key, axis2)",
+        f"after_begin = Add ({begin}, one)",
+        f"end_key = Max ({wanted}, after_begin)",
+        f"keys = Slice (exact_key, {begin}, end_key, axis2)",
+        f"values = Slice (exact_value, {begin}, end_key, axis2)",
         "keys_across = Transpose <perm = [0, 1, 3, 2]> (keys)",
         "grouped = Reshape (queries, by_key_head)",
         "products = MatMul (grouped, keys_across)",
@@ -173,7 +251,7 @@ def _body(config: AttentionConfig) -> list[str]:
         scores = "capped"
     lines += [
         f"by_head = Reshape ({scores}, heads_shape)",
-        "begin_scalar = Reshape (begin_key, scalar)",
+        f"begin_scalar = Reshape ({begin}, scalar)",
         "end_scalar = Reshape (end_key, scalar)",
         "key_numbers = Range (begin_scalar, end_scalar, one_scalar)",
         "numbers4 = Reshape (key_numbers, row)",
@@ -189,8 +267,8 @@ def _body(config: AttentionConfig) -> list[str]:
         ]
         scores = "inclined"
     lines += [
-        "not_before_first = GreaterOrEqual (numbers4, first)",
-        "before_end = Less (numbers4, end)",
+        f"not_before_first = GreaterOrEqual (numbers4, {first})",
+        f"before_end = Less (numbers4, {end})",
         "visible = And (not_before_first, before_end)",
         f"masked = Where (visible, {scores}, lowest)",
         "weights = Softmax <axis = -1> (masked)",
@@ -199,7 +277,7 @@ def _body(config: AttentionConfig) -> list[str]:
         "sums = MatMul (grouped_weights, values)",
         "sums_by_head = Reshape (sums, heads_shape)",
         # A query that sees no key.
-        "some = Less (first, end)",
+        f"some = Less ({first}, {end})",
         "some_or_none = Cast <to = 1> (some)",
         "block_output = Mul (sums_by_head, some_or_none)",
     ]

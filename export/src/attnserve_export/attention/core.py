@@ -43,6 +43,7 @@ class AttentionConfig:
         window_right: keys after its own position that it sees, unless causal; None: all.
         alibi: whether scores fall with distance, by a slope per head.
         rotary: how query and key are turned by their positions first; None: not at all.
+        chunk: positions of a chunk, of which a query sees its own alone (Llama 4); None: all.
     """
 
     num_heads: int
@@ -57,6 +58,7 @@ class AttentionConfig:
     window_right: int | None = None
     alibi: bool = False
     rotary: Rotary | None = None
+    chunk: int | None = None
 
     @property
     def visibility(self) -> Mask:
@@ -65,12 +67,13 @@ class AttentionConfig:
             left=None if self.window is None else self.window - 1,
             right=0 if self.mask == "causal" else self.window_right,
             bottom_right=self.alignment == "bottom-right",
+            chunk=self.chunk,
         )
 
     @property
     def windowed(self) -> bool:
         """Whether a query's reach is bounded on a side, other than by causality."""
-        return self.window is not None or self.window_right is not None
+        return any(bound is not None for bound in (self.window, self.window_right, self.chunk))
 
     @property
     def slopes(self) -> list[float] | None:
@@ -107,6 +110,7 @@ class Core(nn.Module):
             "left": -1 if mask.left is None else mask.left,
             "right": -1 if mask.right is None else mask.right,
             "bottom_right": int(mask.bottom_right),
+            "chunk": mask.chunk or 0,
         }
 
 
@@ -136,8 +140,8 @@ class FusedCore(Core):
         # was measured to put the output off by up to 2e-3, and by 1.5e-2 for scores of 30.
         output = nn.functional.scaled_dot_product_attention(
             query.float(),
-            key.float(),
-            value.float(),
+            self.mask.unpadded(key.float(), key_lengths),
+            self.mask.unpadded(value.float(), key_lengths),
             attn_mask=self.mask.visible(query.shape[2], key.shape[2], key_lengths),
             scale=config.scale,
             enable_gqa=config.num_kv_heads != config.num_heads,
@@ -156,13 +160,17 @@ class NativeCore(Core):
         value: Tensor,
         key_lengths: Tensor,
         bias: Tensor,
+        mask: Tensor,
+        prefix_lengths: Tensor | None = None,
         softcap: Tensor | None = None,
     ) -> Tensor:
-        """As `FusedCore.forward`, with a bias and a softcap.
+        """As `FusedCore.forward`, with a bias, masks and a softcap.
 
         Args:
             query, key, value, key_lengths: as there.
             bias: broadcast to [B, H, Sq, Sk] and added to the scores; -inf masks.
+            mask: BOOL, broadcast likewise; true where a key may be seen.
+            prefix_lengths: [B] INT64; valid keys before that position are seen by all queries.
             softcap: [1] FP32; replaces the config's unless it is negative.
         """
         dtype = query.dtype
@@ -179,6 +187,8 @@ class NativeCore(Core):
                 bias.to(query.dtype),
                 self.slopes,
                 softcap,
+                mask,
+                prefix_lengths,
             ),
             self.attributes(),
             query.dtype,
@@ -228,6 +238,14 @@ class PagedCore(Core):
     """New tokens over pages, for sessions. Its graph is not traced: see `attention.paged`."""
 
 
+class PackedCore(Core):
+    """Packed sequences. Its graph is not traced: see `attention.packed`."""
+
+
+class PackedDiagnosticsCore(Core):
+    """What the weights of packed sequences say: see there."""
+
+
 class DiagnosticsCore(Core):
     """What the weights say, without ever holding them all; by attnserve-kernels."""
 
@@ -239,12 +257,15 @@ class DiagnosticsCore(Core):
         top_k: Tensor,
         distances: Tensor,
         bias: Tensor,
+        mask: Tensor,
+        prefix_lengths: Tensor | None = None,
         softcap: Tensor | None = None,
     ) -> Sequence[Tensor]:
         """Entropy and masses of the weights.
 
         Args:
-            query, key, key_lengths, bias, softcap: as in `NativeCore.forward`.
+            query, key, key_lengths, bias, mask, prefix_lengths, softcap: as in
+                `NativeCore.forward`.
             top_k: [1] INT64, keys to name per query; 0: none.
             distances: [1] INT64, N: distances to tell apart, the last one gathers all beyond.
 
@@ -268,6 +289,8 @@ class DiagnosticsCore(Core):
                 bias.to(query.dtype),
                 self.slopes,
                 softcap,
+                mask,
+                prefix_lengths,
             ),
             self.attributes(),
             dtypes=(floats, floats, floats, torch.int64, floats),
@@ -286,7 +309,13 @@ class ReferenceCore(Core):
     """Attention by plain operators, with a bias, giving the weights too; computed in FP32."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, bias: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_lengths: Tensor,
+        bias: Tensor,
+        prefix_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention output and weights.
 
@@ -296,11 +325,12 @@ class ReferenceCore(Core):
             value: [B, Hkv, Sk, Dv].
             key_lengths: [B] INT64.
             bias: broadcast to [B, H, Sq, Sk] and added to the scores; -inf masks.
+            prefix_lengths: [B] INT64; valid keys before that position are seen by all queries.
 
         Returns:
             [B, H, Sq, Dv] and [B, H, Sq, Sk]; rows without any visible key are 0.
         """
-        return self._attend(query, key, value, key_lengths, bias, self._cap)
+        return self._attend(query, key, value, key_lengths, bias, prefix_lengths, self._cap)
 
     def _cap(self, scores: Tensor) -> Tensor:
         return scores
@@ -312,6 +342,7 @@ class ReferenceCore(Core):
         value: Tensor,
         key_lengths: Tensor,
         bias: Tensor,
+        prefix_lengths: Tensor | None,
         cap: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         dtype = query.dtype
@@ -326,13 +357,14 @@ class ReferenceCore(Core):
             positions = self.mask.positions(query_len, key_lengths)[:, None, :, None]
             apart = (positions - torch.arange(key_len)).abs().float()  # (B, 1, Sq, Sk)
             scores = scores - self.slopes[:, None, None] * apart
-        lowest = torch.finfo(torch.float32).min
-        visible = self.mask.visible(query_len, key_len, key_lengths)
-        # A finite stand-in for -inf: softmax over a row of -inf would give NaN.
-        scores = torch.where(visible, scores.clamp(min=lowest), lowest)
-        seen = scores.amax(dim=-1, keepdim=True) > lowest
-        weights = torch.softmax(scores, dim=-1) * seen.float()  # (B, H, Sq, Sk)
-        output = weights.reshape(batch, num_kv_heads, -1, key_len) @ value.float()
+        hidden = torch.full((), -torch.inf)
+        visible = self.mask.visible(query_len, key_len, key_lengths, prefix_lengths)
+        scores = torch.where(visible, scores, hidden)
+        # The softmax of a row of -inf is no number. Any finite bias is a number, the lowest too.
+        unseeing = scores.amax(dim=-1, keepdim=True) == hidden
+        weights = torch.where(unseeing, torch.zeros(()), torch.softmax(scores, dim=-1))
+        values = self.mask.unpadded(value.float(), key_lengths)
+        output = weights.reshape(batch, num_kv_heads, -1, key_len) @ values
         output = output.reshape(batch, num_heads, -1, value.shape[3])
         return output.to(dtype), weights.to(dtype)
 
@@ -347,21 +379,24 @@ class CappedCore(ReferenceCore):
 class SoftcapCore(ReferenceCore):
     """As the reference, with the softcap as an input, [1] FP32 > 0."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         key_lengths: Tensor,
         bias: Tensor,
-        softcap: Tensor,
+        prefix_lengths: Tensor | None = None,
+        softcap: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `ReferenceCore.forward`."""
+
+        assert softcap is not None
 
         def cap(scores: Tensor) -> Tensor:
             return softcap * torch.tanh(scores / softcap)
 
-        return self._attend(query, key, value, key_lengths, bias, cap)
+        return self._attend(query, key, value, key_lengths, bias, prefix_lengths, cap)
 
 
 def default_scale(head_dim: int) -> float:

@@ -32,7 +32,7 @@ def has_flash(config: AttentionConfig, dtype: str) -> bool:
         dtype: "FP32", "FP16" or "BF16". FP32 has no FlashAttention, but without a mask ONNX Runtime
             takes another kernel of linear memory; windows have none.
     """
-    plain = not (config.softcap or config.alibi)
+    plain = not (config.softcap or config.alibi or config.chunk is not None)
     regular = config.head_dim == config.value_head_dim and config.head_dim % 8 == 0
     causal_window = config.mask == "causal" and dtype != "FP32"
     return (
@@ -59,9 +59,9 @@ def flash_attention(config: AttentionConfig) -> FunctionProto:
     if config.window is not None:
         lines = _grouped(config, BLOCKED)
     elif config.mask != "causal":
-        lines = [_attention(config, "output", "lengths", causal=False)]
+        lines = _by_lengths(config, causal=False)
     elif config.visibility.bottom_right:
-        lines = [_attention(config, "output", "lengths", causal=True)]
+        lines = _by_lengths(config, causal=True)
     else:
         lines = _top_left(config)
     return _function(FLASH, lines)
@@ -90,34 +90,74 @@ def _function(name: str, lines: list[str]) -> FunctionProto:
     return onnx.parser.parse_function(text)
 
 
-def _attention(config: AttentionConfig, output: str, lengths: str, *, causal: bool) -> str:
+def _attention(
+    config: AttentionConfig, output: str, lengths: str, *, causal: bool, heads: str = "key, value"
+) -> str:
     attributes = f"is_causal = {int(causal)}, scale = {exact(config.scale)}"
-    return f"{output} = Attention <{attributes}> (query, key, value, , , , {lengths})"
+    return f"{output} = Attention <{attributes}> (query, {heads}, , , , {lengths})"
+
+
+# `valid_key` and `valid_value`: 0 where they are padding. A kernel that gives padding a weight of 0
+# would make NaN of a NaN there.
+_VALID = """
+    zero_scalar = Constant <value_int = 0> ()
+    one_scalar = Constant <value_int = 1> ()
+    key_len_scalar = Reshape (key_len, scalar)
+    keys = Range (zero_scalar, key_len_scalar, one_scalar)
+    by_row = Constant <value_ints = [1, 1, -1, 1]> ()
+    keys4 = Reshape (keys, by_row)
+    by_sequence = Constant <value_ints = [-1, 1, 1, 1]> ()
+    lengths4 = Reshape (lengths, by_sequence)
+    valid = Less (keys4, lengths4)
+    exact_zero = Constant <value_float = 0.0> ()
+    nothing = CastLike (exact_zero, key)
+    valid_key = Where (valid, key, nothing)
+    valid_value = Where (valid, value, nothing)
+"""
+_VALID_HEADS = "valid_key, valid_value"
+
+
+def _by_lengths(config: AttentionConfig, *, causal: bool) -> list[str]:
+    given = _attention(config, "same", "lengths", causal=causal)
+    masked = _attention(config, "masked", "lengths", causal=causal, heads=_VALID_HEADS)
+    return [
+        "enough = GreaterOrEqual (shortest, key_len)",
+        "unpadded = Reshape (enough, scalar)",
+        f"""output = If (unpadded) <
+            then_branch = all_alike () => (same) {{ {given} }},
+            else_branch = ragged () => (masked) {{ {_VALID} {masked} }}>""",
+    ]
 
 
 def _top_left(config: AttentionConfig) -> list[str]:
     return [
+        "full = GreaterOrEqual (shortest, key_len)",
+        "unpadded = Reshape (full, scalar)",
         # Queries at or after the end of their sequence are there only if one is shorter than this.
         "shorter = Min (query_len, key_len)",
         "enough = GreaterOrEqual (shortest, shorter)",
-        "unpadded = Reshape (enough, scalar)",
+        "before_ends = Reshape (enough, scalar)",
         f"""output = If (unpadded) <
             then_branch = all_alike () => (same) {{
                 {_attention(config, "same", "", causal=True)}
             }},
-            else_branch = ragged () => (chosen) {{
-                {_attention(config, "causal", "", causal=True)}
-                {_attention(config, "to_the_end", "lengths", causal=False)}
-                zero_scalar = Constant <value_int = 0> ()
-                one_scalar = Constant <value_int = 1> ()
-                query_len_scalar = Reshape (query_len, scalar)
-                rows = Range (zero_scalar, query_len_scalar, one_scalar)
-                by_row = Constant <value_ints = [1, 1, -1, 1]> ()
-                rows4 = Reshape (rows, by_row)
-                by_sequence = Constant <value_ints = [-1, 1, 1, 1]> ()
-                lengths4 = Reshape (lengths, by_sequence)
-                within = Less (rows4, lengths4)
-                chosen = Where (within, causal, to_the_end)
+            else_branch = padded () => (masked) {{
+                {_VALID}
+                masked = If (before_ends) <
+                    then_branch = none_after () => (seen) {{
+                        {_attention(config, "seen", "", causal=True, heads=_VALID_HEADS)}
+                    }},
+                    else_branch = ragged () => (chosen) {{
+                        {_attention(config, "causal", "", causal=True, heads=_VALID_HEADS)}
+                        {
+            _attention(config, "to_the_end", "lengths", causal=False, heads=_VALID_HEADS)
+        }
+                        query_len_scalar = Reshape (query_len, scalar)
+                        rows = Range (zero_scalar, query_len_scalar, one_scalar)
+                        rows4 = Reshape (rows, by_row)
+                        within = Less (rows4, lengths4)
+                        chosen = Where (within, causal, to_the_end)
+                    }}>
             }}>""",
     ]
 

@@ -121,15 +121,25 @@ class BiasedSelfLayer(SelfLayer):
     """Self-attention over a core that takes a bias, and may give weights."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, key_lengths: Tensor, bias: Tensor
+        self,
+        hidden_states: Tensor,
+        key_lengths: Tensor,
+        bias: Tensor,
+        mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, S, E], [B] and a bias to [B, S, E], and [B, H, S, S] if the core gives them."""
-        return self._merged(self.layer.heads(hidden_states, hidden_states), key_lengths, bias)
+        heads = self.layer.heads(hidden_states, hidden_states)
+        return self._merged(heads, key_lengths, bias, _given(mask, prefix_lengths))
 
     def _merged(
-        self, heads: tuple[Tensor, Tensor, Tensor], key_lengths: Tensor, bias: Tensor
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        key_lengths: Tensor,
+        bias: Tensor,
+        masks: dict[str, Tensor],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        result = self.core(*heads, key_lengths, bias)
+        result = self.core(*heads, key_lengths, bias, **masks)
         if isinstance(result, Tensor):
             return self.layer.merge(result)
         output, weights = result
@@ -140,10 +150,17 @@ class BiasedCrossLayer(BiasedSelfLayer):
     """Cross-attention over a core that takes a bias, and may give weights."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, context: Tensor, key_lengths: Tensor, bias: Tensor
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        key_lengths: Tensor,
+        bias: Tensor,
+        mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, Sq, E], [B, Sk, Ec], [B] and a bias to [B, Sq, E], perhaps [B, H, Sq, Sk]."""
-        return self._merged(self.layer.heads(hidden_states, context), key_lengths, bias)
+        heads = self.layer.heads(hidden_states, context)
+        return self._merged(heads, key_lengths, bias, _given(mask, prefix_lengths))
 
 
 class DiagnosticsSelfLayer(SelfLayer):
@@ -156,10 +173,13 @@ class DiagnosticsSelfLayer(SelfLayer):
         top_k: Tensor,
         distances: Tensor,
         bias: Tensor,
+        mask: Tensor,
+        prefix_lengths: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """See `DiagnosticsCore.forward`."""
         query, key, _ = self.layer.heads(hidden_states, hidden_states)
-        return tuple(self.core(query, key, key_lengths, top_k, distances, bias))
+        given = _given(mask, prefix_lengths)
+        return tuple(self.core(query, key, key_lengths, top_k, distances, bias, **given))
 
 
 class DiagnosticsCrossLayer(SelfLayer):
@@ -173,10 +193,19 @@ class DiagnosticsCrossLayer(SelfLayer):
         top_k: Tensor,
         distances: Tensor,
         bias: Tensor,
+        mask: Tensor,
+        prefix_lengths: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """See `DiagnosticsCore.forward`."""
         query, key, _ = self.layer.heads(hidden_states, context)
-        return tuple(self.core(query, key, key_lengths, top_k, distances, bias))
+        given = _given(mask, prefix_lengths)
+        return tuple(self.core(query, key, key_lengths, top_k, distances, bias, **given))
+
+
+def _given(mask: Tensor | None, prefix_lengths: Tensor | None) -> dict[str, Tensor]:
+    """What a core takes by name, where its variant has it."""
+    named = {"mask": mask, "prefix_lengths": prefix_lengths}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def layer_module(layer: AttentionLayer, spec: VariantSpec) -> nn.Module:

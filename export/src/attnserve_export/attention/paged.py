@@ -34,6 +34,8 @@ def has_paged(config: AttentionConfig) -> bool:
     Positions are those of the sequence: no reach to both sides, and with rotary embedding, which
     turns new keys by the positions of the queries, only causal masks.
     """
+    if config.chunk is not None:
+        return False
     bounded = config.windowed or config.rotary is not None
     return config.mask == "causal" or not bounded
 
@@ -91,11 +93,11 @@ def paged_model(
             none: it is these.
         weights: initializers.
     """
-    heads, turning = ("query", "key", "value"), list[str]()
+    heads, turned = ("query", "key", "value"), list[str]()
     if config.rotary is not None:
         heads = ("turned_query", "turned_key", "exact_value")
-        turning = [
-            *_turning(config.rotary),
+        turned = [
+            *turning(config.rotary),
             *_turned(config, "query"),
             *_turned(config, "key"),
             "exact_value = Cast <to = 1> (value)",
@@ -131,7 +133,7 @@ def paged_model(
     )
     more = [numpy_helper.from_array(np.array(config.slopes, np.float32), "slopes")]
     graph = helper.make_graph(
-        [*_nodes([*before, *turning]), node, *_nodes(after)],
+        [*nodes([*before, *turned]), node, *nodes(after)],
         "paged",
         [
             helper.make_tensor_value_info(name, *shapes[name])
@@ -144,30 +146,31 @@ def paged_model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _nodes(lines: Sequence[str]) -> list[onnx.NodeProto]:
+def nodes(lines: Sequence[str]) -> list[onnx.NodeProto]:
+    """Nodes from their text."""
     return list(onnx.parser.parse_graph(f"nodes () => () {{ {joined(lines)} }}").node)
 
 
-def _turning(rotary: Rotary) -> list[str]:
-    """From positions [T] to `cosine` and `sine` [1, T, dims / 2].
+def turning(rotary: Rotary, of: str = "") -> list[str]:
+    """From `positions` [T] to `cosine` and `sine` [1, T, dims / 2]; `of` begins all their names.
 
     In float64, and as turns, of which only the fractions count: so angles are as exact at the
     millionth token as at the first.
     """
     rates = [rotary.base ** -(i / rotary.dims) / (2 * math.pi) for i in range(0, rotary.dims, 2)]
     return [
-        f"rates = Constant <value = double[1, 1, {len(rates)}] {{{_doubles(rates)}}}> ()",
-        f"full_turn = Constant <value = double {{{_doubles([2 * math.pi])}}}> ()",
-        "by_token = Constant <value_ints = [1, -1, 1]> ()",
-        "exact_positions = Cast <to = 11> (positions)",
-        "rows_of_positions = Reshape (exact_positions, by_token)",
-        "turns = Mul (rows_of_positions, rates)",
-        "whole_turns = Floor (turns)",
-        "fractions = Sub (turns, whole_turns)",
-        "exact_angles = Mul (fractions, full_turn)",
-        "angles = Cast <to = 1> (exact_angles)",
-        "cosine = Cos (angles)",
-        "sine = Sin (angles)",
+        f"{of}rates = Constant <value = double[1, 1, {len(rates)}] {{{_doubles(rates)}}}> ()",
+        f"{of}full_turn = Constant <value = double {{{_doubles([2 * math.pi])}}}> ()",
+        f"{of}by_token = Constant <value_ints = [1, -1, 1]> ()",
+        f"{of}exact_positions = Cast <to = 11> ({of}positions)",
+        f"{of}rows_of_positions = Reshape ({of}exact_positions, {of}by_token)",
+        f"{of}turns = Mul ({of}rows_of_positions, {of}rates)",
+        f"{of}whole_turns = Floor ({of}turns)",
+        f"{of}fractions = Sub ({of}turns, {of}whole_turns)",
+        f"{of}exact_angles = Mul ({of}fractions, {of}full_turn)",
+        f"{of}angles = Cast <to = 1> ({of}exact_angles)",
+        f"{of}cosine = Cos ({of}angles)",
+        f"{of}sine = Sin ({of}angles)",
     ]
 
 

@@ -15,11 +15,14 @@ from attnserve_export.attention.core import (
     FlashCore,
     FusedCore,
     NativeCore,
+    PackedCore,
+    PackedDiagnosticsCore,
     PagedCore,
     ReferenceCore,
     SoftcapCore,
 )
 from attnserve_export.attention.flash import has_cudnn, has_flash
+from attnserve_export.attention.packed import packed_inputs
 from attnserve_export.attention.paged import INPUTS as PAGED_INPUTS
 from attnserve_export.attention.paged import OUTPUTS as PAGED_OUTPUTS
 from attnserve_export.attention.paged import has_paged, has_paged_layer, paged_inputs
@@ -66,19 +69,25 @@ FUSED = VariantSpec(FusedCore, _LENGTHS, OUTPUT, "quadratic")
 BLOCKED = VariantSpec(BlockedCore, _LENGTHS, OUTPUT, "linear")
 FLASH = VariantSpec(FlashCore, _LENGTHS, OUTPUT, "linear", (CUDA,))
 CUDNN = VariantSpec(CudnnCore, _LENGTHS, OUTPUT, "linear", (CUDA,))
-REFERENCE = VariantSpec(ReferenceCore, (*_LENGTHS, "bias"), WEIGHTS, "quadratic")
-CAPPED = VariantSpec(CappedCore, (*_LENGTHS, "bias"), WEIGHTS, "quadratic")
-SOFTCAP = VariantSpec(SoftcapCore, (*_LENGTHS, "bias", "softcap"), WEIGHTS, "quadratic")
-NATIVE = VariantSpec(
-    NativeCore, (*_LENGTHS, "bias", "softcap"), OUTPUT, "linear", (CPU,), native=True
-)
+REFERENCE = VariantSpec(ReferenceCore, (*_LENGTHS, "bias", "prefix_lengths"), WEIGHTS, "quadratic")
+CAPPED = replace(REFERENCE, core=CappedCore)
+SOFTCAP = replace(REFERENCE, core=SoftcapCore, inputs=(*REFERENCE.inputs, "softcap"))
+_MASKS = ("bias", "mask", "prefix_lengths", "softcap")
+NATIVE = VariantSpec(NativeCore, (*_LENGTHS, *_MASKS), OUTPUT, "linear", (CPU,), native=True)
 DIAGNOSTICS_SPEC = VariantSpec(
     DiagnosticsCore,
-    (*_LENGTHS, "top_k", "distances", "bias", "softcap"),
+    (*_LENGTHS, "top_k", "distances", *_MASKS),
     DIAGNOSTICS,
     "linear",
     native=True,
     takes_value=False,
+)
+# Requests with packed sequences get these, and no others.
+PACKED = replace(NATIVE, core=PackedCore, inputs=packed_inputs(_MASKS))
+PACKED_DIAGNOSTICS = replace(
+    DIAGNOSTICS_SPEC,
+    core=PackedDiagnosticsCore,
+    inputs=packed_inputs(("top_k", "distances", *_MASKS)),
 )
 # For sessions alone: requests that bring all their keys never get it.
 PAGED = VariantSpec(PagedCore, PAGED_INPUTS, PAGED_OUTPUTS, "linear", (CPU,), native=True)
@@ -104,7 +113,11 @@ def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str
         "softcap": SOFTCAP,
         "native": NATIVE,
         "diagnostics": DIAGNOSTICS_SPEC,
+        "packed": PACKED,
+        "packed_diagnostics": PACKED_DIAGNOSTICS,
     }
+    if config.mask != "causal":
+        specs = {name: _without(spec, "prefix_lengths") for name, spec in specs.items()}
     if has_paged(config):
         specs["paged"] = replace(PAGED, inputs=paged_inputs(config))
     return {name: spec for name, spec in specs.items() if native or not spec.native}
@@ -113,13 +126,15 @@ def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str
 def layer_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
     """The variants of a layer model: as a core's, but for softcap as an input; pages if causal."""
 
-    def without_softcap(spec: VariantSpec) -> VariantSpec:
-        inputs = tuple(name for name in spec.inputs if name != "softcap")
-        return replace(spec, inputs=inputs)
-
     specs = core_specs(config, dtype, native=native)
-    left_out = ("softcap",) if has_paged_layer(config) else ("softcap", "paged")
-    return {name: without_softcap(spec) for name, spec in specs.items() if name not in left_out}
+    left_out = {"softcap", "packed", "packed_diagnostics"}
+    if not has_paged_layer(config):
+        left_out.add("paged")
+    return {name: _without(spec, "softcap") for name, spec in specs.items() if name not in left_out}
+
+
+def _without(spec: VariantSpec, left_out: str) -> VariantSpec:
+    return replace(spec, inputs=tuple(name for name in spec.inputs if name != left_out))
 
 
 def core_module(config: AttentionConfig, spec: VariantSpec) -> nn.Module:

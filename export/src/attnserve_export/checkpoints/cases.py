@@ -1,5 +1,7 @@
 """What exported transformers are compared with: Hugging Face's own, eager, in float64."""
 
+import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,25 +12,29 @@ import torch
 from attnserve_proto.manifest import Transformer, TransformerAttention
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from attnserve_export.checkpoints.checkpoint import Checkpoint
-from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECODER
-from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN
-from attnserve_export.checkpoints.tracing import CROSS
+from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, last_hidden_state
+from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER, Plan
+from attnserve_export.errors import ExportError
 from attnserve_export.reference import Scheme, attention_reference
 from attnserve_export.verification import Case
 
 Array = NDArray[Any]
 
 # Largest absolute error of attention weights and hidden states, FP32. Hidden states of which some
-# are larger than 10 may be off by as much more.
+# are larger than 10 may be off by as much more; so may all where scores are larger than 64, since
+# exp turns an absolute error of a score into a relative one of a weight.
 TOLERANCE = 1e-4
-_LARGE = 10.0
+_LARGE, _LARGE_SCORE = 10.0, 64.0
 
 # No case is longer than the model's table of positions; where there is none, nothing changes from
 # some length on. Nor has any more weights than this in all layers and heads together.
 _LONGEST, _LONGEST_WITHOUT_TABLE = 1024, 320
 _MOST_WEIGHTS = 1 << 26
+
+# Scores of this size are masked ones.
+_MASKED = 1e30
 
 
 @dataclass(frozen=True)
@@ -50,42 +56,54 @@ _CASES = (
     _Lengths("longest", (_LONGEST,), (_LONGEST,)),
 )
 
-# What transformers calls the weights of each attention.
-_MAPS: Mapping[str, Mapping[str, str]] = {
-    ENCODER: {ENCODER: "attentions"},
-    DECODER: {DECODER: "attentions"},
-    ENCODER_DECODER: {
-        ENCODER: "encoder_attentions",
-        DECODER: "decoder_attentions",
-        CROSS: "cross_attentions",
-    },
-}
+# What every export is compared on in PyTorch, before any graph is made.
+_FIRST = _Lengths("ragged", (5, 23, 1, 12), (7, 2, 19, 1))
 
 
-def transformer_cases(
-    exact: nn.Module, checkpoint: Checkpoint, info: Transformer, generator: np.random.Generator
-) -> Iterator[Case]:
+@dataclass(frozen=True)
+class Exact:
+    """The reference.
+
+    Attributes:
+        model: the checkpoint with eager attention, in float64.
+        plan: whose each call of its attention is.
+        info: for the manifest.
+    """
+
+    model: nn.Module
+    plan: Plan
+    info: Transformer
+
+
+def first_case(exact: Exact, generator: np.random.Generator) -> Case:
+    """One ragged batch, to find out what a model must be given."""
+    return _of(exact, _FIRST, _longest(exact), generator)
+
+
+def transformer_cases(exact: Exact, generator: np.random.Generator) -> Iterator[Case]:
     """Ragged batches of random ids.
 
     Args:
-        exact: the checkpoint with eager attention, in float64.
-        checkpoint: what was exported.
-        info: for the manifest.
+        exact: the reference.
         generator: of the ids.
     """
-    most = _longest(checkpoint, info)
+    most = _longest(exact)
     for case in _CASES:
-        feeds = _feeds("", case.source, most, info.vocab_size, generator)
-        if checkpoint.family.kind == ENCODER_DECODER:
-            feeds |= _feeds("decoder_", case.target, most, info.vocab_size, generator)
-        yield _case(case.name, exact, checkpoint.family.kind, info, feeds)
+        yield _of(exact, case, most, generator)
 
 
-def _longest(checkpoint: Checkpoint, info: Transformer) -> int:
-    maps = sum(len(attention.layers) * attention.num_heads for attention in info.attentions)
-    bound = _LONGEST if checkpoint.family.positions_in_table else _LONGEST_WITHOUT_TABLE
+def _of(exact: Exact, case: _Lengths, most: int, generator: np.random.Generator) -> Case:
+    feeds = _feeds("", case.source, most, exact.info.vocab_size, generator)
+    if exact.plan.kind == ENCODER_DECODER:
+        feeds |= _feeds("decoder_", case.target, most, exact.info.vocab_size, generator)
+    return _case(case.name, exact, feeds)
+
+
+def _longest(exact: Exact) -> int:
+    maps = sum(len(attention.layers) * attention.num_heads for attention in exact.info.attentions)
+    bound = _LONGEST if exact.plan.table else _LONGEST_WITHOUT_TABLE
     most = min(bound, math.isqrt(_MOST_WEIGHTS // maps))
-    return min(most, checkpoint.max_seq_len or most)
+    return min(most, exact.plan.max_seq_len or most)
 
 
 def _feeds(
@@ -103,12 +121,13 @@ def _feeds(
     }
 
 
-def _case(
-    name: str, exact: nn.Module, kind: str, info: Transformer, feeds: Mapping[str, Array]
-) -> Case:
+def _case(name: str, exact: Exact, feeds: Mapping[str, Array]) -> Case:
+    kind = exact.plan.kind
     queries = "decoder_attention_mask" if kind == ENCODER_DECODER else "attention_mask"
     masks = {ENCODER: feeds["attention_mask"], DECODER: feeds[queries], CROSS: feeds[queries]}
-    expected = _alone(exact, kind, feeds)
+    with _Scores() as scores:
+        expected = _alone(exact, feeds)
+    growth = max(1.0, scores.largest / _LARGE_SCORE)
     # What is made of padding means nothing.
     compared = {}
     for output in expected:
@@ -125,9 +144,9 @@ def _case(
         dims,
         feeds,
         expected,
-        TOLERANCE,
+        TOLERANCE * growth,
         compared,
-        derive=_deriver(info, feeds),
+        derive=_deriver(exact.info, feeds),
         magnitudes={
             state: max(1.0, float(np.abs(expected[state]).max()) / _LARGE)
             for state in (HIDDEN, ENCODER_HIDDEN)
@@ -136,7 +155,32 @@ def _case(
     )
 
 
-def _alone(exact: nn.Module, kind: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
+class _Scores(TorchFunctionMode):
+    """Finds the largest score that reaches a softmax while it is entered.
+
+    Attributes:
+        largest: by magnitude, of what is not masked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0.0
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is nn.functional.softmax:
+            sizes = args[0].abs()
+            # Masks are the lowest numbers of some type, to which scores were added.
+            self.largest = max(self.largest, float(torch.where(sizes < _MASKED, sizes, 0).max()))
+        return function(*args, **(kwargs or {}))
+
+
+def _alone(exact: Exact, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """What transformers makes of each sequence, run by itself, in one batch filled up with 0."""
     expected: dict[str, Array] = {}
 
@@ -144,31 +188,68 @@ def _alone(exact: nn.Module, kind: str, feeds: Mapping[str, Array]) -> dict[str,
         array = expected.setdefault(name, np.zeros((len(feeds["input_ids"]), *shape)))
         array[row][tuple(slice(size) for size in tensor.shape)] = tensor.numpy()
 
+    kind = exact.plan.kind
     longest = _by_stack(kind, {n: array.shape[1] for n, array in feeds.items()})
+    taken = inspect.signature(exact.model.forward).parameters
     for row in range(len(feeds["input_ids"])):
-        lengths = {
-            n: int(feeds[n.replace("input_ids", "attention_mask")][row].sum()) for n in feeds
-        }
-        ids = {
-            name: torch.from_numpy(array[row : row + 1, : lengths[name]])
-            for name, array in feeds.items()
-            if name.endswith("input_ids")
-        }
-        with torch.no_grad():
-            result = exact(**ids, output_attentions=True)
-        states = {HIDDEN: result.last_hidden_state}
+        given = {}
+        for name, array in feeds.items():
+            length = int(feeds[name.replace("input_ids", "attention_mask")][row].sum())
+            if name in taken:
+                given[name] = torch.from_numpy(array[row : row + 1, :length])
+        try:
+            with torch.no_grad(), recording() as calls:
+                result = exact.model(**given)
+        except Exception as error:  # whatever a model may raise
+            sizes = ", ".join(f"{n} of {tensor.shape[1]}" for n, tensor in given.items())
+            raise ExportError(
+                f"--checkpoint: transformers itself cannot run {sizes} tokens: {error}"
+            ) from None
+        states = {HIDDEN: last_hidden_state(result)}
         if kind == ENCODER_DECODER:
             states[ENCODER_HIDDEN] = result.encoder_last_hidden_state
+        if len(calls) != len(exact.plan.calls):
+            raise ExportError(
+                f"--checkpoint: eager attention is called {len(calls)} times, and "
+                f"{len(exact.plan.calls)} times when it is exported"
+            )
+        layers = dict.fromkeys(exact.plan.attentions, 0)
+        for (attention, _), weights in zip(exact.plan.calls, calls, strict=True):
+            query_len = longest[ENCODER if attention == ENCODER else DECODER]
+            key_len = longest[DECODER if attention == DECODER else ENCODER]
+            shape = (weights.shape[1], query_len, key_len)
+            put(f"{attention}_weights_{layers[attention]}", row, weights[0], shape)
+            layers[attention] += 1
         for name, tensor in states.items():
             stack = ENCODER if name == ENCODER_HIDDEN or kind == ENCODER else DECODER
             put(name, row, tensor[0], (longest[stack], tensor.shape[2]))
-        for attention, field in _MAPS[kind].items():
-            query_len = longest[ENCODER if attention == ENCODER else DECODER]
-            key_len = longest[DECODER if attention == DECODER else ENCODER]
-            for layer, weights in enumerate(getattr(result, field)):
-                shape = (weights.shape[1], query_len, key_len)
-                put(f"{attention}_weights_{layer}", row, weights[0], shape)
     return expected
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[torch.Tensor]]:
+    """Keeps the weights of every call of eager attention in a `with` block, in order."""
+    import transformers
+
+    interface: Any = transformers.AttentionInterface
+    original = interface.get_interface
+    calls: list[torch.Tensor] = []
+
+    def get(self: Any, implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        function = original(self, implementation, default)
+
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            output, weights = function(*args, **kwargs)
+            calls.append(weights)
+            return output, weights
+
+        return attend
+
+    interface.get_interface = get
+    try:
+        yield calls
+    finally:
+        interface.get_interface = original
 
 
 def _by_stack(kind: str, by_input: Mapping[str, int]) -> dict[str, int]:
@@ -182,14 +263,18 @@ def _deriver(
     info: Transformer, feeds: Mapping[str, Array]
 ) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
     def derive(outputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        derived = {name: outputs[name] for name in (HIDDEN, ENCODER_HIDDEN) if name in outputs}
+        derived = {}
         for attention in info.attentions:
             keys = "decoder_attention_mask" if attention.name == DECODER else "attention_mask"
             mask = feeds.get(keys, feeds["attention_mask"])
             for layer in range(len(attention.layers)):
                 name = f"{attention.name}_weights_{layer}"
-                derived[name] = _weights(attention, layer, outputs, mask.sum(axis=1))
-        return derived
+                if f"weights_{layer}" in outputs:
+                    derived[name] = outputs[f"weights_{layer}"]
+                elif f"{attention.name}_query_{layer}" in outputs:
+                    derived[name] = _weights(attention, layer, outputs, mask.sum(axis=1))
+        states = {name: outputs[name] for name in (ENCODER_HIDDEN, HIDDEN) if name in outputs}
+        return derived | states
 
     return derive
 

@@ -1,6 +1,7 @@
 """A checkpoint's folder, read: configuration, parameters, tokenizer, pooling."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnserve_export.checkpoints.families import ENCODER_DECODER, Family, family_of
+from attnserve_export.checkpoints.experts import every_expert
+from attnserve_export.checkpoints.families import Family, check_rules, family_of
+from attnserve_export.checkpoints.masks import make_mask
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, attention
 from attnserve_export.errors import ExportError
+
+# Of a model whose attention cannot be replaced.
+NOT_THROUGH = "--checkpoint: its attention does not go through AttentionInterface"
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -45,20 +51,20 @@ class Checkpoint:
     normalize_pooled: bool
 
     @property
-    def max_seq_len(self) -> int:
-        """Tokens of the longest sequence; 0: no end."""
-        return self.family.max_seq_len(self.config)
+    def vocab_size(self) -> int:
+        """Of its tokens."""
+        return int(self.config.get_text_config().vocab_size)
 
     @property
     def pad_token_id(self) -> int:
         """What to fill up sequences with; any id will do, as nothing sees it."""
-        given = getattr(self.config, "pad_token_id", None)
-        return given if isinstance(given, int) and 0 <= given < self.config.vocab_size else 0
+        given = getattr(self.config.get_text_config(), "pad_token_id", None)
+        return given if isinstance(given, int) and 0 <= given < self.vocab_size else 0
 
     @property
     def decoder_start_token_id(self) -> int | None:
         """What a target starts with; None: there are no targets."""
-        if self.family.kind != ENCODER_DECODER:
+        if not self.family.two_stacks:
             return None
         start = getattr(self.config, "decoder_start_token_id", None)
         return self.pad_token_id if start is None else int(start)
@@ -74,7 +80,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     content = _json(folder / "config.json")
     if not isinstance(content, dict):
         raise ExportError(f"--checkpoint: {folder}: config.json: allowed: a JSON object")
-    family = family_of(content, str(folder))
+    check_rules(content, str(folder))
     if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise ExportError(
             f"--checkpoint: {folder}: {WEIGHTS} and {INDEX} are missing; allowed: parameters as "
@@ -87,7 +93,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ExportError(
             f"--checkpoint: {folder}: config.json: transformers cannot read it: {error}"
         ) from None
-    _check_numbers(config, family, str(folder))
+    family = family_of(config, content, str(folder))
+    _check_numbers(config, str(folder))
     name = str(content.get("_name_or_path") or family.name)
     # Trained from a folder, it would say where that was.
     name = Path(name).name if Path(name).is_absolute() else name
@@ -106,19 +113,27 @@ def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
     """
     transformers = _transformers()
     transformers.AttentionInterface.register(IMPLEMENTATION, attention)
-    model_class = getattr(transformers, checkpoint.family.model_class)
+    transformers.AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
+    _experts_interface().register(IMPLEMENTATION, every_expert)
+    model_class = checkpoint.family.model_class
+    arguments: dict[str, Any] = {}
+    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        arguments["add_pooling_layer"] = False
     try:
         model, info = model_class.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
             attn_implementation=implementation,
+            experts_implementation=implementation,
             local_files_only=True,
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
-            **checkpoint.family.arguments,
+            **arguments,
         )
     except Exception as error:  # transformers and safetensors raise many kinds
+        if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
+            raise ExportError(NOT_THROUGH) from None
         text = str(error).strip().splitlines()
         raise ExportError(
             f"--checkpoint: {checkpoint.folder}: its parameters cannot be loaded: "
@@ -156,20 +171,31 @@ def tokenizer_json(folder: Path) -> bytes | None:
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def _check_numbers(config: Any, family: Family, where: str) -> None:
+def _check_numbers(config: Any, where: str) -> None:
     """Refuse what transformers reads without complaint, but what no model can be.
 
     Raises:
         ExportError: with the field.
     """
-    fields = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
-    fields |= {name: getattr(config, name, None) for name in family.numbers}
+    text = config.get_text_config()
+    fields = {"vocab_size": getattr(text, "vocab_size", None)}
+    for name in ("hidden_size", "max_position_embeddings"):
+        if hasattr(text, name):
+            fields[name] = getattr(text, name)
+    if "roberta" in str(config.model_type):  # whose positions are counted from it
+        fields["pad_token_id"] = getattr(text, "pad_token_id", None)
     for name, value in fields.items():
         if type(value) is not int or not 0 <= value < 2**31:
             raise ExportError(
                 f"--checkpoint: {where}: config.json: {name} is {value!r}; "
                 f"allowed: an integer, 0..{2**31 - 1}"
             )
+
+
+def _experts_interface() -> Any:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS
 
 
 def _pooling(folder: Path) -> tuple[str | None, bool]:

@@ -1,7 +1,8 @@
 """A checkpoint to a version in the model repository."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attnserve_kernels
 import numpy as np
@@ -14,27 +15,36 @@ from attnserve_proto.manifest import (
     TransformerAttention,
     TransformerLayer,
 )
+from numpy.typing import NDArray
+from torch import nn
 
 from attnserve_export import graphs
-from attnserve_export.checkpoints.cases import transformer_cases
+from attnserve_export.checkpoints.cases import Exact, first_case, transformer_cases
 from attnserve_export.checkpoints.checkpoint import (
     Checkpoint,
     load_model,
     tokenizer_json,
     weights_sha256,
 )
-from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECODER
 from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, TARGET, module_for
-from attnserve_export.checkpoints.tracing import ATTENTIONS, CROSS, IMPLEMENTATION, Call, Tracer
+from attnserve_export.checkpoints.observing import observe
+from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER
+from attnserve_export.checkpoints.tracing import IMPLEMENTATION, Call, Tracer
+from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Input
 from attnserve_export.runtime import CPU
-from attnserve_export.verification import Case
+from attnserve_export.verification import Case, errors_of
+
+Array = NDArray[Any]
 
 SEQ_LEN, TARGET_LEN = "seq_len", "target_len"
 
 # On CPUs, with the additions before them.
 _SLOW_WHEN_FUSED = ("LayerNormalization", "Gelu")
+
+# Largest absolute error in PyTorch of what is then exported; of a graph, less is allowed.
+ADMITTED = 1e-3
 
 _MASKS = {ENCODER: "bidirectional", DECODER: "causal", CROSS: "cross"}
 
@@ -46,6 +56,7 @@ def export_transformer(
     name: str,
     version: int,
     opset: int,
+    native: bool = True,
     progress: Progress,
 ) -> Manifest:
     """Export a whole checkpoint, FP32.
@@ -55,6 +66,7 @@ def export_transformer(
         target: the version's folder.
         name, version: of the model.
         opset: 23 or newer.
+        native: whether to make the variant that needs the operators of attnserve-kernels.
         progress: told what is going on.
 
     Raises:
@@ -63,17 +75,22 @@ def export_transformer(
     """
     progress("loading the checkpoint")
     model = load_model(checkpoint, IMPLEMENTATION)
-    kind = checkpoint.family.kind
-    names, info = _observed(checkpoint, Tracer(model, kind, native=False))
+    progress("comparing its modules with transformers")
+    exact = _admitted(checkpoint, model, load_model(checkpoint, "eager").double())
+    plan, info = exact.plan, exact.info
     progress("exporting fused")
-    variants = {"fused": Exported(_graph(Tracer(model, kind, native=False), names, opset))}
-    if attnserve_kernels.library_path() is None:
+    variants = {"fused": Exported(_graph(Tracer(model, plan, native=False), opset))}
+    if not native:
+        progress("variant native is left out, as was asked for")
+    elif attnserve_kernels.library_path() is None:
         progress("attnserve-kernels has no library here: variant native is left out")
+    elif plan.sinks:
+        progress("it has sinks, which the operator does not take: variant native is left out")
     else:
         progress("exporting native")
         # A bias is a matrix over all queries and keys.
-        linear = not any(attention.position_bias for attention in info.attentions)
-        graph = _graph(Tracer(model, kind, native=True), names, opset)
+        linear = not plan.biased and all(reach is not None for _, reach in plan.calls)
+        graph = _graph(Tracer(model, plan, native=True), opset)
         graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
         variants["native"] = Exported(
             graph,
@@ -81,13 +98,12 @@ def export_transformer(
             providers=(CPU,),
             native=True,
         )
-    exact = load_model(checkpoint, "eager").double()
 
     made: list[Case] = []
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
         if not made:  # all variants meet the same cases, which take longer to make than to meet
-            made.extend(transformer_cases(exact, checkpoint, info, generator))
+            made.extend(transformer_cases(exact, generator))
         return made
 
     tokenizer = tokenizer_json(checkpoint.folder)
@@ -116,25 +132,74 @@ def export_transformer(
     )
 
 
-def _observed(checkpoint: Checkpoint, tracer: Tracer) -> tuple[list[str], Transformer]:
-    """What a small run in PyTorch tells: the names of all outputs, and the manifest's part."""
+def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exact:
+    """The first plan by which PyTorch makes of a ragged batch what transformers does.
+
+    Raises:
+        ExportError: there is none; says why not, and at which layer it first differs.
+    """
+    two_stacks, failures = checkpoint.family.two_stacks, []
+    try:
+        plans = observe(
+            model, checkpoint.config, two_stacks=two_stacks, vocab_size=checkpoint.vocab_size
+        )
+    except ExportError:
+        raise
+    except Exception as error:  # whatever a model may raise
+        raise ExportError(f"--checkpoint: it cannot be run: {first_line(error)}") from None
+    for plan in plans:
+        tracer = Tracer(model, plan, native=False)
+        try:
+            exact = Exact(eager, plan, _info(checkpoint, tracer))
+            case = first_case(exact, np.random.default_rng(0))
+            found = run_in_torch(tracer, case.feeds)
+            assert case.derive is not None
+            errors = errors_of(case, case.derive(found))
+            differing = [name for name, error in errors.items() if not error <= ADMITTED]
+            if not differing:
+                return exact
+            failures.append(
+                f"{differing[0]} differs from eager attention on a padded batch, "
+                f"by {errors[differing[0]]:.3g}"
+            )
+        except ExportError:
+            raise
+        except Exception as error:  # whatever a model may raise
+            failures.append(f"it cannot be run on a padded batch: {first_line(error)}")
+    raise ExportError(f"--checkpoint: {failures[0]}")
+
+
+def run_in_torch(tracer: Tracer, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """What a tracer's module gives, by the names of its outputs."""
     module = module_for(tracer)
     with torch.no_grad():
-        module(*(_tokens(name).example for name in module.inputs))
-    config = checkpoint.config
-    info = Transformer(
+        made = module(*(torch.from_numpy(feeds[name]) for name in module.inputs))
+    names = [*module.hidden, *tracer.outputs()]
+    return {name: tensor.numpy() for name, tensor in zip(names, made, strict=True)}
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def _info(checkpoint: Checkpoint, tracer: Tracer) -> Transformer:
+    """The manifest's part, from a small run in PyTorch."""
+    plan, module = tracer.plan, module_for(tracer)
+    found = run_in_torch(tracer, {n: _tokens(n).example.numpy() for n in module.inputs})
+    return Transformer(
         family=checkpoint.family.name,
-        num_layers=len(tracer.calls[ATTENTIONS[tracer.kind][0]]),
-        hidden_size=int(config.hidden_size),
-        vocab_size=int(config.vocab_size),
-        max_seq_len=checkpoint.max_seq_len,
+        num_layers=len(tracer.calls[plan.attentions[0]]),
+        hidden_size=found[HIDDEN].shape[2],
+        vocab_size=checkpoint.vocab_size,
+        max_seq_len=plan.max_seq_len,
         pad_token_id=checkpoint.pad_token_id,
         pooling=checkpoint.pooling,
         normalize_pooled=checkpoint.normalize_pooled,
         decoder_start_token_id=checkpoint.decoder_start_token_id,
         attentions=tuple(_described(name, calls) for name, calls in tracer.calls.items()),
     )
-    return [*module.hidden, *tracer.outputs()], info
 
 
 def _described(name: str, calls: Sequence[Call]) -> TransformerAttention:
@@ -146,14 +211,29 @@ def _described(name: str, calls: Sequence[Call]) -> TransformerAttention:
         head_dim=head_dim,
         mask=_MASKS[name],
         position_bias=calls[0].bias is not None,
-        layers=tuple(TransformerLayer(call.scale, call.window) for call in calls),
+        layers=tuple(TransformerLayer(call.scale, _window(call)) for call in calls),
     )
 
 
-def _graph(tracer: Tracer, names: Sequence[str], opset: int) -> onnx.ModelProto:
+def _window(call: Call) -> int | None:
+    """Keys up to its own that a query sees; None: all."""
+    return None if call.reach is None or call.reach.left is None else call.reach.left + 1
+
+
+def _graph(tracer: Tracer, opset: int) -> onnx.ModelProto:
     module = module_for(tracer)
-    model = graphs.export(module, [_tokens(name) for name in module.inputs], names, opset)
-    graphs.rename_dims(model, {name: _dims(name, tracer.kind) for name in names})
+    run_in_torch(tracer, {n: _tokens(n).example.numpy() for n in module.inputs})
+    names = [*module.hidden, *tracer.outputs()]
+    try:
+        inputs = [_tokens(name) for name in module.inputs]
+        most = tracer.plan.max_seq_len
+        ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
+        model = graphs.export(module, inputs, names, opset, ends=ends)
+    except Exception as error:  # whatever PyTorch's exporter may raise
+        raise ExportError(f"--checkpoint: it cannot be traced: {first_line(error)}") from None
+    if not tracer.plan.convention.positions:
+        graphs.write_out_angles(model)
+    graphs.rename_dims(model, {name: _dims(name, tracer.plan.kind) for name in names})
     return model
 
 
@@ -167,6 +247,8 @@ def _dims(output: str, kind: str) -> dict[int, str]:
     own = TARGET_LEN if kind == ENCODER_DECODER else SEQ_LEN
     if output in (HIDDEN, ENCODER_HIDDEN):
         return {0: "batch", 1: own if output == HIDDEN else SEQ_LEN}
+    if output.startswith("weights_"):
+        return {0: "batch", 2: SEQ_LEN, 3: SEQ_LEN}
     attention, _, rest = output.partition("_")
     if rest == "position_bias":
         return {1: f"{attention}_distances"}

@@ -1,12 +1,16 @@
-"""Which checkpoints can be exported: by family, and within it by the fields of config.json."""
+"""Which fields of config.json make a checkpoint impossible to export, and which class reads it.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+Whether a model can be exported is found out by doing so and comparing (`observing`, `cases`). What
+is here cannot be found out that way: what depends on lengths that nobody compares, and what would
+be read as something else.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from attnserve_export.errors import ExportError
-
-ENCODER, DECODER, ENCODER_DECODER = "encoder", "decoder", "encoder-decoder"
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Rule:
     """A field of config.json that only some values are supported of.
 
     Attributes:
-        field: its name; a dot leads into an object.
+        field: its name; a dot leads into an object, a star into each of its entries.
         allowed: its values; None stands for a field that is not there.
         why: the others are not supported.
     """
@@ -29,112 +33,130 @@ class Family:
     """A kind of checkpoint.
 
     Attributes:
-        name: for the manifest.
-        kind: "encoder", "decoder" or "encoder-decoder".
+        name: its `model_type`, for the manifest.
         model_class: in Hugging Face transformers, without a head for any task.
-        rules: what its config.json must say.
-        max_seq_len: from a configuration; 0 where positions have no end.
-        numbers: fields that `max_seq_len` reads.
-        arguments: of the model class.
-        positions_in_table: whether the longest sequence is bounded by a table of positions.
+        two_stacks: whether it is an encoder with a decoder that attends to it.
     """
 
     name: str
-    kind: str
-    model_class: str
-    rules: tuple[Rule, ...] = ()
-    max_seq_len: Callable[[Any], int] = lambda config: int(config.max_position_embeddings)
-    numbers: tuple[str, ...] = ("max_position_embeddings",)
-    arguments: Mapping[str, object] = field(default_factory=dict)
-    positions_in_table: bool = True
+    model_class: Any
+    two_stacks: bool
 
 
 _ABSENT_OR_FALSE = (False, None)
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional", None)
+_NEW_ANGLES = "its angles depend on the length of each request"
 
 _EVERY_FAMILY = (
     Rule("quantization_config", (None,), "quantized parameters are not read"),
     Rule("auto_map", (None,), "code that comes with a checkpoint is never run"),
+    Rule("add_cross_attention", _ABSENT_OR_FALSE, "there is no source to attend to"),
+    *(
+        Rule(f"{place}.{kind}", _ROPE_TYPES, _NEW_ANGLES)
+        for place in (
+            "rope_scaling",
+            "rope_parameters",
+            "rope_parameters.*",
+            "text_config.rope_scaling",
+            "text_config.rope_parameters",
+            "text_config.rope_parameters.*",
+        )
+        for kind in ("rope_type", "type")
+    ),
 )
 _NO_DECODER = (
-    Rule("is_decoder", _ABSENT_OR_FALSE, "a BERT made into a decoder is not supported"),
-    Rule("add_cross_attention", _ABSENT_OR_FALSE, "there is no source to attend to"),
     Rule("position_embedding_type", ("absolute", None), "transformers no longer computes others"),
 )
-_GPT2 = (
-    Rule("add_cross_attention", _ABSENT_OR_FALSE, "there is no source to attend to"),
-    Rule("reorder_and_upcast_attn", _ABSENT_OR_FALSE, "for training in FP16; exports are FP32"),
-)
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn", None)
-_NEW_ANGLES = "its angles depend on the length of each request"
-_ROTARY = tuple(
-    Rule(f"{place}.{kind}", _ROPE_TYPES, _NEW_ANGLES)
-    for place in ("rope_scaling", "rope_parameters")
-    for kind in ("rope_type", "type")
-)
-_ENCODER_DECODER = (
-    Rule("is_encoder_decoder", (True, None), "an encoder or decoder alone is not supported"),
-)
-
-
-def _after_padding(config: Any) -> int:
-    """RoBERTa counts positions from the one after its padding token's."""
-    return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
-
-
-def _no_end(config: Any) -> int:
-    return 0
-
-
-_NO_POOLER = {"add_pooling_layer": False}
-
-
-def _like_roberta(name: str, model_class: str) -> Family:
-    numbers = ("max_position_embeddings", "pad_token_id")
-    return Family(name, ENCODER, model_class, _NO_DECODER, _after_padding, numbers, _NO_POOLER)
-
-
-FAMILIES: Mapping[str, Family] = {
-    "bert": Family("bert", ENCODER, "BertModel", _NO_DECODER, arguments=_NO_POOLER),
-    "roberta": _like_roberta("roberta", "RobertaModel"),
-    "xlm-roberta": _like_roberta("xlm-roberta", "XLMRobertaModel"),
-    "distilbert": Family("distilbert", ENCODER, "DistilBertModel"),
-    "gpt2": Family("gpt2", DECODER, "GPT2Model", _GPT2),
-    "llama": Family("llama", DECODER, "LlamaModel", _ROTARY, positions_in_table=False),
-    "mistral": Family("mistral", DECODER, "MistralModel", _ROTARY, positions_in_table=False),
-    "qwen2": Family("qwen2", DECODER, "Qwen2Model", _ROTARY, positions_in_table=False),
-    "qwen3": Family("qwen3", DECODER, "Qwen3Model", _ROTARY, positions_in_table=False),
-    "t5": Family(
-        "t5", ENCODER_DECODER, "T5Model", _ENCODER_DECODER, _no_end, (), positions_in_table=False
+_RULES: Mapping[str, tuple[Rule, ...]] = {
+    "bert": _NO_DECODER,
+    "roberta": _NO_DECODER,
+    "xlm-roberta": _NO_DECODER,
+    "gpt2": (
+        Rule("reorder_and_upcast_attn", _ABSENT_OR_FALSE, "for training in FP16; exports are FP32"),
     ),
-    "bart": Family("bart", ENCODER_DECODER, "BartModel", _ENCODER_DECODER),
 }
 
 
-def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a configuration.
+def check_rules(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what config.json says and no comparison would find.
 
     Args:
-        config: the content of config.json.
+        config: its content.
         where: the folder, for errors.
 
     Raises:
-        ExportError: it is not supported; says which field, what it is and what is allowed.
+        ExportError: says which field, what it is and what is allowed.
     """
     named = config.get("model_type")
-    family = FAMILIES.get(named) if isinstance(named, str) else None
-    if family is None:
-        rule = Rule("model_type", tuple(FAMILIES), "other families have not been verified")
-        raise _refusal(where, rule, named)
-    for rule in (*_EVERY_FAMILY, *family.rules):
-        value: Any = config
-        for part in rule.field.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value not in rule.allowed:
-            raise _refusal(where, rule, value)
-    return family
+    own = _RULES.get(named, ()) if isinstance(named, str) else ()
+    for rule in (*_EVERY_FAMILY, *own):
+        for value in _values(config, rule.field.split(".")):
+            if value not in rule.allowed:
+                raise refusal(where, rule, value)
 
 
-def _refusal(where: str, rule: Rule, value: object) -> ExportError:
+def family_of(config: Any, content: Mapping[str, Any], where: str) -> Family:
+    """The family of a configuration.
+
+    Args:
+        config: as transformers reads it.
+        content: of config.json.
+        where: the folder, for errors.
+
+    Raises:
+        ExportError: there is no class for it, or it takes no token ids.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    name = str(config.model_type)
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    if isinstance(model_class, (list, tuple)):
+        model_class = model_class[0]
+    two_stacks = bool(getattr(config, "is_encoder_decoder", False))
+    made_of = [*(content.get("architectures") or ()), ""][0]
+    if str(made_of).endswith("EncoderModel") and hasattr(transformers, made_of):
+        model_class, two_stacks = getattr(transformers, made_of), False
+    elif "is_encoder_decoder" in content and not two_stacks and model_class is not None:
+        alone = model_class.__name__.removesuffix("Model") + "EncoderModel"
+        if type(config)().is_encoder_decoder and hasattr(transformers, alone):
+            model_class = getattr(transformers, alone)
+    if model_class is None:
+        raise ExportError(
+            f"--checkpoint: {where}: config.json: model_type is {name!r}, of which transformers "
+            "has no model without a head; allowed: one that AutoModel reads"
+        )
+    given = input_of(model_class)
+    if given != "input_ids":
+        raise ExportError(
+            f"--checkpoint: {where}: config.json: model_type is {name!r}, which takes {given}; "
+            "allowed: models that take token ids"
+        )
+    return Family(name, model_class, two_stacks)
+
+
+def input_of(model_class: Any) -> str:
+    """What a model of transformers takes first: "input_ids", or what it has in their place."""
+    taken = [name for name in inspect.signature(model_class.forward).parameters if name != "self"]
+    named = str(getattr(model_class, "main_input_name", "input_ids"))
+    if named != "input_ids" or named in taken:
+        return named
+    return taken[0] if taken else "nothing"
+
+
+def _values(content: Any, path: list[str]) -> list[Any]:
+    """All that a path leads to; None where it leads nowhere."""
+    if not path:
+        return [content]
+    if not isinstance(content, Mapping):
+        return [None]
+    if path[0] == "*":
+        return [value for entry in content.values() for value in _values(entry, path[1:])]
+    return _values(content.get(path[0]), path[1:])
+
+
+def refusal(where: str, rule: Rule, value: object) -> ExportError:
+    """The error of a value that a rule does not allow."""
     names = " or ".join(repr(each) for each in rule.allowed if each is not None)
     return ExportError(
         f"--checkpoint: {where}: config.json: {rule.field} is {_short(value)}; "

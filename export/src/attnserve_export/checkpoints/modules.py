@@ -1,10 +1,12 @@
 """Modules to export: token ids in, hidden states and what the attentions were given out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECODER
-from attnserve_export.checkpoints.tracing import CROSS, Tracer
+from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER
+from attnserve_export.checkpoints.tracing import Tracer
 
 HIDDEN, ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
 SOURCE, TARGET = ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")
@@ -14,7 +16,7 @@ class OneStack(nn.Module):
     """An encoder or a decoder."""
 
     inputs = SOURCE
-    hidden = (HIDDEN,)
+    hidden: tuple[str, ...] = (HIDDEN,)
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -28,22 +30,27 @@ class OneStack(nn.Module):
             input_ids: [B, S].
             attention_mask: [B, S], 1 valid, 0 padding, which comes last.
         """
+        convention, kind = self.tracer.plan.convention, self.tracer.plan.kind
         more: dict[str, object] = {}
-        if self.tracer.kind == DECODER:
-            # Without a cache of keys and values, which nobody would read. Positions are written out
-            # over the batch since ONNX's RotaryEmbedding does not broadcast it.
+        if convention.no_cache:  # of keys and values, which nobody would read
+            more["use_cache"] = False
+        if convention.mask:
+            more["attention_mask"] = attention_mask
+        if convention.positions:
+            # Positions are written out over the batch since ONNX's RotaryEmbedding does not
+            # broadcast it.
             positions = torch.arange(input_ids.shape[1])[None, :].expand(input_ids.shape[0], -1)
-            more = {"use_cache": False, "position_ids": positions}
-        with self.tracer.tracing({self.tracer.kind: attention_mask.sum(dim=-1)}):
-            states: Tensor = self.model(input_ids=input_ids, **more).last_hidden_state
-        return states, *self.tracer.outputs().values()
+            more["position_ids"] = positions
+        with self.tracer.tracing({kind: attention_mask.sum(dim=-1)}):
+            result = self.model(input_ids=input_ids, **more)
+        return last_hidden_state(result), *self.tracer.outputs().values()
 
 
 class TwoStacks(nn.Module):
     """An encoder and a decoder that attends to it."""
 
     inputs = (*SOURCE, *TARGET)
-    hidden = (HIDDEN, ENCODER_HIDDEN)
+    hidden: tuple[str, ...] = (HIDDEN, ENCODER_HIDDEN)
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -65,16 +72,30 @@ class TwoStacks(nn.Module):
             decoder_input_ids: [B, T].
             decoder_attention_mask: [B, T], likewise.
         """
+        convention = self.tracer.plan.convention
+        more: dict[str, object] = {"use_cache": False} if convention.no_cache else {}
+        if convention.mask:
+            more |= {
+                "attention_mask": attention_mask,
+                "decoder_attention_mask": decoder_attention_mask,
+            }
         source = attention_mask.sum(dim=-1)
         lengths = {ENCODER: source, DECODER: decoder_attention_mask.sum(dim=-1), CROSS: source}
         with self.tracer.tracing(lengths):
-            result = self.model(
-                input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False
-            )
-        states = (result.last_hidden_state, result.encoder_last_hidden_state)
+            result = self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, **more)
+        states = (last_hidden_state(result), result.encoder_last_hidden_state)
         return (*states, *self.tracer.outputs().values())
+
+
+def last_hidden_state(result: Any) -> Tensor:
+    """Of what a model answers."""
+    given = getattr(result, HIDDEN, None)
+    state: Tensor = result[0] if given is None else given
+    return state
 
 
 def module_for(tracer: Tracer) -> OneStack | TwoStacks:
     """The module that a tracer's model is exported as."""
-    return TwoStacks(tracer) if tracer.kind == ENCODER_DECODER else OneStack(tracer)
+    if tracer.plan.kind == ENCODER_DECODER:
+        return TwoStacks(tracer)
+    return OneStack(tracer)

@@ -2,39 +2,35 @@
 
 Transformers lets attention be replaced by a function (`AttentionInterface`). This one computes it
 by nodes of our choice and keeps what every call was given, so that one graph gives the hidden
-states and, for whoever fetches them, query and key of every layer: weights and what they say are
-computed from those, for the asked-for heads alone.
+states and, for whoever fetches them, what weights are made of: query and key of every layer, where
+scale, window and position bias say the rest, and otherwise the weights themselves.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnserve_export.attention.core import DOMAIN
-from attnserve_export.checkpoints.families import DECODER, ENCODER, ENCODER_DECODER
+from attnserve_export.checkpoints.masks import Reach
+from attnserve_export.checkpoints.plans import Plan
 from attnserve_export.errors import ExportError
 
 # What to give to transformers as `attn_implementation`.
 IMPLEMENTATION = "attnserve_export"
 
-CROSS = "cross"
-
-# The attentions of a model, by the kind of its family.
-ATTENTIONS: Mapping[str, tuple[str, ...]] = {
-    ENCODER: (ENCODER,),
-    DECODER: (DECODER,),
-    ENCODER_DECODER: (ENCODER, DECODER, CROSS),
-}
-
-# Parts of the names of modules that attend to the source.
-_CROSS_MODULES = ("EncDecAttention", "encoder_attn")
-
-# Arguments that would change the scores in a way that graphs and server know nothing of.
-_UNKNOWN = ("softcap", "s_aux")
+# Arguments that change nothing here: for training, for the answer, or for attention by kernels
+# that are not ours. Whatever else is given is refused, as it may change the scores.
+_HARMLESS = frozenset(
+    (
+        "dropout", "is_causal", "sliding_window", "output_attentions", "output_hidden_states",
+        "use_cache", "return_dict", "position_ids", "cache_position", "deterministic", "training",
+        "head_mask", "layer_head_mask", "num_items_in_batch", "logits_to_keep", "target_dtype",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,15 +41,21 @@ class Call:
         query: [B, H, Sq, D], rotary embedding and norms applied.
         key: [B, Hkv, Sk, D], likewise.
         scale: multiplies query x key.
-        window: keys up to its own that a query sees; None: all.
+        reach: who sees whom; None: as `mask` says.
+        mask: the model's own, added to the scores or, if it is boolean, true where a key is seen.
         bias: [1, H, Sq, Sk], added to the scores; None: nothing.
+        softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
+        sinks: [H], the logit of each head that stands for no key; None: there is none.
     """
 
     query: Tensor
     key: Tensor
     scale: float
-    window: int | None
+    reach: Reach | None
+    mask: Tensor | None
     bias: Tensor | None
+    softcap: float
+    sinks: Tensor | None
 
 
 @dataclass
@@ -62,17 +64,20 @@ class Tracer:
 
     Attributes:
         model: from transformers, loaded with `IMPLEMENTATION`.
-        kind: of its family.
+        plan: what was observed of it.
         native: whether to use the operator of attnserve-kernels.
         calls: what each attention's layers were given, once the model has been traced.
+        weights: of the layers whose weights the graph gives itself.
     """
 
     model: nn.Module
-    kind: str
+    plan: Plan
     native: bool
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     _lengths: Mapping[str, Tensor] = field(default_factory=dict)
-    _masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[str, Reach], Tensor] = field(default_factory=dict)
+    _called: int = 0
 
     @contextlib.contextmanager
     def tracing(self, lengths: Mapping[str, Tensor]) -> Iterator[None]:
@@ -81,51 +86,62 @@ class Tracer:
         Args:
             lengths: of each attention's valid keys, [B].
         """
-        global _current
-        self.calls = {name: [] for name in ATTENTIONS[self.kind]}
-        self._lengths, self._masks = lengths, {}
-        self._names = {id(module): name for name, module in self.model.named_modules()}
-        _current = self
-        try:
+        self.calls = {name: [] for name in self.plan.attentions}
+        self._lengths, self._masks, self.weights, self._called = lengths, {}, {}, 0
+        with being(self):
             yield
-        finally:
-            _current = None
 
     def outputs(self) -> dict[str, Tensor]:
         """What graphs give besides hidden states, by name.
 
         For each attention and layer, query and key; for each attention with a bias that depends on
         the distance of key and query alone, `position_bias` [H, Sq + Sk - 1]: at index
-        key - query + Sq - 1.
+        key - query + Sq - 1. Where these do not say it all, the weights of each layer.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, calls in self.calls.items():
+            if not self.plan.described[name]:
+                found |= self.weights
+                continue
             for layer, call in enumerate(calls):
                 found[f"{name}_query_{layer}"] = call.query
                 found[f"{name}_key_{layer}"] = call.key
-            if calls[0].bias is not None:
-                last, first = calls[0].bias[0, :, -1, :], calls[0].bias[0, :, 0, 1:]
+            bias = calls[0].bias
+            if bias is not None:
+                last, first = bias[0, :, -1, :], bias[0, :, 0, 1:]
                 found[f"{name}_position_bias"] = torch.cat((last, first), dim=-1)
         return found
 
-    def attend(self, module: nn.Module, call: Call, value: Tensor) -> Tensor:
+    def attend(self, call: Call, value: Tensor) -> Tensor:
         """Compute one attention: [B, H, Sq, Dv]."""
-        name = self._attention_of(module)
-        if name == CROSS:
-            call = replace(call, bias=None)  # T5 gives a bias of zeros
+        if self._called >= len(self.plan.calls):
+            raise ExportError("--checkpoint: its attention is called once more than was observed")
+        name, reach = self.plan.calls[self._called]
+        self._called += 1
+        bias = call.bias if name in self.plan.biased else None  # T5 gives a bias of zeros
+        call = Call(
+            call.query,
+            call.key,
+            call.scale,
+            reach,
+            call.mask if reach is None else None,
+            bias,
+            call.softcap,
+            call.sinks,
+        )
+        layer = len(self.calls[name])
         self.calls[name].append(call)
-        return self._native(name, call, value) if self.native else self._fused(name, call, value)
-
-    def _attention_of(self, module: nn.Module) -> str:
-        if self.kind != ENCODER_DECODER:
-            return self.kind
-        path = self._names[id(module)]
-        if any(part in path for part in _CROSS_MODULES):
-            return CROSS
-        return ENCODER if path.startswith("encoder") else DECODER
+        if self.native:
+            return self._native(name, call, value)
+        if self.plan.described[name] and not call.softcap and call.sinks is None:
+            return self._fused(name, call, value)
+        output, weights = self._plain(name, call, value)
+        if not self.plan.described[name]:
+            self.weights[f"weights_{layer}"] = weights
+        return output
 
     def _fused(self, name: str, call: Call, value: Tensor) -> Tensor:
-        plain = name == DECODER and call.window is None and call.bias is None
+        plain = call.reach == Reach(None, 0) and call.bias is None
         return nn.functional.scaled_dot_product_attention(
             call.query,
             call.key,
@@ -136,42 +152,87 @@ class Tracer:
             enable_gqa=call.key.shape[1] != call.query.shape[1],
         )
 
+    def _plain(self, name: str, call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and weights, node by node."""
+        sharing = call.query.shape[1] // call.key.shape[1]
+        key, value = (each.repeat_interleave(sharing, dim=1) for each in (call.key, value))
+        scores = call.query @ key.transpose(2, 3) * call.scale
+        if call.softcap:
+            scores = torch.tanh(scores / call.softcap) * call.softcap
+        mask = self._mask(name, call)
+        lowest = torch.finfo(scores.dtype).min
+        scores = torch.where(mask, scores, lowest) if mask.dtype == torch.bool else scores + mask
+        if call.sinks is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            sinks = call.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+            weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+        return weights @ value, weights
+
     def _mask(self, name: str, call: Call) -> Tensor:
         """Who sees whom; one for all layers that are alike, so that the graph has it once.
 
         Padding comes last, so that under a causal mask no valid query sees any of it. Masks are
         written out over batch and queries, since ONNX Runtime's Attention does not broadcast those.
         """
-        key = (name, call.window)
-        if key in self._masks:
-            return self._masks[key]
-        query_len, key_len = call.query.shape[2], call.key.shape[2]
-        keys = torch.arange(key_len)
-        if name == DECODER:
-            queries = torch.arange(query_len)[:, None]
-            visible = keys <= queries
-            if call.window is not None:
-                visible &= keys > queries - call.window
-            visible = visible.expand(call.query.shape[0], 1, -1, -1)  # (B, 1, Sq, Sk)
-        else:
-            visible = (keys < self._lengths[name][:, None])[:, None, None, :]
-            visible = visible.expand(-1, 1, query_len, -1)  # (B, 1, Sq, Sk)
+        if call.reach is None:
+            return self._own_mask(name, call)
+        cached = (name, call.reach)
+        if cached in self._masks:
+            return self._masks[cached]
+        batch, _, query_len, _ = call.query.shape
+        visible = self._visible(name, call.reach, query_len, call.key.shape[2])
+        visible = visible.expand(batch, 1, query_len, -1)  # (B, 1, Sq, Sk)
+        lowest = torch.finfo(call.query.dtype).min
         if call.bias is not None:
-            lowest = torch.finfo(call.bias.dtype).min
             visible = torch.where(visible, call.bias, lowest)
-        self._masks[key] = visible
+        elif not call.reach.causal and call.reach.left is not None:
+            # A query of the padding may see no key at all: what it gets must still be a number.
+            visible = torch.where(visible, 0.0, lowest)
+        self._masks[cached] = visible
         return visible
 
+    def _visible(self, name: str, reach: Reach, query_len: int, key_len: int) -> Tensor:
+        """[B or 1, 1, Sq or 1, Sk]."""
+        keys, queries = torch.arange(key_len), torch.arange(query_len)[:, None]
+        if reach.causal:
+            visible = keys <= queries
+            if reach.left is not None:
+                visible &= keys > queries - (reach.left + 1)
+            return visible[None, None]
+        visible = (keys < self._lengths[name][:, None])[:, None, None, :]
+        if reach.left is not None:
+            visible = visible & (keys >= queries - reach.left)
+        if reach.right is not None:
+            visible = visible & (keys <= queries + reach.right)
+        return visible
+
+    def _own_mask(self, name: str, call: Call) -> Tensor:
+        """What the model itself gave, and no padding: [B, 1 or H, Sq, Sk], to be added."""
+        mask, lowest = call.mask, torch.finfo(call.query.dtype).min
+        assert mask is not None
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, lowest)
+        key_len = call.key.shape[2]
+        valid = torch.arange(key_len) < self._lengths[name][:, None]
+        mask = torch.where(valid[:, None, None, :], mask[..., :key_len], lowest)
+        mask = mask.clamp(min=lowest).to(call.query.dtype)
+        if call.bias is not None:
+            mask = (mask + call.bias).clamp(min=lowest)
+        return mask.expand(call.query.shape[0], -1, call.query.shape[2], -1)
+
     def _native(self, name: str, call: Call, value: Tensor) -> Tensor:
-        query = call.query
+        query, reach, bias = call.query, call.reach, call.bias
+        if reach is None:
+            reach, bias = Reach(None, None), self._own_mask(name, call)
         output: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::Attention",
-            (query, call.key, value, self._lengths[name], call.bias, None, None),
+            (query, call.key, value, self._lengths[name], bias, None, None),
             {
                 "scale": call.scale,
-                "softcap": 0.0,
-                "left": -1 if call.window is None else call.window - 1,
-                "right": 0 if name == DECODER else -1,
+                "softcap": call.softcap,
+                "left": -1 if reach.left is None else reach.left,
+                "right": -1 if reach.right is None else reach.right,
                 "bottom_right": 0,
             },
             dtype=query.dtype,
@@ -181,7 +242,18 @@ class Tracer:
         return output
 
 
-_current: Tracer | None = None
+_current: Any = None
+
+
+@contextlib.contextmanager
+def being(attending: Any) -> Iterator[None]:
+    """Let `attending.attend` be the attention of all models for the length of a `with` block."""
+    global _current
+    _current = attending
+    try:
+        yield
+    finally:
+        _current = None
 
 
 def attention(
@@ -191,20 +263,34 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls; its own mask, which it does not make for us, is left out.
+    """What transformers calls.
 
     Returns:
         [B, Sq, H, Dv], and no weights.
     """
-    changing = [name for name in _UNKNOWN if others.get(name) is not None]
+    changing = sorted(n for n, given in others.items() if n not in _HARMLESS and given is not None)
     if changing:
-        raise ExportError(f"--checkpoint: its attention takes {', '.join(changing)}; allowed: none")
+        raise ExportError(
+            f"--checkpoint: its attention is given {', '.join(changing)}, which nothing is known of"
+        )
     if _current is None:
         raise AssertionError("attention outside of an export")
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
-    call = Call(query, key, scale, sliding_window, position_bias)
-    return _current.attend(module, call, value).transpose(1, 2), None
+    call = Call(
+        query,
+        key,
+        scale,
+        None,
+        attention_mask,
+        position_bias,
+        float(softcap or 0.0),
+        s_aux if s_aux is not None else sinks,
+    )
+    output: Tensor = _current.attend(call, value)
+    return output.transpose(1, 2).contiguous(), None

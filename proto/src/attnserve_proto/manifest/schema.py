@@ -59,6 +59,7 @@ class Attention:
     mask: Annotated[str, one_of(*MASKS)]
     window: Annotated[int | None, optional(integer())] = None
     window_right: Annotated[int | None, optional(integer(0))] = None
+    chunk: Annotated[int | None, optional(integer())] = None
     alignment: Annotated[str, one_of(*ALIGNMENTS)] = "top-left"
     alibi: Annotated[bool, yes_or_no] = False
     rotary: Annotated[RotaryEmbedding | None, optional(record(RotaryEmbedding))] = None

@@ -42,6 +42,11 @@ def inputs(model: LoadedModel) -> list[Port]:
         ports.append(Port("key_lengths", "INT64", (-1,), optional=True))
     if "bias" in taken:
         ports.append(Port("bias", dtype, (-1, -1, -1, -1), optional=True))
+    ports += [
+        Port(name, "INT64", (-1,), optional=True)
+        for name in ("prefix_lengths", "cu_seqlens_q", "cu_seqlens_k")
+        if name in taken
+    ]
     return ports
 
 

@@ -46,11 +46,19 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class TokensCall:
-    """What is to run, and what the answer is padded to."""
+    """What is to run, and how the answer is padded.
+
+    Attributes:
+        work: the sequences without their padding.
+        layers: whose weights are wanted.
+        padded_len: S of the request.
+        firsts: where in its row each sequence's first token is.
+    """
 
     work: TokensWork
     layers: Sequence[int]
     padded_len: int
+    firsts: Sequence[int]
 
 
 def options(message: oip.ModelInferRequest) -> Options:
@@ -102,7 +110,7 @@ def tokens_call(
     for name in ("scale", "softcap", "top_k", "mass_by_distance"):
         if getattr(given, name):
             raise _wrong(name, getattr(given, name), "nothing for transformer models")
-    ids, lengths = _sequences(model, tensors, limits)
+    ids, places = _sequences(model, tensors, limits)
     names = {output.name for output in asked}
     there = {port.name for port in ports.outputs(model)}
     if not names <= there:
@@ -120,7 +128,7 @@ def tokens_call(
     size = rows * transformer.hidden_size if "last_hidden_state" in names else 0
     size += rows * padded_len * transformer.attentions[0].num_heads * len(layers)
     check_answer_size(size, min(limits.max_message_bytes, limits.max_response_bytes))
-    sequences = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    sequences = [row[place].tolist() for row, place in zip(ids, places, strict=True)]
     work = complete(
         model,
         TokenBatch(sequences, [False] * len(sequences)),
@@ -130,7 +138,7 @@ def tokens_call(
         priority=given.priority,
         limits=limits,
     )
-    return TokensCall(work, layers, padded_len)
+    return TokensCall(work, layers, padded_len, [place.start for place in places])
 
 
 def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, Array]:
@@ -141,21 +149,22 @@ def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, A
     """
     arrays: dict[str, Array] = {}
     batch, most = len(sequences), call.padded_len
-    for row, sequence in enumerate(sequences):
+    for row, (sequence, first) in enumerate(zip(sequences, call.firsts, strict=True)):
         own = sequence.arrays
         if "hidden" in own:
             length, width = own["hidden"].shape
             hidden = arrays.setdefault(
                 "last_hidden_state", np.zeros((batch, most, width), own["hidden"].dtype)
             )
-            hidden[row, :length] = own["hidden"]
+            hidden[row, first : first + length] = own["hidden"]
         if "weights" in own:
             _, heads, length, _ = own["weights"].shape
+            tokens = slice(first, first + length)
             for layer, weights in zip(call.layers, own["weights"], strict=True):
                 all_weights = arrays.setdefault(
                     f"{_LAYER}{layer}", np.zeros((batch, heads, most, most), weights.dtype)
                 )
-                all_weights[row, :, :length, :length] = weights
+                all_weights[row, :, tokens, tokens] = weights
     if sequences and "pooled" in sequences[0].arrays:
         arrays["pooled"] = np.stack([sequence.arrays["pooled"] for sequence in sequences])
     return arrays
@@ -163,8 +172,8 @@ def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, A
 
 def _sequences(
     model: LoadedModel, tensors: Mapping[str, InputTensor], limits: Limits
-) -> tuple[Array, Array]:
-    """Ids [B, S] and their lengths [B]."""
+) -> tuple[Array, list[slice]]:
+    """Ids [B, S], and where in each row the tokens are."""
     transformer = model.manifest.transformer
     assert transformer is not None
     for name in tensors:
@@ -179,16 +188,14 @@ def _sequences(
         raise InvalidRequestError.of(
             "input_ids.shape", list(ids.shape), f"up to [{limits.max_batch}, {most}]"
         )
-    lengths = np.full(batch, padded_len, np.int64)
+    real = np.ones(ids.shape, bool)
     if "attention_mask" in tensors:
         mask = _integers(tensors["attention_mask"])
         if mask.shape != ids.shape:
             raise InvalidRequestError.of(
                 "attention_mask.shape", list(mask.shape), f"{list(ids.shape)}, as input_ids has"
             )
-        lengths = (mask != 0).sum(axis=1)
-        _check_mask(mask, lengths)
-    real = np.arange(padded_len) < lengths[:, None]
+        real = _checked_mask(mask)
     wrong = real & ((ids < 0) | (ids >= transformer.vocab_size))
     if wrong.any():
         row, position = (int(index) for index in np.argwhere(wrong)[0])
@@ -197,22 +204,30 @@ def _sequences(
             int(ids[row, position]),
             f"0..{transformer.vocab_size - 1}, the vocabulary",
         )
-    return ids, lengths
+    firsts, lengths = real.argmax(axis=1), real.sum(axis=1)
+    return ids, [
+        slice(int(first), int(first + length))
+        for first, length in zip(firsts, lengths, strict=True)
+    ]
 
 
-def _check_mask(mask: Array, lengths: Array) -> None:
-    """Padding comes after the tokens: each row is ones, then zeros."""
-    wrong = mask != (np.arange(mask.shape[1]) < lengths[:, None])
+def _checked_mask(mask: Array) -> Array:
+    """Which ids are tokens: in each row ones side by side, and zeros before or after them."""
+    lengths = (mask != 0).sum(axis=1)
+    if not lengths.all():
+        row = int(lengths.argmin())
+        raise InvalidRequestError.of(f"attention_mask[{row}]", "no ones", "at least one token")
+    after_first = np.arange(mask.shape[1]) - (mask != 0).argmax(axis=1)[:, None]
+    real: Array = (after_first >= 0) & (after_first < lengths[:, None])
+    wrong = mask != real
     if wrong.any():
         row, position = (int(index) for index in np.argwhere(wrong)[0])
         raise InvalidRequestError.of(
             f"attention_mask[{row}, {position}]",
             int(mask[row, position]),
-            "ones for tokens, then zeros for padding on the right",
+            "ones for tokens, side by side, and zeros for padding on the left or right",
         )
-    if not lengths.all():
-        row = int(lengths.argmin())
-        raise InvalidRequestError.of(f"attention_mask[{row}]", "no ones", "at least one token")
+    return real
 
 
 def _integers(tensor: InputTensor) -> Array:

@@ -1,0 +1,256 @@
+"""Every architecture of the installed transformers, tiny and random: exported, or why not.
+
+Each one has a process of its own, with bounds on its time and memory. What is known already is
+kept in the file of results, so that a run that was broken off goes on where it was.
+
+    python benchmarks/architecture_sweep.py --table docs/checkpoints.md
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "testing"))
+
+import architectures
+import exporter
+import torch
+from attnserve_export.checkpoints.families import input_of
+
+EXPORTED, REFUSED, WRONG = "exported", "refused", "wrong"
+BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
+_MEMORY = 12 << 30
+
+
+def examine(model_type: str, native: bool) -> dict[str, Any]:
+    """Export one architecture's random checkpoint.
+
+    Args:
+        model_type: of its config.json.
+        native: whether the variant `native` too.
+
+    Returns:
+        What came of it: `outcome`, and `reason` or the largest error.
+    """
+    from attnserve_export import building, errors
+    from attnserve_export.cli import _parser
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            architectures.write_checkpoint(model_type, folder / "checkpoint")
+        except Exception as error:
+            return _refused(f"no tiny configuration could be made: {_short(error)}")
+        arguments = ["transformer", "--out", str(folder / "models"), "--name", "tiny"]
+        arguments += [] if native else ["--no-native"]
+        options = _parser().parse_args([*arguments, "--checkpoint", str(folder / "checkpoint")])
+        try:
+            manifest = building.transformer(options, folder / "models/tiny/1", lambda _: None)
+        except errors.VerificationError as error:
+            return _refused(f"its graph differs: {str(error).removeprefix('--checkpoint: ')}")
+        except errors.ExportError as error:
+            reason = str(error).replace(f"{folder / 'checkpoint'}: ", "")
+            return _refused(reason.removeprefix("--checkpoint: "))
+        except Exception as error:
+            return {"outcome": WRONG, "reason": _short(error)}
+    assert manifest.transformer is not None
+    return {
+        "outcome": EXPORTED,
+        "error": max(variant.verification.largest_error for variant in manifest.variants),
+        "variants": [variant.name for variant in manifest.variants],
+        "attentions": [attention.name for attention in manifest.transformer.attentions],
+    }
+
+
+def refused_at_once(model_type: str) -> dict[str, Any] | None:
+    """What its class alone says against an architecture; None: nothing."""
+    try:
+        model_class = architectures.model_class_of(model_type)
+        if model_class is None:
+            return _refused("it is a part of others: AutoModel has no model of its own for it")
+        given = input_of(model_class)
+    except Exception as error:  # of a library that is not there
+        return _refused(f"transformers cannot load its class: {_short(error)}")
+    return None if given == "input_ids" else _refused(f"it takes {given}, no token ids")
+
+
+def sweep(
+    model_types: Iterable[str], results: Path, processes: int, seconds: int, native: bool
+) -> dict[str, dict[str, Any]]:
+    """Examine all that the results do not hold yet.
+
+    Args:
+        model_types: to examine.
+        results: file of JSON lines; grows.
+        processes: at a time.
+        seconds: that one may take.
+        native: whether the variant `native` too.
+    """
+    known = read(results)
+    missing = [each for each in model_types if each not in known]
+    if not missing:
+        return known
+    _warm_up()
+    started = time.monotonic()
+    with ThreadPoolExecutor(processes) as pool, results.open("a", encoding="utf-8") as file:
+        for model_type in list(missing):
+            found_at_once = refused_at_once(model_type)
+            if found_at_once is not None:
+                known[model_type] = found_at_once
+                missing.remove(model_type)
+                line = {"model_type": model_type, **found_at_once}
+                print(json.dumps(line), file=file, flush=True)
+        under_way = {pool.submit(_alone, each, seconds, native): each for each in missing}
+        for number, done in enumerate(as_completed(under_way), 1):
+            model_type, found = under_way[done], done.result()
+            known[model_type] = found
+            print(json.dumps({"model_type": model_type, **found}), file=file, flush=True)
+            said = found.get("reason") or f"error {found['error']:.1e}"
+            print(
+                f"[{time.monotonic() - started:6.0f} s] {number}/{len(missing)} {model_type}: "
+                f"{found['outcome']}: {said}",
+                file=sys.stderr,
+                flush=True,
+            )
+    return known
+
+
+def _warm_up() -> None:
+    """Do once, before processes are forked, what each of them would do first."""
+    from attnserve_export import building, graphs
+
+    assert building
+    torch.set_num_threads(1)
+    exporter.read_operators_once()
+    inputs = [graphs.Input("hidden_states", torch.ones(2, 3, 8), ("batch", "seq_len", 8))]
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Softmax(-1))
+    graphs.export(layer, inputs, ["output"], 23, ends={})
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """What is known, by model type."""
+    if not results.is_file():
+        return {}
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    return {line.pop("model_type"): line for line in lines}
+
+
+def table(known: dict[str, dict[str, Any]]) -> str:
+    """Markdown: what is exported, and how often each reason stands against it."""
+    exported = {name: found for name, found in known.items() if found["outcome"] == EXPORTED}
+    reasons: dict[str, list[str]] = {}
+    for name, found in sorted(known.items()):
+        if name not in exported:
+            reasons.setdefault(_kind_of(found["reason"]), []).append(name)
+    largest = max((found["error"] for found in exported.values()), default=0.0)
+    lines = [
+        f"{len(exported)} of {len(known)} architectures are exported, the largest error "
+        f"{largest:.1e}:",
+        "",
+        "| attentions | `model_type` |",
+        "| --- | --- |",
+    ]
+    by_attention: dict[str, list[str]] = {}
+    for name, found in sorted(exported.items()):
+        by_attention.setdefault(", ".join(found["attentions"]), []).append(f"`{name}`")
+    for attentions, names in sorted(by_attention.items()):
+        lines.append(f"| {attentions} | {', '.join(names)} |")
+    lines += [
+        "",
+        "Refused, by the reason that the export names:",
+        "",
+        "| reason | | `model_type` |",
+        "| --- | --- | --- |",
+    ]
+    for reason, names in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+        listed = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"| {reason.replace('|', '/')} | {len(names)} | {listed} |")
+    untried = [f"`{name}`" for name in architectures.model_types() if name not in known]
+    if untried:
+        lines += ["", f"Not tried yet, {len(untried)}: {', '.join(untried)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _kind_of(reason: str) -> str:
+    """A reason without what differs from model to model."""
+    shown = reason.removeprefix("config.json: ")
+    return re.sub(r"\d+", "n", re.split(r": |; |, by |, but ", shown)[0])
+
+
+def _alone(model_type: str, seconds: int, native: bool) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_bounded, args=(model_type, native, sender))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            return _refused(f"it takes longer than {seconds} s")
+        found: dict[str, Any] = receiver.recv()
+        return found
+    except EOFError:
+        process.join()
+        return _refused(f"its process ended by itself: {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _bounded(model_type: str, native: bool, sender: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    try:
+        sender.send(examine(model_type, native))
+    except MemoryError:
+        sender.send(_refused(f"it takes more than {_MEMORY >> 30} GiB"))
+
+
+def _refused(reason: str) -> dict[str, Any]:
+    return {"outcome": REFUSED, "reason": " ".join(reason.split())}
+
+
+def _short(error: Exception) -> str:
+    lines = " ".join(str(error).split())
+    return f"{type(error).__name__}: {lines[:200]}"
+
+
+def main() -> int:
+    """Run the sweep; 1 if an architecture failed in a way that says nothing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=Path("reports/architectures.jsonl"))
+    parser.add_argument("--table", type=Path, help="document to put the table into")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=300, help="that one architecture may take")
+    parser.add_argument("--native", action="store_true", help="both variants: twice the time")
+    parser.add_argument("--only", nargs="*", help="model types; all without it")
+    options = parser.parse_args()
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    types = architectures.model_types() if options.only is None else options.only
+    known = sweep(types, options.results, options.processes, options.seconds, options.native)
+    if options.table is not None:
+        text = options.table.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        after = rest.split(END)[1]
+        options.table.write_text(f"{before}{BEGIN}\n{table(known)}{END}{after}", encoding="utf-8")
+    wrong = [name for name, found in known.items() if found["outcome"] == WRONG]
+    count = sum(found["outcome"] == EXPORTED for found in known.values())
+    print(f"{count} exported, {len(known) - count - len(wrong)} refused, wrong: {wrong or 'none'}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

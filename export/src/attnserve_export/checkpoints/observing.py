@@ -1,0 +1,224 @@
+"""A model is run before it is exported, to see how its attention is called and with what."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnserve_export.checkpoints import masks
+from attnserve_export.checkpoints.masks import Reach
+from attnserve_export.checkpoints.plans import (
+    CROSS,
+    DECODER,
+    ENCODER,
+    ENCODER_DECODER,
+    Convention,
+    Plan,
+)
+from attnserve_export.checkpoints.tracing import Call, being
+from attnserve_export.errors import ExportError
+
+# All different, so that none is mistaken for another.
+_BATCH, _SOURCE, _TARGET = 2, 11, 14
+
+
+@dataclass
+class _Watcher:
+    """Attention computed plainly, and what it was given."""
+
+    masks: masks.SeenMasks
+    calls: list[Call]
+
+    def attend(self, call: Call, value: Tensor) -> Tensor:
+        """[B, H, Sq, Dv]; nobody looks at the numbers."""
+        reach = self.masks.reach(call.mask)
+        seen = Call(
+            call.query,
+            call.key,
+            call.scale,
+            reach,
+            call.mask,
+            call.bias,
+            call.softcap,
+            call.sinks,
+        )
+        self.calls.append(seen)
+        _, num_heads, query_len, _ = call.query.shape
+        if num_heads % value.shape[1]:
+            raise ExportError(
+                f"--checkpoint: attention of {num_heads} query heads over {value.shape[1]} heads "
+                "of keys; allowed: a multiple"
+            )
+        mean = value.mean(dim=2, keepdim=True).repeat_interleave(num_heads // value.shape[1], dim=1)
+        return mean.expand(-1, -1, query_len, -1)
+
+
+def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int) -> list[Plan]:
+    """Run a model once on a few tokens.
+
+    Args:
+        model: loaded with `tracing.IMPLEMENTATION`.
+        config: of it.
+        two_stacks: whether it is an encoder-decoder.
+        vocab_size: of the ids to draw.
+
+    Returns:
+        Plans that differ in their convention, the one that makes the plainest graph first.
+
+    Raises:
+        ExportError: it cannot be run, or does not call its attention as it should.
+    """
+    taken = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+    feeds = {"input_ids": torch.randint(0, vocab_size, (_BATCH, _SOURCE), generator=generator)}
+    if two_stacks:
+        feeds["decoder_input_ids"] = torch.randint(
+            0, vocab_size, (_BATCH, _TARGET), generator=generator
+        )
+    for name in list(feeds):
+        beside = name.replace("input_ids", "attention_mask")
+        if beside in taken:
+            feeds[beside] = torch.ones_like(feeds[name])
+    tables: list[int] = []
+    with masks.watching() as made, _position_tables(tables):
+        watcher = _Watcher(made, [])
+        with being(watcher), torch.no_grad():
+            no_cache = {"use_cache": False} if "use_cache" in taken else {}
+            model(**feeds, **no_cache)
+    if not watcher.calls:
+        raise ExportError("--checkpoint: its attention does not go through AttentionInterface")
+    calls = tuple((_whose(call, two_stacks), call) for call in watcher.calls)
+    kind = _kind(watcher.calls, two_stacks)
+    if not two_stacks:
+        calls = tuple((kind, call) for _, call in calls)
+    names = list(dict.fromkeys(name for name, _ in calls))
+    by_name = {name: [call for own, call in calls if own == name] for name in names}
+    described = {name: _described(name, own) for name, own in by_name.items()}
+    for name in names:
+        if two_stacks and not described[name]:
+            raise ExportError(
+                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap, sinks or "
+                "a mask of its own, or heads that differ from layer to layer"
+            )
+        if len({call.query.shape[1] for call in by_name[name]}) > 1:
+            raise ExportError("--checkpoint: its layers have different numbers of heads")
+    biased = frozenset(n for n, own in by_name.items() if n != CROSS and own[0].bias is not None)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    longest = min(tables) if tables else (positions if isinstance(positions, int) else 0)
+    return [
+        Plan(
+            kind,
+            convention,
+            tuple((name, call.reach) for name, call in calls),
+            described,
+            biased,
+            any(call.sinks is not None for _, call in calls),
+            max(0, longest),
+            bool(tables),
+        )
+        for convention in _conventions(kind, taken)
+    ]
+
+
+def _whose(call: Call, two_stacks: bool) -> str:
+    if not two_stacks:
+        return ENCODER
+    sizes = (call.query.shape[2], call.key.shape[2])
+    known = {(_SOURCE, _SOURCE): ENCODER, (_TARGET, _TARGET): DECODER, (_TARGET, _SOURCE): CROSS}
+    if sizes not in known:
+        raise ExportError(
+            f"--checkpoint: an encoder-decoder of {_SOURCE} and {_TARGET} tokens attends from "
+            f"{sizes[0]} to {sizes[1]}; allowed: its source, its target, or one to the other"
+        )
+    return known[sizes]
+
+
+def _kind(calls: Sequence[Call], two_stacks: bool) -> str:
+    if two_stacks:
+        return ENCODER_DECODER
+    for call in calls:
+        if (call.query.shape[2], call.key.shape[2]) != (_SOURCE, _SOURCE):
+            raise ExportError(
+                f"--checkpoint: of {_SOURCE} tokens it attends from {call.query.shape[2]} to "
+                f"{call.key.shape[2]}; allowed: from all to all"
+            )
+    return DECODER if all(_causal(call) for call in calls) else ENCODER
+
+
+def _causal(call: Call) -> bool:
+    if call.reach is not None:
+        return call.reach.causal
+    mask = call.mask
+    assert mask is not None
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    later = torch.ones(visible.shape[-2:], dtype=torch.bool).triu(1)
+    return not bool((visible & later).any())
+
+
+def _described(name: str, calls: Sequence[Call]) -> bool:
+    """Whether a manifest can say how weights are made of query and key."""
+    first = calls[0]
+    for call in calls:
+        wanted = Reach(None, 0) if name == DECODER else masks.EVERYTHING
+        windowed = name == DECODER and call.reach is not None and call.reach.causal
+        if call.reach != wanted and not windowed:
+            return False
+        if call.softcap or call.sinks is not None or call.key.shape[1] != first.key.shape[1]:
+            return False
+        if name != CROSS and not _same_bias(call.bias, first.bias):
+            return False
+    return first.bias is None or name == CROSS or _by_distance(first.bias)
+
+
+def _same_bias(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _by_distance(bias: Tensor) -> bool:
+    """Whether a bias [1, H, S, S] says the same of all that are as far apart."""
+    return bias.shape[0] == 1 and torch.equal(bias[..., 1:, 1:], bias[..., :-1, :-1])
+
+
+def _conventions(kind: str, taken: Any) -> list[Convention]:
+    no_cache = "use_cache" in taken
+    pairs = [(False, True), (False, False), (True, False), (True, True)]
+    if kind != DECODER:
+        pairs = [(False, False), (True, False), (False, True), (True, True)]
+    return [
+        Convention(mask, positions, no_cache)
+        for mask, positions in pairs
+        if (not mask or "attention_mask" in taken)
+        and (not positions or ("position_ids" in taken and kind != ENCODER_DECODER))
+    ]
+
+
+class _position_tables:  # noqa: N801 (a context manager)
+    """Finds the longest sequences that tables of positions have room for."""
+
+    def __init__(self, found: list[int]) -> None:
+        self._found = found
+
+    def __enter__(self) -> None:
+        original = nn.functional.embedding
+        self._original = original
+
+        def looking(given: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            rows = given.reshape(-1, given.shape[-1]) if given.ndim else given.reshape(1, 1)
+            if rows.shape[1] in (_SOURCE, _TARGET):
+                places = torch.arange(rows.shape[1])
+                if torch.equal(rows - rows[:, :1], places.expand_as(rows)) and bool(
+                    (rows[:, 0] == rows[0, 0]).all()
+                ):
+                    self._found.append(weight.shape[0] - int(rows[0, 0]))
+            return original(given, weight, *args, **kwargs)
+
+        nn.functional.embedding = looking  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        nn.functional.embedding = self._original

@@ -1,0 +1,58 @@
+"""What was observed of a model, and how a graph of it is to be made."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from attnserve_export.checkpoints.masks import Reach
+
+ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
+
+ENCODER_DECODER = "encoder-decoder"
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a model is given besides ids.
+
+    Attributes:
+        mask: which tokens are padding.
+        positions: 0, 1, 2, ...
+        no_cache: that nobody will read its cache.
+    """
+
+    mask: bool
+    positions: bool
+    no_cache: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a graph of a model is to be made.
+
+    Attributes:
+        kind: "encoder", "decoder" or "encoder-decoder".
+        convention: what the model is given.
+        calls: of its attention, in order: whose it is, and who sees whom (None: as the model's own
+            mask says).
+        described: by attention: whether scale, window and position bias say all that is to be said
+            of its weights, given query and key.
+        biased: attentions that a position bias is added to.
+        sinks: whether any has sinks.
+        max_seq_len: tokens of the longest sequence; 0: no end.
+        table: whether positions are in a table, so that there is a longest sequence.
+    """
+
+    kind: str
+    convention: Convention
+    calls: tuple[tuple[str, Reach | None], ...]
+    described: Mapping[str, bool]
+    biased: frozenset[str]
+    sinks: bool
+    max_seq_len: int
+    table: bool
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Their names, the encoder's first."""
+        found = {name for name, _ in self.calls}
+        return tuple(name for name in (ENCODER, DECODER, CROSS) if name in found)

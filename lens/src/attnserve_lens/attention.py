@@ -1,0 +1,176 @@
+"""What there is to see in a result: one map for each kind of attention of one sequence."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from attnserve_client import AttendResult, TokensResult
+from attnserve_client import token_texts as texts
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# What the column of a learned sink is called. Rows that add up to less than 1 by more than rounding
+# can explain, by the size of their numbers in bytes, left the rest to one.
+SINK = "(sink)"
+_ROUNDING = {2: 0.02, 4: 1e-3, 8: 1e-6}
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What the axes of a map's weights stand for; attributes as in `AttentionMap`."""
+
+    kind: str
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    split: int | None = None
+    sink: bool = False
+
+    @property
+    def square(self) -> bool:
+        """Whether queries and keys are the same tokens, the sink aside."""
+        return self.queries == (self.keys[:-1] if self.sink else self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMap:
+    """The weights of one sequence, of some layers and heads of one kind of attention.
+
+    Attributes:
+        kind: "encoder", "decoder" or, from an encoder-decoder's decoder to its encoder, "cross";
+            "self" where the result does not say.
+        weights: [L, H, Sq, Sk]; rows sum to 1, or to 0 where a query sees no key.
+        queries, keys: the tokens, as the vocabulary writes them; the same for self-attention.
+        layers, heads: what the L and H axes hold, 0-based.
+        split: where the second of two texts begins, in queries and in keys; None of one text.
+        sink: whether the last key is no token but the model's learned sink.
+    """
+
+    kind: str
+    weights: Array
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    split: int | None = None
+    sink: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = (len(self.layers), len(self.heads), len(self.queries), len(self.keys))
+        if self.weights.shape != allowed:
+            raise ValueError(
+                f"weights: shape {list(self.weights.shape)}; allowed: {list(allowed)}, by the "
+                "layers, heads, queries and keys"
+            )
+
+    @property
+    def square(self) -> bool:
+        """Whether queries and keys are the same tokens, the sink aside."""
+        return self.axes.square
+
+    @property
+    def axes(self) -> Axes:
+        """What the axes of the weights stand for."""
+        return Axes(
+            self.kind, self.queries, self.keys, self.layers, self.heads, self.split, self.sink
+        )
+
+    def layer_index(self, layer: int | None) -> int:
+        """Where a layer is on the L axis; None is the first there.
+
+        Raises:
+            ValueError: it is not among the layers of the result.
+        """
+        return _index("layer", layer, self.layers)
+
+    def head_index(self, head: int | None) -> int:
+        """Where a head is on the H axis; None is the first there.
+
+        Raises:
+            ValueError: it is not among the heads of the result.
+        """
+        return _index("head", head, self.heads)
+
+
+def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[AttentionMap, ...]:
+    """The maps of one sequence of a result.
+
+    Args:
+        result: with weights.
+        sequence: which one of the batch.
+
+    Raises:
+        ValueError: the result has no weights, or no such sequence.
+    """
+    weights = result.weights
+    if weights is None:
+        raise ValueError("the result has no weights; call with return_weights=True")
+    if not 0 <= sequence < len(weights):
+        raise ValueError(f"sequence: {sequence}; allowed: 0..{len(weights) - 1}")
+    array = np.asarray(weights[sequence])
+    if isinstance(result, AttendResult):
+        # One layer, positions for tokens; a window's rows keep their own numbers.
+        num_heads, num_queries, num_keys = array.shape
+        queries, keys = _numbers(num_queries), _numbers(num_keys)
+        axes, array = Axes("self", queries, keys, (0,), tuple(range(num_heads))), array[None]
+    else:
+        layers, heads = tuple(result.layers), tuple(result.heads)
+        axes = axes_of(result, result.attention, layers, heads, sequence)
+    keys, with_sink = axes.keys, _with_sink(array)
+    sink = with_sink is not None
+    if with_sink is not None:
+        array, keys = with_sink, (*keys, SINK)
+    return (
+        AttentionMap(
+            axes.kind, array, axes.queries, keys, axes.layers, axes.heads, axes.split, sink
+        ),
+    )
+
+
+def _with_sink(weights: Array) -> Array | None:
+    """The weights with a column of what their rows leave to a learned sink; None without one.
+
+    A row without any weight sees no key: it stays empty.
+    """
+    sums = weights.sum(axis=-1, dtype=np.float32)
+    left = np.where(sums > 0, 1 - sums, 0)
+    if left.max(initial=0) <= _ROUNDING[weights.dtype.itemsize]:
+        return None
+    column = np.maximum(left, 0).astype(weights.dtype)
+    return np.concatenate([weights, column[..., None]], axis=-1)
+
+
+def axes_of(
+    result: TokensResult,
+    attention: str,
+    layers: tuple[int, ...],
+    heads: tuple[int, ...],
+    sequence: int = 0,
+) -> Axes:
+    """What the axes of an attention of a sequence stand for, whether it has weights or not.
+
+    Args:
+        result: with the tokens.
+        attention: which of the model's; empty of one.
+        layers, heads: 0-based.
+        sequence: which one of the batch.
+    """
+    queries, keys = texts.axes_of(result, sequence, attention)
+    split = texts.second_segment(queries) if queries == keys else None
+    return Axes(attention or "self", queries, keys, layers, heads, split)
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
+def _index(name: str, number: int | None, held: tuple[int, ...]) -> int:
+    if number is None:
+        return 0
+    if number not in held:
+        raise ValueError(
+            f"{name}: {number}; allowed: {', '.join(map(str, held))}, as was asked for"
+        )
+    return held.index(number)

@@ -1,0 +1,207 @@
+"""What a live page shows: a text becomes maps without weights, whose layers come one by one.
+
+A layer travels as one deflated block of little-endian numbers: effective keys [H, Sq], visible keys
+[Sq], received weight [H, Sk] and the six measures of `per_head` [H] each (NaN where there is none),
+all float32; then `encoding.layer_bytes` and `encoding.thumbnail_bytes`.
+"""
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from attnserve_client import AttentionClient, Model
+
+from attnserve_lens import encoding
+from attnserve_lens.asking import heads_at_once, layer_of
+from attnserve_lens.attention import AttentionMap, Axes, axes_of
+from attnserve_lens.measures import measure, per_head
+from attnserve_lens.page import cut, describe
+from attnserve_lens.pairs import pair_ids
+
+# Maps and packed layers that are kept: the oldest go.
+_MAPS, _BYTES = 64, 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A map that a page knows: what its layers are asked for with."""
+
+    model: str
+    attention: str
+    axes: Axes
+    ids: tuple[int, ...]
+    target: tuple[int, ...]
+    bits: int
+
+
+class Viewer:
+    """Looks at the models of a server; for several threads.
+
+    Args:
+        client: connected.
+        timeout: seconds of each request.
+    """
+
+    def __init__(self, client: AttentionClient, timeout: float) -> None:
+        self._client, self._timeout = client, timeout
+        self._lock, self._numbers = threading.Lock(), itertools.count()
+        self._maps: OrderedDict[str, _Asked] = OrderedDict()
+        self._packed: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._looks: OrderedDict[tuple[str, ...], dict[str, Any]] = OrderedDict()
+
+    def models(self) -> list[dict[str, Any]]:
+        """The transformer models that take text: their names, and whether they have a decoder.
+
+        Raises:
+            AttnserveError: the server refused.
+        """
+        listed = self._client.list_models(timeout=self._timeout)
+        named = {each.name: each for each in listed if each.kind == "transformer"}
+        return [
+            {"name": name, "target": _takes_target(model)}
+            for name, model in sorted(named.items())
+            if model.takes_text
+        ]
+
+    def look(self, model: str, text: str, pair: str = "", target: str = "") -> dict[str, Any]:
+        """Tokens of a text, and the maps that there are to see.
+
+        Args:
+            model: its name.
+            text, pair: what is read; a pair makes one sequence with the text.
+            target: what the decoder of an encoder-decoder reads.
+
+        Returns:
+            What the page's script must know of the sequence, without measures; the same again for
+            the same text, so that layers which are here need not be asked for again.
+
+        Raises:
+            AttnserveError: the server refused.
+            ValueError: there is no text.
+        """
+        if not text.strip():
+            raise ValueError("text: empty; allowed: any text")
+        asked = self._client.get_model(model, timeout=self._timeout)
+        # The manifest holds the hashes of the model's files: another model is another look.
+        key = (asked.manifest, text, pair, target)
+        with self._lock:
+            known = self._looks.get(key)
+            if known is not None and all(each["name"] in self._maps for each in known["maps"]):
+                return known
+        inputs: list[str] | list[list[int]] = [text]
+        if pair:
+            options: dict[str, Any] = {"model": model, "truncate": True, "timeout": self._timeout}
+            inputs = [pair_ids(self._client, text, pair, **options)]
+        found = self._client.attend_tokens(
+            inputs,
+            model=model,
+            targets=[target] if target else None,
+            return_hidden=False,
+            return_weights=False,
+            truncate=True,
+            timeout=self._timeout,
+        )
+        facts = f"model {found.model}, version {found.version}"
+        if any(found.truncated) or any(found.target_truncated):
+            facts += "; text was cut to what the model takes"
+        maps = []
+        several = len(asked.attentions) > 1
+        for each in asked.attentions or (asked,):
+            name = each.name if several else ""
+            axes = axes_of(found, name, tuple(range(each.num_layers)), tuple(range(each.num_heads)))
+            bits = encoding.code_bits(len(axes.heads) * len(axes.queries) * len(axes.keys))
+            ids, targets = tuple(found.ids[0]), tuple(found.target_ids[0] if target else ())
+            named = self._keep(_Asked(model, name, axes, ids, targets, bits))
+            maps.append(describe(axes, named, bits))
+        shown = cut(text if not pair else f"{text} {pair}")
+        found_there = {"name": shown, "facts": facts, "maps": maps}
+        with self._lock:
+            self._looks[key] = found_there
+            if len(self._looks) > _MAPS:
+                self._looks.popitem(last=False)
+        return found_there
+
+    def answers(self, name: str) -> int:
+        """How many answers of the server a layer of a map takes.
+
+        Raises:
+            AttnserveError: the server refused.
+        """
+        asked = self._maps[name]
+        return -(-len(asked.axes.heads) // self._at_once(asked))
+
+    def layer(self, name: str, layer: int, step: Callable[[], None] = lambda: None) -> bytes:
+        """A layer of a map, packed as is said above.
+
+        Args:
+            name: of the map, as `look` gave it.
+            layer: its place among the map's layers.
+            step: called after each answer of the server.
+
+        Raises:
+            AttnserveError: the server refused.
+            ValueError: there is no such map or layer.
+        """
+        with self._lock:
+            asked = self._maps.get(name)
+            packed = self._packed.get((name, layer))
+        if asked is None:
+            raise ValueError("map: not known here any more; look at the text again")
+        if not 0 <= layer < len(asked.axes.layers):
+            raise ValueError(f"layer: {layer}; allowed: 0..{len(asked.axes.layers) - 1}")
+        if packed is None:
+            packed = self._pack(asked, layer, step)
+            with self._lock:
+                self._packed[name, layer] = packed
+                while sum(map(len, self._packed.values())) > _BYTES and len(self._packed) > 1:
+                    self._packed.popitem(last=False)
+        return packed
+
+    def _at_once(self, asked: _Asked) -> int:
+        longest = max(len(asked.ids), len(asked.target))
+        return heads_at_once(self._client, longest, self._timeout)
+
+    def _pack(self, asked: _Asked, layer: int, step: Callable[[], None]) -> bytes:
+        axes = asked.axes
+        weights, _ = layer_of(
+            self._client,
+            asked.ids,
+            asked.target,
+            model=asked.model,
+            attention=asked.attention,
+            layer=axes.layers[layer],
+            heads=axes.heads,
+            at_once=self._at_once(asked),
+            timeout=self._timeout,
+            step=step,
+        )
+        shown = AttentionMap(
+            axes.kind, weights[None], axes.queries, axes.keys, (layer,), axes.heads, axes.split
+        )
+        measures = measure(shown)
+        nothing = np.full((1, len(axes.heads)), np.nan)
+        floats = [measures.effective, measures.visible, measures.received]
+        floats += [nothing if each is None else each for each in per_head(measures).values()]
+        content = b"".join(each.astype("<f4").tobytes() for each in floats)
+        content += encoding.layer_bytes(weights, asked.bits)
+        content += encoding.thumbnail_bytes(shown.weights)
+        # It goes no further than this machine: fast is better than small.
+        return encoding.deflate(content, 1)
+
+    def _keep(self, asked: _Asked) -> str:
+        with self._lock:
+            name = f"m{next(self._numbers)}"
+            self._maps[name] = asked
+            if len(self._maps) > _MAPS:
+                gone, _ = self._maps.popitem(last=False)
+                for key in [key for key in self._packed if key[0] == gone]:
+                    del self._packed[key]
+        return name
+
+
+def _takes_target(model: Model) -> bool:
+    return any(each.name == "cross" for each in model.attentions)
