@@ -121,6 +121,7 @@ def transformer(options: argparse.Namespace, target: Path, progress: Progress) -
         version=options.version,
         opset=options.opset,
         native=not options.no_native,
+        embeds=options.inputs_embeds,
         progress=progress,
     )
 
