@@ -95,6 +95,8 @@ def _info(client: AttentionClient, options: argparse.Namespace) -> int:
     print(f"{server.state}; {providers}")
     for model in client.list_models(timeout=options.timeout):
         print(f"\n{model.name} version {model.version}: {_describe(model)}")
+        if taken := _taken(model):
+            print(f"  takes {taken}")
         for variant in model.variants:
             print(
                 f"  {variant.name:<10} gives {', '.join(variant.outputs[:2])}"
@@ -102,6 +104,21 @@ def _info(client: AttentionClient, options: argparse.Namespace) -> int:
                 f"; max abs error {variant.max_abs_error:.1e} (bound {variant.tolerance:.1e})"
             )
     return 0
+
+
+def _taken(model: Model) -> str:
+    """What a transformer reads."""
+    if model.kind != "transformer":
+        return ""
+    parts = ["text", "token ids"] if model.takes_text else ["token ids"]
+    parts = parts if model.takes_ids or not model.inputs else []
+    for entry in model.inputs:
+        shape = ", ".join("S" if size is None else str(size) for size in entry.shape)
+        read = f" as {entry.tokens} tokens" if entry.tokens else ""
+        if entry.patches is not None:
+            read += f", {entry.patches.rows} x {entry.patches.columns} patches"
+        parts.append(f"{entry.name} [B, {shape}]{read}")
+    return "; ".join(parts)
 
 
 def _describe(model: Model) -> str:

@@ -10,6 +10,7 @@ from attnserve_client import token_texts as texts
 from attnserve_client._cli_calls import add_model, save
 from attnserve_client._results import Array, TokensResult
 from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
+from attnserve_client.command_tensors import add_tensors, given_tensor
 
 _RESULTS = (
     "hidden",
@@ -25,10 +26,13 @@ _RESULTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.description = "Texts through a transformer model, and what each token attends to."
+    parser.description = (
+        "Texts, pictures or sounds through a transformer model, and what each token attends to."
+    )
     add = parser.add_argument
     add("texts", nargs="*", type=values.text, metavar="TEXT")
     add("--ids", type=ids, action="append", help="instead of a text, e.g. 101,2009,102; again ...")
+    add_tensors(parser)
     add_model(parser)
     add("--attention", choices=("encoder", "decoder", "cross"), default="", help="of several")
     add_what_is_read(parser)
@@ -47,11 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(client: AttentionClient, options: argparse.Namespace) -> int:
-    if bool(options.texts) == bool(options.ids):
-        given = "both" if options.texts else "neither"
-        raise ValueError(f"TEXT, --ids: given {given}; allowed: one of the two")
+    tensor = given_tensor(client, options)
+    if bool(options.texts) + bool(options.ids) + bool(tensor) != 1:
+        several = options.texts or options.ids or tensor
+        raise ValueError(
+            f"TEXT, --ids, --pixel-values, --input-features, --inputs-embeds: given "
+            f"{'more than one' if several else 'none'}; allowed: one of them"
+        )
     result = client.attend_tokens(
-        options.texts or options.ids,
+        options.texts or options.ids or tensor,
         model=options.model,
         version=options.version or "",
         variant=options.variant or "",
@@ -70,7 +78,7 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
         timeout=options.timeout,
     )
     say_what_was_cut(result)
-    for index in range(len(result.ids)):
+    for index in range(len(result.lengths)):
         if result.weights is not None:
             _print_weights(result, index, options)
         else:
@@ -83,7 +91,8 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
 def _arrays(result: TokensResult) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for index, ids_ in enumerate(result.ids):
-        arrays[f"ids_{index}"] = np.asarray(ids_)
+        if result.source is None:
+            arrays[f"ids_{index}"] = np.asarray(ids_)
         for name in _RESULTS:
             found = getattr(result, name)
             if found is not None:
@@ -92,7 +101,7 @@ def _arrays(result: TokensResult) -> dict[str, Array]:
 
 
 def _print_shapes(result: TokensResult, index: int) -> None:
-    print(" ".join(result.tokens[index] or map(str, result.ids[index])))
+    print(" ".join(texts.axes_of(result, index, "encoder")[1]))
     for name in _RESULTS:
         found = getattr(result, name)
         if found is not None:

@@ -146,9 +146,7 @@ std::size_t TokensWork::count() const {
   return given.name.empty() ? source.count() : static_cast<std::size_t>(given.tensor.shape[0]);
 }
 
-std::int64_t TokensWork::longest_source() const {
-  return std::max(source.longest(), given.tokens);
-}
+std::int64_t TokensWork::longest_source() const { return std::max(source.longest(), given.tokens); }
 
 BatchKey batch_key(const TokensWork& work) {
   // Works whose outputs differ may run together all the same: a hash that is equal by chance costs
@@ -158,7 +156,8 @@ BatchKey batch_key(const TokensWork& work) {
     outputs = outputs * 31 + std::hash<std::string_view>{}(name);
   }
   return {reinterpret_cast<std::uintptr_t>(work.model.get()),
-          reinterpret_cast<std::uintptr_t>(work.variant), outputs,
+          reinterpret_cast<std::uintptr_t>(work.variant),
+          outputs,
           static_cast<std::uint64_t>(bucket(std::max<std::int64_t>(1, work.source.longest()))),
           static_cast<std::uint64_t>(has_target(work) ? bucket(work.target.longest()) : 0),
           static_cast<std::uint64_t>(work.given.tokens > 0 ? bucket(work.given.tokens) : 0)};

@@ -44,7 +44,7 @@ struct TokensWork {
   std::vector<OwnedTensor> results;
   std::int64_t padded_source = 0, padded_target = 0;
 
-  std::size_t count() const;          // sequences
+  std::size_t count() const;            // sequences
   std::int64_t longest_source() const;  // in tokens
 };
 

@@ -112,8 +112,7 @@ TimePoint time_of(double since) { return TimePoint(seconds_of(since)); }
 
 nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& request,
                        std::shared_ptr<engine::Model> model, const std::string& variant,
-                       const std::vector<std::vector<std::int64_t>>& source,
-                       const nb::dict& given,
+                       const std::vector<std::vector<std::int64_t>>& source, const nb::dict& given,
                        const std::vector<std::vector<std::int64_t>>& target,
                        std::vector<std::string> outputs, std::uint32_t priority,
                        std::uint64_t timeout, std::size_t working_bytes) {

@@ -20,8 +20,8 @@ const std::string kAttention = "/attnserve.v1.AttentionService/";
 const std::string kInference = "/inference.GRPCInferenceService/";
 const std::string kHealth = "/grpc.health.v1.Health/";
 
-// Messages of methods that take no tensors. Those of tokens are ids, text, pictures or sounds, which
-// the control plane reads: bounded for its sake.
+// Messages of methods that take no tensors. Those of tokens are ids, text, pictures or sounds,
+// which the control plane reads: bounded for its sake.
 constexpr std::size_t kControlBytes = 1U << 20;
 constexpr std::size_t kTokensBytes = 64U << 20;
 

@@ -155,16 +155,16 @@ TEST_CASE("token works of one bucket and the same outputs have one key") {
 
 namespace {
 
-// last_hidden_state [B, S, 2] = 2 * inputs_embeds; sum of attention_mask [B, S] as `lengths` [B, 1].
+// last_hidden_state [B, S, 2] = 2 * inputs_embeds; seen [B, S] = 2 * attention_mask.
 std::shared_ptr<Model> embedder(const std::shared_ptr<Runtime>& runtime) {
   auto model = std::make_shared<Model>();
   model->facts.kind = Kind::kTransformer;
   model->facts.hidden_size = 2;
   const Graph graph = {
       {{"Add", "", {"inputs_embeds", "inputs_embeds"}, {"last_hidden_state"}, {}},
-       {"ReduceSum", "", {"attention_mask"}, {"lengths"}, {{"keepdims", false, 0, 1}}}},
+       {"Add", "", {"attention_mask", "attention_mask"}, {"seen"}, {}}},
       {{"inputs_embeds", kOnnxFloat, {-1, -1, 2}}, {"attention_mask", kOnnxInt64, {-1, -1}}},
-      {{"last_hidden_state", kOnnxFloat, {-1, -1, 2}}, {"lengths", kOnnxInt64, {-1, -1}}}};
+      {{"last_hidden_state", kOnnxFloat, {-1, -1, 2}}, {"seen", kOnnxInt64, {-1, -1}}}};
   add_variant(*model, "fused_embeds", load_graph(runtime, graph));
   return model;
 }
@@ -179,7 +179,7 @@ TokensWork work_of_rows(const std::shared_ptr<Model>& model, std::vector<float>&
   work.given.tokens = shape[1];
   work.given.tensor = {DataType::kFp32, shape, reinterpret_cast<std::byte*>(elements.data())};
   work.given.lengths = std::move(lengths);
-  work.outputs = {"last_hidden_state", "lengths"};
+  work.outputs = {"last_hidden_state", "seen"};
   return work;
 }
 
@@ -203,7 +203,7 @@ TEST_CASE("a tensor in the place of ids is read where it lies, and its padding i
   attend_tokens_together(works, nullptr);
   CHECK(work.results[0].tensor.shape == Shape{2, 2, 2});
   CHECK(floats(work.results[0]) == std::vector<float>{2, 4, 6, 8, 10, 12, 0, 0});
-  CHECK(elements(work.results[1]) == std::vector<std::int64_t>{2, 1});
+  CHECK(elements(work.results[1]) == std::vector<std::int64_t>{2, 2, 2, 0});
 }
 
 TEST_CASE("tensors of several requests run as one, as long as the longest") {
@@ -218,8 +218,8 @@ TEST_CASE("tensors of several requests run as one, as long as the longest") {
   CHECK(first.results[0].tensor.shape == Shape{2, 3, 2});
   CHECK(floats(first.results[0]) == std::vector<float>{2, 4, 0, 0, 0, 0, 6, 8, 0, 0, 0, 0});
   CHECK(floats(second.results[0]) == std::vector<float>{10, 12, 14, 16, 18, 20});
-  CHECK(elements(first.results[1]) == std::vector<std::int64_t>{1, 1});
-  CHECK(elements(second.results[1]) == std::vector<std::int64_t>{3});
+  CHECK(elements(first.results[1]) == std::vector<std::int64_t>{2, 0, 0, 2, 0, 0});
+  CHECK(elements(second.results[1]) == std::vector<std::int64_t>{2, 2, 2});
 }
 
 TEST_CASE("works of tensors have one key if they are about as long, and count their elements") {

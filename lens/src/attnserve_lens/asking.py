@@ -1,6 +1,6 @@
 """Weights from a server, a layer at a time and a few heads an answer, so that none is large."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def heads_at_once(client: AttentionClient, seq_len: int, timeout: float) -> int:
 
 def layer_of(
     client: AttentionClient,
-    ids: Sequence[int],
+    source: Mapping[str, Any],
     target: Sequence[int],
     *,
     model: str,
@@ -45,7 +45,7 @@ def layer_of(
 
     Args:
         client: connected.
-        ids: of the sequence.
+        source: the sequence, by the argument of `attend_tokens`: `inputs`, or a tensor of one row.
         target: ids that a decoder reads; empty where there is none.
         model: its name.
         attention: which of several; empty of one.
@@ -65,7 +65,6 @@ def layer_of(
     parts = []
     for first in range(0, len(heads), at_once):
         answer = client.attend_tokens(
-            [list(ids)],
             model=model,
             layers=[layer],
             heads=list(heads[first : first + at_once]),
@@ -73,6 +72,7 @@ def layer_of(
             return_hidden=False,
             return_weights=True,
             timeout=timeout,
+            **source,
             **more,
         )
         assert answer.weights is not None

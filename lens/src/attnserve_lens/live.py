@@ -169,7 +169,7 @@ class Viewer:
         axes = asked.axes
         weights, _ = layer_of(
             self._client,
-            asked.ids,
+            {"inputs": [list(asked.ids)]},
             asked.target,
             model=asked.model,
             attention=asked.attention,
