@@ -1,7 +1,10 @@
 """AttendTokens over tensors that are no token ids: pictures, sounds, embeddings."""
 
 import asyncio
+import json
+import re
 import threading
+import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,11 @@ from attnserve_client import (
     FailedPreconditionError,
     InvalidArgumentError,
 )
+from attnserve_client._cli import main
+from attnserve_client.transformers import attend_images, attend_sounds
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
+from PIL import Image
 from serving import serving
 
 ExportAll = Callable[[list[list[str]]], None]
@@ -47,6 +53,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, export_all: ExportAll) -> P
     ):
         randomize(model)
         model.save_pretrained(folder / "checkpoints" / name)
+    made_by = {
+        "vit": transformers.ViTImageProcessor(size={"height": 24, "width": 16}),
+        "whisper": transformers.WhisperFeatureExtractor(
+            feature_size=8, hop_length=800, chunk_length=1, n_fft=1600
+        ),
+    }
+    for name, processor in made_by.items():
+        processor.save_pretrained(folder / "checkpoints" / name)
     write_checkpoint("bert", folder / "checkpoints/bert")
     export_all(
         [
@@ -311,3 +325,105 @@ def test_what_a_model_does_not_read_is_refused(client: AttentionClient, address:
         client.attend_tokens(pixel_values=PICTURE, model="bert")
     with pytest.raises(FailedPreconditionError, match="variant"):
         client.attend_tokens([[1, 2]], model="bert", variant="fused_embeds")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture, its pixels as .npy, and a second of sound."""
+    folder = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(3).integers(0, 256, (48, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "cat.png")
+    np.save(folder / "cat.npy", random(3, 24, 16))
+    np.save(folder / "flat.npy", random(24, 16))
+    samples = np.sin(np.arange(16000) * 0.1) * 20000
+    with wave.open(str(folder / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 16000, "NONE", ""))
+        file.writeframes(samples.astype("<i2").tobytes())
+    return folder
+
+
+def test_a_picture_is_made_ready_as_the_checkpoint_says(
+    client: AttentionClient, folder: Path, files: Path
+) -> None:
+    processor = transformers.AutoImageProcessor.from_pretrained(folder / "checkpoints/vit")
+    picture = Image.open(files / "cat.png").convert("RGB")
+    expected = processor(images=picture, return_tensors="np")["pixel_values"]
+    assert expected.shape == (1, 3, 24, 16)
+    for images in (files / "cat.png", [picture], np.asarray(picture)):
+        result = attend_images(client, images, model="vit")
+        np.testing.assert_allclose(result.given, expected, atol=1e-6)
+    by_hand = client.attend_tokens(pixel_values=expected, model="vit")
+    np.testing.assert_allclose(result.hidden[0], by_hand.hidden[0], atol=1e-6)
+    given = attend_images(client, picture, model="vit", processor=processor)
+    np.testing.assert_allclose(given.given, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="model: whisper takes no pixel_values; allowed: input_fe"):
+        attend_images(client, picture, model="whisper")
+
+
+def test_a_sound_is_made_ready_as_the_checkpoint_says(
+    client: AttentionClient, folder: Path
+) -> None:
+    sound = random(9000, seed=4) * np.float32(0.1)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder / "checkpoints/whisper")
+    expected = extractor(sound, sampling_rate=16000, return_tensors="np")["input_features"]
+    result = attend_sounds(client, sound, sampling_rate=16000, model="whisper", targets=[[3, 4]])
+    np.testing.assert_allclose(result.given, expected, atol=1e-5)
+    assert result.target_ids == [[3, 4]]
+    with pytest.raises(ValueError, match="16000"):
+        attend_sounds(client, sound, sampling_rate=8000, model="whisper")
+
+
+def test_the_commands_take_files(
+    address: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--target", address]
+    assert main([*at, "info"]) == 0
+    shown = capsys.readouterr().out
+    assert "takes pixel_values [B, 3, 24, 16] as 7 tokens, 3 x 2 patches" in shown
+    assert "takes token ids; inputs_embeds [B, S, 32]" in shown
+    out = tmp_path / "vit.npz"
+    tokens = [*at, "tokens", "--model", "vit", "--output", str(out)]
+    assert main([*tokens, "--pixel-values", str(files / "cat.npy"), "--query", "1,0"]) == 0
+    assert re.search(r"1,0  layer 0: \S+ 0\.\d\d", capsys.readouterr().out)
+    assert np.load(out)["weights_0"].shape == (2, 2, 7, 7)
+    picture = ["--pixel-values", str(files / "cat.png")]
+    assert main([*tokens, *picture, "--no-weights"]) == 0
+    assert "[CLS] 0,0 0,1 1,0 1,1 2,0 2,1" in capsys.readouterr().out
+    sound = ["--input-features", str(files / "a.wav")]
+    assert main([*at, "tokens", "--model", "whisper", *sound, "--attention", "cross"]) == 0
+    assert "layer 1: " in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    for model, read in (("vit", picture), ("whisper", sound)):
+        assert main([*at, "inspect", "--model", model, *read, "--out", str(page)]) == 0
+        meta = json.loads(re.search(r'id="meta">(.*?)</script>', page.read_text())[1])
+        [sequence] = meta["sequences"]
+        assert sequence["seen"]["kind"] == ("picture" if model == "vit" else "sound")
+        assert len(sequence["maps"]) == (1 if model == "vit" else 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pixel-values", "missing.npy"], "--pixel-values: given "),
+        (["--pixel-values", "flat.npy"], "with shape [24, 16]; allowed: 3 dimensions, or 4"),
+        (["--pixel-values", "a.wav"], "--pixel-values: "),
+        (["--pixel-values", "cat.npy", "w1"], "given more than one; allowed: one of them"),
+        (["--pixel-values", "cat.npy", "--inputs-embeds", "flat.npy"], "given together"),
+        (["--inputs-embeds", "cat.png"], "allowed: .npy with [tokens, width]"),
+        (["--input-features", "cat.png"], "allowed: .wav of 16 bits, or .npy"),
+        (["--processor", "."], "--processor: given without a picture or a sound"),
+        ([], "given none; allowed: one of them"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    address: str,
+    files: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [str(files / each) if "." in each[1:] else each for each in arguments]
+    assert main(["--target", address, "tokens", "--model", "vit", *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
