@@ -1,13 +1,15 @@
 """`attnserve tokens`: every option of `AttentionClient.attend_tokens`."""
 
 import argparse
+import dataclasses
 
 import numpy as np
-from attnserve_proto.commands import values
+from attnserve_proto.commands import CommandError, Progress, values
 
 from attnserve_client import AttentionClient
 from attnserve_client import token_texts as texts
 from attnserve_client._cli_calls import add_model, save
+from attnserve_client._errors import InvalidArgumentError
 from attnserve_client._results import Array, TokensResult
 from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
 
@@ -21,6 +23,11 @@ _RESULTS = (
     "mass_on_first",
     "encoder_hidden",
 )
+_INPUTS = ("ids", "tokens", "truncated", "target_ids", "target_tokens", "target_truncated")
+
+# Texts of one request. More are several requests, one after the other, so that no answer is large
+# and it can be said how far they are.
+_AT_ONCE = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +57,54 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
     if bool(options.texts) == bool(options.ids):
         given = "both" if options.texts else "neither"
         raise ValueError(f"TEXT, --ids: given {given}; allowed: one of the two")
-    result = client.attend_tokens(
-        options.texts or options.ids,
+    result = _asked(client, options)
+    say_what_was_cut(result)
+    for index in range(len(result.ids)):
+        if result.weights is not None:
+            _print_weights(result, index, options)
+        else:
+            _print_shapes(result, index)
+    if options.output:
+        save(options.output, _arrays(result))
+    return 0
+
+
+def _asked(client: AttentionClient, options: argparse.Namespace) -> TokensResult:
+    """The answer for all texts or ids, of as many requests as they take."""
+    inputs, targets = options.texts or options.ids, options.target_text
+    # Another number of targets is refused by the server, which sees all of them then.
+    apart = targets is None or len(targets) == len(inputs)
+    at_once = _AT_ONCE if apart else len(inputs)
+    parts = []
+    with Progress(len(inputs), "texts") as progress:
+        for start in range(0, len(inputs), at_once):
+            of_part = slice(start, start + at_once)
+            try:
+                parts.append(
+                    _asked_at_once(client, options, inputs[of_part], targets and targets[of_part])
+                )
+            except InvalidArgumentError as error:
+                if not start:
+                    raise
+                raise CommandError(
+                    f"{error}, counted from text {start}; see `attnserve tokens --help`"
+                ) from None
+            progress.step(count=len(parts[-1].ids))
+    return _joined(parts)
+
+
+def _asked_at_once(
+    client: AttentionClient,
+    options: argparse.Namespace,
+    inputs: list[str] | list[list[int]],
+    targets: list[str] | None,
+) -> TokensResult:
+    return client.attend_tokens(
+        inputs,
         model=options.model,
         version=options.version or "",
         variant=options.variant or "",
-        targets=options.target_text,
+        targets=targets,
         attention=options.attention,
         layers=options.layers,
         heads=options.heads,
@@ -69,15 +118,18 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
         truncate=options.truncate,
         timeout=options.timeout,
     )
-    say_what_was_cut(result)
-    for index in range(len(result.ids)):
-        if result.weights is not None:
-            _print_weights(result, index, options)
-        else:
-            _print_shapes(result, index)
-    if options.output:
-        save(options.output, _arrays(result))
-    return 0
+
+
+def _joined(parts: list[TokensResult]) -> TokensResult:
+    """One answer of several for the same model, but for its timings."""
+    if len(parts) == 1:
+        return parts[0]
+    lists: dict[str, list[Array]] = {}
+    for name in (*_INPUTS, *_RESULTS):
+        found = [getattr(part, name) for part in parts]
+        if found[0] is not None:
+            lists[name] = [each for part in found for each in part]
+    return dataclasses.replace(parts[0], **lists)  # type: ignore[arg-type]
 
 
 def _arrays(result: TokensResult) -> dict[str, Array]:
