@@ -2,11 +2,10 @@
 
 from attnserve_proto.starting import start
 
-start("attnserve-export")
-
 
 def main() -> int:
-    """Run the command; its exit code."""
+    """Run the command as a process of its own; its exit code."""
+    start("attnserve-export")
     from attnserve_export.cli import main
 
     return main()

@@ -2,11 +2,10 @@
 
 from attnserve_proto.starting import start
 
-start("attnserve-server")
-
 
 def main() -> int:
-    """Run the command; its exit code."""
+    """Run the command as a process of its own; its exit code."""
+    start("attnserve-server")
     from attnserve_server.cli import main
 
     return main()
