@@ -27,16 +27,16 @@ OF = {
     "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
-    "--price-per-hour --clients --refinements",
-    "numbers": "--ids --rates --seq-lens --depths --tokens-seq-lens --layers --heads",
+    "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
+    "numbers": "--ids --servers --rates --seq-lens --depths --tokens-seq-lens --layers --heads",
     "span": "--prompt --tokens --ramp --callers",
     "arrivals": "--arrivals",
     "slo": "--slo",
-    "choice": "--attention --mask --alignment --rotary --dtype --module --provider --log-format "
-    "--log-level",
+    "choice": "--as --attention --mask --alignment --rotary --dtype --module --provider "
+    "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json",
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
 }
@@ -44,7 +44,7 @@ KINDS = {option: kind for kind, listed in OF.items() for option in listed.split(
 KINDS |= {"--target": "target", "--host": "host"}
 # Where one name means another thing.
 OTHERS = {("attend", "--scale"): "real", ("decode", "--layers"): "number",
-          ("load", "--layers"): "number",
+          ("load", "--layers"): "number", ("replay", "--layers"): "number",
           ("scaling", "--model"): "names", ("scaling", "--variant"): "names"}  # fmt: skip
 EMPTY_IS_NONE = {("locust", name) for name in ("--model", "--variant", "--tokens-model",
                                                "--tokens-variant")}  # fmt: skip
