@@ -34,7 +34,7 @@ def has_paged(config: AttentionConfig) -> bool:
     Positions are those of the sequence: no reach to both sides, and with rotary embedding, which
     turns new keys by the positions of the queries, only causal masks.
     """
-    if config.chunk is not None:
+    if config.chunk is not None or config.sinks is not None:
         return False
     bounded = config.windowed or config.rotary is not None
     return config.mask == "causal" or not bounded
