@@ -54,14 +54,12 @@ RANKS = dict.fromkeys((*INTEGERS[:-1], "slopes", "softcap", "sinks"), 1) | {"log
 
 
 @cache
-def session(
-    operator: str, dtype: str, present: frozenset, attributes: tuple, outputs: tuple = ()
-):
+def session(operator: str, dtype: str, present: frozenset, attributes: tuple, outputs: tuple = ()):
     """One node of an operator, with some of its optional inputs."""
     outputs = outputs or OUTPUTS[operator]
     exact = (
-        "entropy", "mass_per_key", "mass_by_distance", "top_k_weights", "slopes", "softcap", "sinks",
-        "log_sum_exp",
+        "entropy", "mass_per_key", "mass_by_distance", "top_k_weights", "slopes", "softcap",
+        "sinks", "log_sum_exp",
     )  # fmt: skip
 
     def value(name: str):
@@ -72,9 +70,7 @@ def session(
     names = [name if name in present else "" for name in INPUTS[operator]]
     while not names[-1]:
         names.pop()
-    node = onnx.helper.make_node(
-        operator, names, outputs, domain="attnserve", **dict(attributes)
-    )
+    node = onnx.helper.make_node(operator, names, outputs, domain="attnserve", **dict(attributes))
     graph = onnx.helper.make_graph(
         [node], "one", [value(n) for n in names if n], [value(n) for n in outputs]
     )
@@ -408,7 +404,9 @@ def test_what_is_returned_besides_never_changes_the_output() -> None:
         alone = session("Attention", "FP32", names, attributes, ("output",))
         np.testing.assert_array_equal(alone.run(None, feeds)[0], both)
         without = feeds | {"sinks": np.full(2, -np.inf, np.float32)}
-        np.testing.assert_array_equal(run("Attention", "FP32", without, shape, **dict(attributes))[0], both)
+        np.testing.assert_array_equal(
+            run("Attention", "FP32", without, shape, **dict(attributes))[0], both
+        )
 
 
 @settings(deadline=None, max_examples=100 // SHARE)

@@ -20,8 +20,8 @@ def merge_attention(outputs: Sequence[Any], log_sum_exps: Sequence[Any]) -> tupl
     Args:
         outputs: of each part [..., Dv]: [B, H, Sq, Dv] as `attend` gives them, or [T, H, Dv] of a
             session's step; 0 where a query saw no key.
-        log_sum_exps: of each part [...], as `return_log_sum_exp=True` gives them; -inf where a query
-            saw no key.
+        log_sum_exps: of each part [...], as `return_log_sum_exp=True` gives them; -inf where a
+            query saw no key.
 
     Returns:
         The output, in the dtype of the first one, and its log-sum-exp, float32: to be merged

@@ -9,11 +9,11 @@ namespace attnserve::engine {
 namespace {
 
 constexpr std::array<std::string_view, kFeeds> kFeedNames = {
-    "query",       "key",          "value",        "hidden_states",  "context",
-    "key_lengths", "bias",         "sinks",        "prefix_lengths", "cu_seqlens_q",
-    "cu_seqlens_k", "mask",        "softcap",      "top_k",          "distances"};
+    "query",        "key",  "value",   "hidden_states",  "context",
+    "key_lengths",  "bias", "sinks",   "prefix_lengths", "cu_seqlens_q",
+    "cu_seqlens_k", "mask", "softcap", "top_k",          "distances"};
 constexpr std::array<std::string_view, kResults> kResultNames = {
-    "output",        "weights",      "entropy",         "top_k_indices",
+    "output",        "weights",      "entropy",          "top_k_indices",
     "top_k_weights", "mass_per_key", "mass_by_distance", "log_sum_exp"};
 
 // Requests below this are not worth the additional runs.

@@ -18,8 +18,8 @@ constexpr Axis kBatchKeys[] = {Axis::kBatch, Axis::kKeyLen, Axis::kSame};
 constexpr Axis kWeightsAxes[] = {Axis::kBatch, Axis::kSame, Axis::kQueryLen, Axis::kKeyLen};
 constexpr Axis kByHead[] = {Axis::kBatch, Axis::kSame, Axis::kSame};
 
-// None: alike in all works of a key (a softcap, a count, the model's sinks, the bias or mask that is
-// none).
+// None: alike in all works of a key (a softcap, a count, the model's sinks, the bias or mask that
+// is none).
 std::optional<Axes> axes_of(Feed feed) {
   switch (feed) {
     case Feed::kQuery:

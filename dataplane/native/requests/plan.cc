@@ -42,7 +42,8 @@ constexpr std::array<std::span<const std::string_view>, wire::kInputs> kDims{
     kQueryDims, kKeyDims,   kValueDims,         kHiddenStatesDims, kContextDims, kKeyLengthsDims,
     kBiasDims,  kSinksDims, kPrefixLengthsDims, kStartsDims,       kStartsDims};
 
-// Those that say who sees whom, and how much: never needed, and INT64 but for the bias and the sinks.
+// Those that say who sees whom, and how much: never needed, and INT64 but for the bias and the
+// sinks.
 constexpr bool masks(Input input) { return input >= Input::kKeyLengths; }
 
 bool required(const engine::Model& model, Input input) {
@@ -261,8 +262,7 @@ AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
   plan.model = std::move(model);
   if (takes(plan, engine::Feed::kSoftcap)) softcap_feed(plan);
   plan.key = engine::batch_key(*plan.model, *plan.variant, plan.diagnosis, plan.wanted, plan.dims,
-                               plan.softcap,
-                               !joinable(plan.specs, plan.dims));
+                               plan.softcap, !joinable(plan.specs, plan.dims));
   plan.priority = checked_priority(message.priority);
   if (message.output_region) {
     plan.output_region = checked_output_region(*message.output_region, plan.results);

@@ -12,8 +12,8 @@ namespace attnserve::requests {
 AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
                     const Context& context, bool chunks_allowed);
 
-// Whether a request may be computed together with others: it brings nothing of its own that says who
-// sees whom but lengths.
+// Whether a request may be computed together with others: it brings nothing of its own that says
+// who sees whom but lengths.
 bool joinable(const TensorSpecs& specs, const engine::Dims& dims);
 
 // Whether the graphs of a plan take an input.

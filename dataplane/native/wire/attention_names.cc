@@ -15,7 +15,7 @@ constexpr std::array<std::string_view, kInputs> kInputNames{
     "query", "key",   "value",          "hidden_states", "context",     "key_lengths",
     "bias",  "sinks", "prefix_lengths", "cu_seqlens_q",  "cu_seqlens_k"};
 constexpr std::array<std::string_view, kOutputs> kOutputNames{
-    "output",        "weights",      "entropy",         "top_k_indices",
+    "output",        "weights",      "entropy",          "top_k_indices",
     "top_k_weights", "mass_per_key", "mass_by_distance", "log_sum_exp"};
 
 template <class T, std::size_t N>

@@ -99,8 +99,8 @@ def tune(
         for entry in manifest.variants
         if provider in entry.providers
         and "output" in entry.output_names
-        # `paged` is for sessions, `packed` alone is for packed sequences; the others are slower than
-        # what they are like, and for requests that need them.
+        # `paged` is for sessions, `packed` alone is for packed sequences; the others are$
+        # slower than variants that they are like.
         and entry.name not in ("softcap", "blocked_sinks", "reference_sinks", "paged", "packed")
     }
     opened = {

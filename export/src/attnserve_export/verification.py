@@ -30,7 +30,8 @@ class Case:
         looked_up: for an output of indices, in which array's last axis they count: what is found
             there must be what `expected` has, since of nearly equal elements any may come first.
         derive: makes what is compared of the graph's outputs; None: they are compared themselves.
-        magnitudes: for an output, what its error, or that of each element, is divided by; absent: 1.
+        magnitudes: for an output, what its error is divided by, or that of each element; absent:
+            1.
     """
 
     name: str

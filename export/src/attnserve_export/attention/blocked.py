@@ -24,9 +24,7 @@ CUTS = 16
 _ROWS = "float[batch_, heads_, block_, one_]"
 
 
-def blocked_attention(
-    config: AttentionConfig, opset: int, *, sinks: bool = False
-) -> FunctionProto:
+def blocked_attention(config: AttentionConfig, opset: int, *, sinks: bool = False) -> FunctionProto:
     """The body of `BlockedAttention(query, key, value, key_lengths) -> output` for a config.
 
     Args:

@@ -101,9 +101,7 @@ class SelfLayer(nn.Module):
         self.layer = layer
         self.core = core
 
-    def forward(
-        self, hidden_states: Tensor, key_lengths: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, hidden_states: Tensor, key_lengths: Tensor) -> Tensor | tuple[Tensor, ...]:
         """[B, S, E] and [B] to [B, S, E], and what else the core gives."""
         heads = self.layer.heads(hidden_states, hidden_states)
         return self._merged(self.core(*heads, key_lengths))
