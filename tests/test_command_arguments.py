@@ -16,6 +16,7 @@ from attnserve_export import cli as export
 from attnserve_loadtest import cli as loadtest
 from attnserve_loadtest import options as locust
 from attnserve_server import cli as server
+from attnserve_server import configuration
 
 HUGE, NOT_UTF8 = "9" * 400, "a\udcff"
 BAD = {
@@ -46,7 +47,7 @@ OF = {
     "--log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities report.json",
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
 }
@@ -74,7 +75,7 @@ def locust_parser() -> argparse.ArgumentParser:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], argparse.ArgumentParser]] = {
     "attnserve": (client.main, client._parser()),
-    "attnserve-server": (server.main, server._parser()),
+    "attnserve-server": (server.main, configuration.parser()),
     "attnserve-export": (export.main, export._parser()),
     "attnserve-loadtest": (loadtest.main, loadtest._parser()),
     "locust": (locust_main, locust_parser()),
@@ -134,10 +135,10 @@ def test_an_options_range_has_two_ends(capsys: pytest.CaptureFixture[str]) -> No
     for given, allowed in (("0", True), ("65535", True), ("65536", False), ("-1", False)):
         words = ["--repository", "x", f"--port={given}"]
         if allowed:
-            assert server._parser().parse_args(words).port == int(given)
+            assert configuration.parser().parse_args(words).port == int(given)
         else:
             with pytest.raises(SystemExit):
-                server._parser().parse_args(words)
+                configuration.parser().parse_args(words)
             assert f"--port: given '{given}'; allowed: an integer, 0..65535" in (
                 capsys.readouterr().err
             )
