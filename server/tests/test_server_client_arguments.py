@@ -70,7 +70,7 @@ ATTEND: dict[str, list[Any]] = {
     "key": ARRAYS,
     "value": ARRAYS,
     "bias": ARRAYS,
-    "sinks": [*ARRAYS, [0.5] * 4, [NAN] * 4, "1", [True]],
+    "sinks": [*ARRAYS, [0.5] * 3, [NAN] * 4, "1", [True]],
     "key_lengths": LENGTHS,
     "prefix_lengths": LENGTHS,
     "cu_seqlens_q": LENGTHS,
