@@ -32,6 +32,22 @@ BAD = {
     "text": ("", "a\0b", NOT_UTF8),
     "title": ("a\nb", "a" * 2000, NOT_UTF8),
     "target": ("", "nan", "host", "host:0", "host:99999", "::1:80", "a b:1", f"{HUGE}:1"),
+    "arrivals": ("x", "", "bursts", "bursts:1", "bursts:-2", "poisson:2", f"bursts:{HUGE}"),
+    "slo": (
+        "x",
+        "",
+        "p99",
+        "p0=5ms",
+        "p100=1ms",
+        "p99=5",
+        "p99=-5ms",
+        "p99=0ms",
+        "p99=2h",
+        "p99=5ms,p99=6ms",
+        "p99=5ms,",
+        "mean=5ms",
+        f"p99={HUGE}ms",
+    ),
     "host": ("", "a b", "1::2::3", "[::1", "unix:", f"unix:{HUGE}", HUGE),
 }
 OF = {
@@ -41,15 +57,18 @@ OF = {
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
     "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
-    "--bound-ms --request-timeout --version --port",
-    "numbers": "--ids --seq-lens --depths --tokens-seq-lens --layers --heads",
+    "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
+    "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
+    "numbers": "--ids --servers --rates --seq-lens --depths --tokens-seq-lens --layers --heads",
     "reals": "--sinks",
-    "span": "--prompt --tokens",
-    "choice": "--attention --mask --alignment --rotary --dtype --module --provider --log-format "
-    "--log-level",
+    "span": "--prompt --tokens --ramp --callers",
+    "arrivals": "--arrivals",
+    "slo": "--slo",
+    "choice": "--as --attention --mask --alignment --rotary --dtype --module --provider "
+    "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json",
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
 }
@@ -57,6 +76,7 @@ KINDS = {option: kind for kind, listed in OF.items() for option in listed.split(
 KINDS |= {"--target": "target", "--host": "host"}
 # Where one name means another thing.
 OTHERS = {("attend", "--scale"): "real", ("decode", "--layers"): "number",
+          ("load", "--layers"): "number", ("replay", "--layers"): "number",
           ("scaling", "--model"): "names", ("scaling", "--variant"): "names"}  # fmt: skip
 EMPTY_IS_NONE = {("locust", name) for name in ("--model", "--variant", "--tokens-model",
                                                "--tokens-variant")}  # fmt: skip
@@ -216,6 +236,7 @@ def test_a_file_is_named_that_cannot_be_read_or_written(
         (loadtest.main, ["scaling", "--model", "m", "--target", "127.0.0.1:1"]),
         (loadtest.main, ["context", "--model", "m", "--target", "127.0.0.1:1"]),
         (loadtest.main, ["decode", "--model", "m", "--target", "127.0.0.1:1"]),
+        (loadtest.main, ["load", "--model", "m", "--target", "127.0.0.1:1"]),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_said_before_any_work(
