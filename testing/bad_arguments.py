@@ -10,6 +10,7 @@ BAD = {
     "number": ("x", "", "nan", "inf", "-1e9", HUGE, "1 2", "0x10"),
     "real": ("x", "", "nan", "inf", "-1e400", HUGE, "1 2"),
     "numbers": ("x", "", "nan", "1,,2", "-1e9", HUGE, "1;2"),
+    "reals": ("x", "", "nan", "1,,2", "-inf", HUGE, "1;2"),
     "span": ("x", "", "nan", "2-1", "0-3", HUGE, "1-"),
     "choice": ("x", "", "nan", HUGE),
     "name": ("", "a/b", ".a", "ä", "a b", HUGE, NOT_UTF8),
