@@ -4,8 +4,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -24,6 +24,19 @@ class Input:
     name: str
     example: Tensor
     dims: Dims
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph, and those of its tensors that lie outside of it.
+
+    Attributes:
+        model: of `parameters` it has names, types and shapes alone.
+        parameters: by the names of initializers; perhaps more than the graph has.
+    """
+
+    model: onnx.ModelProto
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def export(
@@ -53,18 +66,7 @@ def export(
     Returns:
         The graph with its weights inside.
     """
-    names = {dim for entry in inputs for dim in entry.dims if isinstance(dim, str)}
-    if ends is None:
-        dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
-    else:
-        # What PyTorch finds to be different at size 1 (which strides count) is not in a graph.
-        dynamic = {name: torch.export.Dim(name, min=2, max=ends.get(name)) for name in names}
-    by_axis = {
-        entry.name: {
-            axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)
-        }
-        for entry in inputs
-    }
+    by_axis = _dynamic(inputs, ends)
     shapes = by_axis if by_name else tuple(by_axis.values())
     positional = () if by_name else tuple(entry.example for entry in inputs)
     with _quiet(), torch.no_grad():
@@ -83,8 +85,87 @@ def export(
             verbose=False,
         )
     assert program is not None
-    model: onnx.ModelProto = program.model_proto
-    # The exporter leaves file paths and stack traces of this machine in the graph.
+    return _plain(program.model_proto)
+
+
+def export_apart(
+    module: nn.Module,
+    inputs: Sequence[Input],
+    outputs: Callable[[], Sequence[str]],
+    opset: int,
+    *,
+    ends: Mapping[str, int],
+    apart: Collection[str],
+) -> onnx.ModelProto:
+    """Export a module, and leave parameters out: nothing reads their values, or copies them.
+
+    Args:
+        module, inputs, opset, ends: as in `export`.
+        outputs: their names, in order; called once the module has been traced.
+        apart: names of parameters and buffers, as `state_dict` has them.
+
+    Returns:
+        The graph, in which these are initializers of no content; those that are not in it are none.
+    """
+    by_axis = tuple(_dynamic(inputs, ends).values())
+    positional = tuple(entry.example for entry in inputs)
+    with _quiet(), torch.no_grad():
+        traced = _traced(module.eval(), positional, by_axis)
+        program: Any = torch.onnx.export(
+            traced,
+            positional,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[entry.name for entry in inputs],
+            output_names=list(outputs()),
+            dynamic_shapes=by_axis,
+            verbose=False,
+            optimize=False,
+        )
+        # What is an input is no constant, so that nobody folds it.
+        initializers = program.model.graph.initializers
+        left_out = [name for name in initializers if name in apart]
+        for name in left_out:
+            value = initializers.pop(name)
+            value.const_value = None
+            program.model.graph.inputs.append(value)
+        program.optimize()
+    model = _plain(program.model_proto)
+    taken = {name for node in model.graph.node for name in node.input}
+    given = list(model.graph.input)
+    del model.graph.input[:]
+    for value in given:
+        if value.name not in left_out:
+            model.graph.input.append(value)
+        elif value.name in taken:
+            kind = value.type.tensor_type
+            dims = [dim.dim_value for dim in kind.shape.dim]
+            model.graph.initializer.append(
+                onnx.TensorProto(name=value.name, data_type=kind.elem_type, dims=dims)
+            )
+    return model
+
+
+def _dynamic(
+    inputs: Sequence[Input], ends: Mapping[str, int] | None
+) -> dict[str, dict[int, "torch.export.Dim"]]:
+    """The dynamic dimensions of each input, by axis."""
+    names = {dim for entry in inputs for dim in entry.dims if isinstance(dim, str)}
+    if ends is None:
+        dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
+    else:
+        # What PyTorch finds to be different at size 1 (which strides count) is not in a graph.
+        dynamic = {name: torch.export.Dim(name, min=2, max=ends.get(name)) for name in names}
+    return {
+        entry.name: {
+            axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)
+        }
+        for entry in inputs
+    }
+
+
+def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph without the file paths and stack traces that the exporter leaves in it."""
     for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -181,6 +262,27 @@ def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) 
     for value in model.graph.output:
         for axis, name in names.get(value.name, {}).items():
             value.type.tensor_type.shape.dim[axis].dim_param = name
+
+
+def cast_outputs(model: onnx.ModelProto, names: Collection[str], dtype: int) -> None:
+    """Give outputs another type, which they are cast to at the end.
+
+    Args:
+        model: changed in place.
+        names: of outputs; those that the graph has not are passed over.
+        dtype: as ONNX numbers them.
+    """
+    for value in model.graph.output:
+        if value.name not in names or value.type.tensor_type.elem_type == dtype:
+            continue
+        name, exact = value.name, f"{value.name}.exact"
+        for node in model.graph.node:
+            for ends in (node.input, node.output):
+                for place, end in enumerate(ends):
+                    ends[place] = exact if end == name else end
+        cast = onnx.helper.make_node("Cast", [exact], [name], name=f"{name}.cast", to=dtype)
+        model.graph.node.append(cast)
+        value.type.tensor_type.elem_type = dtype
 
 
 def write_out_angles(model: onnx.ModelProto) -> None:

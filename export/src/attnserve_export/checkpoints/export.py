@@ -16,9 +16,10 @@ from attnserve_proto.manifest import (
     TransformerLayer,
 )
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from attnserve_export import graphs
+from attnserve_export import apart, graphs
+from attnserve_export.checkpoints import parameters
 from attnserve_export.checkpoints.cases import Exact, first_case, transformer_cases
 from attnserve_export.checkpoints.checkpoint import (
     Checkpoint,
@@ -26,13 +27,13 @@ from attnserve_export.checkpoints.checkpoint import (
     tokenizer_json,
     weights_sha256,
 )
-from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, TARGET, module_for
+from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, PREFIX, TARGET, module_for
 from attnserve_export.checkpoints.observing import observe
 from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, Call, Tracer
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
-from attnserve_export.graphs import Input
+from attnserve_export.graphs import Graph, Input
 from attnserve_export.runtime import CPU
 from attnserve_export.verification import Case, errors_of
 
@@ -46,6 +47,16 @@ _SLOW_WHEN_FUSED = ("LayerNormalization", "Gelu")
 # Largest absolute error in PyTorch of what is then exported; of a graph, less is allowed.
 ADMITTED = 1e-3
 
+# Parameters from which on a model has them in memory only once while it is exported.
+LARGE = 1 << 25
+
+TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+ONNX = {
+    "FP32": onnx.TensorProto.FLOAT,
+    "FP16": onnx.TensorProto.FLOAT16,
+    "BF16": onnx.TensorProto.BFLOAT16,
+}
+
 _MASKS = {ENCODER: "bidirectional", DECODER: "causal", CROSS: "cross"}
 
 
@@ -56,17 +67,21 @@ def export_transformer(
     name: str,
     version: int,
     opset: int,
+    dtype: str = "FP32",
     native: bool = True,
+    large: bool | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Export a whole checkpoint, FP32.
+    """Export a whole checkpoint.
 
     Args:
         checkpoint: from `read_checkpoint`.
         target: the version's folder.
         name, version: of the model.
         opset: 23 or newer.
+        dtype: "FP32", "FP16" or "BF16": of parameters as they are stored, and of hidden states.
         native: whether to make the variant that needs the operators of attnserve-kernels.
+        large: whether to have its parameters in memory only once; None: from `LARGE` on.
         progress: told what is going on.
 
     Raises:
@@ -74,12 +89,23 @@ def export_transformer(
         VerificationError: a graph missed its tolerance; nothing is written.
     """
     progress("loading the checkpoint")
-    model = load_model(checkpoint, IMPLEMENTATION)
+    model = load_model(checkpoint, IMPLEMENTATION, TORCH[dtype])
+    large = parameters.count_of(model) >= LARGE if large is None else large
     progress("comparing its modules with transformers")
-    exact = _admitted(checkpoint, model, load_model(checkpoint, "eager").double())
-    plan, info = exact.plan, exact.info
+    exact = _admitted(checkpoint, model, dtype, large=large)
+    plan = exact.plan
+    computing = model if dtype == "FP32" else parameters.in_fp32(model, values=False)
+    stored = {f"{PREFIX}{name}": tensor for name, tensor in parameters.stored(model).items()}
+
+    def exported(*, native: bool) -> Graph:
+        graph = _graph(Tracer(computing, plan, native=native), opset, stored)
+        graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
+        if native:
+            graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
+        return apart.bind(graph, stored, late=large)
+
     progress("exporting fused")
-    variants = {"fused": Exported(_graph(Tracer(model, plan, native=False), opset))}
+    variants = {"fused": Exported(exported(native=False))}
     if not native:
         progress("variant native is left out, as was asked for")
     elif attnserve_kernels.library_path() is None:
@@ -90,14 +116,18 @@ def export_transformer(
         progress("exporting native")
         # A bias is a matrix over all queries and keys.
         linear = not plan.biased and all(reach is not None for _, reach in plan.calls)
-        graph = _graph(Tracer(model, plan, native=True), opset)
-        graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
         variants["native"] = Exported(
-            graph,
+            exported(native=True),
             memory="linear" if linear else "quadratic",
             providers=(CPU,),
             native=True,
         )
+
+    def release() -> None:
+        stored.clear()
+        for variant in variants.values():
+            variant.graph.parameters.clear()
+        parameters.release(model)
 
     made: list[Case] = []
 
@@ -114,13 +144,13 @@ def export_transformer(
             name=name,
             version=version,
             kind="transformer",
-            dtype="FP32",
-            attention=_attention_info(info.attentions[0]),
+            dtype=dtype,
+            attention=_attention_info(exact.info.attentions[0]),
             source={
                 "description": f"checkpoint {checkpoint.name}",
                 "sha256": weights_sha256(checkpoint.folder),
             },
-            transformer=info,
+            transformer=exact.info,
             tokenizer=None if tokenizer is None else "tokenizer.json",
         ),
         variants,
@@ -129,15 +159,38 @@ def export_transformer(
         reference="Hugging Face transformers, eager attention, float64",
         extra_files={} if tokenizer is None else {"tokenizer.json": tokenizer},
         progress=progress,
+        release=release if large else None,
     )
 
 
-def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exact:
+def _admitted(checkpoint: Checkpoint, model: nn.Module, dtype: str, *, large: bool) -> Exact:
     """The first plan by which PyTorch makes of a ragged batch what transformers does.
+
+    Args:
+        checkpoint: to export.
+        model: with parameters in the type in which they are stored.
+        dtype: of that.
+        large: whether it is the only one that there is room for.
 
     Raises:
         ExportError: there is none; says why not, and at which layer it first differs.
     """
+    if large:
+        with parameters.widened(model, torch.float32):
+            return _compared(checkpoint, model, parameters.Eager(model), dtype, few=True)
+    computing = model if dtype == "FP32" else parameters.in_fp32(model, values=True)
+    eager = load_model(checkpoint, "eager", TORCH[dtype]).double()
+    return _compared(checkpoint, computing, eager, dtype, few=False)
+
+
+def _compared(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    eager: nn.Module | parameters.Eager,
+    dtype: str,
+    *,
+    few: bool,
+) -> Exact:
     two_stacks, failures = checkpoint.family.two_stacks, []
     try:
         plans = observe(
@@ -150,7 +203,7 @@ def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exa
     for plan in plans:
         tracer = Tracer(model, plan, native=False)
         try:
-            exact = Exact(eager, plan, _info(checkpoint, tracer))
+            exact = Exact(eager, plan, _info(checkpoint, tracer), dtype, few)
             case = first_case(exact, np.random.default_rng(0))
             found = run_in_torch(tracer, case.feeds)
             assert case.derive is not None
@@ -220,19 +273,25 @@ def _window(call: Call) -> int | None:
     return None if call.reach is None or call.reach.left is None else call.reach.left + 1
 
 
-def _graph(tracer: Tracer, opset: int) -> onnx.ModelProto:
+def _graph(tracer: Tracer, opset: int, stored: Mapping[str, Tensor]) -> onnx.ModelProto:
     module = module_for(tracer)
-    run_in_torch(tracer, {n: _tokens(n).example.numpy() for n in module.inputs})
-    names = [*module.hidden, *tracer.outputs()]
+    inputs = [_tokens(name) for name in module.inputs]
+    most = tracer.plan.max_seq_len
+    ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
     try:
-        inputs = [_tokens(name) for name in module.inputs]
-        most = tracer.plan.max_seq_len
-        ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
-        model = graphs.export(module, inputs, names, opset, ends=ends)
+        model = graphs.export_apart(
+            module,
+            inputs,
+            lambda: [*module.hidden, *tracer.named],
+            opset,
+            ends=ends,
+            apart=stored,
+        )
     except Exception as error:  # whatever PyTorch's exporter may raise
         raise ExportError(f"--checkpoint: it cannot be traced: {first_line(error)}") from None
     if not tracer.plan.convention.positions:
         graphs.write_out_angles(model)
+    names = [*module.hidden, *tracer.named]
     graphs.rename_dims(model, {name: _dims(name, tracer.plan.kind) for name in names})
     return model
 

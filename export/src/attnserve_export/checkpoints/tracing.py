@@ -68,6 +68,7 @@ class Tracer:
         native: whether to use the operator of attnserve-kernels.
         calls: what each attention's layers were given, once the model has been traced.
         weights: of the layers whose weights the graph gives itself.
+        named: the outputs besides hidden states, by name, once the model has been traced.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class Tracer:
     native: bool
     calls: dict[str, list[Call]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
     _lengths: Mapping[str, Tensor] = field(default_factory=dict)
     _masks: dict[tuple[str, Reach], Tensor] = field(default_factory=dict)
     _called: int = 0
@@ -110,6 +112,7 @@ class Tracer:
             if bias is not None:
                 last, first = bias[0, :, -1, :], bias[0, :, 0, 1:]
                 found[f"{name}_position_bias"] = torch.cat((last, first), dim=-1)
+        self.named = tuple(found)
         return found
 
     def attend(self, call: Call, value: Tensor) -> Tensor:
