@@ -6,6 +6,7 @@ FP16 it puts casts of its own, to either side of each, and those of BF16 it refu
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx
 import onnx.helper
@@ -146,7 +147,7 @@ class _Casts:
             self.nodes.append(node)
 
 
-def _node(op_type: str, inputs: list[str], output: str, **attributes: object) -> NodeProto:
+def _node(op_type: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
     return onnx.helper.make_node(op_type, inputs, [output], name=output, **attributes)
 
 

@@ -172,10 +172,10 @@ def write_version(
 def _to_verify(variant: Exported, path: Path) -> Iterator[tuple[Path, str]]:
     """The file to verify, and what to say of it besides the reference."""
     how = "; the same graph in FP32, which the CPU can run"
+    beside = path.with_suffix(".verified.onnx")
     if variant.verified_as is None:
         yield path, ""
-    elif variant.verified_as.parameters:  # written beside it, since it has the same ones
-        beside = path.with_suffix(".verified.onnx")
+    elif beside.exists():  # since it has the same parameters
         yield beside, how
         beside.unlink()
     else:

@@ -92,4 +92,5 @@ def _array(value: onnxruntime.OrtValue, kind: str) -> Array:
         return array
     shape = tuple(value.shape())
     bits = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return np.array(bits, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+    numbers: Array = np.array(bits, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+    return numbers

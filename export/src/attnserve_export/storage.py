@@ -113,8 +113,7 @@ def _move(entry: TensorProto, apart: Tensor | None, data: _Data) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """Of a contiguous tensor, where it lies."""
-    flat = tensor.detach().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_entries(values: "list[onnx.ValueInfoProto]") -> tuple[TensorEntry, ...]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attnserve_export import apart, graphs
+from attnserve_export.attention.flash import OPSET as LENGTHS_OPSET
 from attnserve_export.checkpoints import parameters
 from attnserve_export.checkpoints.cases import Exact, first_case, transformer_cases
 from attnserve_export.checkpoints.checkpoint import (
@@ -34,7 +35,7 @@ from attnserve_export.checkpoints.tracing import IMPLEMENTATION, Call, Tracer
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
 from attnserve_export.graphs import Graph, Input
-from attnserve_export.runtime import CPU
+from attnserve_export.runtime import CPU, CUDA
 from attnserve_export.verification import Case, errors_of
 
 Array = NDArray[Any]
@@ -97,15 +98,16 @@ def export_transformer(
     computing = model if dtype == "FP32" else parameters.in_fp32(model, values=False)
     stored = {f"{PREFIX}{name}": tensor for name, tensor in parameters.stored(model).items()}
 
-    def exported(*, native: bool) -> Graph:
-        graph = _graph(Tracer(computing, plan, native=native), opset, stored)
+    def exported(tracer: Tracer) -> Graph:
+        used = max(opset, LENGTHS_OPSET) if tracer.by_lengths else opset
+        graph = _graph(tracer, used, stored)
         graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
-        if native:
+        if tracer.native:
             graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
         return apart.bind(graph, stored, late=large)
 
     progress("exporting fused")
-    variants = {"fused": Exported(exported(native=False))}
+    variants = {"fused": Exported(exported(Tracer(computing, plan)))}
     if not native:
         progress("variant native is left out, as was asked for")
     elif attnserve_kernels.library_path() is None:
@@ -117,16 +119,28 @@ def export_transformer(
         # A bias is a matrix over all queries and keys.
         linear = not plan.biased and all(reach is not None for _, reach in plan.calls)
         variants["native"] = Exported(
-            exported(native=True),
+            exported(Tracer(computing, plan, native=True)),
             memory="linear" if linear else "quadratic",
             providers=(CPU,),
             native=True,
         )
 
+    if dtype != "FP32":
+        progress("exporting half")
+        by_lengths = Tracer(model, plan, by_lengths=True)
+        variants["half"] = Exported(
+            exported(by_lengths),
+            memory="quadratic" if by_lengths.matrices else "linear",
+            providers=(CUDA,),
+            verified_as=exported(Tracer(computing, plan, by_lengths=True)),
+        )
+
     def release() -> None:
         stored.clear()
         for variant in variants.values():
-            variant.graph.parameters.clear()
+            for graph in (variant.graph, variant.verified_as):
+                if graph is not None:
+                    graph.parameters.clear()
         parameters.release(model)
 
     made: list[Case] = []
@@ -201,7 +215,7 @@ def _compared(
     except Exception as error:  # whatever a model may raise
         raise ExportError(f"--checkpoint: it cannot be run: {first_line(error)}") from None
     for plan in plans:
-        tracer = Tracer(model, plan, native=False)
+        tracer = Tracer(model, plan)
         try:
             exact = Exact(eager, plan, _info(checkpoint, tracer), dtype, few)
             case = first_case(exact, np.random.default_rng(0))

@@ -139,7 +139,7 @@ def _reading_rows(module: nn.Embedding) -> list[Any]:
     padding_idx = module.padding_idx
 
     def before(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        ids, places = given[0].unique(return_inverse=True)
+        ids, places = torch.unique(given[0], return_inverse=True)
         parameters: Any = module._parameters
         parameters.instead["weight"] = dict.__getitem__(parameters, "weight")[ids]
         module.padding_idx = None  # means something to gradients alone
