@@ -8,10 +8,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 import torch
 from torch import Tensor, nn
+
+_HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 # What the dimensions of an input are called, where they are dynamic; an integer is fixed.
 Dims = tuple[str | int, ...]
@@ -291,6 +295,39 @@ def cast_outputs(model: onnx.ModelProto, names: Collection[str], dtype: int) -> 
         cast = onnx.helper.make_node("Cast", [exact], [name], name=f"{name}.cast", to=dtype)
         model.graph.node.append(cast)
         value.type.tensor_type.elem_type = dtype
+
+
+def widened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph in FP32: all that is FP16 or BF16 in it, initializers without content too.
+
+    Args:
+        model: stays as it is.
+    """
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    del wide.graph.value_info[:]
+    for value in (*wide.graph.input, *wide.graph.output):
+        if value.type.tensor_type.elem_type in _HALVES:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for tensor in wide.graph.initializer:
+        _widen(tensor)
+    for node in wide.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i in _HALVES:
+                attribute.i = onnx.TensorProto.FLOAT
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                _widen(attribute.t)
+    return wide
+
+
+def _widen(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type not in _HALVES:
+        return
+    if not tensor.raw_data and not tensor.int32_data:
+        tensor.data_type = onnx.TensorProto.FLOAT
+        return
+    exact = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(exact, tensor.name))
 
 
 def write_out_angles(model: onnx.ModelProto) -> None:

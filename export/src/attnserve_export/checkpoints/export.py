@@ -99,8 +99,7 @@ def export_transformer(
     stored = {f"{PREFIX}{name}": tensor for name, tensor in parameters.stored(model).items()}
 
     def exported(tracer: Tracer) -> Graph:
-        used = max(opset, LENGTHS_OPSET) if tracer.by_lengths else opset
-        graph = _graph(tracer, used, stored)
+        graph = _graph(tracer, opset, stored)
         graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
         if tracer.native:
             graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
@@ -128,11 +127,14 @@ def export_transformer(
     if dtype != "FP32":
         progress("exporting half")
         by_lengths = Tracer(model, plan, by_lengths=True)
+        graph = _graph(by_lengths, max(opset, LENGTHS_OPSET), stored)
+        graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
+        wide = graphs.widened(graph)
         variants["half"] = Exported(
-            exported(by_lengths),
+            apart.bind(graph, stored, late=False),
             memory="quadratic" if by_lengths.matrices else "linear",
             providers=(CUDA,),
-            verified_as=exported(Tracer(computing, plan, by_lengths=True)),
+            verified_as=apart.bind(wide, stored, late=large),
         )
 
     def release() -> None:
