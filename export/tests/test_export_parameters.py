@@ -52,6 +52,9 @@ def test_a_model_that_is_cast_while_it_is_read_is_the_same_in_float64(
         found = parameters.Eager(model)(input_ids=IDS).last_hidden_state
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with torch.no_grad(), parameters.widened(model, torch.float32):
+        within = parameters.Eager(model)(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(within, expected, rtol=0, atol=0)
     # And it is as it was.
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert model.config._attn_implementation == IMPLEMENTATION

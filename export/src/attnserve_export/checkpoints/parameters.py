@@ -139,8 +139,10 @@ def _reading_rows(module: nn.Embedding) -> list[Any]:
     padding_idx = module.padding_idx
 
     def before(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        ids, places = torch.unique(given[0], return_inverse=True)
         parameters: Any = module._parameters
+        if parameters.instead:  # by a block around this one
+            return given
+        ids, places = torch.unique(given[0], return_inverse=True)
         parameters.instead["weight"] = dict.__getitem__(parameters, "weight")[ids]
         module.padding_idx = None  # means something to gradients alone
         return places, *given[1:]
