@@ -23,6 +23,7 @@ BAD = {
     "number": ("x", "", "nan", "inf", "-1e9", HUGE, "1 2", "0x10"),
     "real": ("x", "", "nan", "inf", "-1e400", HUGE, "1 2"),
     "numbers": ("x", "", "nan", "1,,2", "-1e9", HUGE, "1;2"),
+    "reals": ("x", "", "nan", "1,,2", "-inf", HUGE, "1;2"),
     "span": ("x", "", "nan", "2-1", "0-3", HUGE, "1-"),
     "choice": ("x", "", "nan", HUGE),
     "name": ("", "a/b", ".a", "ä", "a b", HUGE, NOT_UTF8),
@@ -59,6 +60,7 @@ OF = {
     "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
     "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
     "numbers": "--ids --servers --rates --seq-lens --depths --tokens-seq-lens --layers --heads",
+    "reals": "--sinks",
     "span": "--prompt --tokens --ramp --callers",
     "arrivals": "--arrivals",
     "slo": "--slo",
