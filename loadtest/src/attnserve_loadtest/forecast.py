@@ -3,10 +3,10 @@
 The fit is constant + linear + quadratic in the length, none below zero, by least squares of
 relative errors to the medians. How far it is to be believed is not derived from its residuals,
 which say nothing of what lies beyond, but from how it did before: it is fitted to the shorter
-lengths alone, four at least, and foretells the longer ones that were measured. A forecast `reach` times beyond the
-longest length rests on those of these trials that reached as far, up to twice as far; between
-measured lengths it rests on trials that left one of them out. Two such trials at least are needed:
-what was never tried is not foretold.
+lengths alone, four at least, and foretells the longer ones that were measured. A forecast `reach`
+times beyond the longest length rests on those of these trials that reached as far, up to twice as
+far; between measured lengths it rests on trials that left one of them out. Two such trials at least
+are needed: what was never tried is not foretold.
 
 The interval is exp(±t * r * sqrt(1 + 1/n)) around the forecast: r the root mean square of the n
 trials' logarithmic errors, t Student's for n degrees of freedom. It covers what is true if the
