@@ -109,8 +109,7 @@ def verify(
         else:
             answers = case.derive(sessions.run(session, case.feeds, outputs))
         errors = errors_of(case, answers)
-        # What was compared relative to its magnitude is told as it is.
-        sizes = {name: case.magnitudes.get(name, 1.0) for name in errors}
+        sizes = {name: _told_by(case.magnitudes.get(name, 1.0)) for name in errors}
         largest = max(errors.values())
         if not largest <= case.tolerance:
             # The first of them: what comes later differs because of it.
@@ -131,6 +130,13 @@ def verify(
         max_abs_error=worst,
         cases=tuple(results),
     )
+
+
+def _told_by(magnitude: float | Array) -> float:
+    """What an error over its magnitude is multiplied by to be told: by each element's there is no
+    one, so that it stays relative.
+    """
+    return magnitude if isinstance(magnitude, float) else 1.0
 
 
 def errors_of(case: Case, answers: Mapping[str, Array]) -> dict[str, float]:
