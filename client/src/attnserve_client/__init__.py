@@ -38,6 +38,7 @@ from attnserve_client._results import (
     Timings,
     TokensResult,
     TransformerAttention,
+    UnavailableModel,
     Variant,
 )
 from attnserve_client._session_flows import page_hashes
@@ -82,6 +83,7 @@ __all__ = [
     "TransformerAttention",
     "UnauthenticatedError",
     "UnavailableError",
+    "UnavailableModel",
     "UnimplementedError",
     "Variant",
     "keep_freed_memory",
