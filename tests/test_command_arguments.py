@@ -40,7 +40,7 @@ OF = {
     "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version --port",
-    "numbers": "--ids --seq-lens --depths --tokens-seq-lens --layers --heads",
+    "numbers": "--ids --token-type-ids --seq-lens --depths --tokens-seq-lens --layers --heads",
     "span": "--prompt --tokens",
     "choice": "--attention --mask --alignment --rotary --dtype --module --provider --log-format "
     "--log-level",

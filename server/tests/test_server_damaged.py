@@ -23,7 +23,8 @@ Q = np.ones((1, 4, 3, 8), np.float32)
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
 def changed(path: Path) -> None:

@@ -26,7 +26,14 @@ from attnserve_export.checkpoints.checkpoint import (
     load_model,
     weights_sha256,
 )
-from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, TARGET, module_for
+from attnserve_export.checkpoints.modules import (
+    ENCODER_HIDDEN,
+    HIDDEN,
+    SOURCE,
+    TARGET,
+    TYPES,
+    module_for,
+)
 from attnserve_export.checkpoints.observing import observe
 from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER
 from attnserve_export.checkpoints.texts import FILE as TOKENIZER
@@ -260,6 +267,8 @@ def _graph(tracer: Tracer, opset: int) -> onnx.ModelProto:
         raise ExportError(f"--checkpoint: it cannot be traced: {first_line(error)}") from None
     if not tracer.plan.convention.positions:
         graphs.write_out_angles(model)
+    if TYPES in module.inputs:
+        graphs.default_to_zeros(model, TYPES, SOURCE[0])
     graphs.rename_dims(model, {name: _dims(name, tracer.plan.kind) for name in names})
     return model
 
