@@ -11,7 +11,7 @@ from pathlib import Path
 import certificates
 import pytest
 import serving
-from attnserve_server import cli
+from attnserve_server import cli, configuration
 from attnserve_server.models.store import ModelStore, load_all
 from attnserve_server.repository import explain_empty
 
@@ -42,9 +42,9 @@ def refusal(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def refuse(*options: str | Path) -> str:
         words = ["--repository", repository, "--port", "0", "--metrics-port", "-1", *options]
-        parsed = cli._parser().parse_args([*map(str, words), "--provider", "cpu"])
+        settings = configuration.read([*map(str, words), "--provider", "cpu"], {})
         with pytest.raises(cli.StartError) as refused:
-            cli.serve(cli._settings(parsed))
+            cli.serve(settings)
         said = str(refused.value)
         assert len(said.splitlines()) == 1
         return said

@@ -26,6 +26,7 @@ from attnserve_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
+from attnserve_client._merging import merge_attention
 from attnserve_client._messages import TokensOptions
 from attnserve_client._results import (
     AttendResult,
@@ -87,5 +88,6 @@ __all__ = [
     "UnimplementedError",
     "Variant",
     "keep_freed_memory",
+    "merge_attention",
     "page_hashes",
 ]

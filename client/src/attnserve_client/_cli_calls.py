@@ -20,6 +20,7 @@ _RESULTS = (
     "top_k_weights",
     "mass_per_key",
     "mass_by_distance",
+    "log_sum_exp",
 )
 
 
@@ -51,6 +52,7 @@ def add_attend(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=values.integer(0), default=0, help="also so many heaviest keys a query")
     add("--mass-per-key", action="store_true", help="also the weight that each key receives")
     add("--mass-by-distance", type=values.integer(0), default=0, help="also over so many distances")
+    add("--log-sum-exp", action="store_true", help="also the log-sum-exp of each query's scores")
     add("--priority", type=values.integer(0), default=0, help="0, normal, or more urgent")
     add_output(parser, "--output", "FILE.npz", "write the answer to")
     parser.set_defaults(run=_attend)
@@ -100,6 +102,8 @@ def _describe(model: Model) -> str:
         parts.append(f"window {model.window}")
     if model.chunk:
         parts.append(f"chunks of {model.chunk}")
+    if model.sinks:
+        parts.append("sinks")
     if model.num_layers:
         parts.append(f"{model.num_layers} layers")
     return ", ".join(parts)
@@ -127,6 +131,7 @@ def _attend(client: AttentionClient, options: argparse.Namespace) -> int:
         top_k=options.top_k,
         return_mass_per_key=options.mass_per_key,
         mass_by_distance=options.mass_by_distance,
+        return_log_sum_exp=options.log_sum_exp,
         priority=options.priority,
         timeout=options.timeout,
         **tensors,

@@ -19,12 +19,16 @@ TENSORS = (
     "context",
     "key_lengths",
     "bias",
+    "sinks",
     "prefix_lengths",
     "cu_seqlens_q",
     "cu_seqlens_k",
 )
 NUMBERS = ("scale", "softcap")
 ALLOWED = f"{', '.join(TENSORS)}; numbers called {', '.join(NUMBERS)}; q, k and v for short"
+
+# Those that have the model's dtype, unless they are of whole numbers or boolean.
+_OF_MODEL = frozenset(("query", "key", "value", "hidden_states", "context", "bias"))
 
 _SHORT = {"q": "query", "k": "key", "v": "value"}
 
@@ -65,14 +69,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def as_model(tensors: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """The same, with floating-point arrays in the model's dtype, of which they are rounded to.
+    """The same, with what is in the model's dtype rounded to it.
 
     Raises:
         TypeError: the model is BF16, and ml_dtypes is not installed.
     """
     dtype = _tensors.numpy_dtype(model.dtype)
     return {
-        name: _converted(array, dtype) if isinstance(array, np.ndarray) else array
+        name: _converted(array, dtype) if name in _OF_MODEL else array
         for name, array in tensors.items()
     }
 

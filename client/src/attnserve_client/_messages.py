@@ -239,6 +239,7 @@ def model_from(message: pb.Model, manifest: str = "") -> Model:
         alibi=message.alibi,
         rotary=message.rotary,
         chunk=message.chunk,
+        sinks=tuple(message.sinks),
         attentions=tuple(
             TransformerAttention(
                 name=attention.name,

@@ -33,8 +33,9 @@ struct ModelFacts {
   std::optional<std::int64_t> window, window_right;
   bool bottom_right = false;
   double scale = 1.0;
-  double softcap = 0.0;                     // 0: none
-  std::int64_t embed_dim = 0;               // layer
+  double softcap = 0.0;        // 0: none
+  std::vector<float> sinks;    // [num_heads], -inf: none; of a loaded model never empty
+  std::int64_t embed_dim = 0;  // layer
   std::optional<std::int64_t> context_dim;  // layer with cross-attention
   std::int64_t pad_token_id = 0;            // transformer
   std::int64_t hidden_size = 0;             // transformer

@@ -55,6 +55,7 @@ class ModelFacts:
     bottom_right: bool
     scale: float
     softcap: float
+    sinks: list[float]
     embed_dim: int
     context_dim: int | None
     pad_token_id: int

@@ -170,10 +170,18 @@ def free_heads(model: onnx.ModelProto, domain: str) -> None:
     slopes = len(node.input) > 5 and node.input[5]
     if len(model.graph.node) != 1 or (node.domain, node.op_type) != (domain, "Attention") or slopes:
         return
-    names = {"query": "heads", "key": "kv_heads", "value": "kv_heads", "output": "heads"}
+    axes = {
+        "query": (1, "heads"),
+        "key": (1, "kv_heads"),
+        "value": (1, "kv_heads"),
+        "sinks": (0, "heads"),
+        "output": (1, "heads"),
+        "log_sum_exp": (1, "heads"),
+    }
     for value in (*model.graph.input, *model.graph.output):
-        if value.name in names:
-            value.type.tensor_type.shape.dim[1].dim_param = names[value.name]
+        if value.name in axes:
+            axis, name = axes[value.name]
+            value.type.tensor_type.shape.dim[axis].dim_param = name
 
 
 def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) -> None:

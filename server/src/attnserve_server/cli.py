@@ -1,6 +1,6 @@
 """The `attnserve-server` command."""
 
-import argparse
+import os
 import resource
 import signal
 import sys
@@ -8,11 +8,11 @@ import threading
 from collections.abc import Sequence
 
 from attnserve_proto import commands
-from attnserve_proto.commands import CommandError, Parser
+from attnserve_proto.commands import CommandError
 from attnserve_proto.manifest import ManifestError
 
-from attnserve_server import __version__, logs, options
-from attnserve_server.settings import Limits, PlaneSettings, Settings
+from attnserve_server import __version__, configuration, logs
+from attnserve_server.settings import Settings
 
 _DESCRIPTORS = 65_536
 
@@ -23,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parsed = _parser().parse_args(arguments)
-    logs.configure(parsed.log_format, parsed.log_level)
-    serve(_settings(parsed))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    settings = configuration.read(words, os.environ)
+    logs.configure(settings.log_format, settings.log_level)
+    serve(settings)
     return 0
 
 
@@ -79,31 +80,6 @@ def _allow_descriptors() -> None:
     wanted = min(hard, _DESCRIPTORS) if hard != resource.RLIM_INFINITY else _DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _settings(parsed: argparse.Namespace) -> Settings:
-    return Settings(
-        **options.values(parsed, Settings),
-        **options.values(parsed, PlaneSettings),
-        limits=Limits(**options.values(parsed, Limits)),
-    )
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="attnserve-server",
-        description="Serves the models of a repository over gRPC.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"attnserve-server {__version__}")
-    parser.add_argument("--log-format", choices=("json", "text"), default="json")
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info"
-    )
-    options.add(parser, "server", Settings)
-    options.add(parser, "computing and connections", PlaneSettings)
-    options.add(parser, "what is accepted", Limits)
-    return parser
 
 
 if __name__ == "__main__":

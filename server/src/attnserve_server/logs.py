@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 import time
-from typing import Literal
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -39,7 +38,7 @@ class TextFormatter(logging.Formatter):
         return f"{super().formatMessage(record)} {extras}".rstrip()
 
 
-def configure(form: Literal["json", "text"], level: str) -> None:
+def configure(form: str, level: str) -> None:
     """Send all logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())

@@ -33,6 +33,7 @@ def model_message(model: LoadedModel) -> pb.Model:
         bottom_right=attention.alignment == "bottom-right",
         alibi=attention.alibi,
         chunk=attention.chunk or 0,
+        sinks=attention.sinks or (),
         rotary=attention.rotary.style if attention.rotary else "",
     )
     if manifest.layer is not None:

@@ -303,6 +303,15 @@ class Settings(PlaneSettings):
         float, Option("how long SIGTERM waits for calls under way", seconds)
     ] = 30.0
     model_control: Annotated[bool, Option("let callers load and unload models")] = True
+    log_format: Annotated[
+        str, Option("lines on standard error: for programs or for people", choices=("json", "text"))
+    ] = "json"
+    log_level: Annotated[
+        str,
+        Option(
+            "of the least important lines written", choices=("debug", "info", "warning", "error")
+        ),
+    ] = "info"
 
 
 def usable_cores() -> int:

@@ -11,6 +11,7 @@ from attnserve_proto.manifest.fields import (
     above_zero,
     anything,
     by_name,
+    finite,
     integer,
     listed,
     number,
@@ -51,7 +52,11 @@ class RotaryEmbedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """The attention that a model computes; of a transformer, its first one."""
+    """The attention that a model computes; of a transformer, its first one.
+
+    Attributes:
+        sinks: of each head, a logit that takes part in the softmax and has no value; None: none.
+    """
 
     num_heads: Size
     num_kv_heads: Size
@@ -66,6 +71,7 @@ class Attention:
     rotary: Annotated[RotaryEmbedding | None, optional(record(RotaryEmbedding))] = None
     scale: Annotated[float, above_zero]
     softcap: Annotated[float, zero_or_more] = 0.0
+    sinks: Annotated[tuple[float, ...] | None, optional(listed(finite))] = None
 
 
 @dataclass(frozen=True, slots=True)

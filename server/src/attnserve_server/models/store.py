@@ -237,6 +237,7 @@ def _facts(manifest: Manifest) -> ModelFacts:
     facts.window, facts.window_right = attention.window, attention.window_right
     facts.bottom_right = attention.alignment == "bottom-right"
     facts.scale, facts.softcap = attention.scale, attention.softcap
+    facts.sinks = list(attention.sinks or ())
     if manifest.layer is not None:
         facts.embed_dim = manifest.layer.embed_dim
         facts.context_dim = manifest.layer.context_dim
