@@ -63,6 +63,7 @@ def run(
         The outputs by name.
     """
     taken = [entry.name for entry in session.get_inputs()]
+    taken += [each.name for each in session.get_overridable_initializers() if each.name in feeds]
     types = {entry.name: entry.type for entry in session.get_outputs()}
     halves = any(types[name] == "tensor(bfloat16)" for name in names)
     if not halves and not any(feeds[name].dtype == ml_dtypes.bfloat16 for name in taken):
