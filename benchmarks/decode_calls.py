@@ -101,6 +101,7 @@ class Paged:
             "spec": np.array([PAGE_TOKENS, 0, -1, 0, 1, 0]),
             "parents": np.empty(0, np.int64),
             "weights_of": np.empty(0, np.int64),
+            "sinks": np.full(NUM_HEADS, -np.inf, np.float32),
         }
         rows = (len(lengths), NUM_HEADS)
         outputs = {

@@ -1,6 +1,7 @@
 """What the SDK's calls return: frozen dataclasses that hold NumPy arrays."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -77,12 +78,15 @@ class SessionLayer:
         cross: keys are written once, by a step with `cross_tokens`, and every query sees all.
         latent: one row is kept of each token, the key, whose first Dv numbers are the value (MLA);
             no value is sent.
+        sinks: of each head, a logit that takes part in the softmax and has no value; None: as the
+            model. Not of layer models.
     """
 
     window: int | None = None
     kept_first: int = 0
     cross: bool = False
     latent: bool = False
+    sinks: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
