@@ -312,8 +312,8 @@ def test_sessions_have_the_models_sinks_or_their_layers_own(
 
     layers = None if sinks is None else [SessionLayer(sinks=sinks)]
     with client.session("sunk", num_layers=1, max_tokens=64, layers=layers) as session:
-        check(told(session, arrays, 0, 30, return_weights_of=[0]), 0, 30)
-        check(told(session, arrays, 30, 31, return_weights_of=[0]), 30, 31)
+        check(told(session, arrays, 0, 30, return_weights=True), 0, 30)
+        check(told(session, arrays, 30, 31, return_weights=True), 30, 31)
         branch = session.fork()
         check(told(branch, arrays, 31, 40), 31, 40)
         branch.close()
