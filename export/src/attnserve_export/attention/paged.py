@@ -110,7 +110,7 @@ def paged_model(
         "lengths": (TensorProto.INT64, ("sequences",)),
         "table_starts": (TensorProto.INT64, ("sequences_and_end",)),
         "table": (TensorProto.INT64, ("pages",)),
-        "spec": (TensorProto.INT64, (6,)),
+        "spec": (TensorProto.INT64, (7,)),
         "parents": (TensorProto.INT64, ("parents",)),
         "weights_of": (TensorProto.INT64, ("weighed_sequences",)),
         "sinks": (TensorProto.FLOAT, (config.num_heads,)),

@@ -39,6 +39,7 @@ class Plan:
         biased: attentions that a position bias is added to.
         max_seq_len: tokens of the longest sequence; 0: no end.
         table: whether positions are in a table, so that there is a longest sequence.
+        token_types: how many kinds of token `token_type_ids` tell apart; 0: it takes none.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Plan:
     biased: frozenset[str]
     max_seq_len: int
     table: bool
+    token_types: int
 
     @property
     def attentions(self) -> tuple[str, ...]:
