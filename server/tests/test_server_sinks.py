@@ -181,9 +181,17 @@ def test_what_weights_say_leaves_out_what_sinks_take(client: AttentionClient) ->
         picked = np.take_along_axis(weights, said.top_k_indices, -1)
         np.testing.assert_allclose(said.top_k_weights, picked, atol=1e-6)
         np.testing.assert_allclose(said.log_sum_exp, rows, atol=1e-5)
-        # What is left of each row is the sink's: e to its logit less the log-sum-exp.
-        taken = np.exp(np.array(OWN)[:, None] - said.log_sum_exp)
-        np.testing.assert_allclose(taken, 1 - weights.sum(-1), atol=1e-5)
+        # What is left of each row is the sink's.
+        np.testing.assert_allclose(said.sink_mass(OWN), 1 - weights.sum(-1), atol=1e-5)
+    none = client.attend(
+        *arrays, model="sunk", sinks=[-np.inf] * HEADS, key_lengths=[0], return_log_sum_exp=True
+    )
+    assert np.isneginf(none.log_sum_exp).all()
+    assert (none.sink_mass([-np.inf] * HEADS) == 0).all()
+    with pytest.raises(ValueError, match=r"sinks: given shape \[1\]; allowed: \[4\]"):
+        none.sink_mass([1.0])
+    with pytest.raises(ValueError, match="given no log_sum_exp"):
+        client.attend(*arrays, model="sunk").sink_mass(OWN)
 
 
 @relaxed
