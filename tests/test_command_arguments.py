@@ -59,7 +59,8 @@ OF = {
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
     "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
-    "numbers": "--ids --servers --rates --seq-lens --depths --tokens-seq-lens --layers --heads",
+    "numbers": "--ids --token-type-ids --servers --rates --seq-lens --depths --tokens-seq-lens "
+    "--layers --heads",
     "reals": "--sinks",
     "span": "--prompt --tokens --ramp --callers",
     "arrivals": "--arrivals",

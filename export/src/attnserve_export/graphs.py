@@ -215,6 +215,24 @@ def write_out_angles(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
+def default_to_zeros(model: onnx.ModelProto, name: str, like: str) -> None:
+    """Let an input be left out: it is 0 then, at the shape of another.
+
+    Args:
+        model: changed in place.
+        name: of the input, INT64 and of two dimensions.
+        like: of an input of its shape.
+    """
+    graph, whole, shape = model.graph, f"{name}_everywhere", f"{name}_shape"
+    for node in graph.node:
+        node.input[:] = [whole if given == name else given for given in node.input]
+    make = onnx.helper.make_node
+    graph.node.insert(0, make("Expand", [name, shape], [whole], name=whole))
+    graph.node.insert(0, make("Shape", [like], [shape], name=shape))
+    # An initializer that is an input too is what the input is if it is not given.
+    graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1, 1], [0]))
+
+
 def keep_apart(model: onnx.ModelProto, op_types: Collection[str]) -> None:
     """Keep ONNX Runtime from fusing some operators with the additions before them.
 

@@ -22,10 +22,13 @@ def inputs(model: LoadedModel) -> list[Port]:
     manifest = model.manifest
     attention, dtype = manifest.attention, manifest.dtype
     if manifest.transformer is not None:
-        return [
+        ports = [
             Port("input_ids", "INT64", (-1, -1)),
             Port("attention_mask", "INT64", (-1, -1), optional=True),
         ]
+        if manifest.transformer.token_types:
+            ports.append(Port("token_type_ids", "INT64", (-1, -1), optional=True))
+        return ports
     if manifest.layer is None:
         kv_heads = attention.num_kv_heads
         ports = [
