@@ -329,6 +329,7 @@ def _weights(
         np.zeros((*key.shape[:3], 1)),
         key_lengths=lengths,
         bias=bias,
+        sinks=entry.sinks,
         scheme=Scheme(
             left=None if entry.window is None else entry.window - 1, right=0 if causal else None
         ),

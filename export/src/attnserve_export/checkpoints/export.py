@@ -122,8 +122,6 @@ def export_transformer(
         progress("variant native is left out, as was asked for")
     elif attnserve_kernels.library_path() is None:
         progress("attnserve-kernels has no library here: variant native is left out")
-    elif plan.sinks:
-        progress("it has sinks, which the operator does not take: variant native is left out")
     else:
         progress("exporting native")
         # A bias is a matrix over all queries and keys.
@@ -315,8 +313,12 @@ def _described(name: str, calls: Sequence[Call]) -> TransformerAttention:
         head_dim=head_dim,
         mask=_MASKS[name],
         position_bias=calls[0].bias is not None,
-        layers=tuple(TransformerLayer(call.scale, _window(call)) for call in calls),
+        layers=tuple(TransformerLayer(call.scale, _window(call), _sinks(call)) for call in calls),
     )
+
+
+def _sinks(call: Call) -> tuple[float, ...] | None:
+    return None if call.sinks is None else tuple(call.sinks.detach().float().tolist())
 
 
 def _window(call: Call) -> int | None:

@@ -190,6 +190,7 @@ def _blocks(
         entry.scale,
         heads.Reach(attention.mask == "causal", entry.window),
         bias,
+        None if entry.sinks is None else np.asarray(entry.sinks, np.float32)[chosen],
         with_entropy=wanted.entropy or wanted.effective_context,
     )
 
