@@ -91,6 +91,7 @@ class Paged:
             "spec": np.array([PAGE_TOKENS, 0, -1, 0, 1, 0, 0]),
             "parents": np.empty(0, np.int64),
             "weights_of": np.empty(0, np.int64),
+            "sinks": np.full(NUM_HEADS, -np.inf, np.float32),
         }
         taken = {port.name for port in self._session.get_inputs()}
         feeds = {name: array for name, array in feeds.items() if name in taken}

@@ -127,6 +127,8 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
     p.parents = integers(parents);
   }
   if (slopes.data != nullptr) require_shape(context, "slopes", slopes, {p.num_heads});
+  const Tensor sinks = context.input(12);
+  if (sinks.data != nullptr) require_shape(context, "sinks", sinks, {p.num_heads});
 
   if (!weights_of.shape.empty() && weights_of.shape[0] > 0) {
     require_shape(context, "weights_of", weights_of, {-1});
@@ -144,6 +146,7 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   p.table = integers(table);
   p.table_size = table.shape[0];
   p.slopes = static_cast<const float*>(slopes.data);
+  p.sinks = static_cast<const float*>(sinks.data);
 
   PagedPlan plan(p, Context::cores());
   const std::int64_t rows = query.shape[0];

@@ -55,6 +55,7 @@ class ModelFacts:
     bottom_right: bool
     scale: float
     softcap: float
+    sinks: list[float]
     embed_dim: int
     context_dim: int | None
     pad_token_id: int
@@ -120,7 +121,7 @@ class DataPlane:
     @property
     def draining(self) -> bool: ...
     def load(self, facts: ModelFacts, variants: list[VariantFacts], picks: list[Pick]) -> Model: ...
-    def put_models(self, name: str, models: list[Model]) -> None: ...
+    def put_models(self, name: str, models: list[Model], reason: str) -> None: ...
     def get_model(self, name: str, version: str) -> Model: ...
     def next_request(self, queue: str, timeout: float) -> Request | None: ...
     def attend_tokens(
@@ -129,6 +130,7 @@ class DataPlane:
         model: Model,
         variant: str,
         source: Sequence[Sequence[int]],
+        source_types: Sequence[Sequence[int]],
         target: Sequence[Sequence[int]],
         outputs: list[str],
         priority: int,

@@ -225,9 +225,13 @@ class Tracer:
         query, reach, bias = call.query, call.reach, call.bias
         if reach is None:
             reach, bias = Reach(None, None), self._own_mask(name, call)
+        inputs = [query, call.key, value, self._lengths[name], bias, None, None]
+        if call.sinks is not None:
+            # Between them a mask, prefixes and packed sequences.
+            inputs += [None, None, None, None, call.sinks.float()]
         output: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::Attention",
-            (query, call.key, value, self._lengths[name], bias, None, None),
+            inputs,
             {
                 "scale": call.scale,
                 "softcap": call.softcap,

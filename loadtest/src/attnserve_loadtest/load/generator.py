@@ -23,7 +23,7 @@ import multiprocessing
 import selectors
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -38,7 +38,7 @@ from attnserve_loadtest.load.record import Record
 
 DRAIN_SECONDS = 20.0
 _START_DELAY = 0.1
-_MEMORY_SECONDS = 0.25
+_MEMORY_SECONDS, _TICK_SECONDS = 0.25, 0.5
 
 
 class Watched(Protocol):
@@ -59,12 +59,18 @@ class Clients:
     def __init__(self, pipes: list[Connection]) -> None:
         self._pipes = pipes
 
-    def run(self, load: Load, server: Watched | None = None) -> Measured:
+    def run(
+        self,
+        load: Load,
+        server: Watched | None = None,
+        tick: Callable[[float], None] = lambda _: None,
+    ) -> Measured:
         """Run a load and wait for its last answer.
 
         Args:
             load: what to send.
             server: whose CPU time and memory are measured with it; None: nobody's.
+            tick: told now and then how many seconds the load has lasted.
 
         Raises:
             Exception: what kept a client from connecting, or ended it.
@@ -80,6 +86,9 @@ class Clients:
         for pipe in self._pipes:
             pipe.send(start)
         used, memory = _watch(server, start + load.warm_up, load.seconds)
+        for pipe in self._pipes:
+            while not pipe.poll(_TICK_SECONDS):
+                tick(time.monotonic() - start)
         parts = [pipe.recv() for pipe in self._pipes]
         if any(isinstance(part, Exception) for part in parts):
             raise next(part for part in parts if isinstance(part, Exception))

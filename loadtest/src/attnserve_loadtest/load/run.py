@@ -30,6 +30,7 @@ from attnserve_loadtest.report.schema import Server
 _PREPARING_SECONDS = 10.0
 
 Progress = Callable[[Step], None]
+Tick = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def run_loads(
     *,
     price_per_hour: float | None,
     progress: Progress,
+    tick: Tick = lambda _: None,
 ) -> LoadReport:
     """Try loads, and report them.
 
@@ -141,6 +143,7 @@ def run_loads(
         bounds: that good answers keep to.
         price_per_hour: of one server; None: not given.
         progress: told each load when it is over.
+        tick: told now and then how many seconds a load has lasted.
 
     Raises:
         LoadTestError: nothing was answered.
@@ -152,7 +155,7 @@ def run_loads(
     with clients(settings.clients) as ready:
 
         def try_load(load: float) -> Step:
-            measured = _run(ready, _at(base, load, steps.closed))
+            measured = _run(ready, _at(base, load, steps), tick)
             step = summarise_step(measured, bounds, found.servers.addresses)
             tried.append((measured, step))
             progress(step)
@@ -210,13 +213,13 @@ def load_report(
     )
 
 
-def _at(base: Load, load: float, closed: bool) -> Load:
-    return replace(base, callers=round(load)) if closed else replace(base, rate=load)
+def _at(base: Load, load: float, steps: Steps) -> Load:
+    return replace(base, callers=round(load)) if steps.closed else replace(base, rate=load)
 
 
-def _run(ready: Clients, load: Load) -> Measured:
+def _run(ready: Clients, load: Load, tick: Tick) -> Measured:
     try:
-        return ready.run(load)
+        return ready.run(load, tick=tick)
     except RuntimeError as error:
         raise LoadTestError(f"the clients cannot begin: {error}") from None
 

@@ -8,14 +8,17 @@ part once a run, the rest for each session of it. Between two runs of a session 
 was measured beside computing. Each request goes to the less busy of two servers drawn at random, as
 those of the load generator do.
 
-What it leaves out: memory, refusals, and that a server with several cores computes what it runs
-faster than it was measured to, or slower when it runs more at once.
+A server may keep the prefixes of prompts, block by block, as many tokens as it is given room for;
+those it was not asked for longest go first. What is kept is not computed again.
+
+What it leaves out: other memory, refusals, and that a server of several cores may compute more than
+one run at once, each then slower than it was measured alone.
 """
 
 import heapq
 import random
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,6 +59,8 @@ class _Session:
     server: int = 0
     done: int = 0  # tokens of the prompt
     made: int = 0  # tokens generated
+    blocks: tuple[int, ...] = ()
+    block_tokens: int = 0
     first: float = float("nan")
     last: float = 0.0  # when the last output was there
     since: float = 0.0  # in the server's queue
@@ -63,13 +68,14 @@ class _Session:
 
 @dataclass(slots=True)
 class _Server:
-    """One server: what waits, and whether it computes."""
+    """One server: what waits, whether it computes, and what it has kept, oldest first."""
 
     prompts: deque[_Session] = field(default_factory=deque)
     steps: deque[_Session] = field(default_factory=deque)
     busy: bool = False
     outstanding: int = 0
     worked: float = 0.0
+    kept: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,14 @@ class Cluster:
         service: how long computing takes, and the wire.
         servers: how many.
         together: sessions whose tokens run together, at most.
+        prefix_tokens: of prefixes that each server keeps.
         seed: of the choice of servers.
     """
 
     service: Service
     servers: int
     together: int = _MOST_TOGETHER
+    prefix_tokens: int = 0
     seed: int = 0
 
 
@@ -96,11 +104,13 @@ class Simulation:
     Attributes:
         measured: as of a load that was measured: due times and the rest, in simulated seconds.
         busy: share of the time that servers computed, mean.
+        found: share of all prompts' tokens that a server had kept.
         seconds: simulated, until the last answer.
     """
 
     measured: Measured
     busy: float
+    found: float
     seconds: float
 
 
@@ -138,9 +148,10 @@ class _Run:
         self._step: ServiceTime = service.step or prompt
         self._prompt_wire = service.prompt_wire_seconds or service.single_wire_seconds or 0.0
         self._step_wire = service.step_wire_seconds or 0.0
-        self._together = cluster.together
+        self._together, self._prefix_tokens = cluster.together, cluster.prefix_tokens
         self._random = random.Random(cluster.seed)
         self._servers = [_Server() for _ in range(cluster.servers)]
+        self._found = 0
         self._arrivals = arrivals
         self._told = step
         self._events: list[tuple[float, int, int, int, list[_Session]]] = []
@@ -179,6 +190,7 @@ class _Run:
         request = arrival.request
         if isinstance(request, Generation):
             session = _Session(number, request.prompt, request.tokens, arrival.due)
+            session.blocks, session.block_tokens = request.blocks, request.block_tokens
         else:
             session = _Session(number, request.seq_len, 0, arrival.due)
         servers = self._servers
@@ -197,6 +209,9 @@ class _Run:
         server = self._servers[index]
         for session in sessions:
             session.since = now
+            if session.blocks and not session.done:
+                session.done = self._kept(server, session)
+                self._found += session.done
             (server.steps if session.done >= session.prompt else server.prompts).append(session)
         if not server.busy:
             self._start(now, index)
@@ -235,6 +250,8 @@ class _Run:
             server.prompts.append(session)
         elif session.first != session.first:
             session.first = session.last = now
+            if session.blocks:
+                self._keep(server, session)
             if session.tokens:
                 returning.append(session)
             else:
@@ -261,6 +278,25 @@ class _Run:
         self._servers[session.server].outstanding -= 1
         return 1
 
+    def _kept(self, server: _Server, session: _Session) -> int:
+        """Tokens that a prompt begins with and the server has; one token at least is left."""
+        blocks = 0
+        for block in session.blocks:
+            if block not in server.kept:
+                break
+            server.kept.move_to_end(block)
+            blocks += 1
+        return min(blocks * session.block_tokens, session.prompt - 1)
+
+    def _keep(self, server: _Server, session: _Session) -> None:
+        """Keep a prompt's full blocks, as far as there is room."""
+        most = self._prefix_tokens // session.block_tokens
+        for block in session.blocks[: min(most, session.prompt // session.block_tokens)]:
+            server.kept[block] = None
+            server.kept.move_to_end(block)
+        while len(server.kept) > most:
+            server.kept.popitem(last=False)
+
     def _push(self, time: float, kind: int, index: int, sessions: list[_Session]) -> None:
         self._count += 1  # so that events of one time keep their order
         heapq.heappush(self._events, (time, self._count, kind, index, sessions))
@@ -285,7 +321,8 @@ class _Run:
         seconds = _counted(rows["due"])
         load = Load(Simulated(), seconds, 0.0, schedule=tuple(self._arrivals))
         busy = sum(server.worked for server in self._servers) / (now * len(self._servers) or 1.0)
-        return Simulation(Measured(load, rows, tokens), busy, now)
+        found = self._found / max(1, int(np.sum(rows["length"])))
+        return Simulation(Measured(load, rows, tokens), busy, found, now)
 
 
 def _counted(due: NDArray[np.float64]) -> float:

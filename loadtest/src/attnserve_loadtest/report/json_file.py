@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.load_schema import LOAD_SCHEMA, LOAD_SCHEMA_VERSION, LoadReport
 from attnserve_loadtest.report.schema import SCHEMA, SCHEMA_VERSION, Report
+from attnserve_loadtest.report.simulation_schema import SimulationReport
 
 # By the schema's name: its version, and what is made of it.
 _KNOWN: dict[str, tuple[int, type]] = {
@@ -18,7 +19,7 @@ _KNOWN: dict[str, tuple[int, type]] = {
 _COMMANDS = "`attnserve-loadtest scaling`, `load` or `replay`"
 
 
-def write_json(report: Report | LoadReport, path: Path) -> None:
+def write_json(report: Report | LoadReport | SimulationReport, path: Path) -> None:
     """Write a report as JSON."""
     path.write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n", "utf-8")
 
