@@ -28,7 +28,8 @@ OF = {
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
     "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
-    "numbers": "--ids --servers --rates --seq-lens --depths --tokens-seq-lens --layers --heads",
+    "numbers": "--ids --token-type-ids --servers --rates --seq-lens --depths --tokens-seq-lens "
+    "--layers --heads",
     "reals": "--sinks",
     "span": "--prompt --tokens --ramp --callers",
     "arrivals": "--arrivals",
@@ -37,7 +38,7 @@ OF = {
     "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report",
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report A B",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
 }
@@ -47,6 +48,8 @@ KINDS |= {"--target": "target", "--host": "host"}
 OTHERS = {("attend", "--scale"): "real", ("decode", "--layers"): "number",
           ("load", "--layers"): "number", ("replay", "--layers"): "number",
           ("scaling", "--model"): "names", ("scaling", "--variant"): "names"}  # fmt: skip
+# What comes before, so that it is this one that is read.
+BEFORE = {("compare", "B"): ["report.json"]}
 EMPTY_IS_NONE = {("locust", name) for name in ("--model", "--variant", "--tokens-model",
                                                "--tokens-variant")}  # fmt: skip
 
@@ -92,7 +95,8 @@ def test_every_option_refuses_what_it_does_not_take() -> None:
     """In one process, some hundred cases: each ends before any work begins."""
     wrong = []
     for program, path, name, given in CASES:
-        words = [*path, *words_of(name, given)]
+        before = BEFORE.get((path[-1] if path else "", name), [])
+        words = [*path, *before, *words_of(name, given)]
         wrong += wrongly_answered(COMMANDS[program][0], words, name, helped=program != "locust")
     assert wrong == []
     assert len(CASES) >= 400

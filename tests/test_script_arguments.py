@@ -21,8 +21,8 @@ KINDS_OF = {
     "--budget-seconds --processes",
     "numbers": "--lengths",
     "path": "--json --markdown --repository --plots --venvs --models --checkpoint --results "
-    "--table figures folder",
-    "choice": "--sections action NAME --only",
+    "--table --folder figures folder",
+    "choice": "--sections action NAME --only --shape --dtype --stored",
 }
 KINDS = {name: kind for kind, names in KINDS_OF.items() for name in names.split()}
 
@@ -69,7 +69,7 @@ def test_every_script_that_takes_arguments_is_looked_at() -> None:
         text = path.read_text()
         assert "ArgumentParser(" not in text, f"{path}: use attnserve_proto.commands.Parser"
         assert "parse_args(" not in text or path in scripts(), path
-    assert len(scripts()) == 12
+    assert len(scripts()) == 14
 
 
 def test_every_option_refuses_what_it_does_not_take(

@@ -372,7 +372,8 @@ def test_the_server_and_its_models_describe_themselves(
         "mass_by_distance", "log_sum_exp",
     ]  # fmt: skip
     bert = infer_client.get_model_metadata("bert")
-    assert [tensor.name for tensor in bert.inputs] == ["input_ids", "attention_mask"]
+    taken = ["input_ids", "attention_mask", "token_type_ids"]
+    assert [tensor.name for tensor in bert.inputs] == taken
     assert [tensor.name for tensor in bert.outputs] == [
         "last_hidden_state", "weights_0", "weights_1", "weights_2",
     ]  # fmt: skip

@@ -39,6 +39,7 @@ from attnserve_client._results import (
     Timings,
     TokensResult,
     TransformerAttention,
+    UnavailableModel,
     Variant,
 )
 from attnserve_client._session_flows import page_hashes
@@ -83,6 +84,7 @@ __all__ = [
     "TransformerAttention",
     "UnauthenticatedError",
     "UnavailableError",
+    "UnavailableModel",
     "UnimplementedError",
     "Variant",
     "keep_freed_memory",

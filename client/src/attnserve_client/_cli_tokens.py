@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
 import numpy as np
 from attnserve_proto.commands import CommandError, Progress, values
@@ -23,7 +24,15 @@ _RESULTS = (
     "mass_on_first",
     "encoder_hidden",
 )
-_INPUTS = ("ids", "tokens", "truncated", "target_ids", "target_tokens", "target_truncated")
+_INPUTS = (
+    "ids",
+    "tokens",
+    "token_type_ids",
+    "truncated",
+    "target_ids",
+    "target_tokens",
+    "target_truncated",
+)
 
 # Texts of one request. More are several requests, one after the other, so that no answer is large
 # and it can be said how far they are.
@@ -36,6 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("texts", nargs="*", type=values.text, metavar="TEXT")
     add("--ids", type=ids, action="append", help="instead of a text, e.g. 101,2009,102; again ...")
+    add(
+        "--pair",
+        type=values.text,
+        action="append",
+        metavar="TEXT",
+        help="a second text, which makes one sequence with TEXT; again for each",
+    )
+    add(
+        "--token-type-ids",
+        type=ids,
+        action="append",
+        metavar="N,N,...",
+        help="of --ids: what kind of token each is; again for each",
+    )
     add_model(parser)
     add("--attention", choices=("encoder", "decoder", "cross"), default="", help="of several")
     add_what_is_read(parser)
@@ -71,18 +94,18 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
 
 def _asked(client: AttentionClient, options: argparse.Namespace) -> TokensResult:
     """The answer for all texts or ids, of as many requests as they take."""
-    inputs, targets = options.texts or options.ids, options.target_text
-    # Another number of targets is refused by the server, which sees all of them then.
-    apart = targets is None or len(targets) == len(inputs)
+    inputs = _inputs(options)
+    beside = {"token_type_ids": options.token_type_ids, "targets": options.target_text}
+    # Another number of them than of texts is refused as one request is.
+    apart = all(len(each) == len(inputs) for each in beside.values() if each is not None)
     at_once = _AT_ONCE if apart else len(inputs)
     parts = []
     with Progress(len(inputs), "texts") as progress:
         for start in range(0, len(inputs), at_once):
             of_part = slice(start, start + at_once)
             try:
-                parts.append(
-                    _asked_at_once(client, options, inputs[of_part], targets and targets[of_part])
-                )
+                more = {name: each and each[of_part] for name, each in beside.items()}
+                parts.append(_asked_at_once(client, options, inputs[of_part], more))
             except InvalidArgumentError as error:
                 if not start:
                     raise
@@ -96,15 +119,15 @@ def _asked(client: AttentionClient, options: argparse.Namespace) -> TokensResult
 def _asked_at_once(
     client: AttentionClient,
     options: argparse.Namespace,
-    inputs: list[str] | list[list[int]],
-    targets: list[str] | None,
+    inputs: Any,
+    beside: dict[str, Any],
 ) -> TokensResult:
     return client.attend_tokens(
         inputs,
         model=options.model,
         version=options.version or "",
         variant=options.variant or "",
-        targets=targets,
+        **beside,
         attention=options.attention,
         layers=options.layers,
         heads=options.heads,
@@ -132,10 +155,22 @@ def _joined(parts: list[TokensResult]) -> TokensResult:
     return dataclasses.replace(parts[0], **lists)  # type: ignore[arg-type]
 
 
+def _inputs(options: argparse.Namespace) -> Any:
+    if options.pair is None:
+        return options.texts or options.ids
+    if len(options.pair) != len(options.texts):
+        raise ValueError(
+            f"--pair: given {len(options.pair)} for {len(options.texts)} texts; allowed: one each"
+        )
+    return list(zip(options.texts, options.pair, strict=True))
+
+
 def _arrays(result: TokensResult) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for index, ids_ in enumerate(result.ids):
         arrays[f"ids_{index}"] = np.asarray(ids_)
+        if any(result.token_type_ids[index]):
+            arrays[f"token_type_ids_{index}"] = np.asarray(result.token_type_ids[index])
         for name in _RESULTS:
             found = getattr(result, name)
             if found is not None:

@@ -1,6 +1,7 @@
 """What the SDK's calls return: frozen dataclasses that hold NumPy arrays."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -77,12 +78,15 @@ class SessionLayer:
         cross: keys are written once, by a step with `cross_tokens`, and every query sees all.
         latent: one row is kept of each token, the key, whose first Dv numbers are the value (MLA);
             no value is sent.
+        sinks: of each head, a logit that takes part in the softmax and has no value; None: as the
+            model. Not of layer models.
     """
 
     window: int | None = None
     kept_first: int = 0
     cross: bool = False
     latent: bool = False
+    sinks: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,29 @@ class AttendResult:
     mass_by_distance: Array | None = None
     log_sum_exp: Array | None = None
 
+    def sink_mass(self, sinks: Sequence[float] | Array) -> Array:
+        """What sinks take of the weight of each query: the rows of the weights sum to the rest.
+
+        Args:
+            sinks: [H], as the request gave them, or else the model's: `get_model(name).sinks`.
+
+        Returns:
+            [B, H, Sq] FP32, each 0..1; 0 for heads whose sink is -inf.
+
+        Raises:
+            ValueError: the log-sum-exp was not asked for, or there are other heads than sinks.
+        """
+        if self.log_sum_exp is None:
+            raise ValueError("sink_mass: given no log_sum_exp; allowed: return_log_sum_exp=True")
+        logits: Array = np.asarray(sinks, np.float32)
+        heads = self.log_sum_exp.shape[1]
+        if logits.shape != (heads,):
+            raise ValueError(f"sinks: given shape {list(logits.shape)}; allowed: [{heads}]")
+        # -inf less -inf, where nothing is seen and there is no sink, is no number.
+        seen = np.where(np.isneginf(self.log_sum_exp), np.float32(0), self.log_sum_exp)
+        taken: Array = np.exp(logits[:, None] - seen)
+        return taken
+
     def plot(self, kind: str = "", **options: Any) -> Any:
         """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
 
@@ -178,6 +205,8 @@ class TokensResult:
     Attributes:
         model, version, variant: what ran.
         ids: token ids of each sequence.
+        token_type_ids: of each id what kind of token it is: 1 in the second text of a pair, for
+            models that tell them apart, else 0.
         tokens: their texts; empty lists without a tokenizer.
         truncated: whether a text was cut.
         hidden: [S, E] each; of an encoder-decoder, its decoder's: [T, E].
@@ -218,6 +247,7 @@ class TokensResult:
     target_ids: list[list[int]] = field(default_factory=list)
     target_tokens: list[list[str]] = field(default_factory=list)
     target_truncated: list[bool] = field(default_factory=list)
+    token_type_ids: list[list[int]] = field(default_factory=list)
 
     def plot(self, kind: str = "", **options: Any) -> Any:
         """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
@@ -293,6 +323,8 @@ class Model:
         rotary: how query and key are turned by their positions: "half", "interleaved" or "".
         attentions: of a transformer.
         chunk: positions of a chunk, of which a query sees its own alone; 0 is all.
+        token_types: kinds of token that token_type_ids tell apart; 0: it takes none.
+        max_text_len: tokens that texts are cut to, where they are; 0 as in max_seq_len.
         sinks: of each head, a logit that takes part in the softmax and has no value; (): none.
         manifest: model.json as text; only from `get_model`.
     """
@@ -322,6 +354,8 @@ class Model:
     chunk: int = 0
     rotary: str = ""
     attentions: tuple[TransformerAttention, ...] = ()
+    token_types: int = 0
+    max_text_len: int = 0
     sinks: tuple[float, ...] = ()
     manifest: str = ""
 
@@ -343,8 +377,22 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class UnavailableModel:
+    """A version in the server's repository that did not load, and why."""
+
+    name: str
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What the server is and runs on."""
+    """What the server is and runs on.
+
+    Attributes:
+        state: "serving" or "draining".
+        unavailable: what of its repository it does not serve.
+    """
 
     name: str
     version: str
@@ -352,3 +400,4 @@ class ServerInfo:
     providers: tuple[str, ...]
     limits: Limits
     state: str
+    unavailable: tuple[UnavailableModel, ...] = ()

@@ -99,10 +99,11 @@ std::shared_ptr<Model> load_model(const std::shared_ptr<Runtime>& runtime, Model
 class ModelStore {
  public:
   // An empty version is the highest. Throws RequestError: NOT_FOUND with what there is instead, or
-  // UNAVAILABLE for what was unloaded.
+  // UNAVAILABLE for what was unloaded, or FAILED_PRECONDITION for what does not load.
   ModelPtr get(std::string_view name, std::string_view version) const;
-  // Have these versions of a model and no others; with none, it is unloaded.
-  void put(const std::string& name, std::vector<ModelPtr> models);
+  // Have these versions of a model and no others. With none, requests are told the reason; without
+  // one, that it is unloaded.
+  void put(const std::string& name, std::vector<ModelPtr> models, std::string reason = {});
 
  private:
   struct Loaded;

@@ -22,10 +22,13 @@ def inputs(model: LoadedModel) -> list[Port]:
     manifest = model.manifest
     attention, dtype = manifest.attention, manifest.dtype
     if manifest.transformer is not None:
-        return [
+        ports = [
             Port("input_ids", "INT64", (-1, -1)),
             Port("attention_mask", "INT64", (-1, -1), optional=True),
         ]
+        if manifest.transformer.token_types:
+            ports.append(Port("token_type_ids", "INT64", (-1, -1), optional=True))
+        return ports
     if manifest.layer is None:
         kv_heads = attention.num_kv_heads
         ports = [
@@ -90,7 +93,7 @@ def _of_transformer(manifest: Manifest, given: set[str]) -> list[Port]:
     attention = transformer.attentions[0]
     shape = (-1, attention.num_heads, -1, -1)
     return ports + [
-        Port(f"weights_{layer}", manifest.dtype, shape)
+        Port(f"weights_{layer}", "FP32", shape)
         for layer in range(transformer.num_layers)
         if given & {f"weights_{layer}", f"{attention.name}_query_{layer}"}
     ]
