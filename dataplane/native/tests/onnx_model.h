@@ -42,8 +42,8 @@ struct Node {
 struct Graph {
   std::vector<Node> nodes;
   std::vector<GraphPort> inputs, outputs;
-  std::vector<std::string> optional =
-      {};  // inputs [B, S] INT64 that are [[0]] if they are left out
+  // Inputs [B, S] INT64 that are [[0]] if they are left out.
+  std::vector<std::string> optional = {};
 };
 
 inline std::string value_info(const GraphPort& port) {
