@@ -111,13 +111,13 @@ class Browser:
         self.run("new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))")
 
     def screenshot(self, selector: str = "") -> bytes:
-        """A PNG of the window, or of the one element that a selector means."""
+        """A PNG of the window, or of the one element that a selector means, with some margin."""
         clip = {}
         if selector:
             box = self.run(
                 f"(() => {{ const b = document.querySelector({json.dumps(selector)})"
                 ".getBoundingClientRect();"
-                "return [b.x + scrollX, b.y + scrollY, b.width, b.height]; })()"
+                "return [b.x + scrollX - 16, b.y + scrollY, b.width + 32, b.height]; })()"
             )
             clip = {"clip": dict(zip(("x", "y", "width", "height"), box, strict=True), scale=1)}
         answer = self.send(
