@@ -66,7 +66,8 @@ OF = {
     "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report",
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report "
+    "--pixel-values --input-features --inputs-embeds --processor",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
 }
