@@ -23,6 +23,7 @@ BAD = {
     "number": ("x", "", "nan", "inf", "-1e9", HUGE, "1 2", "0x10"),
     "real": ("x", "", "nan", "inf", "-1e400", HUGE, "1 2"),
     "numbers": ("x", "", "nan", "1,,2", "-1e9", HUGE, "1;2"),
+    "reals": ("x", "", "nan", "1,,2", "-inf", HUGE, "1;2"),
     "span": ("x", "", "nan", "2-1", "0-3", HUGE, "1-"),
     "choice": ("x", "", "nan", HUGE),
     "name": ("", "a/b", ".a", "ä", "a b", HUGE, NOT_UTF8),
@@ -58,7 +59,9 @@ OF = {
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
     "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
-    "numbers": "--ids --servers --rates --seq-lens --depths --tokens-seq-lens --layers --heads",
+    "numbers": "--ids --token-type-ids --servers --rates --seq-lens --depths --tokens-seq-lens "
+    "--layers --heads",
+    "reals": "--sinks",
     "span": "--prompt --tokens --ramp --callers",
     "arrivals": "--arrivals",
     "slo": "--slo",
@@ -66,7 +69,7 @@ OF = {
     "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report "
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report A B "
     "--pixel-values --input-features --inputs-embeds --processor",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
@@ -77,6 +80,8 @@ KINDS |= {"--target": "target", "--host": "host"}
 OTHERS = {("attend", "--scale"): "real", ("decode", "--layers"): "number",
           ("load", "--layers"): "number", ("replay", "--layers"): "number",
           ("scaling", "--model"): "names", ("scaling", "--variant"): "names"}  # fmt: skip
+# What comes before, so that it is this one that is read.
+BEFORE = {("compare", "B"): ["report.json"]}
 EMPTY_IS_NONE = {("locust", name) for name in ("--model", "--variant", "--tokens-model",
                                                "--tokens-variant")}  # fmt: skip
 
@@ -134,6 +139,7 @@ def test_every_option_refuses_what_it_does_not_take(capsys: pytest.CaptureFixtur
     accepted, wrong = [], []
     for program, path, name, given in CASES:
         words = [f"{name}={given}"] if name.startswith("--") else [given]
+        words = [*BEFORE.get((path[-1] if path else "", name), []), *words]
         try:
             COMMANDS[program][0]([*path, *words])
             accepted.append((program, path, name, given))

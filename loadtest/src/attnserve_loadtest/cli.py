@@ -15,7 +15,9 @@ from attnserve_proto.commands import (
 )
 
 from attnserve_loadtest import __version__, parsing
+from attnserve_loadtest import compare_command as compare
 from attnserve_loadtest import decode_command as decode
+from attnserve_loadtest import forecast_command as forecast
 from attnserve_loadtest import load_command as load
 from attnserve_loadtest import replay_command as replay
 from attnserve_loadtest import simulate_command as simulate
@@ -67,6 +69,8 @@ def _parser() -> Parser:
     load.add_arguments(found.add_parser("load", help="offered load, up to the knee"))
     replay.add_arguments(found.add_parser("replay", help="recorded traffic, as it came"))
     simulate.add_arguments(found.add_parser("simulate", help="the same at clusters of any size"))
+    compare.add_arguments(found.add_parser("compare", help="two reports: what is faster"))
+    forecast.add_arguments(found.add_parser("forecast", help="lengths that were not measured"))
     _add_report(found.add_parser("report", help="draw a report.json or load.json again"))
     return parser
 

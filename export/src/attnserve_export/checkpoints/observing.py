@@ -106,8 +106,8 @@ def observe(
     for name in names:
         if two_stacks and not described[name]:
             raise ExportError(
-                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap, sinks or "
-                "a mask of its own, or heads that differ from layer to layer"
+                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap or a mask "
+                "of its own, or heads that differ from layer to layer"
             )
         if len({call.query.shape[1] for call in by_name[name]}) > 1:
             raise ExportError("--checkpoint: its layers have different numbers of heads")
@@ -123,9 +123,9 @@ def observe(
             tuple((name, call.reach) for name, call in calls),
             described,
             biased,
-            any(call.sinks is not None for _, call in calls),
             max(0, longest),
             bool(tables),
+            _token_types(text, taken, two_stacks) if source.name == IDS else 0,
             source,
         )
         for convention in _conventions(kind, taken, source)
@@ -186,6 +186,14 @@ def _run(
     return watcher.calls
 
 
+def _token_types(config: Any, taken: Any, two_stacks: bool) -> int:
+    """How many kinds of token there are: of one alone nothing need be said."""
+    types = getattr(config, "type_vocab_size", None)
+    if two_stacks or "token_type_ids" not in taken or type(types) is not int or types < 2:
+        return 0
+    return types
+
+
 def _whose(call: Call, two_stacks: bool, sizes: _Sizes) -> str:
     if not two_stacks:
         return ENCODER
@@ -230,7 +238,7 @@ def _described(name: str, calls: Sequence[Call]) -> bool:
         windowed = name == DECODER and call.reach is not None and call.reach.causal
         if call.reach != wanted and not windowed:
             return False
-        if call.softcap or call.sinks is not None or call.key.shape[1] != first.key.shape[1]:
+        if call.softcap or call.key.shape[1] != first.key.shape[1]:
             return False
         if name != CROSS and not _same_bias(call.bias, first.bias):
             return False
