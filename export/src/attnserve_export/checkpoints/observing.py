@@ -79,11 +79,12 @@ def observe(
     """
     taken = inspect.signature(model.forward).parameters
     source = source_of(model, config, takes)
+    padding = getattr(config.get_text_config(), "pad_token_id", None)
     tables: list[int] = []
     for target in (_TARGET, _OTHER_TARGET):
         sizes, tables = _Sizes(_SOURCE, target), []
         looked_for = ((_SOURCE,) if source.ragged else ()) + ((target,) if two_stacks else ())
-        feeds = _feeds(source, taken, two_stacks, target, vocab_size)
+        feeds = _feeds(source, taken, two_stacks, target, vocab_size, padding)
         watched = _run(model, feeds, looked_for, tables)
         if not watched:
             raise ExportError("--checkpoint: its attention does not go through AttentionInterface")
@@ -141,12 +142,21 @@ class _Sizes:
 
 
 def _feeds(
-    source: Source, taken: Any, two_stacks: bool, target: int, vocab_size: int
+    source: Source,
+    taken: Any,
+    two_stacks: bool,
+    target: int,
+    vocab_size: int,
+    padding: int | None,
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> Tensor:
-        return torch.randint(0, vocab_size, (_BATCH, length), generator=generator)
+        made = torch.randint(0, vocab_size, (_BATCH, length), generator=generator)
+        if padding is None:
+            return made
+        # Some models leave padding out of their positions, which are looked for here.
+        return torch.where(made == padding, (made + 1) % vocab_size, made)
 
     if source.name == IDS:
         feeds = {IDS: ids(_SOURCE)}
