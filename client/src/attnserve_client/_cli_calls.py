@@ -84,9 +84,10 @@ def _info(client: AttentionClient, options: argparse.Namespace) -> int:
         print(f"\n{model.name} version {model.version}: {_describe(model)}")
         if taken := _taken(model):
             print(f"  takes {taken}")
+        width = max(len(variant.name) for variant in model.variants)
         for variant in model.variants:
             print(
-                f"  {variant.name:<10} gives {', '.join(variant.outputs[:2])}"
+                f"  {variant.name:<{width}} gives {', '.join(variant.outputs[:2])}"
                 f"{', ...' if len(variant.outputs) > 2 else ''}"
                 f"; max abs error {variant.max_abs_error:.1e} (bound {variant.tolerance:.1e})"
             )
