@@ -40,7 +40,8 @@ class _Traced(nn.Module):
         more = {"use_cache": False} if self.tracer.plan.convention.no_cache else {}
         source = given[self.source]
         if self.tracer.by_lengths and source.is_floating_point():
-            given = {**given, self.source: source.to(self.model.dtype)}
+            computed: Any = self.model.dtype
+            given = {**given, self.source: source.to(computed)}
         with self.tracer.tracing(lengths):
             # Of keys and values that are cached nobody would read any.
             return self.model(**given, **more)

@@ -106,6 +106,15 @@ class TensorBatch:
         """Nothing was cut."""
         return [False] * len(self.lengths)
 
+    @property
+    def types(self) -> None:
+        """Nothing is said of kinds of token."""
+
+    @property
+    def prompt_len(self) -> int:
+        """All tokens count for the vector."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class TokensWork:
