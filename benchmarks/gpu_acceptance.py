@@ -30,6 +30,7 @@ from typing import Any
 
 import attnserve_kernels
 import common
+import gpu_transformers
 import numpy as np
 import onnx
 import onnxruntime
@@ -816,6 +817,33 @@ def find_kernels(
         )
 
 
+def examine_transformers(plan: Plan, target: Target, folder: Path, report: Report) -> None:
+    """Whole transformers in FP16 and BF16: right, and how fast beside PyTorch."""
+    sizes = gpu_transformers.DRY if target.dry_run else gpu_transformers.GPU
+
+    def pair(calls: dict[str, Call]) -> dict[str, float]:
+        contenders = {name: Contender(call) for name, call in calls.items()}
+        for contender in contenders.values():
+            _warm_up(contender, target)
+        rows = _paired(contenders, plan, target)
+        return {name: statistics.median(times) for name, times in rows.items()}
+
+    for checkpoint in sizes.checkpoints:
+        if report.spent(f"transformer {checkpoint.name}"):
+            return
+        print(f"transformer {checkpoint.name}", file=sys.stderr, flush=True)
+
+        def add(**row: Any) -> None:
+            report.add("transformers", **row)
+
+        try:
+            good = gpu_transformers.examine(checkpoint, sizes, target, folder, _export, add, pair)
+        except Exception as error:
+            report.note(f"transformer {checkpoint.name}: {_line(error)}")
+            good = False
+        report.figures["passed"] &= good
+
+
 def main() -> int:
     """Run the acceptance."""
     parser = common.arguments(__doc__ or "")
@@ -824,6 +852,12 @@ def main() -> int:
     )
     parser.add_argument(
         "--models", type=Path, help="take exported models from here, and leave them here"
+    )
+    parser.add_argument(
+        "--transformer-seconds",
+        type=float,
+        default=420.0,
+        help="for whole transformers; 0: none",
     )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
     options = parser.parse_args()
@@ -842,7 +876,7 @@ def main() -> int:
         "finished": False,
         "passed": True,
         **{name: [] for name in ("notes", "models", "availability", "correctness")},
-        **{name: [] for name in ("speed", "exponents", "memory", "kernels")},
+        **{name: [] for name in ("speed", "exponents", "memory", "kernels", "transformers")},
     }
     report.write()
     started = time.monotonic()
@@ -856,6 +890,9 @@ def main() -> int:
         fit_exponents(plan, report)
         measure_memory(plan, target, variants, report)
         find_kernels(plan, target, variants, folder, report)
+        # A budget of its own: each is exported first.
+        report.deadline = time.monotonic() + options.transformer_seconds
+        examine_transformers(plan, target, folder, report)
     if not report.figures["correctness"]:
         report.note("nothing was checked")
         report.figures["passed"] = False
@@ -1048,7 +1085,8 @@ def _line(error: Exception) -> str:
 def _show(figures: dict[str, Any]) -> None:
     """The tables."""
     hidden = {"key_lengths", "options", "nodes", "device_kernels", "log", "lengths"}
-    for section in ("models", "availability", "correctness", "speed", "exponents", "memory"):
+    shown = ("models", "availability", "correctness", "speed", "exponents", "memory")
+    for section in (*shown, "transformers"):
         print(f"\n{section}")
         rows = figures[section]
         keys = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))

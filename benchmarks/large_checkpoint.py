@@ -133,6 +133,7 @@ def export(checkpoint: Path, repository: Path, dtype: str) -> dict[str, Any]:
     files = sum(file.stat().st_size for file in (repository / "large/1").iterdir())
     return {
         "seconds": time.monotonic() - started,
+        "processor_seconds": used.ru_utime + used.ru_stime,
         "peak_bytes": used.ru_maxrss * 1024,
         "file_bytes": files,
         "said": lines,
@@ -290,8 +291,9 @@ def main() -> int:
         exported = export(folder / "checkpoint", folder / "models", options.dtype)
         bound = 1.2 * size + (2 << 30)
         print(
-            f"exported in {exported['seconds']:.0f} s with {exported['peak_bytes'] / 2**30:.2f} "
-            f"GiB at most (bar: {bound / 2**30:.2f}); {exported['file_bytes']:,} bytes of files",
+            f"exported in {exported['seconds']:.0f} s ({exported['processor_seconds']:.0f} s of "
+            f"processors) with {exported['peak_bytes'] / 2**30:.2f} GiB at most (bar: "
+            f"{bound / 2**30:.2f}); {exported['file_bytes']:,} bytes of files",
             flush=True,
         )
         exact = expected(folder / "checkpoint", options.shape, TYPES[options.dtype])
