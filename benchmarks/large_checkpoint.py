@@ -64,6 +64,7 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What an answer is rounded by, relative to its largest number.
 ROUNDED = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
 SHARD_BYTES = 1 << 30
+INDEX = "model.safetensors.index.json"
 # Two of the layers, and of each two heads, of a ragged batch.
 LENGTHS, LAYERS, HEADS = (37, 64), (0, -1), (1, 3)
 TOLERANCE = 1e-4
@@ -83,8 +84,8 @@ def config_of(shape: str) -> Any:
     return config
 
 
-def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> int:
-    """Random parameters in shards of a GiB, one in memory at a time; how many there are."""
+def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> None:
+    """Random parameters in shards of a GiB, of which one is in memory at a time."""
     from transformers import LlamaModel
 
     config = config_of(shape)
@@ -113,8 +114,7 @@ def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> int:
             shard, held = {}, 0
     count = sum(int(math.prod(size)) for size in shapes.values())
     index_file = {"metadata": {"total_size": count * dtype.itemsize}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    return count
+    (folder / INDEX).write_text(json.dumps(index_file))
 
 
 def export(checkpoint: Path, repository: Path, dtype: str) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def expected(checkpoint: Path, shape: str, dtype: torch.dtype) -> list[tuple[Arr
     from transformers.models.llama import modeling_llama as llama
 
     config = config_of(shape)
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((checkpoint / INDEX).read_text())["weight_map"]
 
     def read(name: str) -> Tensor:
         with safe_open(checkpoint / index[name], framework="pt", backend="pread") as file:
@@ -280,15 +280,22 @@ def main() -> int:
     parser.add_argument("--dtype", choices=TYPES, default="fp16", help="of the export")
     parser.add_argument("--stored", choices=TYPES, help="of the checkpoint; default: --dtype")
     parser.add_argument("--folder", type=Path, help="for the files, which are deleted at the end")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="write it here and keep it, or take the one that is here"
+    )
     options = parser.parse_args()
     stored = options.stored or options.dtype
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        (folder / "checkpoint").mkdir()
-        count = write_checkpoint(folder / "checkpoint", options.shape, TYPES[stored])
+        checkpoint = options.checkpoint or folder / "checkpoint"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        if not (checkpoint / INDEX).is_file():
+            write_checkpoint(checkpoint, options.shape, TYPES[stored])
+        total = json.loads((checkpoint / INDEX).read_text())["metadata"]["total_size"]
+        count = total // TYPES[stored].itemsize
         size = count * TYPES[options.dtype].itemsize
         print(f"{count:,} parameters, {size / 2**30:.2f} GiB in {options.dtype}", flush=True)
-        exported = export(folder / "checkpoint", folder / "models", options.dtype)
+        exported = export(checkpoint, folder / "models", options.dtype)
         bound = 1.2 * size + (2 << 30)
         print(
             f"exported in {exported['seconds']:.0f} s ({exported['processor_seconds']:.0f} s of "
@@ -296,7 +303,7 @@ def main() -> int:
             f"{bound / 2**30:.2f}); {exported['file_bytes']:,} bytes of files",
             flush=True,
         )
-        exact = expected(folder / "checkpoint", options.shape, TYPES[options.dtype])
+        exact = expected(checkpoint, options.shape, TYPES[options.dtype])
         started = time.monotonic()
         with serving(folder / "models") as (address, pid):
             ready = time.monotonic() - started
