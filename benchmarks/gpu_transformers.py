@@ -6,6 +6,7 @@ parameters. PyTorch runs the same module in the same type, by SDPA: an answer ma
 from float64 as that one is, and by the rounding of the answer more.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -97,7 +98,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
 
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(checkpoint.family, **checkpoint.sizes)
-    model = transformers.AutoModel.from_config(config)
+    auto: Any = transformers.AutoModel
+    model = auto.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -216,7 +218,7 @@ def examine(
         batch = inputs([length] * sizes.batch, checkpoint.sizes["vocab_size"])
         calls = {name: bound_call(session, batch, target) for name, session in running.items()}
         ids = torch.from_numpy(batch["input_ids"]).to(target.kind)
-        calls["torch_sdpa"] = lambda ids=ids: models.own(ids)
+        calls["torch_sdpa"] = functools.partial(models.own, ids)
         times = pair(calls)
         for name, milliseconds in times.items():
             add(

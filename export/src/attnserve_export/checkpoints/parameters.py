@@ -136,7 +136,8 @@ def _is_large_table(module: nn.Embedding) -> bool:
 
 def _as_stored(module: nn.Module, name: str) -> Tensor:
     """A parameter that is not cast, whatever blocks there are around this."""
-    tensor: Any = dict.__getitem__(module._parameters, name)
+    tensor = dict.__getitem__(module._parameters, name)
+    assert tensor is not None
     return tensor
 
 
