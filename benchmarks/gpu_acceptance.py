@@ -38,6 +38,7 @@ import torch
 from attnserve_export import cli
 from attnserve_export.models import TORCH
 from attnserve_export.runtime import CPU, CUDA
+from attnserve_proto.commands import Parser, values
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -846,6 +847,7 @@ def examine_transformers(plan: Plan, target: Target, folder: Path, report: Repor
 
 def main() -> int:
     """Run the acceptance."""
+<<<<<<< HEAD
     parser = common.arguments(__doc__ or "")
     parser.add_argument(
         "--budget-seconds", type=float, default=420.0, help="stop adding measurements after these"
@@ -861,6 +863,9 @@ def main() -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
     options = parser.parse_args()
+=======
+    options = _parser().parse_args()
+>>>>>>> main
     reason = None if options.dry_run else unusable_gpu()
     if reason is not None:
         print(f"gpu_acceptance: no usable GPU: {reason} (see --dry-run)", file=sys.stderr)
@@ -1108,6 +1113,18 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.3g}"
     return "" if value is None else value
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__ or "")
+    add = parser.add_argument
+    seconds = values.some_seconds
+    add(
+        "--budget-seconds", type=seconds, default=420.0, help="stop adding measurements after these"
+    )
+    add("--models", type=values.path, help="take exported models from here, and leave them here")
+    add("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
+    return parser
 
 
 if __name__ == "__main__":

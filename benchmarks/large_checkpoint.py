@@ -23,6 +23,7 @@ import common
 import numpy as np
 import torch
 from attnserve_client import AttentionClient
+from attnserve_proto.commands import Parser, values
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -275,6 +276,7 @@ def ask(
 
 def main() -> int:
     """Run it; 1 if an answer differs or a bar is missed."""
+<<<<<<< HEAD
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--dtype", choices=TYPES, default="fp16", help="of the export")
@@ -284,6 +286,9 @@ def main() -> int:
         "--checkpoint", type=Path, help="write it here and keep it, or take the one that is here"
     )
     options = parser.parse_args()
+=======
+    options = _parser().parse_args()
+>>>>>>> main
     stored = options.stored or options.dtype
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -329,6 +334,16 @@ def main() -> int:
     good = all(answer["agrees"] for answer in answers) and exported["peak_bytes"] <= bound
     print("agrees, within the bars" if good else "NOT within the bars")
     return 0 if good else 1
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__ or "")
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="0.3b")
+    add("--dtype", choices=TYPES, default="fp16", help="of the export")
+    add("--stored", choices=TYPES, help="of the checkpoint; default: --dtype")
+    add("--folder", type=values.path, help="for the files, which are deleted at the end")
+    return parser
 
 
 if __name__ == "__main__":
