@@ -847,25 +847,7 @@ def examine_transformers(plan: Plan, target: Target, folder: Path, report: Repor
 
 def main() -> int:
     """Run the acceptance."""
-<<<<<<< HEAD
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=420.0, help="stop adding measurements after these"
-    )
-    parser.add_argument(
-        "--models", type=Path, help="take exported models from here, and leave them here"
-    )
-    parser.add_argument(
-        "--transformer-seconds",
-        type=float,
-        default=420.0,
-        help="for whole transformers; 0: none",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
-    options = parser.parse_args()
-=======
     options = _parser().parse_args()
->>>>>>> main
     reason = None if options.dry_run else unusable_gpu()
     if reason is not None:
         print(f"gpu_acceptance: no usable GPU: {reason} (see --dry-run)", file=sys.stderr)
@@ -1118,11 +1100,17 @@ def _cell(value: Any) -> Any:
 def _parser() -> Parser:
     parser = common.arguments(__doc__ or "")
     add = parser.add_argument
-    seconds = values.some_seconds
+    seconds = values.seconds
     add(
         "--budget-seconds", type=seconds, default=420.0, help="stop adding measurements after these"
     )
     add("--models", type=values.path, help="take exported models from here, and leave them here")
+    add(
+        "--transformer-seconds",
+        type=seconds,
+        default=420.0,
+        help="for whole transformers after that, of which none begins later",
+    )
     add("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
     return parser
 

@@ -276,19 +276,7 @@ def ask(
 
 def main() -> int:
     """Run it; 1 if an answer differs or a bar is missed."""
-<<<<<<< HEAD
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument("--shape", choices=SHAPES, default="0.3b")
-    parser.add_argument("--dtype", choices=TYPES, default="fp16", help="of the export")
-    parser.add_argument("--stored", choices=TYPES, help="of the checkpoint; default: --dtype")
-    parser.add_argument("--folder", type=Path, help="for the files, which are deleted at the end")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="write it here and keep it, or take the one that is here"
-    )
-    options = parser.parse_args()
-=======
     options = _parser().parse_args()
->>>>>>> main
     stored = options.stored or options.dtype
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -343,6 +331,11 @@ def _parser() -> Parser:
     add("--dtype", choices=TYPES, default="fp16", help="of the export")
     add("--stored", choices=TYPES, help="of the checkpoint; default: --dtype")
     add("--folder", type=values.path, help="for the files, which are deleted at the end")
+    add(
+        "--checkpoint",
+        type=values.path,
+        help="write it here and keep it, or take the one that is here",
+    )
     return parser
 
 
