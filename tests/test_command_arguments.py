@@ -38,7 +38,8 @@ OF = {
     "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report A B",
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report A B "
+    "--pixel-values --input-features --inputs-embeds --processor",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
 }

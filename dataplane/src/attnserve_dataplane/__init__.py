@@ -20,7 +20,7 @@ from attnserve_dataplane._core import (
 )
 
 if TYPE_CHECKING:  # shapes of dictionaries, for type checkers alone
-    from attnserve_dataplane._core import InferCounts, TokensRun
+    from attnserve_dataplane._core import GivenTensor, InferCounts, TokensRun
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "BATCH_BUCKETS",
     "SECONDS_BUCKETS",
     "DataPlane",
+    "GivenTensor",
     "InferCounts",
     "Model",
     "ModelFacts",
