@@ -229,10 +229,14 @@ def test_what_cannot_be_paired_is_said(
     path = tmp_path / "bert/1/model.json"
     content = json.loads(path.read_text())
     del content["transformer"]["token_types"]
+    refused = "1_Pooling/config.json pools by cls with mean; supported: one of mean"
+    content["transformer"] |= {"pooling": None, "pooling_refused": refused}
     path.write_text(json.dumps(content))
     with serving(tmp_path) as server, AttentionClient(f"127.0.0.1:{server.port}") as old:
         with pytest.raises(FailedPreconditionError, match="tells the texts of a pair apart"):
             old.attend_tokens([("a", "b")], model="bert")
+        with pytest.raises(FailedPreconditionError, match=r"checkpoint bert: 1_Pooling.*cls with"):
+            old.attend_tokens(["a"], model="bert", return_pooled=True)
         assert old.attend_tokens(["a"], model="bert").tokens == [
             ["[CLS]", "query", ":", "[UNK]", "[SEP]"]
         ]

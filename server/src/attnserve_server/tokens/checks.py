@@ -99,10 +99,9 @@ def tokens_wanted(
         RequestError: with the field, what was given and what is allowed.
     """
     if returns.pooled and transformer.pooling is None:
-        raise PreconditionError(
-            f"returns.pooled: checkpoint {model.manifest.name} "
-            + (transformer.pooling_refused or "says nothing about pooling")
-        )
+        said = transformer.pooling_refused
+        reason = f": {said}" if said else " says nothing about pooling"
+        raise PreconditionError(f"returns.pooled: checkpoint {model.manifest.name}{reason}")
     names = [attention.name for attention in transformer.attentions]
     if returns.attention not in ("", *names):
         raise InvalidRequestError.of("returns.attention", returns.attention, ", ".join(names))
