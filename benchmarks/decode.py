@@ -6,6 +6,7 @@ in rounds of a part of a second; medians of rounds count. The client in C++ is a
 
     step      one session's step: C++, SDK and the graph `paged` in process; bytes on the socket
     sessions  64 sessions in one message, one by one, and the same batch in process
+    layer     steps of a layer model, which has the projections inside, beside the core's
     reupload  a step against sending all keys and values again
     memory    bytes of pages at mixed lengths; forks
     prefix    32 sessions over one prefix of 2048 tokens, and with a copy each
@@ -35,7 +36,7 @@ from serving_report import Bar, Row, Section
 from serving_servers import Server
 
 CONTEXT = 4096
-NATIVE_BAR_MS, SDK_BAR_MS, BYTES_BAR = 0.12, 0.35, 1.01
+NATIVE_BAR_MS, SDK_BAR_MS, BYTES_BAR, LAYER_BYTES_BAR = 0.12, 0.35, 1.01, 0.55
 SESSIONS, BATCH_BAR, ONE_BY_ONE_BAR = 64, 1.25, 3.0
 REUPLOAD_BAR = 20.0
 WASTE_BAR, FORK_BAR_MS = 0.04, 0.1
@@ -48,12 +49,19 @@ class Sizes:
 
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     batch_contexts: tuple[int, ...] = (64, 1024, 4096)
+    layer_contexts: tuple[tuple[int, int], ...] = ((1, 256), (1, 4096), (64, 512))  # of sessions
     fork_layers: tuple[int, ...] = (1, 32)
     rounds: int = 7
     seconds: float = 0.5  # of a contender in a round
 
 
-QUICK = Sizes(contexts=(256, 4096), batch_contexts=(64, 512), rounds=3, seconds=0.2)
+QUICK = Sizes(
+    contexts=(256, 4096),
+    batch_contexts=(64, 512),
+    layer_contexts=((1, 256), (1, 4096)),
+    rounds=3,
+    seconds=0.2,
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,45 @@ def sessions(service: Service, sizes: Sizes) -> Section:
         f"{SESSIONS} sessions of 4096 tokens have 1 GiB of them."
     ]
     return Section("sessions", rows, bars, notes)
+
+
+def layer(service: Service, sizes: Sizes) -> Section:
+    """Steps of a layer model: hidden states in, output after the last projection out."""
+    rows, bars = [], []
+    for count, context in sizes.layer_contexts:
+        contenders = {
+            name: calls.copies(service.client, count, context, model)
+            for name, model in (("layer", calls.LAYER), ("core", calls.MODEL))
+        }
+        in_process = Paged(service.repository, [context + 1] * count, calls.LAYER)
+        times: dict[str, list[float]] = {"layer": [], "core": [], "in_process": []}
+        sent: dict[str, float] = {}
+        for _ in range(sizes.rounds):
+            for name, many in contenders.items():
+                groups = [Group(True, calls.step(many)), calls.back(many)]
+                got = calls.by_native(service.server, groups, sizes.seconds)
+                times[name].append(got["p50_ms"])
+                sent[name] = got["bytes"]
+            times["in_process"].append(calls.p50_ms(in_process, sizes.seconds, _nothing))
+        for many in contenders.values():
+            calls.close(many)
+        row: Row = {"sessions": count, "context": context}
+        row |= {f"{name}_ms": median(values) for name, values in times.items()}
+        row |= {"over_ms": _over(times["layer"], times["in_process"])}
+        row |= {"bytes": sent["layer"], "core_bytes": sent["core"]}
+        rows.append(row)
+        if count == 1 and context == CONTEXT:
+            text = f"layer model, {context} tokens: "
+            bars.append(
+                Bar(f"{text}ms over in process, client in C++", row["over_ms"], NATIVE_BAR_MS)
+            )
+            share = row["bytes"] / row["core_bytes"]
+            bars.append(Bar(f"{text}bytes of a step / core model's", share, LAYER_BYTES_BAR))
+    notes = [
+        f"Of {calls.EMBED_DIM} numbers a token, which become query, key and value inside; "
+        "the client is in C++. core_ms: the core model's step, without projections."
+    ]
+    return Section("layer", rows, bars, notes)
 
 
 def reupload(service: Service, sizes: Sizes) -> Section:
@@ -264,6 +311,7 @@ def _service(repository: Path) -> Iterator[Service]:
 SECTIONS = {
     "step": step,
     "sessions": sessions,
+    "layer": layer,
     "reupload": reupload,
     "memory": memory,
     "prefix": prefix,
@@ -275,7 +323,7 @@ def main() -> int:
     options = _options()
     keep_freed_memory()
     sizes = QUICK if options.quick else Sizes()
-    with calls.model(options.repository) as repository:
+    with calls.models(options.repository, layer="layer" in options.sections) as repository:
         made = {name: partial(_measured, name, repository, sizes) for name in options.sections}
         done, failed = serving_sections.measured(options.sections, made)
     return serving_sections.write("decode", options, done, failed, load_average=os.getloadavg())

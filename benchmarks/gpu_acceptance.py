@@ -58,6 +58,7 @@ KNOWN_INPUTS = {
     "mask",
     "prefix_lengths",
     "softcap",
+    "sinks",
 }
 FLEX = "torch_flex"
 KERNEL_LOG = ("ONNX Attention: using", "unified unfused", "SdpaKernel=")
@@ -392,6 +393,7 @@ def tensors_for(
     tensors["mask"] = torch.ones((1, 1, 1, 1), device=target.kind, dtype=torch.bool)
     tensors["prefix_lengths"] = torch.zeros_like(tensors["key_lengths"])
     tensors["softcap"] = torch.tensor([-1.0], device=target.kind)  # the model's own
+    tensors["sinks"] = torch.full((a["num_heads"],), -torch.inf, device=target.kind)
     return {name: tensors[name] for name in variant.inputs}
 
 

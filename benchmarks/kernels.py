@@ -39,6 +39,7 @@ from kernels_masks import (
     neutral,
     packed_and_padded,
     prefixes_and_chunks,
+    sinks_and_rows,
     with_chunks,
 )
 from kernels_memory import peak_growth
@@ -100,8 +101,8 @@ class Models:
             for entry in manifest["variants"]
             if "output" in [o["name"] for o in entry["outputs"]]
             and CPU in entry["providers"]
-            # `softcap` is `reference` with one more input, `paged` is for sessions.
-            and entry["name"] not in ("softcap", "paged")
+            # `paged` is for sessions; the others are for what they are named after.
+            and entry["name"] not in ("softcap", "blocked_sinks", "reference_sinks", "paged")
         }
 
     def opened(self, options: Sequence[str], shape: Shape, name: str) -> Any:
@@ -128,7 +129,7 @@ class Models:
             "key": k,
             "value": v,
             "key_lengths": np.array([shape.key_len]),
-            **neutral(1),
+            **neutral(1, shape.num_heads),
         }
         scores = 4 * shape.num_heads * shape.query_len * shape.key_len
         for name, entry in self.variants(options, shape).items():
@@ -305,6 +306,23 @@ def masked(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def sunk(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What sinks and log-sum-exp cost `native`; single queries among them."""
+    rows = []
+    keys = options.mask_seq_lens
+    for mask, query_len, key_len in [
+        *(("causal", n, n) for n in keys),
+        *(("bidirectional", n, n) for n in keys),
+        ("bidirectional", 1, keys[-1]),
+    ]:
+        shape = Shape(options.num_heads, options.num_heads, query_len, key_len, options.head_dim)
+        tensors = dict(zip(("query", "key", "value"), shape.tensors(), strict=True))
+        session = models.opened(["--mask", mask], shape, "native")
+        ways = sinks_and_rows(session, tensors)
+        rows += compare(f"sinks {mask}", shape, ways, "plain", options)
+    return rows
+
+
 def packed(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Documents of unlike lengths, packed into one row or padded to the longest."""
     rows = []
@@ -404,6 +422,7 @@ SECTIONS = {
     "full": full,
     "window": windowed,
     "masks": masked,
+    "sinks": sunk,
     "packed": packed,
     "shapes": other_shapes,
     "memory": memory,

@@ -13,7 +13,8 @@ are as many queries as keys), on the CPU. Figures and what they are held to come
     python benchmarks/serving_peers.py install --venvs .venvs
     python benchmarks/serving.py --venvs .venvs --json reports/serving.json --plots reports/serving
 
-How load is made, and how coordinated omission is kept out, is said in serving_load.py.
+How load is made, and how coordinated omission is kept out, is said in
+attnserve_loadtest.load.generator.
 """
 
 import argparse
@@ -31,8 +32,8 @@ import serving_latency as latency
 import serving_sections
 import serving_throughput as throughput
 from attnserve_client import keep_freed_memory
+from attnserve_loadtest.load.generator import Clients, clients
 from serving_calls import HEAD_DIM, NUM_HEADS
-from serving_load import Clients, clients
 from serving_plots import latency_against_rate, requests_by_peer
 from serving_report import Section
 

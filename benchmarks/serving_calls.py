@@ -8,6 +8,8 @@ import grpc
 import numpy as np
 from attnserve_client import AsyncAttentionClient, ResourceExhaustedError
 from attnserve_client import _channel as channel
+from attnserve_loadtest.load.plan import Caller, Heard
+from attnserve_loadtest.load.requests import Request
 from attnserve_proto import attention_pb2 as pb
 from numpy.typing import NDArray
 
@@ -40,10 +42,30 @@ class Target:
     seq_len: int
     model: str = "causal"
 
+    def connect(self) -> Caller:
+        """Calls it over one connection. Needs a running event loop."""
+        ways = {"sdk": _sdk, "message": _message, "triton": _triton}
+        return _Caller(*ways[self.protocol](self))
 
-def connect(target: Target) -> tuple[Call, Close]:
-    """How to call the target over one connection, and to close it. Needs a running event loop."""
-    return {"sdk": _sdk, "message": _message, "triton": _triton}[target.protocol](target)
+
+@dataclass(frozen=True)
+class _Caller:
+    """Sends the one request, whatever is asked for."""
+
+    send: Call
+    shut: Close
+
+    async def call(self, request: Request, heard: Heard) -> object:
+        """Send it."""
+        return await self.send()
+
+    def is_refusal(self, error: BaseException) -> bool:
+        """As the function of that name."""
+        return is_refusal(error)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self.shut()
 
 
 def is_refusal(error: BaseException) -> bool:

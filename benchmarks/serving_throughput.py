@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from attnserve_loadtest.load.generator import Clients
+from attnserve_loadtest.load.measured import ANSWERED, FAILED, REFUSED, Measured
+from attnserve_loadtest.load.plan import Load
 from attnserve_server.settings import usable_cores
 from serving_calls import Protocol, Target
-from serving_load import ANSWERED, FAILED, REFUSED, Clients, Load, Measured
 from serving_peers import PEERS, missing, serve
 from serving_report import Bar, Row, Section
 from serving_servers import Server, attnserve
@@ -119,11 +121,11 @@ def overload(
             ]
             peak = max(closed, key=lambda run: run.goodput(good_within))
             capacity = peak.goodput(good_within)
-            rows.append(_open_row("closed", peak, capacity, good_within))
+            rows.append(_open_row("closed", target, peak, capacity, good_within))
             for factor in factors:
                 load = Load(target, effort.seconds * 2, effort.warm_up, rate=factor * capacity)
                 run = clients.run(load, server)
-                rows.append(_open_row(f"{factor:g}x", run, capacity, good_within))
+                rows.append(_open_row(f"{factor:g}x", target, run, capacity, good_within))
         bars += _overload_bars(rows[-1])
     note = (
         f"Goodput: answers within {good_within:g} s of the time that the request was due, per "
@@ -240,7 +242,7 @@ def _overload_bars(row: Row) -> list[Bar]:
     ]
 
 
-def _open_row(name: str, run: Measured, capacity: float, within: float) -> Row:
+def _open_row(name: str, target: Target, run: Measured, capacity: float, within: float) -> Row:
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
     seconds = np.array([second for second, _ in run.memory])
     resident = np.array([size for _, size in run.memory], np.float64)
@@ -249,8 +251,8 @@ def _open_row(name: str, run: Measured, capacity: float, within: float) -> Row:
     last = resident[seconds >= 3 * quarter]
     goodput = run.goodput(within)
     return {
-        "protocol": run.load.target.protocol,
-        "seq_len": run.load.target.seq_len,
+        "protocol": target.protocol,
+        "seq_len": target.seq_len,
         "load": name,
         "offered/s": run.load.rate or float("nan"),
         "callers": run.load.callers if not run.load.rate else "",

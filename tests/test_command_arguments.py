@@ -23,6 +23,7 @@ BAD = {
     "number": ("x", "", "nan", "inf", "-1e9", HUGE, "1 2", "0x10"),
     "real": ("x", "", "nan", "inf", "-1e400", HUGE, "1 2"),
     "numbers": ("x", "", "nan", "1,,2", "-1e9", HUGE, "1;2"),
+    "reals": ("x", "", "nan", "1,,2", "-inf", HUGE, "1;2"),
     "span": ("x", "", "nan", "2-1", "0-3", HUGE, "1-"),
     "choice": ("x", "", "nan", HUGE),
     "name": ("", "a/b", ".a", "ä", "a b", HUGE, NOT_UTF8),
@@ -31,6 +32,22 @@ BAD = {
     "text": ("", "a\0b", NOT_UTF8),
     "title": ("a\nb", "a" * 2000, NOT_UTF8),
     "target": ("", "nan", "host", "host:0", "host:99999", "::1:80", "a b:1", f"{HUGE}:1"),
+    "arrivals": ("x", "", "bursts", "bursts:1", "bursts:-2", "poisson:2", f"bursts:{HUGE}"),
+    "slo": (
+        "x",
+        "",
+        "p99",
+        "p0=5ms",
+        "p100=1ms",
+        "p99=5",
+        "p99=-5ms",
+        "p99=0ms",
+        "p99=2h",
+        "p99=5ms,p99=6ms",
+        "p99=5ms,",
+        "mean=5ms",
+        f"p99={HUGE}ms",
+    ),
     "host": ("", "a b", "1::2::3", "[::1", "unix:", f"unix:{HUGE}", HUGE),
 }
 OF = {
@@ -40,14 +57,19 @@ OF = {
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
     "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
-    "--bound-ms --request-timeout --version --port",
-    "numbers": "--ids --seq-lens --depths --tokens-seq-lens --layers --heads",
-    "span": "--prompt --tokens",
-    "choice": "--attention --mask --alignment --rotary --dtype --module --provider --log-format "
-    "--log-level",
+    "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
+    "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
+    "numbers": "--ids --token-type-ids --servers --rates --seq-lens --depths --tokens-seq-lens "
+    "--layers --heads",
+    "reals": "--sinks",
+    "span": "--prompt --tokens --ramp --callers",
+    "arrivals": "--arrivals",
+    "slo": "--slo",
+    "choice": "--as --attention --mask --alignment --rotary --dtype --module --provider "
+    "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json",
+    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report A B",
     "text": "TEXT --query --pair --target-text",
     "title": "--title",
 }
@@ -55,7 +77,10 @@ KINDS = {option: kind for kind, listed in OF.items() for option in listed.split(
 KINDS |= {"--target": "target", "--host": "host"}
 # Where one name means another thing.
 OTHERS = {("attend", "--scale"): "real", ("decode", "--layers"): "number",
+          ("load", "--layers"): "number", ("replay", "--layers"): "number",
           ("scaling", "--model"): "names", ("scaling", "--variant"): "names"}  # fmt: skip
+# What comes before, so that it is this one that is read.
+BEFORE = {("compare", "B"): ["report.json"]}
 EMPTY_IS_NONE = {("locust", name) for name in ("--model", "--variant", "--tokens-model",
                                                "--tokens-variant")}  # fmt: skip
 
@@ -113,6 +138,7 @@ def test_every_option_refuses_what_it_does_not_take(capsys: pytest.CaptureFixtur
     accepted, wrong = [], []
     for program, path, name, given in CASES:
         words = [f"{name}={given}"] if name.startswith("--") else [given]
+        words = [*BEFORE.get((path[-1] if path else "", name), []), *words]
         try:
             COMMANDS[program][0]([*path, *words])
             accepted.append((program, path, name, given))
@@ -214,6 +240,7 @@ def test_a_file_is_named_that_cannot_be_read_or_written(
         (loadtest.main, ["scaling", "--model", "m", "--target", "127.0.0.1:1"]),
         (loadtest.main, ["context", "--model", "m", "--target", "127.0.0.1:1"]),
         (loadtest.main, ["decode", "--model", "m", "--target", "127.0.0.1:1"]),
+        (loadtest.main, ["load", "--model", "m", "--target", "127.0.0.1:1"]),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_said_before_any_work(

@@ -369,7 +369,8 @@ def test_no_number_stays_no_number_where_it_is_seen(count: int, cache: str) -> N
         ({"spec": np.array([16, 0, 3, 0, 0, 0])}, "spec: window without causal: given 3"),
         ({"spec": np.array([16, 0, -1, -1, 1, 0])}, "spec: kept_first: given -1"),
         ({"spec": np.array([16, 0, -1, 0, 1, 2])}, r"spec: latent: given 2; allowed: 0\.\.1"),
-        ({"spec": np.array([16, 0, -1, 0])}, r"spec: its shape is \[4\]; allowed: \[6\]"),
+        ({"spec": np.array([16, 0, -1, 0])}, r"spec: its shape is \[4\]; allowed: \[7\]"),
+        ({"spec": np.array([16, 0, -1, 0, 1, 0, 2])}, r"spec: entropy: given 2; allowed: 0\.\.1"),
         ({"spec": np.array([16, 0, -1, 0, 1, 1])}, "value: given where spec: latent is 1"),
         ({"weights_of": np.array([1])}, r"weights_of\[0\]: given 1; allowed: 0\.\.0, ascending"),
         ({"weights_of": np.array([0, 0])}, r"weights_of\[1\]: given 0; allowed: 1\.\.0"),
@@ -391,9 +392,23 @@ def test_values_wider_than_keys_are_not_latent() -> None:
         run(batch, {"spec": np.array([16, 0, -1, 0, 1, 1])})
 
 
-def test_specs_of_graphs_exported_earlier_have_no_latent() -> None:
+@pytest.mark.parametrize("numbers", [5, 6])
+def test_specs_of_graphs_exported_earlier_have_no_latent_and_want_entropy(numbers: int) -> None:
     batch = plain(PagedSequence(30, 2))
-    check(batch, run(batch, {"spec": batch.feeds()["spec"][:5]}))
+    check(batch, run(batch, {"spec": batch.feeds()["spec"][:numbers]}))
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
+def test_without_entropy_all_else_is_the_same_to_the_bit(dtype: str, count: int) -> None:
+    batch = plain(PagedSequence(700, count), PagedSequence(9, count), cache=dtype, weights_of=[1])
+    wanted = run(batch)
+    spec = batch.feeds()["spec"]
+    spec[6] = 0
+    without = run(batch, {"spec": spec}, absent=("entropy",))
+    assert without.keys() == wanted.keys() - {"entropy"}
+    for name, array in without.items():
+        assert np.array_equal(array, wanted[name])
 
 
 def test_a_stop_flag_ends_what_begins_on_its_thread() -> None:

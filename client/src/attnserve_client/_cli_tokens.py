@@ -1,6 +1,7 @@
 """`attnserve tokens`: every option of `AttentionClient.attend_tokens`."""
 
 import argparse
+from typing import Any
 
 import numpy as np
 from attnserve_proto.commands import values
@@ -29,6 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("texts", nargs="*", type=values.text, metavar="TEXT")
     add("--ids", type=ids, action="append", help="instead of a text, e.g. 101,2009,102; again ...")
+    add(
+        "--pair",
+        type=values.text,
+        action="append",
+        metavar="TEXT",
+        help="a second text, which makes one sequence with TEXT; again for each",
+    )
+    add(
+        "--token-type-ids",
+        type=ids,
+        action="append",
+        metavar="N,N,...",
+        help="of --ids: what kind of token each is; again for each",
+    )
     add_model(parser)
     add("--attention", choices=("encoder", "decoder", "cross"), default="", help="of several")
     add_what_is_read(parser)
@@ -51,10 +66,11 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
         given = "both" if options.texts else "neither"
         raise ValueError(f"TEXT, --ids: given {given}; allowed: one of the two")
     result = client.attend_tokens(
-        options.texts or options.ids,
+        _inputs(options),
         model=options.model,
         version=options.version or "",
         variant=options.variant or "",
+        token_type_ids=options.token_type_ids,
         targets=options.target_text,
         attention=options.attention,
         layers=options.layers,
@@ -80,10 +96,22 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
     return 0
 
 
+def _inputs(options: argparse.Namespace) -> Any:
+    if options.pair is None:
+        return options.texts or options.ids
+    if len(options.pair) != len(options.texts):
+        raise ValueError(
+            f"--pair: given {len(options.pair)} for {len(options.texts)} texts; allowed: one each"
+        )
+    return list(zip(options.texts, options.pair, strict=True))
+
+
 def _arrays(result: TokensResult) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for index, ids_ in enumerate(result.ids):
         arrays[f"ids_{index}"] = np.asarray(ids_)
+        if any(result.token_type_ids[index]):
+            arrays[f"token_type_ids_{index}"] = np.asarray(result.token_type_ids[index])
         for name in _RESULTS:
             found = getattr(result, name)
             if found is not None:

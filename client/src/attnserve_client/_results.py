@@ -92,7 +92,8 @@ class LayerResult:
     Attributes:
         output: [T, H, Dv], T the new tokens of all sessions of the step, one after another; of a
             layer model [T, E].
-        log_sum_exp: [T, H] float32, of each query's scores; -inf where it saw no key.
+        log_sum_exp: [T, H] float32, of each query's scores and its head's sink, if there is one;
+            -inf where it saw nothing.
         entropy: [T, H] float32, nats.
         weights: of each session that was asked for, [t, H, K] float32: of its t new tokens and the
             K keys that it has with them; 0 where a key is not seen.
@@ -130,6 +131,8 @@ class AttendResult:
         top_k_weights: [B, H, Sq, k] FP32.
         mass_per_key: [B, H, Sk] FP32.
         mass_by_distance: [B, H, N] FP32.
+        log_sum_exp: [B, H, Sq] FP32, natural logarithm, of each query's scores and its head's sink,
+            if there is one; -inf where it saw nothing.
         timings: the server's own.
     """
 
@@ -144,6 +147,7 @@ class AttendResult:
     top_k_weights: Array | None = None
     mass_per_key: Array | None = None
     mass_by_distance: Array | None = None
+    log_sum_exp: Array | None = None
 
     def plot(self, kind: str = "", **options: Any) -> Any:
         """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
@@ -174,6 +178,8 @@ class TokensResult:
     Attributes:
         model, version, variant: what ran.
         ids: token ids of each sequence.
+        token_type_ids: of each id what kind of token it is: 1 in the second text of a pair, for
+            models that tell them apart, else 0.
         tokens: their texts; empty lists without a tokenizer.
         truncated: whether a text was cut.
         hidden: [S, E] each; of an encoder-decoder, its decoder's: [T, E].
@@ -214,6 +220,7 @@ class TokensResult:
     target_ids: list[list[int]] = field(default_factory=list)
     target_tokens: list[list[str]] = field(default_factory=list)
     target_truncated: list[bool] = field(default_factory=list)
+    token_type_ids: list[list[int]] = field(default_factory=list)
 
     def plot(self, kind: str = "", **options: Any) -> Any:
         """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
@@ -289,6 +296,9 @@ class Model:
         rotary: how query and key are turned by their positions: "half", "interleaved" or "".
         attentions: of a transformer.
         chunk: positions of a chunk, of which a query sees its own alone; 0 is all.
+        token_types: kinds of token that token_type_ids tell apart; 0: it takes none.
+        max_text_len: tokens that texts are cut to, where they are; 0 as in max_seq_len.
+        sinks: of each head, a logit that takes part in the softmax and has no value; (): none.
         manifest: model.json as text; only from `get_model`.
     """
 
@@ -317,6 +327,9 @@ class Model:
     chunk: int = 0
     rotary: str = ""
     attentions: tuple[TransformerAttention, ...] = ()
+    token_types: int = 0
+    max_text_len: int = 0
+    sinks: tuple[float, ...] = ()
     manifest: str = ""
 
 
@@ -337,8 +350,22 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class UnavailableModel:
+    """A version in the server's repository that did not load, and why."""
+
+    name: str
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What the server is and runs on."""
+    """What the server is and runs on.
+
+    Attributes:
+        state: "serving" or "draining".
+        unavailable: what of its repository it does not serve.
+    """
 
     name: str
     version: str
@@ -346,3 +373,4 @@ class ServerInfo:
     providers: tuple[str, ...]
     limits: Limits
     state: str
+    unavailable: tuple[UnavailableModel, ...] = ()

@@ -70,8 +70,13 @@ class Run {
  public:
   explicit Run(const PagedWork& work)
       : work_(work),
-        spec_{work.spec.page_tokens, work.spec.cache_type,     work.spec.window,
-              work.spec.kept_first,  work.spec.causal ? 1 : 0, work.spec.latent ? 1 : 0} {
+        spec_{work.spec.page_tokens,
+              work.spec.cache_type,
+              work.spec.window,
+              work.spec.kept_first,
+              work.spec.causal ? 1 : 0,
+              work.spec.latent ? 1 : 0,
+              work.entropy.data != nullptr ? 1 : 0} {
     if (takes_positions(*work.variant)) positions_ = positions_of(work);
   }
 
@@ -154,12 +159,18 @@ class Run {
     work_.variant->session->run(feeds, fetches, stop);
   }
 
+  // Graphs exported earlier take fewer numbers.
   std::span<const std::int64_t> spec() const {
-    return std::span(spec_).first(gives_weights(*work_.variant) ? 6 : 5);
+    for (const Port& port : work_.variant->session->inputs()) {
+      if (port.name != "spec" || port.shape.size() != 1 || port.shape[0] < 0) continue;
+      return std::span(spec_).first(
+          std::min(spec_.size(), static_cast<std::size_t>(port.shape[0])));
+    }
+    return spec_;
   }
 
   const PagedWork& work_;
-  const std::array<std::int64_t, 6> spec_;
+  const std::array<std::int64_t, 7> spec_;
   std::vector<std::int64_t> positions_;
 };
 

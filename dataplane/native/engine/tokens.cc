@@ -1,7 +1,6 @@
 #include "engine/tokens.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <functional>
 #include <string_view>
@@ -49,6 +48,24 @@ class PaddedTokens {
   Shape shape_;
   std::vector<std::int64_t> ids_, mask_;
 };
+
+// What kind of token each id is, as the ids are padded; 0 where nobody says.
+std::vector<std::int64_t> padded_types(std::span<TokensWork* const> works, std::size_t width) {
+  std::size_t rows = 0;
+  for (const TokensWork* work : works) rows += work->source.count();
+  std::vector<std::int64_t> types(rows * width, 0);
+  std::size_t at = 0;
+  for (const TokensWork* work : works) {
+    for (std::size_t i = 0; i < work->source.count(); ++i, at += width) {
+      if (work->source_types.empty()) continue;
+      const auto given =
+          std::span(work->source_types)
+              .subspan(work->source.starts[i], work->source.starts[i + 1] - work->source.starts[i]);
+      std::ranges::copy(given, types.begin() + static_cast<std::ptrdiff_t>(at));
+    }
+  }
+  return types;
+}
 
 bool has_target(const TokensWork& work) { return work.target.count() > 0; }
 
@@ -113,15 +130,23 @@ void attend_tokens_together(std::span<TokensWork* const> works, Stop* stop) {
 
   PaddedTokens source(works, &TokensWork::source, pad);
   PaddedTokens target(works, &TokensWork::target, pad);
-  const std::array<Session::Feed, 4> feeds = {{{"input_ids", source.ids()},
-                                               {"attention_mask", source.mask()},
-                                               {"decoder_input_ids", target.ids()},
-                                               {"decoder_attention_mask", target.mask()}}};
-  const std::size_t given = has_target(first) ? 4 : 2;
+  std::vector<Session::Feed> feeds = {{"input_ids", source.ids()},
+                                      {"attention_mask", source.mask()}};
+  std::vector<std::int64_t> types;
+  if (session.takes("token_type_ids")) {
+    types = padded_types(works, static_cast<std::size_t>(source.longest()));
+    const Tensor ids = feeds.front().tensor;
+    feeds.push_back(
+        {"token_type_ids", {ids.dtype, ids.shape, reinterpret_cast<std::byte*>(types.data())}});
+  }
+  if (has_target(first)) {
+    feeds.push_back({"decoder_input_ids", target.ids()});
+    feeds.push_back({"decoder_attention_mask", target.mask()});
+  }
 
   std::vector<Session::Fetch> fetches;
   for (const std::string_view name : wanted_outputs(works)) fetches.push_back({name, {}, {}});
-  first.variant->session->run(std::span(feeds).first(given), fetches, stop);
+  first.variant->session->run(feeds, fetches, stop);
 
   std::size_t row = 0;
   for (TokensWork* work : works) {

@@ -24,8 +24,9 @@ struct TokensWork {
   ModelPtr model;
   const Variant* variant = nullptr;
   TokenSequences source;
-  TokenSequences target;             // empty unless the model is an encoder-decoder
-  std::vector<std::string> outputs;  // of the graph, wanted
+  std::vector<std::int64_t> source_types;  // of each id of source; empty: all are 0
+  TokenSequences target;                   // empty unless the model is an encoder-decoder
+  std::vector<std::string> outputs;        // of the graph, wanted
   // Filled by the run: for each output its rows of these sequences (graph outputs whose first axis
   // is not the batch are whole), still padded to the batch's longest: padded_source, padded_target.
   std::vector<OwnedTensor> results;

@@ -66,6 +66,7 @@ void bind_models(nb::module_& module) {
       .def_rw("bottom_right", &ModelFacts::bottom_right)
       .def_rw("scale", &ModelFacts::scale)
       .def_rw("softcap", &ModelFacts::softcap)
+      .def_rw("sinks", &ModelFacts::sinks)
       .def_rw("embed_dim", &ModelFacts::embed_dim)
       .def_rw("context_dim", &ModelFacts::context_dim, nb::arg().none())
       .def_rw("pad_token_id", &ModelFacts::pad_token_id)

@@ -94,6 +94,7 @@ TimePoint time_of(double since) { return TimePoint(seconds_of(since)); }
 nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& request,
                        std::shared_ptr<engine::Model> model, const std::string& variant,
                        const std::vector<std::vector<std::int64_t>>& source,
+                       const std::vector<std::vector<std::int64_t>>& source_types,
                        const std::vector<std::vector<std::int64_t>>& target,
                        std::vector<std::string> outputs, std::uint32_t priority,
                        std::uint64_t timeout, std::size_t working_bytes) {
@@ -102,6 +103,7 @@ nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& r
   if (!work.variant) throw nb::key_error(variant.c_str());
   work.model = std::move(model);
   work.source = sequences_of(source);
+  if (!source_types.empty()) work.source_types = sequences_of(source_types).ids;
   work.target = sequences_of(target);
   work.outputs = outputs;
   request->request->priority = priority;
@@ -261,10 +263,10 @@ void bind_plane(nb::module_& module) {
       .def(
           "put_models",
           [](DataPlane& self, const std::string& name,
-             const std::vector<std::shared_ptr<engine::Model>>& models) {
-            self.core.models.put(name, {models.begin(), models.end()});
+             const std::vector<std::shared_ptr<engine::Model>>& models, std::string reason) {
+            self.core.models.put(name, {models.begin(), models.end()}, std::move(reason));
           },
-          "name"_a, "models"_a)
+          "name"_a, "models"_a, "reason"_a)
       .def(
           "get_model",
           [](DataPlane& self, const std::string& name, const std::string& version) {
@@ -283,7 +285,7 @@ void bind_plane(nb::module_& module) {
           // What a request holds is the plane's.
           "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>(), nb::keep_alive<0, 1>())
       .def("attend_tokens", &attend_tokens, "request"_a, "model"_a, "variant"_a, "source"_a,
-           "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
+           "source_types"_a, "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
       .def("requests",
            [](DataPlane& self) {
              std::vector<std::tuple<std::string, std::string, std::uint64_t>> rows;

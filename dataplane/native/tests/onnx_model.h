@@ -148,18 +148,18 @@ inline std::vector<Attribute> mask_attributes(float scale, bool causal, bool bot
           {"bottom_right", false, 0, bottom_right}};
 }
 
-// One node: output = Attention(query, key, value, key_lengths), any number of heads.
+// One node: output, log_sum_exp = Attention(query, key, value, key_lengths), any number of heads.
 inline Graph attention_graph(int type, float scale, bool causal, bool bottom_right = false) {
   return {{{"Attention",
             "attnserve",
             {"query", "key", "value", "key_lengths"},
-            {"output"},
+            {"output", "log_sum_exp"},
             mask_attributes(scale, causal, bottom_right)}},
           {{"query", type, {-1, -1, -1, -1}},
            {"key", type, {-1, -1, -1, -1}},
            {"value", type, {-1, -1, -1, -1}},
            {"key_lengths", kOnnxInt64, {-1}}},
-          {{"output", type, {-1, -1, -1, -1}}}};
+          {{"output", type, {-1, -1, -1, -1}}, {"log_sum_exp", kOnnxFloat, {-1, -1, -1}}}};
 }
 
 // One node that says what the weights say.

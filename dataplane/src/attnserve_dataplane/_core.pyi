@@ -60,6 +60,7 @@ class ModelFacts:
     bottom_right: bool
     scale: float
     softcap: float
+    sinks: list[float]
     embed_dim: int
     context_dim: int | None
     pad_token_id: int
@@ -151,7 +152,7 @@ class DataPlane:
     @property
     def draining(self) -> bool: ...
     def load(self, facts: ModelFacts, variants: list[VariantFacts], picks: list[Pick]) -> Model: ...
-    def put_models(self, name: str, models: list[Model]) -> None: ...
+    def put_models(self, name: str, models: list[Model], reason: str) -> None: ...
     def get_model(self, name: str, version: str) -> Model: ...
     def next_request(self, queue: str, timeout: float) -> Request | None: ...
     def attend_tokens(
@@ -160,6 +161,7 @@ class DataPlane:
         model: Model,
         variant: str,
         source: Sequence[Sequence[int]],
+        source_types: Sequence[Sequence[int]],
         target: Sequence[Sequence[int]],
         outputs: list[str],
         priority: int,

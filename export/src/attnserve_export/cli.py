@@ -174,6 +174,13 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--softcap", type=_factor, default=0.0, help="default: none")
     parser.add_argument("--alibi", action="store_true", help="scores fall with distance")
+    parser.add_argument(
+        "--sinks",
+        type=values.listed(values.number(-1e30, 1e30)),
+        metavar="A,B,...",
+        help="of each head, a logit that takes part in the softmax and has no value; one number: "
+        "for all heads; default: none",
+    )
     parser.add_argument("--rotary", choices=STYLES, help="default: none")
     parser.add_argument("--rotary-dims", type=_size, help="default: head_dim")
     parser.add_argument("--rotary-base", type=_factor, default=10_000.0)

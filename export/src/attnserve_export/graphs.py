@@ -170,10 +170,18 @@ def free_heads(model: onnx.ModelProto, domain: str) -> None:
     slopes = len(node.input) > 5 and node.input[5]
     if len(model.graph.node) != 1 or (node.domain, node.op_type) != (domain, "Attention") or slopes:
         return
-    names = {"query": "heads", "key": "kv_heads", "value": "kv_heads", "output": "heads"}
+    axes = {
+        "query": (1, "heads"),
+        "key": (1, "kv_heads"),
+        "value": (1, "kv_heads"),
+        "sinks": (0, "heads"),
+        "output": (1, "heads"),
+        "log_sum_exp": (1, "heads"),
+    }
     for value in (*model.graph.input, *model.graph.output):
-        if value.name in names:
-            value.type.tensor_type.shape.dim[1].dim_param = names[value.name]
+        if value.name in axes:
+            axis, name = axes[value.name]
+            value.type.tensor_type.shape.dim[axis].dim_param = name
 
 
 def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) -> None:
@@ -205,6 +213,24 @@ def write_out_angles(model: onnx.ModelProto) -> None:
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def default_to_zeros(model: onnx.ModelProto, name: str, like: str) -> None:
+    """Let an input be left out: it is 0 then, at the shape of another.
+
+    Args:
+        model: changed in place.
+        name: of the input, INT64 and of two dimensions.
+        like: of an input of its shape.
+    """
+    graph, whole, shape = model.graph, f"{name}_everywhere", f"{name}_shape"
+    for node in graph.node:
+        node.input[:] = [whole if given == name else given for given in node.input]
+    make = onnx.helper.make_node
+    graph.node.insert(0, make("Expand", [name, shape], [whole], name=whole))
+    graph.node.insert(0, make("Shape", [like], [shape], name=shape))
+    # An initializer that is an input too is what the input is if it is not given.
+    graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1, 1], [0]))
 
 
 def keep_apart(model: onnx.ModelProto, op_types: Collection[str]) -> None:

@@ -229,6 +229,7 @@ class PagedBatch:
                     self.kept_first,
                     int(self.causal),
                     int(layout.latent),
+                    1,
                 ]
             ),
             "parents": np.array(parents if branches else [], np.int64),

@@ -51,6 +51,7 @@ def run(
         The outputs by name.
     """
     taken = [entry.name for entry in session.get_inputs()]
+    taken += [each.name for each in session.get_overridable_initializers() if each.name in feeds]
     if not any(feeds[name].dtype == ml_dtypes.bfloat16 for name in taken):
         names = list(shapes)
         answers = session.run(names, {name: feeds[name] for name in taken})

@@ -99,9 +99,9 @@ def tune(
         for entry in manifest.variants
         if provider in entry.providers
         and "output" in entry.output_names
-        # `softcap` is `reference` with one more input, `paged` is for sessions, `packed` alone is
-        # for packed sequences.
-        and entry.name not in ("softcap", "paged", "packed")
+        # `paged` is for sessions, `packed` alone is for packed sequences; the others are$
+        # slower than variants that they are like.
+        and entry.name not in ("softcap", "blocked_sinks", "reference_sinks", "paged", "packed")
     }
     opened = {
         name: sessions.open_session(folder / entry.file, tuple(dict.fromkeys((provider, CPU))))
@@ -249,6 +249,7 @@ def _times(
         "mask": np.ones((1, 1, 1, 1), bool),
         "prefix_lengths": np.zeros(batch, np.int64),
         "softcap": np.array([-1], np.float32),
+        "sinks": np.array(attention.sinks or [-np.inf] * attention.num_heads, np.float32),
     }
     shape = (batch, attention.num_heads, seq_len, attention.value_head_dim)
     until = time.monotonic() + seconds

@@ -30,7 +30,8 @@ class Case:
         looked_up: for an output of indices, in which array's last axis they count: what is found
             there must be what `expected` has, since of nearly equal elements any may come first.
         derive: makes what is compared of the graph's outputs; None: they are compared themselves.
-        magnitudes: for an output, what its error is divided by; absent: 1.
+        magnitudes: for an output, what its error is divided by, or that of each element; absent:
+            1.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Case:
     compared: Mapping[str, Array]
     looked_up: Mapping[str, Array] = field(default_factory=dict)
     derive: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None
-    magnitudes: Mapping[str, float] = field(default_factory=dict)
+    magnitudes: Mapping[str, float | Array] = field(default_factory=dict)
 
 
 def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
@@ -66,6 +67,15 @@ def lowest_bias_tolerance(dtype: str) -> float:
     FP16's, -65504, leaves scores a unit of 2^-7 in FP32; FP32's and BF16's leave nothing of them.
     """
     return 2**-7 if dtype == "FP16" else 0.0
+
+
+def log_sum_exp_magnitudes(expected: Array) -> Array:
+    """What errors of a log-sum-exp are divided by: 2, or an eighth of its size if that is more.
+
+    It is of the size of the scores, and FP32 rounds it as it does them; a total adds its own error.
+    """
+    sizes = np.abs(np.where(np.isinf(expected), 0.0, expected))
+    return np.maximum(2.0, sizes / 8)
 
 
 def angle_tolerance(longest: int) -> float:
@@ -136,7 +146,11 @@ def _error(name: str, case: Case, answer: Array) -> float:
             return math.inf
         answer = np.take_along_axis(array, answer, axis=-1)
         expected = np.take_along_axis(array, expected, axis=-1)
-    difference = np.abs(answer.astype(np.float64) - expected) / case.magnitudes.get(name, 1.0)
+    exact = answer.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        # -infinity is right where -infinity is expected, of which no difference can be taken.
+        difference = np.where(exact == expected, 0.0, np.abs(exact - expected))
+    difference = difference / case.magnitudes.get(name, 1.0)
     compared = case.compared.get(name)
     if compared is not None:
         difference = np.where(compared, difference, 0.0)

@@ -31,6 +31,7 @@ def heads_at_once(client: AttentionClient, seq_len: int, timeout: float) -> int:
 def layer_of(
     client: AttentionClient,
     ids: Sequence[int],
+    types: Sequence[int],
     target: Sequence[int],
     *,
     model: str,
@@ -46,6 +47,7 @@ def layer_of(
     Args:
         client: connected.
         ids: of the sequence.
+        types: of each id what kind of token it is; empty: 0.
         target: ids that a decoder reads; empty where there is none.
         model: its name.
         attention: which of several; empty of one.
@@ -62,6 +64,8 @@ def layer_of(
         AttnserveError: the server refused.
     """
     more: dict[str, Any] = {"targets": [list(target)]} if target else {}
+    if any(types):
+        more["token_type_ids"] = [list(types)]
     parts = []
     for first in range(0, len(heads), at_once):
         answer = client.attend_tokens(

@@ -15,7 +15,6 @@ from attnserve_proto.commands import Progress, values
 from attnserve_lens.asking import heads_at_once, layer_of
 from attnserve_lens.live import Viewer
 from attnserve_lens.page import write_page
-from attnserve_lens.pairs import pair_ids
 from attnserve_lens.serve import serve
 
 # Weights of one page, all texts together: 12 layers of 12 heads at 512 tokens are 38 million and
@@ -72,7 +71,7 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
     texts = _texts(options)
     results = collect(
         client,
-        _inputs(client, options, texts),
+        _inputs(options, texts),
         model=options.model,
         targets=options.target_text,
         layers=options.layers,
@@ -89,13 +88,13 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
 
 def collect(
     client: AttentionClient,
-    inputs: Sequence[str] | Sequence[Sequence[int]],
+    inputs: Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]],
     *,
     model: str,
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    truncate: bool = False,
+    truncate: bool | None = None,
     timeout: float = 60.0,
 ) -> list[TokensResult]:
     """Weights of texts or ids, one layer of one sequence a request, so that no answer is large.
@@ -106,7 +105,7 @@ def collect(
         model: its name.
         targets: for an encoder-decoder, what its decoder reads.
         layers, heads: 0-based; None is all.
-        truncate: cut texts that are too long.
+        truncate: cut texts that are too long, or refuse them; None is as the checkpoint does.
         timeout: seconds that each request may take.
 
     Returns:
@@ -149,6 +148,7 @@ def collect(
                     row, last = layer_of(
                         client,
                         ids_,
+                        found.token_type_ids[index],
                         target,
                         model=model,
                         attention=name,
@@ -220,8 +220,8 @@ def _standard_input() -> str:
 
 
 def _inputs(
-    client: AttentionClient, options: argparse.Namespace, texts: list[str]
-) -> list[str] | list[list[int]]:
+    options: argparse.Namespace, texts: list[str]
+) -> list[str] | list[tuple[str, str]] | list[list[int]]:
     if options.ids is not None:
         if texts or options.pair is not None:
             raise ValueError("--ids: given with a text; allowed: one of the two")
@@ -232,15 +232,7 @@ def _inputs(
         return texts
     if len(texts) != 1:
         raise ValueError(f"--pair: given with {len(texts)} texts; allowed: 1")
-    ids_ = pair_ids(
-        client,
-        texts[0],
-        options.pair,
-        model=options.model,
-        truncate=options.truncate,
-        timeout=options.timeout,
-    )
-    return [ids_]
+    return [(texts[0], options.pair)]
 
 
 def _serve(client: AttentionClient, options: argparse.Namespace) -> int:

@@ -15,7 +15,12 @@ from attnserve_proto.commands import (
 )
 
 from attnserve_loadtest import __version__, parsing
+from attnserve_loadtest import compare_command as compare
 from attnserve_loadtest import decode_command as decode
+from attnserve_loadtest import forecast_command as forecast
+from attnserve_loadtest import load_command as load
+from attnserve_loadtest import replay_command as replay
+from attnserve_loadtest import simulate_command as simulate
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.schema import Settings
 
@@ -61,7 +66,12 @@ def _parser() -> Parser:
     else:
         add_context(found.add_parser("context", help=help_of_context))
     decode.add_arguments(found.add_parser("decode", help="KV sessions that come and go"))
-    _add_report(found.add_parser("report", help="draw a report.json again"))
+    load.add_arguments(found.add_parser("load", help="offered load, up to the knee"))
+    replay.add_arguments(found.add_parser("replay", help="recorded traffic, as it came"))
+    simulate.add_arguments(found.add_parser("simulate", help="the same at clusters of any size"))
+    compare.add_arguments(found.add_parser("compare", help="two reports: what is faster"))
+    forecast.add_arguments(found.add_parser("forecast", help="lengths that were not measured"))
+    _add_report(found.add_parser("report", help="draw a report.json or load.json again"))
     return parser
 
 
@@ -123,7 +133,9 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Writes report.csv, .png and .html of a report.json, and prints its table."
+    parser.description = (
+        "Writes .csv, .png and .html of a report.json or load.json, and prints its table."
+    )
     parser.add_argument("json", type=values.path, metavar="report.json")
     parser.add_argument(
         "--out", type=values.path, metavar="DIR", help="default: where report.json lies"
@@ -169,9 +181,14 @@ def _run_scaling(parsed: argparse.Namespace) -> int:
 def _run_report(parsed: argparse.Namespace) -> int:
     from attnserve_loadtest.report.files import write_report
     from attnserve_loadtest.report.json_file import read_json
+    from attnserve_loadtest.report.load_files import finish
+    from attnserve_loadtest.report.load_schema import LoadReport
     from attnserve_loadtest.report.terminal import make_console, print_report
 
     report = read_json(parsed.json)
+    if isinstance(report, LoadReport):
+        finish(report, parsed.out or parsed.json.parent)
+        return 0
     paths = write_report(report, parsed.out or parsed.json.parent)
     print_report(report, make_console())
     _print_paths(paths)

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=values.name, required=True, metavar="NAME", help="a causal core model")
     add("--rate", type=parsing.positive_float, default=2.0, help="sessions a second; 2")
     add("--duration", type=parsing.seconds, default=30.0, help="seconds of arrivals; 30")
-    add("--prompt", type=_span, default=(32, 512), metavar="N[-N]", help="tokens; 32-512")
-    add("--tokens", type=_span, default=(16, 128), metavar="N[-N]", help="generated; 16-128")
+    add("--prompt", type=parsing.span, default=(32, 512), metavar="N[-N]", help="tokens; 32-512")
+    add("--tokens", type=parsing.span, default=(16, 128), metavar="N[-N]", help="generated; 16-128")
     add("--pause", type=values.seconds, default=0.5, help="seconds, half-way; 0.5")
     add("--layers", type=parsing.positive_int, default=4, help="of the callers' model; 4")
     add("--bound-ms", type=parsing.positive_float, default=50.0, help="between tokens; 50")
@@ -69,12 +69,3 @@ def run(parsed: argparse.Namespace) -> int:
 def _progress(sessions: int, left: float) -> None:
     if sys.stderr.isatty():
         print(f"\r{sessions} sessions, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-
-
-def _span(text: str) -> tuple[int, int]:
-    first, dash, last = text.partition("-")
-    low = parsing.positive_int(first)
-    high = parsing.positive_int(last) if dash else low
-    if high < low:
-        values.refuse(text, "N or N-N, the larger one last")
-    return low, high

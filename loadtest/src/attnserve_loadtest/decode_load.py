@@ -6,14 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from attnserve_client import AttentionClient, AttnserveError
 from numpy.typing import NDArray
 
 from attnserve_loadtest.errors import LoadTestError
-
-_DTYPES: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+from attnserve_loadtest.payloads import DTYPES
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def run_decode(
             raise LoadTestError(f"{target}: {error}") from None
         rows = max(settings.prompt[1], 1)
         tensors = [
-            generator.standard_normal((rows, heads, dim), np.float32).astype(_DTYPES[served.dtype])
+            generator.standard_normal((rows, heads, dim), np.float32).astype(DTYPES[served.dtype])
             for heads, dim in (
                 (served.num_heads, served.head_dim),
                 (served.num_kv_heads, served.head_dim),

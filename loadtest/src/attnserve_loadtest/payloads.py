@@ -12,14 +12,23 @@ from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
-from attnserve_client import AttendResult, AttentionClient, Model, ServerInfo, Timings, TokensResult
+from attnserve_client import (
+    AsyncAttentionClient,
+    AttendResult,
+    AttentionClient,
+    Model,
+    ServerInfo,
+    Timings,
+    TokensResult,
+)
 from numpy.typing import NDArray
 
 from attnserve_loadtest.errors import LoadTestError
 
 Array = NDArray[Any]
 
-_DTYPES: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+# By the name that a model's description has.
+DTYPES: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,13 @@ class AttendPayload:
         Raises:
             AttnserveError: the call failed.
         """
-        result = client.attend(
+        return self.answer(self.ask(client, variant=variant, timeout=timeout))
+
+    def ask(
+        self, client: AttentionClient | AsyncAttentionClient, *, variant: str, timeout: float
+    ) -> Any:
+        """What `client.attend` gives: an `AttendResult`, or of an asyncio client one to await."""
+        return client.attend(
             self.tensors.get("query"),
             self.tensors.get("key"),
             self.tensors.get("value"),
@@ -82,7 +97,11 @@ class AttendPayload:
             variant=variant,
             timeout=timeout,
         )
-        return _attend_answer(result)
+
+    def answer(self, result: AttendResult) -> Answer:
+        """What matters of what `ask` gave."""
+        size = 0 if result.output is None else result.output.nbytes
+        return Answer(result.variant, size, result.timings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +129,18 @@ class TokensPayload:
 
     def send(self, client: AttentionClient, *, variant: str, timeout: float) -> Answer:
         """Make the call; arguments and errors as those of `AttendPayload.send`."""
-        result = client.attend_tokens(self.ids, model=self.model, variant=variant, timeout=timeout)
-        return _tokens_answer(result)
+        return self.answer(self.ask(client, variant=variant, timeout=timeout))
+
+    def ask(
+        self, client: AttentionClient | AsyncAttentionClient, *, variant: str, timeout: float
+    ) -> Any:
+        """What `client.attend_tokens` gives; of an asyncio client, to await."""
+        return client.attend_tokens(self.ids, model=self.model, variant=variant, timeout=timeout)
+
+    def answer(self, result: TokensResult) -> Answer:
+        """What matters of what `ask` gave."""
+        size = sum(hidden.nbytes for hidden in result.hidden or ())
+        return Answer(result.variant, size, result.timings)
 
 
 Payload = AttendPayload | TokensPayload
@@ -130,7 +159,7 @@ def make_payload(model: Model, seq_len: int, *, batch: int = 1, seed: int = 0) -
     if model.kind == "transformer":
         ids = random.integers(0, model.vocab_size, (batch, seq_len)).tolist()
         return TokensPayload(model.name, seq_len, batch, ids)
-    dtype = _DTYPES[model.dtype]
+    dtype = DTYPES[model.dtype]
     tensors = {
         name: random.standard_normal(shape, np.float32).astype(dtype, copy=False)
         for name, shape in _tensor_shapes(model, seq_len, batch).items()
@@ -211,19 +240,8 @@ def _context_dim(model: Model) -> int:
 def _request_bytes(model: Model, seq_len: int, batch: int) -> int:
     if model.kind == "transformer":
         return 8 * batch * seq_len
-    itemsize: int = np.dtype(_DTYPES[model.dtype]).itemsize
+    itemsize: int = np.dtype(DTYPES[model.dtype]).itemsize
     elements: int = sum(
         math.prod(shape) for shape in _tensor_shapes(model, seq_len, batch).values()
     )
     return elements * itemsize
-
-
-def _attend_answer(result: AttendResult) -> Answer:
-    size = 0 if result.output is None else result.output.nbytes
-    return Answer(result.variant, size, result.timings)
-
-
-def _tokens_answer(result: TokensResult) -> Answer:
-    return Answer(
-        result.variant, sum(hidden.nbytes for hidden in result.hidden or ()), result.timings
-    )

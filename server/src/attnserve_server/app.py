@@ -37,7 +37,7 @@ class AttentionServer:
     Raises:
         LibraryError: ONNX Runtime is not there.
         ProviderError: the provider asked for does not work.
-        ManifestError: the model repository is not as it should be.
+        ManifestError: the model repository is no folder. What does not load of it is not served.
         CertificateError: TLS cannot be had as the settings ask.
         CallersError: the file of callers is not as it should be.
         WebTokenError: JSON Web Tokens cannot be checked as the settings ask.
@@ -53,12 +53,14 @@ class AttentionServer:
         self.plane = _data_plane(settings, self.providers)
         self.store = ModelStore(self.plane)
         load = partial(store.load, plane=self.plane, providers=self.providers)
-        store.load_all(settings.repository, self.store, load)
+        failed = store.load_all(settings.repository, self.store, load)
         self.metrics = Metrics(self.plane)
-        catalog = Catalog(settings.repository, self.store, load, changeable=settings.model_control)
+        changeable = settings.model_control
+        catalog = Catalog(settings.repository, self.store, load, failed, changeable=changeable)
         attention = AttentionHandlers(
             self.plane,
             self.store,
+            catalog,
             settings.limits,
             self.providers,
             onnxruntime_library.version(),

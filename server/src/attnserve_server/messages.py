@@ -5,6 +5,7 @@ from attnserve_proto import attention_pb2 as pb
 
 from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
+from attnserve_server.models.catalog import CatalogEntry
 from attnserve_server.models.store import LoadedModel
 from attnserve_server.settings import Limits
 
@@ -32,6 +33,7 @@ def model_message(model: LoadedModel) -> pb.Model:
         bottom_right=attention.alignment == "bottom-right",
         alibi=attention.alibi,
         chunk=attention.chunk or 0,
+        sinks=attention.sinks or (),
         rotary=attention.rotary.style if attention.rotary else "",
     )
     if manifest.layer is not None:
@@ -41,6 +43,8 @@ def model_message(model: LoadedModel) -> pb.Model:
         message.num_layers = manifest.transformer.num_layers
         message.vocab_size = manifest.transformer.vocab_size
         message.max_seq_len = manifest.transformer.max_seq_len
+        message.token_types = manifest.transformer.token_types
+        message.max_text_len = manifest.transformer.texts.max_len or 0
         for described in manifest.transformer.attentions:
             message.attentions.add(
                 name=described.name,
@@ -63,6 +67,11 @@ def model_message(model: LoadedModel) -> pb.Model:
             quadratic_memory=entry.memory == "quadratic",
         )
     return message
+
+
+def unavailable_message(entry: CatalogEntry) -> pb.UnavailableModel:
+    """A version that is not served."""
+    return pb.UnavailableModel(name=entry.name, version=str(entry.version), reason=entry.reason)
 
 
 def limits_message(limits: Limits) -> pb.Limits:

@@ -32,7 +32,7 @@ def has_flash(config: AttentionConfig, dtype: str) -> bool:
         dtype: "FP32", "FP16" or "BF16". FP32 has no FlashAttention, but without a mask ONNX Runtime
             takes another kernel of linear memory; windows have none.
     """
-    plain = not (config.softcap or config.alibi or config.chunk is not None)
+    plain = not (config.softcap or config.alibi or config.chunk is not None or config.sinks)
     regular = config.head_dim == config.value_head_dim and config.head_dim % 8 == 0
     causal_window = config.mask == "causal" and dtype != "FP32"
     return (

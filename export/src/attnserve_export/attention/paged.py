@@ -34,7 +34,7 @@ def has_paged(config: AttentionConfig) -> bool:
     Positions are those of the sequence: no reach to both sides, and with rotary embedding, which
     turns new keys by the positions of the queries, only causal masks.
     """
-    if config.chunk is not None:
+    if config.chunk is not None or config.sinks is not None:
         return False
     bounded = config.windowed or config.rotary is not None
     return config.mask == "causal" or not bounded
@@ -110,7 +110,7 @@ def paged_model(
         "lengths": (TensorProto.INT64, ("sequences",)),
         "table_starts": (TensorProto.INT64, ("sequences_and_end",)),
         "table": (TensorProto.INT64, ("pages",)),
-        "spec": (TensorProto.INT64, (6,)),
+        "spec": (TensorProto.INT64, (7,)),
         "parents": (TensorProto.INT64, ("parents",)),
         "weights_of": (TensorProto.INT64, ("weighed_sequences",)),
         "output": output,

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, last_hidden_state
+from attnserve_export.checkpoints.modules import (
+    ENCODER_HIDDEN,
+    HIDDEN,
+    TYPES,
+    last_hidden_state,
+)
 from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER, Plan
 from attnserve_export.errors import ExportError
 from attnserve_export.reference import Scheme, attention_reference
@@ -94,6 +99,9 @@ def transformer_cases(exact: Exact, generator: np.random.Generator) -> Iterator[
 
 def _of(exact: Exact, case: _Lengths, most: int, generator: np.random.Generator) -> Case:
     feeds = _feeds("", case.source, most, exact.info.vocab_size, generator)
+    if exact.plan.token_types:
+        shape = feeds["input_ids"].shape
+        feeds[TYPES] = generator.integers(0, exact.plan.token_types, shape)
     if exact.plan.kind == ENCODER_DECODER:
         feeds |= _feeds("decoder_", case.target, most, exact.info.vocab_size, generator)
     return _case(case.name, exact, feeds)
@@ -194,7 +202,8 @@ def _alone(exact: Exact, feeds: Mapping[str, Array]) -> dict[str, Array]:
     for row in range(len(feeds["input_ids"])):
         given = {}
         for name, array in feeds.items():
-            length = int(feeds[name.replace("input_ids", "attention_mask")][row].sum())
+            mask = name.replace("input_ids", "attention_mask")
+            length = int(feeds["attention_mask" if name == TYPES else mask][row].sum())
             if name in taken:
                 given[name] = torch.from_numpy(array[row : row + 1, :length])
         try:

@@ -1,9 +1,7 @@
-"""A checkpoint's folder, read: configuration, parameters, tokenizer, pooling."""
+"""A checkpoint's folder, read: configuration and parameters."""
 
 import hashlib
 import inspect
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ from torch import nn
 
 from attnserve_export.checkpoints.experts import every_expert
 from attnserve_export.checkpoints.families import Family, check_rules, family_of
+from attnserve_export.checkpoints.files import read_json
 from attnserve_export.checkpoints.masks import make_mask
+from attnserve_export.checkpoints.sentences import Sentences, read_sentences
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, attention
 from attnserve_export.errors import ExportError
 
@@ -22,33 +22,24 @@ NOT_THROUGH = "--checkpoint: its attention does not go through AttentionInterfac
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# What sentence-transformers calls the ways to pool, and what manifests call them.
-_POOLINGS = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "last",
-}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that can be exported.
 
     Attributes:
-        folder: where it is.
+        folder: where the files of transformers are: of sentence-transformers, within its own.
         name: as its config.json has it, or its family's.
         family: of the checkpoint.
         config: as transformers reads it.
-        pooling: "mean", "cls", "last", or None: the checkpoint says nothing.
-        normalize_pooled: whether the pooled vector is scaled to length 1.
+        sentences: what sentence-transformers' files say of it; None: there are none.
     """
 
     folder: Path
     name: str
     family: Family
     config: Any
-    pooling: str | None
-    normalize_pooled: bool
+    sentences: Sentences | None
 
     @property
     def vocab_size(self) -> int:
@@ -73,11 +64,17 @@ class Checkpoint:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's configuration.
 
+    Args:
+        folder: of transformers, or of sentence-transformers.
+
     Raises:
         ExportError: it cannot be read, or is of a kind that is not supported; says which field of
-            config.json, what it is and what is allowed.
+            which file, what it is and what is allowed.
     """
-    content = _json(folder / "config.json")
+    sentences = read_sentences(folder)
+    if sentences is not None:
+        folder = sentences.inner
+    content = read_json(folder / "config.json")
     if not isinstance(content, dict):
         raise ExportError(f"--checkpoint: {folder}: config.json: allowed: a JSON object")
     check_rules(content, str(folder))
@@ -98,7 +95,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     name = str(content.get("_name_or_path") or family.name)
     # Trained from a folder, it would say where that was.
     name = Path(name).name if Path(name).is_absolute() else name
-    return Checkpoint(folder, name, family, config, *_pooling(folder))
+    return Checkpoint(folder, name, family, config, sentences)
 
 
 def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
@@ -161,16 +158,6 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_json(folder: Path) -> bytes | None:
-    """tokenizer.json without truncation and padding, which are the server's to decide."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    content = _json(path)
-    content["truncation"] = content["padding"] = None
-    return json.dumps(content, ensure_ascii=False).encode()
-
-
 def _check_numbers(config: Any, where: str) -> None:
     """Refuse what transformers reads without complaint, but what no model can be.
 
@@ -198,28 +185,6 @@ def _experts_interface() -> Any:
     return ALL_EXPERTS_FUNCTIONS
 
 
-def _pooling(folder: Path) -> tuple[str | None, bool]:
-    """How a sentence-transformers folder makes one vector of a sequence, and if it normalises."""
-    if not (folder / "modules.json").is_file():
-        return None, False
-    modules = [(str(module.get("type", "")).rsplit(".", 1)[-1], module)
-               for module in _json(folder / "modules.json")]  # fmt: skip
-    kinds = [kind for kind, _ in modules]
-    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"} or kinds.count("Pooling") != 1:
-        return None, False  # something of its own is made of the vector
-    path = folder / str(dict(modules)["Pooling"].get("path", "")) / "config.json"
-    return _pooling_mode(_json(path) if path.is_file() else {}), "Normalize" in kinds
-
-
-def _pooling_mode(config: Mapping[str, Any]) -> str | None:
-    """The one way to pool that is on; None if there is none, or another, or several."""
-    if isinstance(config.get("pooling_mode"), str):
-        mode = config["pooling_mode"]
-        return {"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(mode)
-    on = [name for name, value in config.items() if name.startswith("pooling_mode_") and value]
-    return _POOLINGS.get(on[0]) if len(on) == 1 else None
-
-
 def _transformers() -> Any:
     # Imported here: core and layer exports do without transformers.
     try:
@@ -233,12 +198,3 @@ def _transformers() -> Any:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExportError(f"--checkpoint: {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"--checkpoint: {path}: not JSON: {error}") from None

@@ -1,6 +1,7 @@
 """A checkpoint to a version in the model repository."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,20 @@ from attnserve_export.checkpoints.cases import Exact, first_case, transformer_ca
 from attnserve_export.checkpoints.checkpoint import (
     Checkpoint,
     load_model,
-    tokenizer_json,
     weights_sha256,
 )
-from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, TARGET, module_for
+from attnserve_export.checkpoints.modules import (
+    ENCODER_HIDDEN,
+    HIDDEN,
+    SOURCE,
+    TARGET,
+    TYPES,
+    module_for,
+)
 from attnserve_export.checkpoints.observing import observe
 from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER
+from attnserve_export.checkpoints.texts import FILE as TOKENIZER
+from attnserve_export.checkpoints.texts import TextError, TextReader, text_reader
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, Call, Tracer
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
@@ -74,6 +83,7 @@ def export_transformer(
         VerificationError: a graph missed its tolerance; nothing is written.
     """
     progress("loading the checkpoint")
+    reader = _reader(checkpoint, progress)
     model = load_model(checkpoint, IMPLEMENTATION)
     progress("comparing its modules with transformers")
     exact = _admitted(checkpoint, model, load_model(checkpoint, "eager").double())
@@ -106,9 +116,8 @@ def export_transformer(
             made.extend(transformer_cases(exact, generator))
         return made
 
-    tokenizer = tokenizer_json(checkpoint.folder)
-    if tokenizer is None:
-        progress("tokenizer.json is not there: the model will take ids, but no texts")
+    if info.pooling_refused:
+        progress(f"{info.pooling_refused}: the model will give no pooled vectors")
     return write_version(
         Description(
             name=name,
@@ -120,16 +129,36 @@ def export_transformer(
                 "description": f"checkpoint {checkpoint.name}",
                 "sha256": weights_sha256(checkpoint.folder),
             },
-            transformer=info,
-            tokenizer=None if tokenizer is None else "tokenizer.json",
+            transformer=_with_texts(info, reader),
+            tokenizer=None if reader is None else TOKENIZER,
         ),
         variants,
         target,
         cases=make,
         reference="Hugging Face transformers, eager attention, float64",
-        extra_files={} if tokenizer is None else {"tokenizer.json": tokenizer},
+        extra_files={} if reader is None else {TOKENIZER: reader.file},
         progress=progress,
     )
+
+
+def _reader(checkpoint: Checkpoint, progress: Progress) -> TextReader | None:
+    """How texts become tokens; None where the model takes ids alone, which is said."""
+    try:
+        reader = text_reader(checkpoint.folder, checkpoint.config, checkpoint.sentences)
+        reason = "there is no tokenizer"
+    except TextError as error:
+        reader, reason = None, str(error)
+    if reader is None:
+        progress(f"{reason}: the model will take ids, but no texts")
+    return reader
+
+
+def _with_texts(info: Transformer, reader: TextReader | None) -> Transformer:
+    if reader is None:
+        return info
+    # Where no file says whether the tokenizer tells texts apart, it does for whom it is of use.
+    types = bool(info.token_types) if reader.types_unknown else reader.texts.types
+    return replace(info, texts=replace(reader.texts, types=types))
 
 
 def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exact:
@@ -188,15 +217,20 @@ def _info(checkpoint: Checkpoint, tracer: Tracer) -> Transformer:
     """The manifest's part, from a small run in PyTorch."""
     plan, module = tracer.plan, module_for(tracer)
     found = run_in_torch(tracer, {n: _tokens(n).example.numpy() for n in module.inputs})
+    hidden_size, sentences = found[HIDDEN].shape[2], checkpoint.sentences
+    refused = "" if sentences is None else sentences.refused_of(hidden_size)
+    pooled = None if refused else sentences
     return Transformer(
         family=checkpoint.family.name,
         num_layers=len(tracer.calls[plan.attentions[0]]),
-        hidden_size=found[HIDDEN].shape[2],
+        hidden_size=hidden_size,
         vocab_size=checkpoint.vocab_size,
         max_seq_len=plan.max_seq_len,
         pad_token_id=checkpoint.pad_token_id,
-        pooling=checkpoint.pooling,
-        normalize_pooled=checkpoint.normalize_pooled,
+        token_types=plan.token_types,
+        pooling=None if pooled is None else pooled.pooling,
+        pooling_refused=refused,
+        normalize_pooled=pooled is not None and pooled.normalize,
         decoder_start_token_id=checkpoint.decoder_start_token_id,
         attentions=tuple(_described(name, calls) for name, calls in tracer.calls.items()),
     )
@@ -233,6 +267,8 @@ def _graph(tracer: Tracer, opset: int) -> onnx.ModelProto:
         raise ExportError(f"--checkpoint: it cannot be traced: {first_line(error)}") from None
     if not tracer.plan.convention.positions:
         graphs.write_out_angles(model)
+    if TYPES in module.inputs:
+        graphs.default_to_zeros(model, TYPES, SOURCE[0])
     graphs.rename_dims(model, {name: _dims(name, tracer.plan.kind) for name in names})
     return model
 

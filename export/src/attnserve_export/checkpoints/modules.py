@@ -10,28 +10,34 @@ from attnserve_export.checkpoints.tracing import Tracer
 
 HIDDEN, ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
 SOURCE, TARGET = ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")
+TYPES = "token_type_ids"
 
 
 class OneStack(nn.Module):
     """An encoder or a decoder."""
 
-    inputs = SOURCE
     hidden: tuple[str, ...] = (HIDDEN,)
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.model = tracer.model
         self.tracer = tracer
+        self.inputs = (*SOURCE, TYPES) if tracer.plan.token_types else SOURCE
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Hidden states, then `Tracer.outputs`.
 
         Args:
             input_ids: [B, S].
             attention_mask: [B, S], 1 valid, 0 padding, which comes last.
+            token_type_ids: [B, S], of models that have several kinds of token.
         """
         convention, kind = self.tracer.plan.convention, self.tracer.plan.kind
         more: dict[str, object] = {}
+        if token_type_ids is not None:
+            more[TYPES] = token_type_ids
         if convention.no_cache:  # of keys and values, which nobody would read
             more["use_cache"] = False
         if convention.mask:

@@ -119,9 +119,18 @@ def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int)
             any(call.sinks is not None for _, call in calls),
             max(0, longest),
             bool(tables),
+            _token_types(text, taken, two_stacks),
         )
         for convention in _conventions(kind, taken)
     ]
+
+
+def _token_types(config: Any, taken: Any, two_stacks: bool) -> int:
+    """How many kinds of token there are: of one alone nothing need be said."""
+    types = getattr(config, "type_vocab_size", None)
+    if two_stacks or "token_type_ids" not in taken or type(types) is not int or types < 2:
+        return 0
+    return types
 
 
 def _whose(call: Call, two_stacks: bool) -> str:

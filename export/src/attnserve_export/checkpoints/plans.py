@@ -40,6 +40,7 @@ class Plan:
         sinks: whether any has sinks.
         max_seq_len: tokens of the longest sequence; 0: no end.
         table: whether positions are in a table, so that there is a longest sequence.
+        token_types: how many kinds of token `token_type_ids` tell apart; 0: it takes none.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Plan:
     sinks: bool
     max_seq_len: int
     table: bool
+    token_types: int
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from attnserve_loadtest.report.files import write_files
-from attnserve_loadtest.report.html import page_style
+from attnserve_loadtest.report.page import page_style
 from attnserve_loadtest.report.svg import inline_svg
 
 from attnserve_lens.context import plot as context_plot

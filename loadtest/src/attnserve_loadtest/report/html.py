@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 
 from attnserve_loadtest.fitting import Growth, growth_of
-from attnserve_loadtest.report import palette, plot
+from attnserve_loadtest.report import page, palette, plot
 from attnserve_loadtest.report.schema import PARTS, Distribution, Fit, Point, Report, Series
 from attnserve_loadtest.report.svg import inline_svg
 from attnserve_loadtest.report.terminal import counted, describe_overlapping, format_ms
@@ -19,17 +19,10 @@ def write_html(report: Report, path: Path) -> None:
 
 def html_page(report: Report) -> str:
     """The page: the fits, the plots, every figure as a table, and how it was measured."""
-    title = escape(plot.title(report))
     sections = [_summary(report), _figures(report)]
     sections += [_series_section(series) for series in report.series]
     sections.append(_method(report))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        '<meta name="color-scheme" content="light dark"/>\n'
-        f"<title>{title}</title>\n<style>{page_style()}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{title}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
-    )
+    return page.page(plot.title(report), sections)
 
 
 def _summary(report: Report) -> str:
@@ -47,7 +40,7 @@ def _summary(report: Report) -> str:
         note += f'<p class="warning">{counted(failures, "request")} failed; see below.</p>'
     if not rows:
         return f"{note}<p>Fewer than two lengths were answered: there is no exponent.</p>"
-    head = _head(
+    head = page.head(
         ("series", "of", "exponent", "confidence interval", "R²", "lengths", "last two lengths")
     )
     return (
@@ -55,7 +48,7 @@ def _summary(report: Report) -> str:
         "<p>Duration ≈ coefficient &#215; seq_len<sup>exponent</sup>, fitted to the medians. "
         "1 is linear, 2 is quadratic. Small lengths are dominated by constant costs; the exponent "
         "between the last two lengths says most about large ones.</p>\n"
-        + _table(head, rows, "Fitted exponents")
+        + page.table(head, rows, "Fitted exponents")
         + _growths(report)
     )
 
@@ -70,12 +63,12 @@ def _growths(report: Report) -> str:
     ]
     if not rows:
         return ""
-    head = _head(("series", "of", "at", "constant ms", "linear ms", "quadratic ms", "off by"))
+    head = page.head(("series", "of", "at", "constant ms", "linear ms", "quadratic ms", "off by"))
     return (
         "<p>No power law has a constant part. The same medians as constant + linear + quadratic in "
         "seq_len, none below zero, by least squares of relative errors: what each part takes at "
         "the longest length, and how far the sum is off at most.</p>\n"
-        + _table(head, rows, "What latency is made of")
+        + page.table(head, rows, "What latency is made of")
     )
 
 
@@ -163,8 +156,8 @@ def _series_section(series: Series) -> str:
         f"{series.kind}, version {series.version}, {series.dtype}, {series.mask}, {shape}, "
         f"head_dim {series.head_dim}; variant run: {', '.join(series.variants_run) or 'none'}"
     )
-    latency = _table(
-        _head(
+    latency = page.table(
+        page.head(
             (
                 "seq_len",
                 "count",
@@ -177,8 +170,8 @@ def _series_section(series: Series) -> str:
         [_latency_row(point) for point in series.points],
         "Latency end to end and throughput",
     )
-    split = _table(
-        _head(("seq_len", *(f"{each} ms" for each in PARTS), "batch size")),
+    split = page.table(
+        page.head(("seq_len", *(f"{each} ms" for each in PARTS), "batch size")),
         [_split_row(point) for point in series.points],
         f"Means: {' + '.join(PARTS)} = end to end",
     )
@@ -194,21 +187,21 @@ def _series_section(series: Series) -> str:
 
 def _latency_row(point: Point) -> str:
     whole = point.end_to_end
-    latency = [_ms(whole, each) for each in _LATENCY_COLUMNS]
+    latency = [page.ms(whole, each) for each in _LATENCY_COLUMNS]
     rates = [f"{point.requests_per_second:,.1f}", f"{point.tokens_per_second:,.0f}"]
-    return _row([str(point.seq_len), str(point.count), str(point.failures), *latency, *rates])
+    return page.row([str(point.seq_len), str(point.count), str(point.failures), *latency, *rates])
 
 
 def _split_row(point: Point) -> str:
     means: list[Distribution | None] = [getattr(point, each) for each in PARTS]
     batch = "-" if point.batch_size is None else f"{point.batch_size:.2f}"
-    return _row([str(point.seq_len), *(_ms(each, "mean") for each in means), batch])
+    return page.row([str(point.seq_len), *(page.ms(each, "mean") for each in means), batch])
 
 
 def _fit_table(fit: Fit) -> str:
     local = {each.to_seq_len: each.exponent for each in fit.local_exponents}
     rows = [
-        _row(
+        page.row(
             [
                 str(each.seq_len),
                 format_ms(each.observed_ms),
@@ -219,11 +212,13 @@ def _fit_table(fit: Fit) -> str:
         )
         for each in fit.residuals
     ]
-    head = _head(("seq_len", "p50 ms", "fitted ms", "off the line", "exponent from the one before"))
+    head = page.head(
+        ("seq_len", "p50 ms", "fitted ms", "off the line", "exponent from the one before")
+    )
     name = fit.quantity.replace("_", " ")
     return (
         f"<details><summary>Residuals and local exponents, {name}</summary>"
-        + _table(head, rows, f"Fit of {name}")
+        + page.table(head, rows, f"Fit of {name}")
         + "</details>"
     )
 
@@ -267,60 +262,3 @@ def _method(report: Report) -> str:
         "squares line through the medians on log-log axes; its interval is Student's t, and says "
         "how well one line suits these lengths.</p></section>"
     )
-
-
-def _table(head: str, rows: list[str], caption: str) -> str:
-    return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption>'
-        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>\n"
-    )
-
-
-def _head(columns: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f'<th scope="col">{escape(each)}</th>' for each in columns) + "</tr>"
-
-
-def _row(cells: list[str]) -> str:
-    first, *others = cells
-    return f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in others) + "</tr>"
-
-
-def _ms(distribution: Distribution | None, statistic: str) -> str:
-    return "-" if distribution is None else format_ms(getattr(distribution, statistic))
-
-
-def page_style() -> str:
-    """The style sheet of the reports: light or dark as the reader's system is."""
-
-    def variables(ink: str, muted: str, grid: str, paper: str, series: tuple[str, ...]) -> str:
-        colours = {"ink": ink, "muted": muted, "grid": grid, "paper": paper}
-        colours |= {f"series-{index}": colour for index, colour in enumerate(series)}
-        return "".join(f"--{name}:{colour};" for name, colour in colours.items())
-
-    p = palette
-    light = variables(p.INK, p.MUTED, p.GRID, p.PAPER, p.LIGHT)
-    dark = variables(p.DARK_INK, p.DARK_MUTED, p.DARK_GRID, p.DARK_PAPER, p.DARK)
-    return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{_RULES}"
-
-
-_RULES = """
-body{margin:0;background:var(--paper);color:var(--ink);
-  font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:76rem;margin:0 auto;padding:1.5rem}p{max-width:62rem}
-h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.2rem}
-h3{font-size:1.05rem}
-figure{margin:1.5rem 0;overflow-x:auto}svg{width:100%;height:auto;display:block}
-@media(max-width:44rem){main{padding:1rem}figure svg{min-width:40rem}}
-.scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--muted);padding-bottom:.3rem}
-th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
-thead th{color:var(--muted);font-weight:600}
-th:first-child{text-align:left;padding-left:0}tbody th{font-weight:600}
-.key{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.5em}
-.warning{border-left:4px solid var(--series-1);padding-left:.8rem}
-summary{cursor:pointer;padding:.3rem 0}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.2rem}
-dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
-@media print{details{display:block}}
-"""

@@ -1,4 +1,4 @@
-"""`report.json`: writes a report and reads it back."""
+"""Reports as JSON: writes one, and reads back what was written."""
 
 import json
 import types
@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from attnserve_loadtest.errors import LoadTestError
+from attnserve_loadtest.report.load_schema import LOAD_SCHEMA, LOAD_SCHEMA_VERSION, LoadReport
 from attnserve_loadtest.report.schema import SCHEMA, SCHEMA_VERSION, Report
+from attnserve_loadtest.report.simulation_schema import SimulationReport
+
+# By the schema's name: its version, and what is made of it.
+_KNOWN: dict[str, tuple[int, type]] = {
+    SCHEMA: (SCHEMA_VERSION, Report),
+    LOAD_SCHEMA: (LOAD_SCHEMA_VERSION, LoadReport),
+}
+_COMMANDS = "`attnserve-loadtest scaling`, `load` or `replay`"
 
 
-def write_json(report: Report, path: Path) -> None:
-    """Write the report as JSON."""
+def write_json(report: Report | LoadReport | SimulationReport, path: Path) -> None:
+    """Write a report as JSON."""
     path.write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
-def read_json(path: Path) -> Report:
+def read_json(path: Path) -> Report | LoadReport:
     """Read a report that `write_json` wrote.
 
     Raises:
@@ -27,15 +36,17 @@ def read_json(path: Path) -> Report:
         raise LoadTestError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise LoadTestError(f"{path} is not JSON") from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise LoadTestError(f"{path} is not a report of `attnserve-loadtest scaling`")
-    if content.get("schema_version") != SCHEMA_VERSION:
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if not isinstance(schema, str) or schema not in _KNOWN:
+        raise LoadTestError(f"{path} is not a report of {_COMMANDS}")
+    version, kind = _KNOWN[schema]
+    if content.get("schema_version") != version:
         raise LoadTestError(
             f"{path} has schema version {content.get('schema_version')}; "
-            f"this program reads {SCHEMA_VERSION}"
+            f"this program reads {version}"
         )
     try:
-        report: Report = _decode(content, Report)
+        report: Report | LoadReport = _decode(content, kind)
     except (KeyError, TypeError, ValueError) as error:
         raise LoadTestError(f"{path} is damaged: {error}") from None
     return report

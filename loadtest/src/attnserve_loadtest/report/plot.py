@@ -17,7 +17,8 @@ from attnserve_loadtest.report.schema import Fit, Point, Report, Series
 
 matplotlib.use("Agg")
 
-_STYLE: Any = {
+# Of all figures of reports.
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10.5,
     "axes.edgecolor": palette.MUTED,
@@ -44,7 +45,7 @@ _PARTS = (
 
 def write_png(report: Report, path: Path) -> None:
     """Draw the latencies and the local exponents into one PNG file, light."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 9), dpi=150, layout="constrained", facecolor=palette.PAPER)
         upper, lower = figure.subplots(2, 1, height_ratios=(2.6, 1), sharex=True)
         _draw_latency(upper, report)
@@ -55,7 +56,7 @@ def write_png(report: Report, path: Path) -> None:
 
 def latency_figure(report: Report) -> Figure:
     """End to end and compute against seq_len on log-log axes, with the fits."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 6), layout="constrained")
         _draw_latency(figure.subplots(), report)
     return figure
@@ -63,7 +64,7 @@ def latency_figure(report: Report) -> Figure:
 
 def local_exponents_figure(report: Report) -> Figure:
     """The exponent between neighbouring lengths against seq_len."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.4), layout="constrained")
         _draw_local_exponents(figure.subplots(), report)
     return figure
@@ -71,7 +72,7 @@ def local_exponents_figure(report: Report) -> Figure:
 
 def split_figure(report: Report) -> Figure:
     """What share of the mean end to end each part has, by length and series."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         _draw_split(figure.subplots(), report)
     return figure

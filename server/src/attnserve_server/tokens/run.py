@@ -1,6 +1,7 @@
 """Runs validated token requests through a transformer's graph."""
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ def attend(plane: DataPlane, request: Request, work: TokensWork, timeout: int = 
         model=work.model.core,
         variant=work.variant.name,
         source=work.source.sequences,
+        source_types=work.source.types or (),
         target=[] if work.target is None else work.target.sequences,
         outputs=outputs,
         priority=work.priority,
@@ -130,7 +132,8 @@ def _share(
             arrays["encoder_hidden"] = results[_ENCODER_HIDDEN][row, :source_len]
     if wanted.pooled:
         states = results[_ENCODER_HIDDEN if transformer.has_target else _HIDDEN]
-        arrays["pooled"] = _pool(transformer, states[row, :source_len])
+        first = min(work.source.prompt_len, source_len)
+        arrays["pooled"] = pool(transformer, states[row, :source_len], first)
     if wanted.heads is not None:
         name = wanted.heads.attention.name
         query_len = source_len if name == "encoder" else target_len
@@ -188,13 +191,32 @@ def _blocks(
     )
 
 
-def _pool(transformer: Transformer, hidden: Array) -> Array:
-    """One vector for a sequence, as its checkpoint does it: [S, E] to [E] FP32."""
-    exact = hidden.astype(np.float32)
-    if transformer.pooling == "mean":
-        pooled = exact.mean(axis=0, dtype=np.float64)
-    else:
-        pooled = exact[0 if transformer.pooling == "cls" else -1]
+def pool(transformer: Transformer, hidden: Array, first: int = 0) -> Array:
+    """One vector for a sequence, as its checkpoint does it.
+
+    Args:
+        transformer: that it went through.
+        hidden: [S, E].
+        first: tokens at its beginning that do not count.
+
+    Returns:
+        [E] FP32. As in sentence-transformers' `Pooling`, and 0 where no token counts.
+    """
+    rows = hidden[first:].astype(np.float64)
+    if not len(rows):
+        return np.zeros(hidden.shape[1], np.float32)
+    pooled = _POOLINGS[transformer.pooling or "mean"](rows, np.arange(first, len(hidden)) + 1.0)
     if transformer.normalize_pooled:
         pooled = pooled / max(float(np.linalg.norm(pooled)), 1e-12)
     return np.asarray(pooled, np.float32)
+
+
+# Of rows [S, E] and their positions from 1 on, [S].
+_POOLINGS: Mapping[str, Callable[[Array, Array], Array]] = {
+    "mean": lambda rows, _: rows.mean(axis=0),
+    "cls": lambda rows, _: rows[0],
+    "last": lambda rows, _: rows[-1],
+    "max": lambda rows, _: rows.max(axis=0),
+    "mean_sqrt_len": lambda rows, _: rows.sum(axis=0) / math.sqrt(len(rows)),
+    "weightedmean": lambda rows, positions: positions @ rows / positions.sum(),
+}

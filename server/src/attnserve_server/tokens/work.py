@@ -53,10 +53,18 @@ class TokensWanted:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Sequences of token ids, and whether each was cut."""
+    """Sequences of token ids.
+
+    Attributes:
+        truncated: of each sequence, whether it was cut.
+        types: of each id what kind of token it is; None: 0.
+        prompt_len: ids at the beginning of each that do not count for its vector.
+    """
 
     sequences: Sequence[Sequence[int]]
     truncated: Sequence[bool]
+    types: Sequence[Sequence[int]] | None = None
+    prompt_len: int = 0
 
     @property
     def longest(self) -> int:
