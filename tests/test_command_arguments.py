@@ -48,6 +48,7 @@ BAD = {
         "mean=5ms",
         f"p99={HUGE}ms",
     ),
+    "roles": ("", "root", "infer,infer", "infer,", "Admin", HUGE),
     "host": ("", "a b", "1::2::3", "[::1", "unix:", f"unix:{HUGE}", HUGE),
 }
 OF = {
@@ -69,9 +70,11 @@ OF = {
     "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report A B",
+    "--tls-certificate --tls-key --tls-client-authorities --config --callers --jwt-keys "
+    "report.json TRACE --report A B",
     "text": "TEXT --query --pair --target-text",
-    "title": "--title",
+    "title": "--title --jwt-issuer --jwt-audience --jwt-roles-claim",
+    "roles": "--certificate-roles",
 }
 KINDS = {option: kind for kind, listed in OF.items() for option in listed.split()}
 KINDS |= {"--target": "target", "--host": "host"}

@@ -53,7 +53,7 @@ def check_settings(settings: Settings) -> None:
         ("--jwt-issuer", settings.jwt_issuer),
         ("--jwt-audience", settings.jwt_audience),
     ):
-        if value is None:
+        if not value:
             raise WebTokenError(
                 f"{option}: given nothing; --jwt-keys needs it: else tokens that were made for "
                 "others would do"
