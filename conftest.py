@@ -42,6 +42,9 @@ LONGEST = (
     "test_benchmarks_decode.py",
     "test_export_flash.py",
     "test_loadtest_locust.py",
+    "test_loadtest_load.py",
+    "test_loadtest_generator.py",
+    "test_loadtest_open_locust.py",
     "test_transformers.py",
     "test_kernels.py",
 )

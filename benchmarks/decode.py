@@ -5,7 +5,8 @@ in rounds of a part of a second; medians of rounds count. The client in C++ is a
 (native/decode.cc). Every step's token is taken away again, outside what is timed.
 
     step      one session's step: C++, SDK and the graph `paged` in process; bytes on the socket
-    sessions  64 sessions in one message, one by one, and the same batch in process
+    sessions  64 sessions in one message, its tensors in it or in shared memory, one by one, and the
+              same batch in process
     layer     steps of a layer model, which has the projections inside, beside the core's
     reupload  a step against sending all keys and values again
     memory    bytes of pages at mixed lengths; forks
@@ -19,6 +20,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,16 +28,19 @@ from pathlib import Path
 from statistics import median
 
 import decode_calls as calls
+import decode_messages as messages
 import numpy as np
 import serving_sections
 import serving_servers
 from attnserve_client import AttentionClient, Session, keep_freed_memory, page_hashes
 from attnserve_proto import attention_pb2 as pb
-from decode_calls import Group, Metrics, Paged
+from decode_calls import Metrics, Paged
+from decode_messages import Group
 from serving_report import Bar, Row, Section
 from serving_servers import Server
 
 CONTEXT = 4096
+PAUSE_SECONDS = 0.2e-3
 NATIVE_BAR_MS, SDK_BAR_MS, BYTES_BAR, LAYER_BYTES_BAR = 0.12, 0.35, 1.01, 0.55
 SESSIONS, BATCH_BAR, ONE_BY_ONE_BAR = 64, 1.25, 3.0
 REUPLOAD_BAR = 20.0
@@ -79,8 +84,8 @@ def step(service: Service, sizes: Sizes) -> Section:
     rows, bars = [], []
     for context in sizes.contexts:
         (session,) = sessions = calls.copies(service.client, 1, context)
-        arrays = calls.random(1)
-        groups = [Group(True, calls.step(sessions)), calls.back(sessions)]
+        arrays = messages.random(1)
+        groups = [Group(True, messages.step(sessions)), messages.back(sessions)]
         in_process = Paged(service.repository, [context + 1])
         computing: list[float] = []
 
@@ -94,7 +99,7 @@ def step(service: Service, sizes: Sizes) -> Section:
         def take_back(session: Session = session, context: int = context) -> None:
             session.truncate(context)
 
-        times: dict[str, list[float]] = {"native": [], "sdk": [], "in_process": []}
+        times: dict[str, list[float]] = {"native": [], "sdk": [], "in_process": [], "paused": []}
         sent: list[float] = []
         for _ in range(sizes.rounds):
             got = calls.by_native(service.server, groups, sizes.seconds)
@@ -102,6 +107,7 @@ def step(service: Service, sizes: Sizes) -> Section:
             sent.append(got["bytes"])
             times["sdk"].append(calls.p50_ms(attend, sizes.seconds, take_back))
             times["in_process"].append(calls.p50_ms(in_process, sizes.seconds, _nothing))
+            times["paused"].append(calls.p50_ms(in_process, sizes.seconds, _pause))
         row: Row = {"context": context}
         row |= {f"{name}_ms": median(values) for name, values in times.items()}
         for name in ("native", "sdk"):
@@ -114,7 +120,11 @@ def step(service: Service, sizes: Sizes) -> Section:
             bars.append(Bar(f"{text} Python", row["sdk_over_ms"], SDK_BAR_MS))
     growth = rows[-1]["bytes"] / rows[0]["bytes"]
     text = f"bytes of a step, {rows[-1]['context']} tokens / {rows[0]['context']}"
-    notes = ["sdk_server_compute_ms: computing in the SDK's steps, by the server's own timings."]
+    notes = [
+        "sdk_server_compute_ms: computing in the SDK's steps, by the server's own timings.",
+        f"paused_ms: in process, each run {PAUSE_SECONDS * 1e3:g} ms after the one before, as runs "
+        "in the server are about: meanwhile other cores fall asleep.",
+    ]
     return Section("step", rows, [*bars, Bar(text, growth, BYTES_BAR)], notes)
 
 
@@ -123,24 +133,31 @@ def sessions(service: Service, sizes: Sizes) -> Section:
     rows, bars = [], []
     for context in sizes.batch_contexts:
         many = calls.copies(service.client, SESSIONS, context)
-        after = calls.back(many)
-        together = [Group(True, calls.step(many)), after]
-        one_by_one = [*(Group(True, calls.step([each])) for each in many), after]
+        after = messages.back(many)
+        together = [Group(True, messages.step(many)), after]
+        one_by_one = [*(Group(True, messages.step([each])) for each in many), after]
         in_process = Paged(service.repository, [context + 1] * SESSIONS)
-        times: dict[str, list[float]] = {"together": [], "one_by_one": [], "in_process": []}
-        for _ in range(sizes.rounds):
-            for name, groups in (("together", together), ("one_by_one", one_by_one)):
-                got = calls.by_native(service.server, groups, sizes.seconds)
-                times[name].append(got["p50_ms"])
-            times["in_process"].append(calls.p50_ms(in_process, sizes.seconds, _nothing))
+        times: dict[str, list[float]] = {}
+        with messages.shared_step(service.server, many) as request:
+            contenders = {"together": together, "one_by_one": one_by_one}
+            contenders["shared"] = [Group(True, request), after]
+            for _ in range(sizes.rounds):
+                for name, groups in contenders.items():
+                    got = calls.by_native(service.server, groups, sizes.seconds)
+                    times.setdefault(name, []).append(got["p50_ms"])
+                took = calls.p50_ms(in_process, sizes.seconds, _nothing)
+                times.setdefault("in_process", []).append(took)
         calls.close(many)
         row: Row = {"context": context}
         row |= {f"{name}_ms": median(values) for name, values in times.items()}
         row |= {"ratio": row["together_ms"] / row["in_process_ms"]}
+        row |= {"shared_ratio": row["shared_ms"] / row["in_process_ms"]}
         row |= {"gain": row["one_by_one_ms"] / row["together_ms"]}
         rows.append(row)
         text = f"{SESSIONS} sessions of {context} tokens: "
         bars.append(Bar(f"{text}one message / in process", row["ratio"], BATCH_BAR))
+        shared = f"{text}one message, tensors in shared memory / in process"
+        bars.append(Bar(shared, row["shared_ratio"], BATCH_BAR))
         bars.append(Bar(f"{text}steps/s / one by one", row["gain"], ONE_BY_ONE_BAR, True))
     notes = [
         "From some length on a step is the reading of keys and values, together or not: "
@@ -155,14 +172,14 @@ def layer(service: Service, sizes: Sizes) -> Section:
     for count, context in sizes.layer_contexts:
         contenders = {
             name: calls.copies(service.client, count, context, model)
-            for name, model in (("layer", calls.LAYER), ("core", calls.MODEL))
+            for name, model in (("layer", messages.LAYER), ("core", messages.MODEL))
         }
-        in_process = Paged(service.repository, [context + 1] * count, calls.LAYER)
+        in_process = Paged(service.repository, [context + 1] * count, messages.LAYER)
         times: dict[str, list[float]] = {"layer": [], "core": [], "in_process": []}
         sent: dict[str, float] = {}
         for _ in range(sizes.rounds):
             for name, many in contenders.items():
-                groups = [Group(True, calls.step(many)), calls.back(many)]
+                groups = [Group(True, messages.step(many)), messages.back(many)]
                 got = calls.by_native(service.server, groups, sizes.seconds)
                 times[name].append(got["p50_ms"])
                 sent[name] = got["bytes"]
@@ -182,7 +199,7 @@ def layer(service: Service, sizes: Sizes) -> Section:
             share = row["bytes"] / row["core_bytes"]
             bars.append(Bar(f"{text}bytes of a step / core model's", share, LAYER_BYTES_BAR))
     notes = [
-        f"Of {calls.EMBED_DIM} numbers a token, which become query, key and value inside; "
+        f"Of {messages.EMBED_DIM} numbers a token, which become query, key and value inside; "
         "the client is in C++. core_ms: the core model's step, without projections."
     ]
     return Section("layer", rows, bars, notes)
@@ -191,15 +208,15 @@ def layer(service: Service, sizes: Sizes) -> Section:
 def reupload(service: Service, sizes: Sizes) -> Section:
     """A step in a session against Attend with all keys and values, both through the SDK."""
     (session,) = calls.copies(service.client, 1, CONTEXT)
-    arrays = calls.random(1)
-    query, key, value = (x.swapaxes(0, 1)[None].copy() for x in calls.random(CONTEXT))
+    arrays = messages.random(1)
+    query, key, value = (x.swapaxes(0, 1)[None].copy() for x in messages.random(CONTEXT))
     times: dict[str, list[float]] = {"session": [], "stateless": []}
     for _ in range(sizes.rounds):
         for name, call in (
             ("session", lambda: session.attend(0, *arrays)),
             (
                 "stateless",
-                lambda: service.client.attend(query[:, :, -1:], key, value, model=calls.MODEL),
+                lambda: service.client.attend(query[:, :, -1:], key, value, model=messages.MODEL),
             ),
         ):
             undo = (lambda: session.truncate(CONTEXT)) if name == "session" else _nothing
@@ -216,7 +233,7 @@ def memory(service: Service, sizes: Sizes) -> Section:
     client = service.client
     lengths = [int(n) for n in np.random.default_rng(3).integers(32, 2048, 64)]
     before = service.metrics.value("attnserve_kv_bytes")
-    mixed = [client.session(calls.MODEL, num_layers=1, max_tokens=length) for length in lengths]
+    mixed = [client.session(messages.MODEL, num_layers=1, max_tokens=length) for length in lengths]
     for session, length in zip(mixed, lengths, strict=True):
         calls.fill(session, length)
     held = service.metrics.value("attnserve_kv_bytes") - before
@@ -225,7 +242,7 @@ def memory(service: Service, sizes: Sizes) -> Section:
     rows: list[Row] = [{"what": "64 sessions of 32..2048 tokens: share wasted", "figure": waste}]
     bars = [Bar("bytes of pages without tokens, 64 mixed lengths", waste, WASTE_BAR)]
     for layers in sizes.fork_layers:
-        with client.session(calls.MODEL, num_layers=layers, max_tokens=CONTEXT) as parent:
+        with client.session(messages.MODEL, num_layers=layers, max_tokens=CONTEXT) as parent:
             calls.fill(parent, CONTEXT)
             before = service.metrics.value("attnserve_kv_bytes")
             fork = pb.ForkSession(session_id=parent.id, length=CONTEXT, lease=500_000)
@@ -257,10 +274,10 @@ def prefix(service: Service, sizes: Sizes) -> Section:
     most = PREFIX + 4 * calls.PAGE_TOKENS
     hashes = page_hashes(np.random.default_rng().integers(0, 1 << 40, PREFIX).tolist(), tail)
     before = service.metrics.value("attnserve_kv_bytes")
-    with client.session(calls.MODEL, num_layers=1, max_tokens=PREFIX) as first:
-        first.attend(0, *calls.random(PREFIX), prefix_hashes=hashes)
+    with client.session(messages.MODEL, num_layers=1, max_tokens=PREFIX) as first:
+        first.attend(0, *messages.random(PREFIX), prefix_hashes=hashes)
         shared = [
-            client.session(calls.MODEL, num_layers=1, max_tokens=most, prefix_hashes=hashes)
+            client.session(messages.MODEL, num_layers=1, max_tokens=most, prefix_hashes=hashes)
             for _ in range(SHARERS)
         ]
     found = {session.length for session in shared}
@@ -272,7 +289,7 @@ def prefix(service: Service, sizes: Sizes) -> Section:
     times: dict[str, list[float]] = {"shared": [], "unshared": []}
     for _ in range(sizes.rounds):
         for name, each in (("shared", shared), ("unshared", apart)):
-            groups = [Group(True, calls.step(each)), calls.back(each)]
+            groups = [Group(True, messages.step(each)), messages.back(each)]
             got = calls.by_native(service.server, groups, sizes.seconds)
             times[name].append(got["p50_ms"])
     calls.close([*shared, *apart])
@@ -289,6 +306,10 @@ def prefix(service: Service, sizes: Sizes) -> Section:
 
 def _nothing() -> None:
     pass
+
+
+def _pause() -> None:
+    time.sleep(PAUSE_SECONDS)
 
 
 def _over(times: list[float], floor: list[float]) -> float:

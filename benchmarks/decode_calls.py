@@ -20,36 +20,17 @@ import dataplane_native as native
 import numpy as np
 from attnserve_client import AttentionClient, Session
 from attnserve_export.sessions import open_session
-from attnserve_proto import attention_pb2 as pb
 from attnserve_server.settings import usable_cores
+from decode_messages import EMBED_DIM, HEAD_DIM, LAYER, MODEL, NUM_HEADS, Group, encoded, tensors
 from numpy.typing import NDArray
 from serving_servers import Server
 
-NUM_HEADS, HEAD_DIM, PAGE_TOKENS = 8, 64, 16
+PAGE_TOKENS = 16
 TOKEN_BYTES = 2 * NUM_HEADS * HEAD_DIM * 4  # key and value in one layer, fp32
-EMBED_DIM = NUM_HEADS * HEAD_DIM
-MODEL = "causal"
-LAYER = "layer"  # the same attention with its projections and rotary embedding inside
 
 Array = NDArray[Any]
 
 _CHUNK = 1024  # tokens of a step that fills sessions
-
-
-def random(tokens: int) -> tuple[Array, Array, Array]:
-    """Query, key and value [tokens, H, D], fp32."""
-    shape = (tokens, NUM_HEADS, HEAD_DIM)
-    generator = np.random.default_rng(tokens)
-    query, key, value = (generator.standard_normal(shape, np.float32) for _ in range(3))
-    return query, key, value
-
-
-def tensors(model: str, tokens: int) -> dict[str, Any]:
-    """What a step takes, by its names: hidden states [tokens, E] fp32, or `random`."""
-    query, key, value = random(tokens)
-    if model == LAYER:
-        return {"hidden_states": query.reshape(tokens, EMBED_DIM)}
-    return {"query": query, "key": key, "value": value}
 
 
 def fill(session: Session, tokens: int) -> None:
@@ -110,6 +91,7 @@ class Paged:
             "spec": np.array([PAGE_TOKENS, 0, -1, 0, 1, 0, 0]),
             "parents": np.empty(0, np.int64),
             "weights_of": np.empty(0, np.int64),
+            "sinks": np.full(NUM_HEADS, -np.inf, np.float32),
         }
         taken = {port.name for port in self._session.get_inputs()}
         feeds = {name: array for name, array in feeds.items() if name in taken}
@@ -129,44 +111,13 @@ class Paged:
         self._session.run_with_iobinding(self._binding)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Requests that are sent together; the next group waits for their answers."""
-
-    timed: bool
-    requests: Sequence[pb.DecodeRequest]
-
-
-def step(sessions: Sequence[Session]) -> list[pb.DecodeRequest]:
-    """A step of one token and one layer of these sessions."""
-    begin = pb.BeginStep()
-    for session in sessions:
-        begin.sessions.add(session_id=session.id, new_tokens=1)
-    given: dict[str, Any] = {
-        name: pb.Tensor(dtype=pb.FP32, shape=array.shape, data=array.tobytes())
-        for name, array in tensors(sessions[0].model, len(sessions)).items()
-    }
-    layer = pb.AttendLayer(step_id=1, layer=0, begin=begin, **given)
-    return [pb.DecodeRequest(attend_layer=layer)]
-
-
-def back(sessions: Sequence[Session]) -> Group:
-    """Takes the new tokens away again, so that every round has the same lengths. Not timed."""
-    requests = [
-        pb.DecodeRequest(truncate=pb.TruncateSession(session_id=one.id, length=one.length))
-        for one in sessions
-    ]
-    return Group(False, requests)
-
-
 def by_native(server: Server, groups: Sequence[Group], seconds: float) -> dict[str, float]:
     """Rounds of these groups by the client in C++: milliseconds and bytes of the timed ones."""
     with tempfile.NamedTemporaryFile() as file:
         for group in groups:
             file.write(struct.pack("<II", group.timed, len(group.requests)))
             for request in group.requests:
-                # The request_id, which is the client's to fill in: as long as it may become.
-                message = b"\x08\x80\x80\x80\x80\x00" + request.SerializeToString()
+                message = encoded(request)
                 file.write(struct.pack("<I", len(message)) + message)
         file.flush()
         command = [str(native.program("decode")), server.address, file.name, str(seconds)]

@@ -53,6 +53,7 @@ from attnserve_export.attention.variants import (
     layer_specs,
 )
 from attnserve_export.exporting import Description, Exported, write_version
+from attnserve_export.graphs import Graph
 from attnserve_export.models import attention_info
 from attnserve_export.verification import Case
 from attnserve_proto.manifest import Layer
@@ -149,11 +150,11 @@ def _write(
     for name, spec in specs.items():
         verified = _verified(spec, description.dtype)
         variants[name] = Exported(
-            graph(spec, description.dtype),
+            Graph(graph(spec, description.dtype)),
             spec.memory,
             spec.providers,
             spec.native,
-            verified_as=None if verified == description.dtype else graph(spec, verified),
+            verified_as=None if verified == description.dtype else Graph(graph(spec, verified)),
         )
     with torch.inference_mode():
         write_version(

@@ -29,7 +29,7 @@ Array = NDArray[Any]
 QUERY_TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.bfloat16, 16)}
 INPUTS = (
     "query", "key", "value", "cache", "starts", "lengths", "table_starts", "table", "spec",
-    "parents", "slopes", "weights_of",
+    "parents", "slopes", "weights_of", "sinks",
 )  # fmt: skip
 
 pytestmark = pytest.mark.needs_library
@@ -44,7 +44,7 @@ def session(kind: int, present: frozenset[str], attributes: tuple[Any, ...], thr
 
     def value(name: str) -> Any:
         own = {"query": kind, "key": kind, "value": kind, "output": kind, "cache": 2}
-        own |= dict.fromkeys(("slopes", "log_sum_exp", "entropy", "weights"), 1)
+        own |= dict.fromkeys(("slopes", "sinks", "log_sum_exp", "entropy", "weights"), 1)
         rank = {"query": 3, "key": 3, "value": 3, "output": 3, "log_sum_exp": 2, "entropy": 2}
         return onnx.helper.make_tensor_value_info(
             name, own.get(name, 7), [None] * rank.get(name, 1)
@@ -180,6 +180,10 @@ def batches(draw: st.DrawFn) -> PagedBatch:
             parents = [int(generator.integers(-1, i)) for i in range(new)]
         sequences.append(PagedSequence(draw(before), new, parents))
     windowed = causal and draw(st.booleans())
+    sinks = None
+    if draw(st.booleans()):
+        # Far from the scores too, and some heads without.
+        sinks = generator.choice(np.array([-np.inf, -50, -1, 0, 2, 50], np.float32), heads)
     return PagedBatch(
         layout,
         heads,
@@ -189,6 +193,7 @@ def batches(draw: st.DrawFn) -> PagedBatch:
         scale=layout.head_dim**-0.5,
         softcap=draw(st.sampled_from([0.0, 0.0, 2.5, 30.0])),
         slopes=generator.random(heads).astype(np.float32) if draw(st.booleans()) else None,
+        sinks=sinks,
         window=draw(st.integers(0, 20) | st.sampled_from([127, 300])) if windowed else -1,
         kept_first=draw(st.sampled_from([0, 0, 1, 4, 20])),
         causal=causal,

@@ -106,7 +106,7 @@ def test_loads_of_a_real_server(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with process(tmp_path / "models") as server:
         for name, seq_len in (("short", "16"), ("long", "2048")):
             options = ["load", "--target", server.address, "--model", "llama", "--seq-lens"]
-            options += [seq_len, "--rates", "15", "--duration", "3", "--warmup", "0.3"]
+            options += [seq_len, "--rates", "30", "--duration", "1.5", "--warmup", "0.3"]
             assert main([*options, "--out", str(tmp_path / name)]) == 0
     short, long = (read_json(tmp_path / name / "load.json") for name in ("short", "long"))
     p50 = compare(short, long)[0]

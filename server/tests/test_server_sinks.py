@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from attnserve_client import (
     AttentionClient,
     FailedPreconditionError,
     InvalidArgumentError,
+    SessionLayer,
     merge_attention,
 )
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig
@@ -179,9 +181,17 @@ def test_what_weights_say_leaves_out_what_sinks_take(client: AttentionClient) ->
         picked = np.take_along_axis(weights, said.top_k_indices, -1)
         np.testing.assert_allclose(said.top_k_weights, picked, atol=1e-6)
         np.testing.assert_allclose(said.log_sum_exp, rows, atol=1e-5)
-        # What is left of each row is the sink's: e to its logit less the log-sum-exp.
-        taken = np.exp(np.array(OWN)[:, None] - said.log_sum_exp)
-        np.testing.assert_allclose(taken, 1 - weights.sum(-1), atol=1e-5)
+        # What is left of each row is the sink's.
+        np.testing.assert_allclose(said.sink_mass(OWN), 1 - weights.sum(-1), atol=1e-5)
+    none = client.attend(
+        *arrays, model="sunk", sinks=[-np.inf] * HEADS, key_lengths=[0], return_log_sum_exp=True
+    )
+    assert np.isneginf(none.log_sum_exp).all()
+    assert (none.sink_mass([-np.inf] * HEADS) == 0).all()
+    with pytest.raises(ValueError, match=r"sinks: given shape \[1\]; allowed: \[4\]"):
+        none.sink_mass([1.0])
+    with pytest.raises(ValueError, match="given no log_sum_exp"):
+        client.attend(*arrays, model="sunk").sink_mass(OWN)
 
 
 @relaxed
@@ -279,6 +289,91 @@ def test_packed_sequences_have_them_too(client: AttentionClient) -> None:
     np.testing.assert_allclose(said.log_sum_exp, rows, atol=1e-5)
     entropy = torch.special.entr(torch.from_numpy(weights)).sum(-1).numpy()
     np.testing.assert_allclose(said.entropy, entropy, atol=1e-4)
+
+
+def told(session: Any, arrays: list[np.ndarray], first: int, last: int, **more: Any) -> Any:
+    """A step of tokens first..last of one sequence, one layer."""
+    query, key, value = (array[0, :, first:last].swapaxes(0, 1) for array in arrays)
+    return session.attend(
+        0, query, key, value, return_log_sum_exp=True, return_entropy=True, **more
+    )
+
+
+@pytest.mark.parametrize("sinks", [None, [0.0, -np.inf, 2.0, 30.0]])
+def test_sessions_have_the_models_sinks_or_their_layers_own(
+    client: AttentionClient, sinks: list[float] | None, tmp_path: Path
+) -> None:
+    arrays = tensors("sunk", 1, 40, 40, 10)
+    used = OWN if sinks is None else sinks
+    output, weights, rows = eager(arrays, np.tri(40, dtype=bool), used)
+    entropy = torch.special.entr(torch.from_numpy(weights)).sum(-1).numpy()
+
+    def check(said: Any, first: int, last: int) -> None:
+        part = slice(first, last)
+        np.testing.assert_allclose(said.output, output[0, :, part].swapaxes(0, 1), atol=1e-5)
+        np.testing.assert_allclose(said.log_sum_exp, rows[0, :, part].T, atol=1e-5)
+        np.testing.assert_allclose(said.entropy, entropy[0, :, part].T, atol=1e-4)
+        if said.weights:
+            (of_session,) = said.weights
+            expected = weights[0, :, part, :last].swapaxes(0, 1)
+            np.testing.assert_allclose(of_session, expected, atol=1e-5)
+
+    layers = None if sinks is None else [SessionLayer(sinks=sinks)]
+    with client.session("sunk", num_layers=1, max_tokens=64, layers=layers) as session:
+        check(told(session, arrays, 0, 30, return_weights=True), 0, 30)
+        check(told(session, arrays, 30, 31, return_weights=True), 30, 31)
+        branch = session.fork()
+        check(told(branch, arrays, 31, 40), 31, 40)
+        branch.close()
+        client.save(session, tmp_path / "session")
+    moved = client.load(tmp_path / "session")
+    check(told(moved, arrays, 31, 32), 31, 32)
+    moved.close()
+
+
+def test_sessions_of_unlike_sinks_take_steps_at_once(client: AttentionClient) -> None:
+    """Their layers would be one run if their sinks were alike."""
+    kinds = [None, [0.0] * 4, [3.0, 2.0, 1.0, 0.0], None]
+    all_arrays = [tensors("sunk", 1, 8, 8, 20 + n) for n in range(len(kinds))]
+    sessions = [
+        client.session(
+            "sunk", num_layers=1, max_tokens=16,
+            layers=None if sinks is None else [SessionLayer(sinks=sinks)],
+        )
+        for sinks in kinds
+    ]  # fmt: skip
+    with ThreadPoolExecutor(len(kinds)) as threads:
+        steps = list(threads.map(lambda one, arrays: told(one, arrays, 0, 8), sessions, all_arrays))
+    for sinks, arrays, said, session in zip(kinds, all_arrays, steps, sessions, strict=True):
+        output, _, _ = eager(arrays, np.tri(8, dtype=bool), OWN if sinks is None else sinks)
+        np.testing.assert_allclose(said.output, output[0].swapaxes(0, 1), atol=1e-5)
+        session.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "sinks", "message"),
+    [
+        ("sunk", [1.0], r"layers\[0\].sinks: given 1 of them; allowed: none, or 4"),
+        ("sunk", [0.0, np.nan, 0, 0], r"layers\[0\].sinks\[1\]: given nan; allowed: finite"),
+        ("layer", [0.0] * 4, r"layers\[0\].sinks: given 4 of them; allowed: none, as layer is"),
+    ],
+)
+def test_wrong_sinks_of_a_session_are_refused(
+    client: AttentionClient, model: str, sinks: list[float], message: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        client.session(model, num_layers=1, max_tokens=8, layers=[SessionLayer(sinks=sinks)])
+
+
+def test_a_layer_model_keeps_sessions_with_its_sinks(client: AttentionClient) -> None:
+    hidden = np.random.default_rng(11).standard_normal((12, 32), np.float32)
+    whole = client.attend(hidden_states=hidden[None], model="layer").output[0]
+    with client.session("layer", num_layers=1, max_tokens=16) as session:
+        parts = [
+            session.attend(0, hidden_states=hidden[a:b]).output
+            for a, b in ((0, 7), (7, 8), (8, 12))
+        ]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)
 
 
 def test_a_layer_with_sinks_gives_the_same_by_every_variant(client: AttentionClient) -> None:

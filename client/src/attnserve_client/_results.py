@@ -1,6 +1,7 @@
 """What the SDK's calls return: frozen dataclasses that hold NumPy arrays."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -77,12 +78,15 @@ class SessionLayer:
         cross: keys are written once, by a step with `cross_tokens`, and every query sees all.
         latent: one row is kept of each token, the key, whose first Dv numbers are the value (MLA);
             no value is sent.
+        sinks: of each head, a logit that takes part in the softmax and has no value; None: as the
+            model. Not of layer models.
     """
 
     window: int | None = None
     kept_first: int = 0
     cross: bool = False
     latent: bool = False
+    sinks: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,29 @@ class AttendResult:
     mass_per_key: Array | None = None
     mass_by_distance: Array | None = None
     log_sum_exp: Array | None = None
+
+    def sink_mass(self, sinks: Sequence[float] | Array) -> Array:
+        """What sinks take of the weight of each query: the rows of the weights sum to the rest.
+
+        Args:
+            sinks: [H], as the request gave them, or else the model's: `get_model(name).sinks`.
+
+        Returns:
+            [B, H, Sq] FP32, each 0..1; 0 for heads whose sink is -inf.
+
+        Raises:
+            ValueError: the log-sum-exp was not asked for, or there are other heads than sinks.
+        """
+        if self.log_sum_exp is None:
+            raise ValueError("sink_mass: given no log_sum_exp; allowed: return_log_sum_exp=True")
+        logits: Array = np.asarray(sinks, np.float32)
+        heads = self.log_sum_exp.shape[1]
+        if logits.shape != (heads,):
+            raise ValueError(f"sinks: given shape {list(logits.shape)}; allowed: [{heads}]")
+        # -inf less -inf, where nothing is seen and there is no sink, is no number.
+        seen = np.where(np.isneginf(self.log_sum_exp), np.float32(0), self.log_sum_exp)
+        taken: Array = np.exp(logits[:, None] - seen)
+        return taken
 
     def plot(self, kind: str = "", **options: Any) -> Any:
         """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.

@@ -143,7 +143,7 @@ class Run {
     const Tensor cache{
         DataType::kUint8, {static_cast<std::int64_t>(work_.cache.size())}, work_.cache.data()};
     // More than a graph takes: query, key and value, or hidden states; positions or none.
-    const std::array<Session::Feed, 13> feeds{{{"query", query},
+    const std::array<Session::Feed, 14> feeds{{{"query", query},
                                                {"key", key},
                                                {"value", value},
                                                {"cache", cache},
@@ -155,7 +155,8 @@ class Run {
                                                {"parents", integers(parents)},
                                                {"weights_of", integers(weights_of)},
                                                {"hidden_states", work_.hidden_states},
-                                               {"positions", integers(positions_)}}};
+                                               {"positions", integers(positions_)},
+                                               {"sinks", work_.sinks}}};
     work_.variant->session->run(feeds, fetches, stop);
   }
 
@@ -197,6 +198,7 @@ class JoinedPaged {
     joint_.variant = first.variant;
     joint_.spec = first.spec;
     joint_.cache = first.cache;
+    joint_.sinks = first.sinks;
     std::int64_t tokens = 0, sequences = 0;
     bool trees = false;
     for (const PagedWork* work : works) {
@@ -297,6 +299,7 @@ class JoinedPaged {
 
 bool takes_positions(const Variant& paged) { return paged.session->takes("positions"); }
 bool gives_weights(const Variant& paged) { return paged.session->takes("weights_of"); }
+bool takes_sinks(const Variant& paged) { return paged.session->takes("sinks"); }
 
 void PagedWork::add(std::int64_t length, std::span<const std::int64_t> pages) {
   lengths.push_back(length);
@@ -312,9 +315,10 @@ BatchKey batch_key(const PagedWork& work) {
   const PagedSpec& spec = work.spec;
   const std::uint64_t flags =
       (std::uint64_t{spec.causal} << 0U) | (std::uint64_t{work.key.data != nullptr} << 1U) |
-      (std::uint64_t{most > kFewTokens} << 2U) | (std::uint64_t{spec.latent} << 3U);
+      (std::uint64_t{most > kFewTokens} << 2U) | (std::uint64_t{spec.latent} << 3U) |
+      (static_cast<std::uint64_t>(spec.cache_type) << 8U);
   return {bits_of(work.variant), static_cast<std::uint64_t>(spec.page_tokens),
-          static_cast<std::uint64_t>(spec.cache_type), static_cast<std::uint64_t>(spec.window),
+          bits_of(work.sinks.data), static_cast<std::uint64_t>(spec.window),
           static_cast<std::uint64_t>(spec.kept_first),
           static_cast<std::uint64_t>(work.query.shape[1]), flags,
           // No other work's key has this.

@@ -413,6 +413,13 @@ TEST_CASE("works of other layers, or of many tokens, have other keys") {
   PagedWork typed = few.work;
   typed.spec.cache_type = 1;
   CHECK(batch_key(few.work) != batch_key(typed));
+  std::vector<float> sinks(kHeads), others(kHeads);
+  PagedWork sunk = few.work, alike = few.work, other = few.work;
+  sunk.sinks = alike.sinks = tensor_of(sinks, {kHeads});
+  other.sinks = tensor_of(others, {kHeads});
+  CHECK(batch_key(few.work) != batch_key(sunk));
+  CHECK(batch_key(alike) == batch_key(sunk));
+  CHECK(batch_key(other) != batch_key(sunk));
 }
 
 TEST_CASE("hidden states are joined, each token told its position in its sequence") {

@@ -121,6 +121,7 @@ def transformer(options: argparse.Namespace, target: Path, progress: Progress) -
         name=options.name,
         version=options.version,
         opset=options.opset,
+        dtype=options.dtype.upper(),
         native=not options.no_native,
         progress=progress,
     )

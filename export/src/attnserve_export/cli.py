@@ -130,6 +130,7 @@ def _parser() -> Parser:
         required=True,
         help="folder with config.json, model*.safetensors",
     )
+    _add_dtype(transformer, "of parameters as stored, and of hidden states; default fp32")
     transformer.add_argument(
         "--no-native",
         action="store_true",
@@ -184,7 +185,11 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rotary", choices=STYLES, help="default: none")
     parser.add_argument("--rotary-dims", type=_size, help="default: head_dim")
     parser.add_argument("--rotary-base", type=_factor, default=10_000.0)
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    _add_dtype(parser)
+
+
+def _add_dtype(parser: argparse.ArgumentParser, text: str | None = None) -> None:
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help=text)
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:

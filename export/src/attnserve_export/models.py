@@ -44,7 +44,7 @@ from attnserve_export.attention.variants import (
 )
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
-from attnserve_export.graphs import Input
+from attnserve_export.graphs import Graph, Input
 from attnserve_export.runtime import CPU
 from attnserve_export.verification import Case
 
@@ -276,11 +276,11 @@ def _exported(
         progress(f"exporting {name}")
         verified = _verified(spec, dtype)
         variants[name] = Exported(
-            graph(spec, dtype),
+            Graph(graph(spec, dtype)),
             spec.memory,
             spec.providers,
             spec.native,
-            verified_as=None if verified == dtype else graph(spec, verified),
+            verified_as=None if verified == dtype else Graph(graph(spec, verified)),
         )
     return variants
 

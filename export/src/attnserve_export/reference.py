@@ -239,6 +239,7 @@ def paged_reference(
     softcap: float = 0.0,
     penalty: ArrayLike | None = None,
     slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
 ) -> tuple[Float64, Float64, Float64, Float64]:
     """Attention of one sequence's new tokens, in the layout of sessions.
 
@@ -250,10 +251,12 @@ def paged_reference(
         scale, softcap: as in `attention_reference`.
         penalty: [n, L], distances; with slopes [H], what they are multiplied by and scores lose.
         slopes: see there.
+        sinks: [H]; as in `attention_reference`.
 
     Returns:
-        Output [n, H, Dv]; log of the sum of exponentials of the scores [n, H]; entropy of the
-        weights [n, H] in nats; the weights [n, H, L]. Queries that see no key have 0, -inf, 0, 0.
+        Output [n, H, Dv]; log of the sum of exponentials of the scores and the sink [n, H]; entropy
+        of the weights [n, H] in nats; the weights [n, H, L]. Queries that see no key, and have no
+        sink, have 0, -inf, 0, 0.
     """
     q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
     groups = q.shape[1] // k.shape[1]
@@ -264,8 +267,11 @@ def paged_reference(
         scores -= np.asarray(slopes, np.float64)[:, None, None] * np.asarray(penalty, np.float64)
     scores = np.where(visible, scores, -np.inf)
     highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    exponentials = np.exp(scores - np.where(highest == -np.inf, 0, highest))
-    total = exponentials.sum(axis=-1, keepdims=True)
+    sink = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    highest = np.maximum(highest, sink[:, None, None])
+    finite = np.where(highest == -np.inf, 0, highest)
+    exponentials = np.exp(scores - finite)
+    total = exponentials.sum(axis=-1, keepdims=True) + np.exp(sink[:, None, None] - finite)
     weights = exponentials / np.where(total > 0, total, 1)
     output = np.einsum("hqk,khd->qhd", weights, np.repeat(v, groups, axis=1))
     with np.errstate(divide="ignore"):

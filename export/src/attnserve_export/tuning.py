@@ -31,9 +31,9 @@ _DEFAULTS: Mapping[str, Sequence[tuple[int | None, Sequence[str]]]] = {
         (None, ("native", "blocked", "fused", "reference")),
     ),
     CUDA: (
-        (8_192, ("flash", "cudnn", "fused", "blocked", "reference")),
-        (16_384, ("cudnn", "flash", "fused", "blocked", "reference")),
-        (None, ("cudnn", "flash", "blocked", "fused", "reference")),
+        (8_192, ("half", "flash", "cudnn", "fused", "blocked", "reference")),
+        (16_384, ("half", "cudnn", "flash", "fused", "blocked", "reference")),
+        (None, ("half", "cudnn", "flash", "blocked", "fused", "reference")),
     ),
 }
 

@@ -90,13 +90,14 @@ def verify(
     reference: str,
     seed: int,
     progress: Callable[[str], None],
+    lean: bool = False,
 ) -> Verification:
-    """Run all cases on the CPU.
+    """Run all cases on the CPU; `lean` as in `sessions.open_session`.
 
     Raises:
         VerificationError: an error above its tolerance, or a value that is not finite.
     """
-    session = sessions.open_session(path)
+    session = sessions.open_session(path, lean=lean)
     outputs = [entry.name for entry in session.get_outputs()]
     worst: dict[str, float] = {}
     results = []
@@ -104,28 +105,38 @@ def verify(
     for case in cases:
         answers: Mapping[str, Array]
         if case.derive is None:
-            shapes = {name: case.expected[name].shape for name in outputs}
-            answers = sessions.run(session, case.feeds, shapes)
+            answers = sessions.run(session, case.feeds, outputs)
         else:
-            answers = case.derive(sessions.run(session, case.feeds, dict.fromkeys(outputs, ())))
+            answers = case.derive(sessions.run(session, case.feeds, outputs))
         errors = errors_of(case, answers)
+        sizes = {name: _told_by(case.magnitudes.get(name, 1.0)) for name in errors}
         largest = max(errors.values())
         if not largest <= case.tolerance:
             # The first of them: what comes later differs because of it.
             name = next(key for key, error in errors.items() if not error <= case.tolerance)
             raise VerificationError(
-                f"case {case.name!r} {dict(case.dims)}: {name} is off by {errors[name]:.3g}; "
-                f"allowed: {case.tolerance:.3g}; seed {seed}"
+                f"case {case.name!r} {dict(case.dims)}: {name} is off by "
+                f"{errors[name] * sizes[name]:.3g}; allowed: {case.tolerance * sizes[name]:.3g}; "
+                f"seed {seed}"
             )
-        worst = {name: max(worst.get(name, 0.0), error) for name, error in errors.items()}
-        results.append(CaseResult(case.name, case.dims, largest, case.tolerance))
+        told = {name: error * sizes[name] for name, error in errors.items()}
+        worst = {name: max(worst.get(name, 0.0), error) for name, error in told.items()}
+        allowed = case.tolerance * max(sizes.values())
+        results.append(CaseResult(case.name, case.dims, max(told.values()), allowed))
     return Verification(
         reference=reference,
         seed=seed,
-        tolerance=max(case.tolerance for case in cases),
+        tolerance=max(result.tolerance for result in results),
         max_abs_error=worst,
         cases=tuple(results),
     )
+
+
+def _told_by(magnitude: float | Array) -> float:
+    """What an error over its magnitude is multiplied by to be told: by each element's there is no
+    one, so that it stays relative.
+    """
+    return magnitude if isinstance(magnitude, float) else 1.0
 
 
 def errors_of(case: Case, answers: Mapping[str, Array]) -> dict[str, float]:

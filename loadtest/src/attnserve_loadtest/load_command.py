@@ -187,10 +187,21 @@ def run(parsed: argparse.Namespace) -> int:
         settings,
         parsed.slo,
         price_per_hour=parsed.price_per_hour,
-        progress=lambda step: print(said(step), file=sys.stderr, flush=True),
+        progress=lambda step: print(f"{_clear()}{said(step)}", file=sys.stderr, flush=True),
+        tick=lambda elapsed: _tick(elapsed, parsed.warmup + parsed.duration),
     )
     finish(report, parsed.out)
     return 0 if report.complete else INTERRUPTED
+
+
+def _tick(elapsed: float, whole: float) -> None:
+    """On a terminal, how far a load is."""
+    if sys.stderr.isatty():
+        print(f"{_clear()}{elapsed:.0f} of {whole:.0f} s", end="", file=sys.stderr, flush=True)
+
+
+def _clear() -> str:
+    return "\r\x1b[K" if sys.stderr.isatty() else ""
 
 
 def _check_bounds(parsed: Any) -> None:

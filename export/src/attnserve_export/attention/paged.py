@@ -19,7 +19,7 @@ from attnserve_export.attention.text import joined
 # Outputs of the graph; its inputs after those that carry the tokens.
 OUTPUTS = ("output", "log_sum_exp", "entropy", "weights")
 OF_OPERATOR = ("cache", "starts", "lengths", "table_starts", "table", "spec", "parents")
-INPUTS = (*OF_OPERATOR, "weights_of")
+INPUTS = (*OF_OPERATOR, "weights_of", "sinks")
 # Of each new token, where query and key are turned by it.
 POSITIONS = "positions"
 
@@ -34,7 +34,7 @@ def has_paged(config: AttentionConfig) -> bool:
     Positions are those of the sequence: no reach to both sides, and with rotary embedding, which
     turns new keys by the positions of the queries, only causal masks.
     """
-    if config.chunk is not None or config.sinks is not None:
+    if config.chunk is not None:
         return False
     bounded = config.windowed or config.rotary is not None
     return config.mask == "causal" or not bounded
@@ -113,6 +113,7 @@ def paged_model(
         "spec": (TensorProto.INT64, (7,)),
         "parents": (TensorProto.INT64, ("parents",)),
         "weights_of": (TensorProto.INT64, ("weighed_sequences",)),
+        "sinks": (TensorProto.FLOAT, (config.num_heads,)),
         "output": output,
         "log_sum_exp": (TensorProto.FLOAT, ("tokens", config.num_heads)),
         "entropy": (TensorProto.FLOAT, ("tokens", config.num_heads)),
@@ -121,7 +122,7 @@ def paged_model(
     slopes = "" if config.slopes is None else "slopes"
     node = helper.make_node(
         "PagedAttention",
-        [*heads, *OF_OPERATOR, slopes, "weights_of"],
+        [*heads, *OF_OPERATOR, slopes, "weights_of", "sinks"],
         ["heads" if after else "output", *OUTPUTS[1:]],
         name="paged",
         domain=DOMAIN,

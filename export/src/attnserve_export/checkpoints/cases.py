@@ -20,6 +20,7 @@ from attnserve_export.checkpoints.modules import (
     TYPES,
     last_hidden_state,
 )
+from attnserve_export.checkpoints.parameters import Eager
 from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER, Plan
 from attnserve_export.errors import ExportError
 from attnserve_export.reference import Scheme, attention_reference
@@ -37,6 +38,9 @@ _LARGE, _LARGE_SCORE = 10.0, 64.0
 # some length on. Nor has any more weights than this in all layers and heads together.
 _LONGEST, _LONGEST_WITHOUT_TABLE = 1024, 320
 _MOST_WEIGHTS = 1 << 26
+
+# Half of a unit in the last place of numbers from 1 to 2: what an output is rounded by.
+_ROUNDED = {"FP32": 0.0, "FP16": 2.0**-11, "BF16": 2.0**-8}
 
 # Scores of this size are masked ones.
 _MASKED = 1e30
@@ -65,6 +69,15 @@ _CASES = (
 _FIRST = _Lengths("ragged", (5, 23, 1, 12), (7, 2, 19, 1))
 
 
+# Of large models, whose parameters are cast anew for each sequence.
+_FEW_CASES = (
+    _Lengths("one sequence", (24,), (9,)),
+    _Lengths("ragged", (5, 67), (33, 7)),
+    _Lengths("long", (160,), (130,)),
+)
+_FEW_FIRST = _Lengths("ragged", (5, 19), (19, 7))
+
+
 @dataclass(frozen=True)
 class Exact:
     """The reference.
@@ -73,16 +86,20 @@ class Exact:
         model: the checkpoint with eager attention, in float64.
         plan: whose each call of its attention is.
         info: for the manifest.
+        dtype: of hidden states in the answer.
+        few: whether the model is so large that it is compared on fewer tokens.
     """
 
-    model: nn.Module
+    model: nn.Module | Eager
     plan: Plan
     info: Transformer
+    dtype: str = "FP32"
+    few: bool = False
 
 
 def first_case(exact: Exact, generator: np.random.Generator) -> Case:
     """One ragged batch, to find out what a model must be given."""
-    return _of(exact, _FIRST, _longest(exact), generator)
+    return _of(exact, _FEW_FIRST if exact.few else _FIRST, _longest(exact), generator)
 
 
 def transformer_cases(exact: Exact, generator: np.random.Generator) -> Iterator[Case]:
@@ -93,7 +110,7 @@ def transformer_cases(exact: Exact, generator: np.random.Generator) -> Iterator[
         generator: of the ids.
     """
     most = _longest(exact)
-    for case in _CASES:
+    for case in _FEW_CASES if exact.few else _CASES:
         yield _of(exact, case, most, generator)
 
 
@@ -156,11 +173,16 @@ def _case(name: str, exact: Exact, feeds: Mapping[str, Array]) -> Case:
         compared,
         derive=_deriver(exact.info, feeds),
         magnitudes={
-            state: max(1.0, float(np.abs(expected[state]).max()) / _LARGE)
+            state: _magnitude(float(np.abs(expected[state]).max()), exact.dtype)
             for state in (HIDDEN, ENCODER_HIDDEN)
             if state in expected
         },
     )
+
+
+def _magnitude(largest: float, dtype: str) -> float:
+    """What the error of hidden states is divided by, before it is compared with the tolerance."""
+    return max(1.0, largest / _LARGE) + _ROUNDED[dtype] * largest / TOLERANCE
 
 
 class _Scores(TorchFunctionMode):
@@ -307,6 +329,7 @@ def _weights(
         np.zeros((*key.shape[:3], 1)),
         key_lengths=lengths,
         bias=bias,
+        sinks=entry.sinks,
         scheme=Scheme(
             left=None if entry.window is None else entry.window - 1, right=0 if causal else None
         ),

@@ -1,12 +1,16 @@
 """A checkpoint's folder, read: configuration and parameters."""
 
+import contextlib
+import copy
 import hashlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from attnserve_export.checkpoints.experts import every_expert
@@ -98,12 +102,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, name, family, config, sentences)
 
 
-def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
-    """The model with its parameters in FP32, in evaluation mode.
+def load_model(
+    checkpoint: Checkpoint, implementation: str, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model with its parameters, in evaluation mode.
+
+    They are read one by one: no more than a few are in memory besides those that are read already.
 
     Args:
         checkpoint: to load.
         implementation: of its attention: "eager", or `tracing.IMPLEMENTATION`.
+        dtype: of its parameters, but for those that transformers keeps in FP32.
 
     Raises:
         ExportError: the parameters do not fit the configuration.
@@ -117,17 +126,17 @@ def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         arguments["add_pooling_layer"] = False
     try:
-        model, info = model_class.from_pretrained(
-            checkpoint.folder,
-            config=checkpoint.config,
-            attn_implementation=implementation,
-            experts_implementation=implementation,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **arguments,
-        )
+        with _parameters(checkpoint.folder) as parameters:
+            model, info = model_class.from_pretrained(
+                None,
+                config=copy.deepcopy(checkpoint.config),
+                state_dict=parameters,
+                attn_implementation=implementation,
+                experts_implementation=implementation,
+                dtype=dtype,
+                output_loading_info=True,
+                **arguments,
+            )
     except Exception as error:  # transformers and safetensors raise many kinds
         if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
             raise ExportError(NOT_THROUGH) from None
@@ -146,6 +155,23 @@ def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
         )
     module: nn.Module = model.eval()
     return module
+
+
+@contextlib.contextmanager
+def _parameters(folder: Path) -> Iterator[dict[str, Any]]:
+    """All parameters in a folder, by name, each of which is read when it is asked for."""
+    if (folder / WEIGHTS).is_file():
+        shards = [WEIGHTS]
+    else:
+        shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    with contextlib.ExitStack() as stack:
+        slices: dict[str, Any] = {}
+        for shard in shards:
+            # Not mapped: what has been read would count as this process's memory.
+            opened = safe_open(folder / shard, framework="pt", backend="pread")
+            file = stack.enter_context(opened)
+            slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        yield slices
 
 
 def weights_sha256(folder: Path) -> str:

@@ -17,9 +17,11 @@ from attnserve_proto.manifest import (
     TransformerLayer,
 )
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from attnserve_export import graphs
+from attnserve_export import apart, graphs
+from attnserve_export.attention.flash import OPSET as LENGTHS_OPSET
+from attnserve_export.checkpoints import parameters
 from attnserve_export.checkpoints.cases import Exact, first_case, transformer_cases
 from attnserve_export.checkpoints.checkpoint import (
     Checkpoint,
@@ -29,6 +31,7 @@ from attnserve_export.checkpoints.checkpoint import (
 from attnserve_export.checkpoints.modules import (
     ENCODER_HIDDEN,
     HIDDEN,
+    PREFIX,
     SOURCE,
     TARGET,
     TYPES,
@@ -41,8 +44,8 @@ from attnserve_export.checkpoints.texts import TextError, TextReader, text_reade
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, Call, Tracer
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
-from attnserve_export.graphs import Input
-from attnserve_export.runtime import CPU
+from attnserve_export.graphs import Graph, Input
+from attnserve_export.runtime import CPU, CUDA
 from attnserve_export.verification import Case, errors_of
 
 Array = NDArray[Any]
@@ -55,6 +58,16 @@ _SLOW_WHEN_FUSED = ("LayerNormalization", "Gelu")
 # Largest absolute error in PyTorch of what is then exported; of a graph, less is allowed.
 ADMITTED = 1e-3
 
+# Parameters from which on a model has them in memory only once while it is exported.
+LARGE = 1 << 25
+
+TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+ONNX = {
+    "FP32": onnx.TensorProto.FLOAT,
+    "FP16": onnx.TensorProto.FLOAT16,
+    "BF16": onnx.TensorProto.BFLOAT16,
+}
+
 _MASKS = {ENCODER: "bidirectional", DECODER: "causal", CROSS: "cross"}
 
 
@@ -65,17 +78,21 @@ def export_transformer(
     name: str,
     version: int,
     opset: int,
+    dtype: str = "FP32",
     native: bool = True,
+    large: bool | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Export a whole checkpoint, FP32.
+    """Export a whole checkpoint.
 
     Args:
         checkpoint: from `read_checkpoint`.
         target: the version's folder.
         name, version: of the model.
         opset: 23 or newer.
+        dtype: "FP32", "FP16" or "BF16": of parameters as they are stored, and of hidden states.
         native: whether to make the variant that needs the operators of attnserve-kernels.
+        large: whether to have its parameters in memory only once; None: from `LARGE` on.
         progress: told what is going on.
 
     Raises:
@@ -84,30 +101,58 @@ def export_transformer(
     """
     progress("loading the checkpoint")
     reader = _reader(checkpoint, progress)
-    model = load_model(checkpoint, IMPLEMENTATION)
+    model = load_model(checkpoint, IMPLEMENTATION, TORCH[dtype])
+    large = parameters.count_of(model) >= LARGE if large is None else large
     progress("comparing its modules with transformers")
-    exact = _admitted(checkpoint, model, load_model(checkpoint, "eager").double())
-    plan, info = exact.plan, exact.info
+    exact = _admitted(checkpoint, model, dtype, large=large)
+    plan = exact.plan
+    computing = model if dtype == "FP32" else parameters.in_fp32(model, values=False)
+    stored = {f"{PREFIX}{name}": tensor for name, tensor in parameters.stored(model).items()}
+
+    def exported(tracer: Tracer) -> Graph:
+        graph = _graph(tracer, opset, stored)
+        graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
+        if tracer.native:
+            graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
+        return apart.bind(graph, stored, late=large)
+
     progress("exporting fused")
-    variants = {"fused": Exported(_graph(Tracer(model, plan, native=False), opset))}
+    variants = {"fused": Exported(exported(Tracer(computing, plan)))}
     if not native:
         progress("variant native is left out, as was asked for")
     elif attnserve_kernels.library_path() is None:
         progress("attnserve-kernels has no library here: variant native is left out")
-    elif plan.sinks:
-        progress("it has sinks, which the operator does not take: variant native is left out")
     else:
         progress("exporting native")
         # A bias is a matrix over all queries and keys.
         linear = not plan.biased and all(reach is not None for _, reach in plan.calls)
-        graph = _graph(Tracer(model, plan, native=True), opset)
-        graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
         variants["native"] = Exported(
-            graph,
+            exported(Tracer(computing, plan, native=True)),
             memory="linear" if linear else "quadratic",
             providers=(CPU,),
             native=True,
         )
+
+    if dtype != "FP32":
+        progress("exporting half")
+        by_lengths = Tracer(model, plan, by_lengths=True)
+        graph = _graph(by_lengths, max(opset, LENGTHS_OPSET), stored)
+        graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
+        wide = graphs.widened(graph)
+        variants["half"] = Exported(
+            apart.bind(graph, stored, late=False),
+            memory="quadratic" if by_lengths.matrices else "linear",
+            providers=(CUDA,),
+            verified_as=apart.bind(wide, stored, late=large),
+        )
+
+    def release() -> None:
+        stored.clear()
+        for variant in variants.values():
+            for graph in (variant.graph, variant.verified_as):
+                if graph is not None:
+                    graph.parameters.clear()
+        parameters.release(model)
 
     made: list[Case] = []
 
@@ -116,20 +161,20 @@ def export_transformer(
             made.extend(transformer_cases(exact, generator))
         return made
 
-    if info.pooling_refused:
-        progress(f"{info.pooling_refused}: the model will give no pooled vectors")
+    if exact.info.pooling_refused:
+        progress(f"{exact.info.pooling_refused}: the model will give no pooled vectors")
     return write_version(
         Description(
             name=name,
             version=version,
             kind="transformer",
-            dtype="FP32",
-            attention=_attention_info(info.attentions[0]),
+            dtype=dtype,
+            attention=_attention_info(exact.info.attentions[0]),
             source={
                 "description": f"checkpoint {checkpoint.name}",
                 "sha256": weights_sha256(checkpoint.folder),
             },
-            transformer=_with_texts(info, reader),
+            transformer=_with_texts(exact.info, reader),
             tokenizer=None if reader is None else TOKENIZER,
         ),
         variants,
@@ -138,6 +183,7 @@ def export_transformer(
         reference="Hugging Face transformers, eager attention, float64",
         extra_files={} if reader is None else {TOKENIZER: reader.file},
         progress=progress,
+        release=release if large else None,
     )
 
 
@@ -161,12 +207,34 @@ def _with_texts(info: Transformer, reader: TextReader | None) -> Transformer:
     return replace(info, texts=replace(reader.texts, types=types))
 
 
-def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exact:
+def _admitted(checkpoint: Checkpoint, model: nn.Module, dtype: str, *, large: bool) -> Exact:
     """The first plan by which PyTorch makes of a ragged batch what transformers does.
+
+    Args:
+        checkpoint: to export.
+        model: with parameters in the type in which they are stored.
+        dtype: of that.
+        large: whether it is the only one that there is room for.
 
     Raises:
         ExportError: there is none; says why not, and at which layer it first differs.
     """
+    if large:
+        with parameters.widened(model, torch.float32):
+            return _compared(checkpoint, model, parameters.Eager(model), dtype, few=True)
+    computing = model if dtype == "FP32" else parameters.in_fp32(model, values=True)
+    eager = load_model(checkpoint, "eager", TORCH[dtype]).double()
+    return _compared(checkpoint, computing, eager, dtype, few=False)
+
+
+def _compared(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    eager: nn.Module | parameters.Eager,
+    dtype: str,
+    *,
+    few: bool,
+) -> Exact:
     two_stacks, failures = checkpoint.family.two_stacks, []
     try:
         plans = observe(
@@ -177,9 +245,9 @@ def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exa
     except Exception as error:  # whatever a model may raise
         raise ExportError(f"--checkpoint: it cannot be run: {first_line(error)}") from None
     for plan in plans:
-        tracer = Tracer(model, plan, native=False)
+        tracer = Tracer(model, plan)
         try:
-            exact = Exact(eager, plan, _info(checkpoint, tracer))
+            exact = Exact(eager, plan, _info(checkpoint, tracer), dtype, few)
             case = first_case(exact, np.random.default_rng(0))
             found = run_in_torch(tracer, case.feeds)
             assert case.derive is not None
@@ -245,8 +313,12 @@ def _described(name: str, calls: Sequence[Call]) -> TransformerAttention:
         head_dim=head_dim,
         mask=_MASKS[name],
         position_bias=calls[0].bias is not None,
-        layers=tuple(TransformerLayer(call.scale, _window(call)) for call in calls),
+        layers=tuple(TransformerLayer(call.scale, _window(call), _sinks(call)) for call in calls),
     )
+
+
+def _sinks(call: Call) -> tuple[float, ...] | None:
+    return None if call.sinks is None else tuple(call.sinks.detach().float().tolist())
 
 
 def _window(call: Call) -> int | None:
@@ -254,21 +326,27 @@ def _window(call: Call) -> int | None:
     return None if call.reach is None or call.reach.left is None else call.reach.left + 1
 
 
-def _graph(tracer: Tracer, opset: int) -> onnx.ModelProto:
+def _graph(tracer: Tracer, opset: int, stored: Mapping[str, Tensor]) -> onnx.ModelProto:
     module = module_for(tracer)
-    run_in_torch(tracer, {n: _tokens(n).example.numpy() for n in module.inputs})
-    names = [*module.hidden, *tracer.outputs()]
+    inputs = [_tokens(name) for name in module.inputs]
+    most = tracer.plan.max_seq_len
+    ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
     try:
-        inputs = [_tokens(name) for name in module.inputs]
-        most = tracer.plan.max_seq_len
-        ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
-        model = graphs.export(module, inputs, names, opset, ends=ends)
+        model = graphs.export_apart(
+            module,
+            inputs,
+            lambda: [*module.hidden, *tracer.named],
+            opset,
+            ends=ends,
+            apart=stored,
+        )
     except Exception as error:  # whatever PyTorch's exporter may raise
         raise ExportError(f"--checkpoint: it cannot be traced: {first_line(error)}") from None
     if not tracer.plan.convention.positions:
         graphs.write_out_angles(model)
     if TYPES in module.inputs:
         graphs.default_to_zeros(model, TYPES, SOURCE[0])
+    names = [*module.hidden, *tracer.named]
     graphs.rename_dims(model, {name: _dims(name, tracer.plan.kind) for name in names})
     return model
 

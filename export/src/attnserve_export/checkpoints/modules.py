@@ -12,6 +12,9 @@ HIDDEN, ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
 SOURCE, TARGET = ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")
 TYPES = "token_type_ids"
 
+# Before the names of a model's parameters, in the modules that have it inside.
+PREFIX = "model."
+
 
 class OneStack(nn.Module):
     """An encoder or a decoder."""

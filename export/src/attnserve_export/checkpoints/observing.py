@@ -100,8 +100,8 @@ def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int)
     for name in names:
         if two_stacks and not described[name]:
             raise ExportError(
-                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap, sinks or "
-                "a mask of its own, or heads that differ from layer to layer"
+                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap or a mask "
+                "of its own, or heads that differ from layer to layer"
             )
         if len({call.query.shape[1] for call in by_name[name]}) > 1:
             raise ExportError("--checkpoint: its layers have different numbers of heads")
@@ -116,7 +116,6 @@ def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int)
             tuple((name, call.reach) for name, call in calls),
             described,
             biased,
-            any(call.sinks is not None for _, call in calls),
             max(0, longest),
             bool(tables),
             _token_types(text, taken, two_stacks),
@@ -176,7 +175,7 @@ def _described(name: str, calls: Sequence[Call]) -> bool:
         windowed = name == DECODER and call.reach is not None and call.reach.causal
         if call.reach != wanted and not windowed:
             return False
-        if call.softcap or call.sinks is not None or call.key.shape[1] != first.key.shape[1]:
+        if call.softcap or call.key.shape[1] != first.key.shape[1]:
             return False
         if name != CROSS and not _same_bias(call.bias, first.bias):
             return False

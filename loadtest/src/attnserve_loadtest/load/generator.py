@@ -23,6 +23,7 @@ import multiprocessing
 import selectors
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,8 @@ from attnserve_loadtest.load.record import Record
 
 DRAIN_SECONDS = 20.0
 _START_DELAY = 0.1
+# Requests that are begun before the loop looks at answers again.
+_AT_ONCE = 8
 _MEMORY_SECONDS, _TICK_SECONDS = 0.25, 0.5
 
 
@@ -210,14 +213,29 @@ async def open_loop(arrivals: Sequence[Arrival], record: Record, start: float) -
         record: sends them and keeps their times.
         start: monotonic seconds that due times count from.
     """
+    loop = asyncio.get_running_loop()
     under_way: set[asyncio.Task[None]] = set()
-    for each in arrivals:
-        due = start + each.due
-        # Even if late: answers must be taken in between.
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        task = asyncio.create_task(record.timed(each.request, due=due, cancel=each.cancel))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
+    all_sent = loop.create_future()
+    upcoming = deque(arrivals)
+
+    def send_due() -> None:
+        for _ in range(_AT_ONCE):
+            if not upcoming:
+                all_sent.set_result(None)
+                return
+            due = start + upcoming[0].due
+            if due > time.monotonic():
+                loop.call_at(due, send_due)
+                return
+            each = upcoming.popleft()
+            task = loop.create_task(record.timed(each.request, due=due, cancel=each.cancel))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+        # However late: answers must be taken in between.
+        loop.call_soon(send_due)
+
+    send_due()
+    await all_sent
     late = (await asyncio.wait(under_way, timeout=DRAIN_SECONDS))[1] if under_way else set()
     for task in late:
         task.cancel()

@@ -84,10 +84,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class TransformerLayer:
-    """What may differ from layer to layer: the scale, and keys that a query sees (None: all)."""
+    """What may differ from layer to layer: the scale, keys that a query sees (None: all), sinks."""
 
     scale: Annotated[float, above_zero]
     window: Annotated[int | None, optional(integer())] = None
+    sinks: Annotated[tuple[float, ...] | None, optional(listed(finite))] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,6 +133,11 @@ def _check_transformer(transformer: Transformer) -> None:
             raise ValueError(f"{where}.layers: none")
         if attention.num_heads % attention.num_kv_heads:
             raise ValueError(f"{where}.num_kv_heads: {attention.num_kv_heads}; allowed: a divisor")
+        for layer in attention.layers:
+            if layer.sinks is not None and len(layer.sinks) != attention.num_heads:
+                raise ValueError(
+                    f"{where}.sinks: {len(layer.sinks)}; allowed: {attention.num_heads}"
+                )
         if attention.name in seen:
             raise ValueError(f"{where}: twice")
         seen.add(attention.name)

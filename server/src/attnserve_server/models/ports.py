@@ -93,7 +93,7 @@ def _of_transformer(manifest: Manifest, given: set[str]) -> list[Port]:
     attention = transformer.attentions[0]
     shape = (-1, attention.num_heads, -1, -1)
     return ports + [
-        Port(f"weights_{layer}", manifest.dtype, shape)
+        Port(f"weights_{layer}", "FP32", shape)
         for layer in range(transformer.num_layers)
         if given & {f"weights_{layer}", f"{attention.name}_query_{layer}"}
     ]

@@ -125,9 +125,9 @@ def tokens_call(
     )
     padded_len = ids.shape[1]
     item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
-    rows = ids.size * item
-    size = rows * transformer.hidden_size if "last_hidden_state" in names else 0
-    size += rows * padded_len * transformer.attentions[0].num_heads * len(layers)
+    size = ids.size * item * transformer.hidden_size if "last_hidden_state" in names else 0
+    rows = ids.size * transformer.attentions[0].num_heads
+    size += rows * padded_len * 4 * len(layers)  # weights are FP32
     check_answer_size(size, min(limits.max_message_bytes, limits.max_response_bytes))
     work = complete(
         model,

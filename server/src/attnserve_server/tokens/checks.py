@@ -18,6 +18,10 @@ from attnserve_server.tokens.work import HeadsWanted, TokenBatch, TokensWanted, 
 HIGH, NORMAL, LOW = 1, 2, 3
 
 
+# What is said of attention is FP32, whatever the model's dtype.
+_WEIGHT_BYTES = 4
+
+
 def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limits) -> TokensWork:
     """Check a token request, and tokenize its texts.
 
@@ -257,7 +261,7 @@ def _check_sizes(work: TokensWork, transformer: Transformer, limits: Limits) -> 
         work.variant.name, count, num_heads, longest, longest, 0
     )
     if wanted.heads is not None and "weights_0" in work.variant.outputs:
-        needed += len(wanted.heads.layers) * count * num_heads * longest * longest * item
+        needed += len(wanted.heads.layers) * count * num_heads * longest * longest * _WEIGHT_BYTES
     # The widest of a block's intermediate results is about four times the hidden states. Query and
     # key of all layers are kept until the run ends.
     kept = sum(
@@ -294,4 +298,4 @@ def _response_bytes(
     key_len = target_len if heads.attention.name == "decoder" else source_len
     by_query = heads.entropy + heads.effective_context + bool(heads.mass_on_first)
     each = query_len * (by_query + heads.weights * key_len) + heads.mass_by_distance
-    return size + len(heads.layers) * len(heads.heads) * each * item
+    return size + len(heads.layers) * len(heads.heads) * each * _WEIGHT_BYTES

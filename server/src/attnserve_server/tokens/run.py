@@ -9,6 +9,7 @@ import numpy as np
 from attnserve_dataplane import DataPlane, Request
 from attnserve_proto.manifest import Transformer
 
+from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
 from attnserve_server.settings import usable_cores
 from attnserve_server.tokens import heads
@@ -69,7 +70,7 @@ def attend(plane: DataPlane, request: Request, work: TokensWork, timeout: int = 
         timeout=timeout,
         working_bytes=work.working_bytes,
     )
-    arrays = ran["arrays"]
+    arrays = {name: dtypes.of_data_plane(array) for name, array in ran["arrays"].items()}
     return Run(
         [_share(work, transformer, arrays, row) for row in range(len(work.sequences))],
         ran["arrived"],
@@ -172,21 +173,24 @@ def _blocks(
     queries = results.get(f"{attention.name}_query_{layer}")
     if queries is None:
         weights = results[f"weights_{layer}"][row, chosen, :query_len, :key_len]
-        return [heads.Block(0, 0, weights)]
+        return [heads.Block(0, 0, weights.astype(np.float32, copy=False))]
     sharing = attention.num_heads // attention.num_kv_heads
     bias = None
     if attention.position_bias:
         # Of the padded batch: distance 0 is at the last query.
         longest = results[f"{attention.name}_position_bias"]
         zero = queries.shape[2] - 1
-        bias = longest[chosen, zero - query_len + 1 : zero + key_len]
+        bias = longest[chosen, zero - query_len + 1 : zero + key_len].astype(np.float32)
     entry = attention.layers[layer]
     return heads.blocks(
-        queries[row, chosen, :query_len],
-        results[f"{attention.name}_key_{layer}"][row, chosen // sharing, :key_len],
+        queries[row, chosen, :query_len].astype(np.float32, copy=False),
+        results[f"{attention.name}_key_{layer}"][row, chosen // sharing, :key_len].astype(
+            np.float32, copy=False
+        ),
         entry.scale,
         heads.Reach(attention.mask == "causal", entry.window),
         bias,
+        None if entry.sinks is None else np.asarray(entry.sinks, np.float32)[chosen],
         with_entropy=wanted.entropy or wanted.effective_context,
     )
 
