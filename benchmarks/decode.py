@@ -15,7 +15,6 @@ in rounds of a part of a second; medians of rounds count. The client in C++ is a
     python benchmarks/decode.py --json reports/decode.json
 """
 
-import argparse
 import contextlib
 import os
 import socket
@@ -34,6 +33,7 @@ import serving_sections
 import serving_servers
 from attnserve_client import AttentionClient, Session, keep_freed_memory, page_hashes
 from attnserve_proto import attention_pb2 as pb
+from attnserve_proto.commands import Parser
 from decode_calls import Metrics, Paged
 from decode_messages import Group
 from serving_report import Bar, Row, Section
@@ -341,7 +341,7 @@ SECTIONS = {
 
 def main() -> int:
     """Run the benchmark; 1 if a section could not be measured."""
-    options = _options()
+    options = _parser().parse_args()
     keep_freed_memory()
     sizes = QUICK if options.quick else Sizes()
     with calls.models(options.repository, layer="layer" in options.sections) as repository:
@@ -356,12 +356,12 @@ def _measured(name: str, repository: Path, sizes: Sizes) -> Section:
         return measure(service, sizes)
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> Parser:
     names = list(SECTIONS)
     parser = serving_sections.arguments(__doc__ or "", names)
     help_of_quick = "shorter and fewer rounds, fewer contexts"
     parser.add_argument("--quick", action="store_true", help=help_of_quick)
-    return serving_sections.parsed(parser, names)
+    return parser
 
 
 if __name__ == "__main__":

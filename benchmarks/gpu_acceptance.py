@@ -37,6 +37,7 @@ import torch
 from attnserve_export import cli
 from attnserve_export.models import TORCH
 from attnserve_export.runtime import CPU, CUDA
+from attnserve_proto.commands import Parser, values
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -818,15 +819,7 @@ def find_kernels(
 
 def main() -> int:
     """Run the acceptance."""
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=420.0, help="stop adding measurements after these"
-    )
-    parser.add_argument(
-        "--models", type=Path, help="take exported models from here, and leave them here"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     reason = None if options.dry_run else unusable_gpu()
     if reason is not None:
         print(f"gpu_acceptance: no usable GPU: {reason} (see --dry-run)", file=sys.stderr)
@@ -1070,6 +1063,18 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.3g}"
     return "" if value is None else value
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__ or "")
+    add = parser.add_argument
+    seconds = values.some_seconds
+    add(
+        "--budget-seconds", type=seconds, default=420.0, help="stop adding measurements after these"
+    )
+    add("--models", type=values.path, help="take exported models from here, and leave them here")
+    add("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
+    return parser
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from attnserve_export import sessions
 from attnserve_export.cli import main as export
 from attnserve_export.runtime import CPU
 from attnserve_loadtest.fitting import fit_power_law
+from attnserve_proto.commands import Parser, values
 from common import arguments, write_json
 from kernels_masks import (
     boolean_masks,
@@ -431,19 +432,7 @@ SECTIONS = {
 
 def main() -> int:
     """Measure, print, write."""
-    parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--plots", type=Path, help="folder for plots")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="default all of them")
-    parser.add_argument("--num-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=4.0, help="per set of contenders")
-    parser.add_argument("--rounds", type=int, default=5, help="at least")
-    parser.add_argument("--quick", action="store_true", help="small lengths, to try it out")
-    parser.add_argument(
-        "--models", type=Path, help="take exported models from here, and leave them here"
-    )
-    options = parser.parse_args()
+    options = _parser().parse_args()
     options.seq_lens = [512, 2048, 4096, 8192]
     options.window_seq_lens = [2048, 4096, 8192, 16_384, 32_768]
     options.memory_seq_lens = [4096, 16_384, 65_536]
@@ -460,7 +449,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         models = Models(options.models or Path(folder))
-        for section in options.sections.split(","):
+        for section in options.sections:
             rows += SECTIONS[section](models, options)
     found = exponents(rows, shortest)
     if options.plots:
@@ -478,6 +467,22 @@ def main() -> int:
         },
     )
     return 0
+
+
+def _parser() -> Parser:
+    parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
+    add = parser.add_argument
+    sections = values.listed(values.one_of(SECTIONS))
+    add("--plots", type=values.path, help="folder for plots")
+    add("--sections", type=sections, default=tuple(SECTIONS), help="default all of them")
+    add("--num-heads", type=values.integer(1, 1024), default=8)
+    add("--head-dim", type=values.integer(1, 1024), default=64)
+    add("--window", type=values.integer(1, 1 << 20), default=256)
+    add("--seconds", type=values.some_seconds, default=4.0, help="per set of contenders")
+    add("--rounds", type=values.integer(2), default=5, help="at least")
+    add("--quick", action="store_true", help="small lengths, to try it out")
+    add("--models", type=values.path, help="take exported models from here, and leave them here")
+    return parser
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import common
 import numpy as np
 import torch
 from attnserve_client import AttentionClient
+from attnserve_proto.commands import Parser, values
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -274,12 +275,7 @@ def ask(
 
 def main() -> int:
     """Run it; 1 if an answer differs or a bar is missed."""
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument("--shape", choices=SHAPES, default="0.3b")
-    parser.add_argument("--dtype", choices=TYPES, default="fp16", help="of the export")
-    parser.add_argument("--stored", choices=TYPES, help="of the checkpoint; default: --dtype")
-    parser.add_argument("--folder", type=Path, help="for the files, which are deleted at the end")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     stored = options.stored or options.dtype
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -320,6 +316,16 @@ def main() -> int:
     good = all(answer["agrees"] for answer in answers) and exported["peak_bytes"] <= bound
     print("agrees, within the bars" if good else "NOT within the bars")
     return 0 if good else 1
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__ or "")
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="0.3b")
+    add("--dtype", choices=TYPES, default="fp16", help="of the export")
+    add("--stored", choices=TYPES, help="of the checkpoint; default: --dtype")
+    add("--folder", type=values.path, help="for the files, which are deleted at the end")
+    return parser
 
 
 if __name__ == "__main__":

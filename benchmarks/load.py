@@ -13,7 +13,6 @@ average is said. Each is repeated, and the median counts.
     python benchmarks/load.py --json reports/load-bars.json
 """
 
-import argparse
 import os
 import signal
 import statistics
@@ -38,6 +37,7 @@ from attnserve_loadtest.load.requests import Generation, Mix
 from attnserve_loadtest.load.simulation import Cluster, simulate
 from attnserve_loadtest.load.slo import Bound, good
 from attnserve_loadtest.report.load_schema import Service, ServiceTime
+from attnserve_proto.commands import Parser, values
 from serving_report import Bar, Row, Section
 from serving_servers import Server, attnserve
 
@@ -179,11 +179,7 @@ def _server() -> Iterator[Server]:
 
 def main() -> int:
     """Run the benchmark; 1 if a section could not be measured."""
-    names = ["arrivals", "pause", "simulation"]
-    parser = serving_sections.arguments(__doc__ or "", names)
-    parser.add_argument("--quick", action="store_true", help="in seconds: figures say little")
-    parser.add_argument("--clients", type=int, default=2, help="client processes (default 2)")
-    options: argparse.Namespace = serving_sections.parsed(parser, names)
+    options = _parser().parse_args()
     seconds, rounds = (2.0, 1) if options.quick else (10.0, 5)
     with _server() as server, clients(options.clients) as load:
         made: dict[str, Callable[[], Section]] = {
@@ -193,6 +189,14 @@ def main() -> int:
         }
         done, failed = serving_sections.measured(options.sections, made)
     return serving_sections.write("load", options, done, failed)
+
+
+def _parser() -> Parser:
+    parser = serving_sections.arguments(__doc__ or "", ["arrivals", "pause", "simulation"])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="in seconds: figures say little")
+    add("--clients", type=values.integer(1, 256), default=2, help="client processes (default 2)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -159,9 +159,11 @@ def test_the_default_prompt(tmp_path: Path) -> None:
     config: dict[str, Any] = {"prompts": {"query": "query: ", "text": ""}}
     write(tmp_path, MEAN | {"include_prompt": False}, config_sentence_transformers=config)
     assert (said(tmp_path).prompt, said(tmp_path).prompt_pooled) == ("", False)
+    assert said(tmp_path).other_prompts == ("query",)
     path = tmp_path / "config_sentence_transformers.json"
     path.write_text(json.dumps(config | {"default_prompt_name": "query"}))
     assert said(tmp_path).prompt == "query: "
+    assert said(tmp_path).other_prompts == ()
     path.write_text(json.dumps(config | {"default_prompt_name": "none"}))
     with pytest.raises(ExportError, match=r"default_prompt_name is 'none'; allowed: one of \['q"):
         read_sentences(tmp_path)

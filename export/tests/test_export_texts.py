@@ -209,6 +209,13 @@ def test_what_is_no_tokenizer_or_none_that_can_be_stored(tmp_path: Path) -> None
     path.write_text(json.dumps({"tokenizer_class": "LayoutLMv2Tokenizer"}))
     with pytest.raises(TextError, match="does not take texts"):
         text_reader(own, config, None)
+    python = tmp_path / "python"
+    python.mkdir()
+    (python / "vocab.txt").write_text("<cls>\n<pad>\n<eos>\n<unk>\nL\nA\n<mask>\n")
+    (python / "tokenizer_config.json").write_text('{"tokenizer_class": "EsmTokenizer"}')
+    config.save_pretrained(python)
+    with pytest.raises(TextError, match="is a EsmTokenizer, which runs in Python alone"):
+        text_reader(python, config, None)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from attnserve_client import (
     UnavailableModel,
 )
 from attnserve_client._cli import main
+from attnserve_proto.manifest import ManifestError
 from serving import serving
 from tritonclient.utils import InferenceServerException
 
@@ -162,9 +163,9 @@ def test_versions_that_load_are_served_from_the_start(folder: Path) -> None:
             client.attend(Q, Q, Q, model="good", version=7)
 
 
-def test_a_server_of_damaged_models_alone_starts(folder: Path) -> None:
+def test_a_server_that_could_serve_nothing_does_not_start(folder: Path) -> None:
     for name in ("good", "bad"):
         emptied(folder / name / "1")
-    with serving(folder) as server, AttentionClient(f"127.0.0.1:{server.port}") as client:
-        assert client.list_models() == []
-        assert [model.name for model in client.server_info().unavailable] == ["bad", "good"]
+    message = r"no model loads: bad/1/model\.json: .*, and 1 more"
+    with pytest.raises(ManifestError, match=message), serving(folder):
+        pass

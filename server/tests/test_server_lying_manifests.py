@@ -46,7 +46,7 @@ def attention_of(**values: object) -> Change:
     return lambda content: content["attention"].update(values)
 
 
-def tensor(side: str, name: str, **values: object) -> Change:
+def tensor(side: str, name: str, /, **values: object) -> Change:
     def change(content: dict) -> None:
         for each in content["variants"][0][side]:
             if each["name"] == name:

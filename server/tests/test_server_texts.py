@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,7 +304,10 @@ def test_the_commands(
     page = tmp_path / "page.html"
     inspect = ["inspect", "cat", "--pair", "e", "--model", "roberta", "--target", address]
     assert main([*inspect, "--out", str(page)]) == 0
-    assert page.stat().st_size > 10_000
+    found = re.search(r'id="meta">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    shown = json.loads(found[1])["sequences"][0]["maps"][0]
+    assert shown["keys"] == ["<s>", "c", "a", "t", "</s>", "</s>", "e", "</s>"]
 
 
 @settings(max_examples=60)

@@ -82,9 +82,10 @@ def _info(client: AttentionClient, options: argparse.Namespace) -> int:
     print(f"{server.state}; {providers}")
     for model in client.list_models(timeout=options.timeout):
         print(f"\n{model.name} version {model.version}: {_describe(model)}")
+        width = max(len(variant.name) for variant in model.variants)
         for variant in model.variants:
             print(
-                f"  {variant.name:<10} gives {', '.join(variant.outputs[:2])}"
+                f"  {variant.name:<{width}} gives {', '.join(variant.outputs[:2])}"
                 f"{', ...' if len(variant.outputs) > 2 else ''}"
                 f"; max abs error {variant.max_abs_error:.1e} (bound {variant.tolerance:.1e})"
             )

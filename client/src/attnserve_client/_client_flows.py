@@ -190,8 +190,9 @@ class ClientFlows(OpeningFlows[S]):
         """Run texts or token ids through a transformer model.
 
         Args:
-            inputs: a list of texts, or a list of id sequences of any lengths (special tokens
-                included).
+            inputs: a list of texts, of pairs of texts (each one sequence, by the tokenizer's own
+                template), or of id sequences of any lengths (special tokens included); or what a
+                tokenizer of transformers gives.
             timeout: seconds; None waits for ever.
             options: `model` and more: see `TokensOptions`.
 

@@ -115,7 +115,9 @@ TEST_CASE("kinds of tokens are padded beside their ids, and 0 where a request sa
                                    {{"input_ids", kOnnxInt64, {-1, -1}},
                                     {"attention_mask", kOnnxInt64, {-1, -1}},
                                     {"token_type_ids", kOnnxInt64, {-1, -1}}},
-                                   {{"last", kOnnxInt64, {-1, -1}}}}));
+                                   {{"last", kOnnxInt64, {-1, -1}}},
+                                   {"token_type_ids"}}));
+  CHECK(model->variants[0]->session->takes("token_type_ids"));
   std::deque<TokensWork> works;
   works.push_back(work_of(model, sequences({{10, 20}, {30, 40, 50}}), {"last"}));
   works.back().source_types = {0, 1, 1, 2, 0};

@@ -42,6 +42,8 @@ struct Node {
 struct Graph {
   std::vector<Node> nodes;
   std::vector<GraphPort> inputs, outputs;
+  // Inputs [B, S] INT64 that are [[0]] if they are left out.
+  std::vector<std::string> optional = {};
 };
 
 inline std::string value_info(const GraphPort& port) {
@@ -88,6 +90,15 @@ inline std::string serialized(const Graph& graph) {
   writer.add_string(2, "test");
   for (const GraphPort& port : graph.inputs) writer.add_message(11, value_info(port));
   for (const GraphPort& port : graph.outputs) writer.add_message(12, value_info(port));
+  for (const std::string& name : graph.optional) {
+    std::string tensor;
+    protozero::pbf_writer to(tensor);
+    for (int dimension = 0; dimension < 2; ++dimension) to.add_int64(1, 1);
+    to.add_int32(2, kOnnxInt64);
+    to.add_int64(7, 0);
+    to.add_string(8, name);
+    writer.add_message(5, tensor);
+  }
 
   std::string model;
   protozero::pbf_writer whole(model);

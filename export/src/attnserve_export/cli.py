@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve_proto import commands
-from attnserve_proto.commands import CommandError, Parser, values
+from attnserve_proto.commands import CommandError, Loading, Parser, values
 from attnserve_proto.manifest import ALIGNMENTS, MASKS, STYLES, Manifest
 
 from attnserve_export import __version__, repository
@@ -42,7 +42,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if options.kind == "tune":
             folder = repository.folder_of(options.out, options.name, options.version)
             repository.read_content(folder)
-            from attnserve_export import building
+            with Loading():
+                from attnserve_export import building
 
             for line in building.tune(options, folder, progress):
                 print(line)
@@ -52,7 +53,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         )
         commands.check_folder("--out", options.out)
         # Imported once the options can be right: torch takes seconds.
-        from attnserve_export import building
+        with Loading():
+            from attnserve_export import building
 
         export = {
             "core": building.core,

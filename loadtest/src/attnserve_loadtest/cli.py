@@ -8,6 +8,7 @@ from attnserve_proto import commands
 from attnserve_proto.commands import (
     INTERRUPTED,
     CommandError,
+    Loading,
     Parser,
     add_missing_command,
     extension,
@@ -145,10 +146,11 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _run_scaling(parsed: argparse.Namespace) -> int:
     # The runner patches the standard library: it comes before whatever opens sockets or threads.
-    from attnserve_loadtest.runner import run_scaling  # isort: skip
-    from attnserve_loadtest.progress import make_progress
-    from attnserve_loadtest.report.files import make_folder, write_report
-    from attnserve_loadtest.report.terminal import make_console, print_report
+    with Loading():
+        from attnserve_loadtest.runner import run_scaling  # isort: skip
+        from attnserve_loadtest.progress import make_progress
+        from attnserve_loadtest.report.files import make_folder, write_report
+        from attnserve_loadtest.report.terminal import make_console, print_report
 
     by_time = parsed.duration is not None
     settings = Settings(
@@ -179,11 +181,12 @@ def _run_scaling(parsed: argparse.Namespace) -> int:
 
 
 def _run_report(parsed: argparse.Namespace) -> int:
-    from attnserve_loadtest.report.files import write_report
-    from attnserve_loadtest.report.json_file import read_json
-    from attnserve_loadtest.report.load_files import finish
-    from attnserve_loadtest.report.load_schema import LoadReport
-    from attnserve_loadtest.report.terminal import make_console, print_report
+    with Loading():
+        from attnserve_loadtest.report.files import write_report
+        from attnserve_loadtest.report.json_file import read_json
+        from attnserve_loadtest.report.load_files import finish
+        from attnserve_loadtest.report.load_schema import LoadReport
+        from attnserve_loadtest.report.terminal import make_console, print_report
 
     report = read_json(parsed.json)
     if isinstance(report, LoadReport):

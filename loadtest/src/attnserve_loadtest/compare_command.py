@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from attnserve_proto.commands import values
+from attnserve_proto.commands import Loading, values
 
 from attnserve_loadtest.comparison import CONFIDENCE, Compared, compare
 
@@ -31,11 +31,12 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         LoadTestError: the reports cannot be read or compared.
     """
-    from rich.table import Table
+    with Loading():
+        from rich.table import Table
 
-    from attnserve_loadtest.report.files import write_files
-    from attnserve_loadtest.report.json_file import read_json
-    from attnserve_loadtest.report.terminal import make_console
+        from attnserve_loadtest.report.files import write_files
+        from attnserve_loadtest.report.json_file import read_json
+        from attnserve_loadtest.report.terminal import make_console
 
     found = compare(read_json(parsed.first), read_json(parsed.second))
     paths = write_files(

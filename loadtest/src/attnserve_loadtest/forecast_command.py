@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from attnserve_proto.commands import values
+from attnserve_proto.commands import Loading, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.errors import LoadTestError
@@ -64,8 +64,9 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         LoadTestError: it cannot go on, or the fit bears none of the lengths.
     """
-    from attnserve_loadtest.report.files import write_files
-    from attnserve_loadtest.report.json_file import read_json
+    with Loading():
+        from attnserve_loadtest.report.files import write_files
+        from attnserve_loadtest.report.json_file import read_json
 
     report = read_json(parsed.json)
     if not isinstance(report, Report):

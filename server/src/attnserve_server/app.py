@@ -37,7 +37,7 @@ class AttentionServer:
     Raises:
         LibraryError: ONNX Runtime is not there.
         ProviderError: the provider asked for does not work.
-        ManifestError: the model repository is no folder. What does not load of it is not served.
+        ManifestError: the model repository is no folder, or no model in it loads.
         CertificateError: TLS cannot be had as the settings ask.
         CallersError: the file of callers is not as it should be.
         WebTokenError: JSON Web Tokens cannot be checked as the settings ask.

@@ -64,6 +64,12 @@ def load(context: ssl.SSLContext, settings: Settings) -> None:
     try:
         # A key that needs a password is refused, as the data plane does.
         context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
+    except ssl.SSLError as error:
+        wrong = "given keys that differ" if "MISMATCH" in str(error.reason) else "given others"
+        raise CertificateError(
+            f"--tls-certificate: {settings.tls_certificate}, --tls-key: {settings.tls_key}: {wrong}; "
+            "allowed: a certificate and its private key, PEM, without a password"
+        ) from None
     except (OSError, ValueError) as error:
         raise CertificateError(f"--tls-certificate, --tls-key: {error}") from None
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from attnserve_proto import commands
-from attnserve_proto.commands import CommandError
+from attnserve_proto.commands import CommandError, Loading
 from attnserve_proto.manifest import ManifestError
 
 from attnserve_server import __version__, configuration, logs
@@ -46,9 +46,9 @@ def serve(settings: Settings) -> None:
     """
     _allow_descriptors()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
+<<<<<<< HEAD
         from attnserve_server.app import AttentionServer
         from attnserve_server.callers import CallersError
         from attnserve_server.certificates import CertificateError
@@ -56,10 +56,18 @@ def serve(settings: Settings) -> None:
         from attnserve_server.models.providers import ProviderError
         from attnserve_server.onnxruntime_library import LibraryError
         from attnserve_server.web_tokens import WebTokenError
+=======
+        with Loading():
+            from attnserve_server.app import AttentionServer
+            from attnserve_server.certificates import CertificateError
+            from attnserve_server.models.providers import ProviderError
+            from attnserve_server.onnxruntime_library import LibraryError
+>>>>>>> main
     except ImportError as error:
         raise StartError(
             f"{error}; the server needs attnserve-dataplane: `pip install attnserve-dataplane`"
         ) from error
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         server = AttentionServer(settings)
         server.start()

@@ -196,6 +196,9 @@ def _reader(checkpoint: Checkpoint, progress: Progress) -> TextReader | None:
         reader, reason = None, str(error)
     if reader is None:
         progress(f"{reason}: the model will take ids, but no texts")
+    if checkpoint.sentences is not None and checkpoint.sentences.other_prompts:
+        names = ", ".join(checkpoint.sentences.other_prompts)
+        progress(f"its prompts {names} are the caller's to put before texts")
     return reader
 
 

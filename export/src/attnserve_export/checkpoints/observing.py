@@ -73,10 +73,14 @@ def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int)
     """
     taken = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
-    feeds = {"input_ids": torch.randint(0, vocab_size, (_BATCH, _SOURCE), generator=generator)}
-    if two_stacks:
-        feeds["decoder_input_ids"] = torch.randint(
-            0, vocab_size, (_BATCH, _TARGET), generator=generator
+    lengths = {"input_ids": _SOURCE} | ({"decoder_input_ids": _TARGET} if two_stacks else {})
+    padding = getattr(config.get_text_config(), "pad_token_id", None)
+    feeds = {}
+    for name, length in lengths.items():
+        ids = torch.randint(0, vocab_size, (_BATCH, length), generator=generator)
+        # Some models leave padding out of their positions, which are looked for here.
+        feeds[name] = (
+            ids if padding is None else torch.where(ids == padding, (ids + 1) % vocab_size, ids)
         )
     for name in list(feeds):
         beside = name.replace("input_ids", "attention_mask")

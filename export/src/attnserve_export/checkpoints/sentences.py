@@ -62,6 +62,7 @@ class Sentences:
         lowercase: whether texts are lowercased first.
         tokenizer_options: of `AutoTokenizer.from_pretrained`.
         prompt: what comes before every text.
+        other_prompts: names of those that callers put there themselves.
         prompt_pooled: whether the prompt's tokens count for the pooled vector.
     """
 
@@ -74,6 +75,7 @@ class Sentences:
     lowercase: bool = False
     tokenizer_options: Mapping[str, Any] = field(default_factory=dict)
     prompt: str = ""
+    other_prompts: tuple[str, ...] = ()
     prompt_pooled: bool = True
 
     def refused_of(self, hidden_size: int) -> str:
@@ -96,12 +98,12 @@ def read_sentences(folder: Path) -> Sentences | None:
     if modules and modules[0].kind == "Transformer":
         inner = folder / modules[0].path
     settings = _settings(inner)
-    prompt = _default_prompt(folder)
+    prompts = _prompts(folder)
     try:
         pooled = _pooling(folder, modules)
     except _NotSupportedError as error:
         pooled = {"refused": str(error)}
-    return Sentences(inner=inner, prompt=prompt, **pooled, **settings)
+    return Sentences(inner=inner, **prompts, **pooled, **settings)
 
 
 class _NotSupportedError(Exception):
@@ -178,19 +180,21 @@ def _check_normalize(where: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _default_prompt(folder: Path) -> str:
+def _prompts(folder: Path) -> dict[str, Any]:
+    """Attributes of `Sentences` about what comes before texts."""
     path = folder / _PROMPTS
     if not path.is_file():
-        return ""
+        return {}
     config = read_json(path)
     if config.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise _refused(path, "model_type", config["model_type"], "'SentenceTransformer'")
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
-    if name is None:
-        return ""
-    if name not in prompts:
+    if name is not None and name not in prompts:
         raise _refused(path, "default_prompt_name", name, f"one of {sorted(prompts)}")
-    return str(prompts[name] or "")
+    return {
+        "prompt": str(prompts.get(name) or ""),
+        "other_prompts": tuple(sorted(n for n, text in prompts.items() if text and n != name)),
+    }
 
 
 def _settings(inner: Path) -> dict[str, Any]:

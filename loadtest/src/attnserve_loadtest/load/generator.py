@@ -21,12 +21,14 @@ import asyncio
 import gc
 import multiprocessing
 import selectors
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, Protocol
 
@@ -124,7 +126,8 @@ def clients(count: int) -> Iterator[Clients]:
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_client, args=(theirs,), daemon=True)
-            process.start()
+            with _interruption_held():
+                process.start()
             theirs.close()
             started.append((process, ours))
         yield Clients([pipe for _, pipe in started])
@@ -132,6 +135,17 @@ def clients(count: int) -> Iterator[Clients]:
         for process, pipe in started:
             pipe.close()
             process.join(DRAIN_SECONDS)
+
+
+@contextmanager
+def _interruption_held() -> Iterator[None]:
+    """Ctrl-C waits, in a process that is started now until it can answer: see `_client`."""
+    resource_tracker.ensure_running()  # it would be started now, and let Ctrl-C through after that
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -144,6 +158,10 @@ def new_loop() -> asyncio.AbstractEventLoop:
 
 def _client(pipe: Connection) -> None:
     """A client process: loads come in, times go out, until the pipe closes."""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:  # it came while modules were loaded
+        return
     keep_freed_memory()
     # Whatever is imported by now stays: collections need not look at it again.
     gc.freeze()

@@ -120,10 +120,11 @@ def load_all(repository: Path, store: ModelStore, load: Loader) -> dict[tuple[st
         By name and version, why those do not.
 
     Raises:
-        ManifestError: `repository` is not a folder.
+        ManifestError: `repository` is not a folder, or all that is in it is damaged.
     """
     models: dict[str, list[LoadedModel]] = {}
     failed: dict[tuple[str, int], str] = {}
+    damaged: list[str] = []
     for folder in find(repository):
         name, version = folder.parent.name, int(folder.name)
         found = models.setdefault(name, [])
@@ -131,10 +132,14 @@ def load_all(repository: Path, store: ModelStore, load: Loader) -> dict[tuple[st
             found.append(loaded(folder, repository, load))
         except ManifestError as error:
             failed[name, version] = str(error)
+            damaged += [] if isinstance(error, CannotRunError) else [str(error)]
             _log.error(
                 "model not loaded",
                 extra={"model": name, "version": version, "reason": str(error)},
             )
+    if damaged and not any(models.values()):
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise ManifestError(f"no model loads: {damaged[0]}{more}")
     for name, versions in models.items():
         reasons = [why for (other, _), why in failed.items() if other == name]
         store.put(name, versions, reasons[-1] if reasons else "")
