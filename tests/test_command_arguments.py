@@ -19,42 +19,6 @@ from attnserve_server import cli as server
 from attnserve_server import configuration
 from bad_arguments import BAD, actions, words_of, wrongly_answered
 
-<<<<<<< HEAD
-HUGE, NOT_UTF8 = "9" * 400, "a\udcff"
-BAD = {
-    "number": ("x", "", "nan", "inf", "-1e9", HUGE, "1 2", "0x10"),
-    "real": ("x", "", "nan", "inf", "-1e400", HUGE, "1 2"),
-    "numbers": ("x", "", "nan", "1,,2", "-1e9", HUGE, "1;2"),
-    "reals": ("x", "", "nan", "1,,2", "-inf", HUGE, "1;2"),
-    "span": ("x", "", "nan", "2-1", "0-3", HUGE, "1-"),
-    "choice": ("x", "", "nan", HUGE),
-    "name": ("", "a/b", ".a", "ä", "a b", HUGE, NOT_UTF8),
-    "names": ("", "a,", "a/b", HUGE),
-    "path": ("", "a\0b", HUGE, "a/" * 3000),
-    "text": ("", "a\0b", NOT_UTF8),
-    "title": ("a\nb", "a" * 2000, NOT_UTF8),
-    "target": ("", "nan", "host", "host:0", "host:99999", "::1:80", "a b:1", f"{HUGE}:1"),
-    "arrivals": ("x", "", "bursts", "bursts:1", "bursts:-2", "poisson:2", f"bursts:{HUGE}"),
-    "slo": (
-        "x",
-        "",
-        "p99",
-        "p0=5ms",
-        "p100=1ms",
-        "p99=5",
-        "p99=-5ms",
-        "p99=0ms",
-        "p99=2h",
-        "p99=5ms,p99=6ms",
-        "p99=5ms,",
-        "mean=5ms",
-        f"p99={HUGE}ms",
-    ),
-    "roles": ("", "root", "infer,infer", "infer,", "Admin", HUGE),
-    "host": ("", "a b", "1::2::3", "[::1", "unix:", f"unix:{HUGE}", HUGE),
-}
-=======
->>>>>>> main
 OF = {
     "target": "target",
     "host": "host",

@@ -48,21 +48,14 @@ def serve(settings: Settings) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
-<<<<<<< HEAD
-        from attnserve_server.app import AttentionServer
-        from attnserve_server.callers import CallersError
-        from attnserve_server.certificates import CertificateError
-        from attnserve_server.exposure import ExposureError
-        from attnserve_server.models.providers import ProviderError
-        from attnserve_server.onnxruntime_library import LibraryError
-        from attnserve_server.web_tokens import WebTokenError
-=======
         with Loading():
             from attnserve_server.app import AttentionServer
+            from attnserve_server.callers import CallersError
             from attnserve_server.certificates import CertificateError
+            from attnserve_server.exposure import ExposureError
             from attnserve_server.models.providers import ProviderError
             from attnserve_server.onnxruntime_library import LibraryError
->>>>>>> main
+            from attnserve_server.web_tokens import WebTokenError
     except ImportError as error:
         raise StartError(
             f"{error}; the server needs attnserve-dataplane: `pip install attnserve-dataplane`"
