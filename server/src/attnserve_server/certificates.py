@@ -66,8 +66,9 @@ def load(context: ssl.SSLContext, settings: Settings) -> None:
         context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
     except ssl.SSLError as error:
         wrong = "given keys that differ" if "MISMATCH" in str(error.reason) else "given others"
+        chain, key = settings.tls_certificate, settings.tls_key
         raise CertificateError(
-            f"--tls-certificate: {settings.tls_certificate}, --tls-key: {settings.tls_key}: {wrong}; "
+            f"--tls-certificate: {chain}, --tls-key: {key}: {wrong}; "
             "allowed: a certificate and its private key, PEM, without a password"
         ) from None
     except (OSError, ValueError) as error:
