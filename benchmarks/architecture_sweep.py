@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "testing"))
 import architectures
 import exporter
 import torch
-from attnserve_export.checkpoints.families import input_of
+from attnserve_export.checkpoints.families import TAKEN, input_of
 from attnserve_proto.commands import Parser, values
 
 EXPORTED, REFUSED, WRONG = "exported", "refused", "wrong"
@@ -85,7 +85,7 @@ def refused_at_once(model_type: str) -> dict[str, Any] | None:
         given = input_of(model_class)
     except Exception as error:  # of a library that is not there
         return _refused(f"transformers cannot load its class: {_short(error)}")
-    return None if given == "input_ids" else _refused(f"it takes {given}, no token ids")
+    return None if given in TAKEN else _refused(f"it takes {given}, no token ids")
 
 
 def sweep(

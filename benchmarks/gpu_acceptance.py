@@ -30,6 +30,7 @@ from typing import Any
 
 import attnserve_kernels
 import common
+import gpu_transformers
 import numpy as np
 import onnx
 import onnxruntime
@@ -817,6 +818,33 @@ def find_kernels(
         )
 
 
+def examine_transformers(plan: Plan, target: Target, folder: Path, report: Report) -> None:
+    """Whole transformers in FP16 and BF16: right, and how fast beside PyTorch."""
+    sizes = gpu_transformers.DRY if target.dry_run else gpu_transformers.GPU
+
+    def pair(calls: dict[str, Call]) -> dict[str, float]:
+        contenders = {name: Contender(call) for name, call in calls.items()}
+        for contender in contenders.values():
+            _warm_up(contender, target)
+        rows = _paired(contenders, plan, target)
+        return {name: statistics.median(times) for name, times in rows.items()}
+
+    for checkpoint in sizes.checkpoints:
+        if report.spent(f"transformer {checkpoint.name}"):
+            return
+        print(f"transformer {checkpoint.name}", file=sys.stderr, flush=True)
+
+        def add(**row: Any) -> None:
+            report.add("transformers", **row)
+
+        try:
+            good = gpu_transformers.examine(checkpoint, sizes, target, folder, _export, add, pair)
+        except Exception as error:
+            report.note(f"transformer {checkpoint.name}: {_line(error)}")
+            good = False
+        report.figures["passed"] &= good
+
+
 def main() -> int:
     """Run the acceptance."""
     options = _parser().parse_args()
@@ -835,7 +863,7 @@ def main() -> int:
         "finished": False,
         "passed": True,
         **{name: [] for name in ("notes", "models", "availability", "correctness")},
-        **{name: [] for name in ("speed", "exponents", "memory", "kernels")},
+        **{name: [] for name in ("speed", "exponents", "memory", "kernels", "transformers")},
     }
     report.write()
     started = time.monotonic()
@@ -849,6 +877,9 @@ def main() -> int:
         fit_exponents(plan, report)
         measure_memory(plan, target, variants, report)
         find_kernels(plan, target, variants, folder, report)
+        # A budget of its own: each is exported first.
+        report.deadline = time.monotonic() + options.transformer_seconds
+        examine_transformers(plan, target, folder, report)
     if not report.figures["correctness"]:
         report.note("nothing was checked")
         report.figures["passed"] = False
@@ -1041,7 +1072,8 @@ def _line(error: Exception) -> str:
 def _show(figures: dict[str, Any]) -> None:
     """The tables."""
     hidden = {"key_lengths", "options", "nodes", "device_kernels", "log", "lengths"}
-    for section in ("models", "availability", "correctness", "speed", "exponents", "memory"):
+    shown = ("models", "availability", "correctness", "speed", "exponents", "memory")
+    for section in (*shown, "transformers"):
         print(f"\n{section}")
         rows = figures[section]
         keys = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
@@ -1068,11 +1100,17 @@ def _cell(value: Any) -> Any:
 def _parser() -> Parser:
     parser = common.arguments(__doc__ or "")
     add = parser.add_argument
-    seconds = values.some_seconds
+    seconds = values.seconds
     add(
         "--budget-seconds", type=seconds, default=420.0, help="stop adding measurements after these"
     )
     add("--models", type=values.path, help="take exported models from here, and leave them here")
+    add(
+        "--transformer-seconds",
+        type=seconds,
+        default=420.0,
+        help="for whole transformers after that, of which none begins later",
+    )
     add("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
     return parser
 

@@ -65,6 +65,7 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What an answer is rounded by, relative to its largest number.
 ROUNDED = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
 SHARD_BYTES = 1 << 30
+INDEX = "model.safetensors.index.json"
 # Two of the layers, and of each two heads, of a ragged batch.
 LENGTHS, LAYERS, HEADS = (37, 64), (0, -1), (1, 3)
 TOLERANCE = 1e-4
@@ -84,8 +85,8 @@ def config_of(shape: str) -> Any:
     return config
 
 
-def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> int:
-    """Random parameters in shards of a GiB, one in memory at a time; how many there are."""
+def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> None:
+    """Random parameters in shards of a GiB, of which one is in memory at a time."""
     from transformers import LlamaModel
 
     config = config_of(shape)
@@ -114,8 +115,7 @@ def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> int:
             shard, held = {}, 0
     count = sum(int(math.prod(size)) for size in shapes.values())
     index_file = {"metadata": {"total_size": count * dtype.itemsize}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    return count
+    (folder / INDEX).write_text(json.dumps(index_file))
 
 
 def export(checkpoint: Path, repository: Path, dtype: str) -> dict[str, Any]:
@@ -134,6 +134,7 @@ def export(checkpoint: Path, repository: Path, dtype: str) -> dict[str, Any]:
     files = sum(file.stat().st_size for file in (repository / "large/1").iterdir())
     return {
         "seconds": time.monotonic() - started,
+        "processor_seconds": used.ru_utime + used.ru_stime,
         "peak_bytes": used.ru_maxrss * 1024,
         "file_bytes": files,
         "said": lines,
@@ -157,7 +158,7 @@ def expected(checkpoint: Path, shape: str, dtype: torch.dtype) -> list[tuple[Arr
     from transformers.models.llama import modeling_llama as llama
 
     config = config_of(shape)
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((checkpoint / INDEX).read_text())["weight_map"]
 
     def read(name: str) -> Tensor:
         with safe_open(checkpoint / index[name], framework="pt", backend="pread") as file:
@@ -279,18 +280,23 @@ def main() -> int:
     stored = options.stored or options.dtype
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        (folder / "checkpoint").mkdir()
-        count = write_checkpoint(folder / "checkpoint", options.shape, TYPES[stored])
+        checkpoint = options.checkpoint or folder / "checkpoint"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        if not (checkpoint / INDEX).is_file():
+            write_checkpoint(checkpoint, options.shape, TYPES[stored])
+        total = json.loads((checkpoint / INDEX).read_text())["metadata"]["total_size"]
+        count = total // TYPES[stored].itemsize
         size = count * TYPES[options.dtype].itemsize
         print(f"{count:,} parameters, {size / 2**30:.2f} GiB in {options.dtype}", flush=True)
-        exported = export(folder / "checkpoint", folder / "models", options.dtype)
+        exported = export(checkpoint, folder / "models", options.dtype)
         bound = 1.2 * size + (2 << 30)
         print(
-            f"exported in {exported['seconds']:.0f} s with {exported['peak_bytes'] / 2**30:.2f} "
-            f"GiB at most (bar: {bound / 2**30:.2f}); {exported['file_bytes']:,} bytes of files",
+            f"exported in {exported['seconds']:.0f} s ({exported['processor_seconds']:.0f} s of "
+            f"processors) with {exported['peak_bytes'] / 2**30:.2f} GiB at most (bar: "
+            f"{bound / 2**30:.2f}); {exported['file_bytes']:,} bytes of files",
             flush=True,
         )
-        exact = expected(folder / "checkpoint", options.shape, TYPES[options.dtype])
+        exact = expected(checkpoint, options.shape, TYPES[options.dtype])
         started = time.monotonic()
         with serving(folder / "models") as (address, pid):
             ready = time.monotonic() - started
@@ -325,6 +331,11 @@ def _parser() -> Parser:
     add("--dtype", choices=TYPES, default="fp16", help="of the export")
     add("--stored", choices=TYPES, help="of the checkpoint; default: --dtype")
     add("--folder", type=values.path, help="for the files, which are deleted at the end")
+    add(
+        "--checkpoint",
+        type=values.path,
+        help="write it here and keep it, or take the one that is here",
+    )
     return parser
 
 

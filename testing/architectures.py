@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from attnserve_export.checkpoints.families import input_of
+from attnserve_export.checkpoints.sources import source_of
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -115,6 +117,8 @@ def _shrunk(config_class: Any, whole: bool) -> Any:
     rotary = HEAD_DIM
     for name, value in content.items():
         if name in ("transformers_version", "model_type", "architectures", "dtype", "torch_dtype"):
+            continue
+        if re.search(r"^_?out_(features|indices)$|^stage_names$", name):  # which layers are outputs
             continue
         nested = default.__dict__.get(name)
         if isinstance(nested, transformers.PreTrainedConfig):
@@ -234,8 +238,12 @@ def _tiny_model(model_type: str) -> Any:
             made.append(model)
             ids = torch.full((2, 9), 4)
             more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+            takes = input_of(type(model))
+            given = ids
+            if takes != "input_ids":
+                given = torch.randn(2, *map(int, source_of(model, config, takes).shape))
             with torch.no_grad():
-                model(input_ids=ids, **more)
+                model(**{takes: given}, **more)
             return model
         except Exception as error:  # whatever a model may raise
             failure = failure or error

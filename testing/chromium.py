@@ -79,7 +79,7 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=features)
         url = path if isinstance(path, str) else path.resolve().as_uri()
         self.send("Page.navigate", url=url)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             answer = self.run(ready)
             if answer is not None:

@@ -18,7 +18,7 @@ KINDS_OF = {
     "name": "--model",
     "number": "--layers --sequences --new-tokens --seed --branches --depth --seconds --deadline "
     "--clients --good-within --batch --seq-len --rounds --num-heads --head-dim --window --threads "
-    "--budget-seconds --processes",
+    "--budget-seconds --transformer-seconds --processes",
     "numbers": "--lengths",
     "path": "--json --markdown --repository --plots --venvs --models --checkpoint --results "
     "--table --folder figures folder",

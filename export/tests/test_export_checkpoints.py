@@ -64,8 +64,8 @@ def test_minilm_is_what_transformers_makes_of_it(minilm: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "vit"}, "model_type is 'vit', which takes pixel_values"),
-        ({"model_type": "clip_vision_model"}, "which takes pixel_values"),
+        ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2', which takes input_values"),
+        ({"model_type": "vjepa2"}, "which takes pixel_values_videos; allowed: models that take"),
         ({"model_type": "blt_patcher"}, "no model without a head"),
         ({"model_type": "bertt"}, "config.json: transformers cannot read it"),
         ({}, "config.json: transformers cannot read it"),

@@ -82,6 +82,8 @@ def _info(client: AttentionClient, options: argparse.Namespace) -> int:
     print(f"{server.state}; {providers}")
     for model in client.list_models(timeout=options.timeout):
         print(f"\n{model.name} version {model.version}: {_describe(model)}")
+        if taken := _taken(model):
+            print(f"  takes {taken}")
         width = max(len(variant.name) for variant in model.variants)
         for variant in model.variants:
             print(
@@ -92,6 +94,21 @@ def _info(client: AttentionClient, options: argparse.Namespace) -> int:
     for version in server.unavailable:
         print(f"\n{version.name} version {version.version}: not served: {version.reason}")
     return 0
+
+
+def _taken(model: Model) -> str:
+    """What a transformer reads."""
+    if model.kind != "transformer":
+        return ""
+    parts = ["text", "token ids"] if model.takes_text else ["token ids"]
+    parts = parts if model.takes_ids or not model.inputs else []
+    for entry in model.inputs:
+        shape = ", ".join("S" if size is None else str(size) for size in entry.shape)
+        read = f" as {entry.tokens} tokens" if entry.tokens else ""
+        if entry.patches is not None:
+            read += f", {entry.patches.rows} x {entry.patches.columns} patches"
+        parts.append(f"{entry.name} [B, {shape}]{read}")
+    return "; ".join(parts)
 
 
 def _describe(model: Model) -> str:

@@ -13,6 +13,7 @@ from attnserve_client._cli_calls import add_model, save
 from attnserve_client._errors import InvalidArgumentError
 from attnserve_client._results import Array, TokensResult
 from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
+from attnserve_client.command_tensors import add_tensors, given_tensor
 
 _RESULTS = (
     "hidden",
@@ -26,6 +27,7 @@ _RESULTS = (
 )
 _INPUTS = (
     "ids",
+    "lengths",
     "tokens",
     "token_type_ids",
     "truncated",
@@ -41,10 +43,13 @@ _AT_ONCE = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.description = "Texts through a transformer model, and what each token attends to."
+    parser.description = (
+        "Texts, pictures or sounds through a transformer model, and what each token attends to."
+    )
     add = parser.add_argument
     add("texts", nargs="*", type=values.text, metavar="TEXT")
     add("--ids", type=ids, action="append", help="instead of a text, e.g. 101,2009,102; again ...")
+    add_tensors(parser)
     add(
         "--pair",
         type=values.text,
@@ -77,12 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(client: AttentionClient, options: argparse.Namespace) -> int:
-    if bool(options.texts) == bool(options.ids):
-        given = "both" if options.texts else "neither"
-        raise ValueError(f"TEXT, --ids: given {given}; allowed: one of the two")
-    result = _asked(client, options)
+    tensor = given_tensor(client, options)
+    if bool(options.texts) + bool(options.ids) + bool(tensor) != 1:
+        several = options.texts or options.ids or tensor
+        raise ValueError(
+            f"TEXT, --ids, --pixel-values, --input-features, --inputs-embeds: given "
+            f"{'more than one' if several else 'none'}; allowed: one of them"
+        )
+    result = _asked(client, options, tensor)
     say_what_was_cut(result)
-    for index in range(len(result.ids)):
+    for index in range(len(result.lengths)):
         if result.weights is not None:
             _print_weights(result, index, options)
         else:
@@ -92,10 +101,12 @@ def _run(client: AttentionClient, options: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(client: AttentionClient, options: argparse.Namespace) -> TokensResult:
-    """The answer for all texts or ids, of as many requests as they take."""
-    inputs = _inputs(options)
+def _asked(client: AttentionClient, options: argparse.Namespace, tensor: Any) -> TokensResult:
+    """The answer for all texts or ids, of as many requests as they take, or for a tensor."""
     beside = {"token_type_ids": options.token_type_ids, "targets": options.target_text}
+    if tensor:
+        return _asked_at_once(client, options, tensor, beside)
+    inputs = _inputs(options)
     # Another number of them than of texts is refused as one request is.
     apart = all(len(each) == len(inputs) for each in beside.values() if each is not None)
     at_once = _AT_ONCE if apart else len(inputs)
@@ -168,8 +179,9 @@ def _inputs(options: argparse.Namespace) -> Any:
 def _arrays(result: TokensResult) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for index, ids_ in enumerate(result.ids):
-        arrays[f"ids_{index}"] = np.asarray(ids_)
-        if any(result.token_type_ids[index]):
+        if result.source is None:
+            arrays[f"ids_{index}"] = np.asarray(ids_)
+        if result.source is None and any(result.token_type_ids[index]):
             arrays[f"token_type_ids_{index}"] = np.asarray(result.token_type_ids[index])
         for name in _RESULTS:
             found = getattr(result, name)
@@ -179,7 +191,7 @@ def _arrays(result: TokensResult) -> dict[str, Array]:
 
 
 def _print_shapes(result: TokensResult, index: int) -> None:
-    print(" ".join(result.tokens[index] or map(str, result.ids[index])))
+    print(" ".join(texts.axes_of(result, index, "encoder")[1]))
     for name in _RESULTS:
         found = getattr(result, name)
         if found is not None:

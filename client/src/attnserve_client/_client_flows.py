@@ -185,23 +185,29 @@ class ClientFlows(OpeningFlows[S]):
         yield from self._unary("DropTensor", pb.DropTensorRequest(handle=tensor.handle), timeout)
 
     def attend_tokens(
-        self, inputs: Tokens, *, timeout: float | None = 60.0, **options: Unpack[TokensOptions]
+        self,
+        inputs: Tokens | None = None,
+        *,
+        timeout: float | None = 60.0,
+        **options: Unpack[TokensOptions],
     ) -> Flow[TokensResult]:
-        """Run texts or token ids through a transformer model.
+        """Run texts, token ids, or what a model reads in their place through a transformer model.
 
         Args:
             inputs: a list of texts, of pairs of texts (each one sequence, by the tokenizer's own
                 template), or of id sequences of any lengths (special tokens included); or what a
-                tokenizer of transformers gives.
+                tokenizer or processor of transformers gives. None if one of the tensors is given
+                by its name.
             timeout: seconds; None waits for ever.
             options: `model` and more: see `TokensOptions`.
 
         Raises:
             AttnserveError: one subclass per gRPC status.
+            TypeError: nothing is given to read, or more than one thing, or it is no array.
         """
         request = _messages.tokens_request(inputs, **options)
         answer = yield from self._unary("AttendTokens", request, timeout)
-        return _messages.tokens_result(answer)
+        return _messages.tokens_result(answer, request)
 
     def list_models(self, *, timeout: float | None = 10.0) -> Flow[list[Model]]:
         """All models and versions, by name and version."""

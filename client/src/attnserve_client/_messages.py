@@ -1,5 +1,6 @@
 """Requests from arguments and results from answers, of all methods but `attend`."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Required, TypedDict
 
@@ -14,6 +15,8 @@ from attnserve_client._results import (
     Array,
     Limits,
     Model,
+    ModelInput,
+    Patches,
     ServerInfo,
     StoredTensor,
     TokensResult,
@@ -73,6 +76,10 @@ class TokensOptions(TypedDict, total=False):
         mass_on_first: also the weight that each query gives to this many first keys.
         truncate: whether texts that are too long are cut, of a pair the longer one first, or
             refused; None is as the model's checkpoint has it: those of sentence-transformers cut.
+        pixel_values: [B, channels, height, width], in the place of texts and ids: pictures, made
+            ready as the model was trained (`attnserve_client.transformers.attend_images` does so).
+        input_features: [B, mel bins, frames], likewise: sounds.
+        inputs_embeds: [B, S, E], likewise: token embeddings; or a list of [S, E] of any lengths.
     """
 
     model: Required[str]
@@ -91,10 +98,13 @@ class TokensOptions(TypedDict, total=False):
     mass_by_distance: int
     mass_on_first: int
     truncate: bool | None
+    pixel_values: Any
+    input_features: Any
+    inputs_embeds: Any
 
 
 def tokens_request(
-    inputs: Tokens,
+    inputs: Tokens | None = None,
     *,
     model: str,
     version: str | int = "",
@@ -112,19 +122,45 @@ def tokens_request(
     mass_by_distance: int = 0,
     mass_on_first: int = 0,
     truncate: bool | None = None,
+    pixel_values: Any = None,
+    input_features: Any = None,
+    inputs_embeds: Any = None,
 ) -> pb.AttendTokensRequest:
     """Build a request from the arguments of `attend_tokens`."""
+    tensors = {
+        "pixel_values": pixel_values,
+        "input_features": input_features,
+        "inputs_embeds": inputs_embeds,
+    }
+    given_tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if isinstance(inputs, Mapping) and "input_ids" not in inputs:  # of transformers' processors
+        given_tensors |= {name: inputs[name] for name in tensors if name in inputs}
+        if given_tensors:
+            inputs = None
     truncate = None if truncate is None else arguments.flag("truncate", truncate)
     request = pb.AttendTokensRequest(
         model=arguments.text("model", model, empty=False),
         version=arguments.version("version", version),
         variant=arguments.text("variant", variant),
     )
-    given = token_batches.batch("inputs", inputs, truncate, token_type_ids)
-    if isinstance(given, pb.TextBatch):
-        request.text.CopyFrom(given)
-    else:
-        request.tokens.CopyFrom(given)
+    if (inputs is None) != (len(given_tensors) == 1):
+        names = ["inputs"] * (inputs is not None) + list(given_tensors)
+        raise TypeError(
+            f"given {' and '.join(names) or 'nothing to read'}; allowed: one of inputs, "
+            f"{', '.join(tensors)}"
+        )
+    if inputs is None and token_type_ids is not None:
+        raise ValueError(
+            f"token_type_ids: given with {min(given_tensors)}; allowed: with id sequences"
+        )
+    for name, tensor in given_tensors.items():
+        request.tensors.append(_tensor_input(name, tensor))
+    if inputs is not None:
+        given = token_batches.batch("inputs", inputs, truncate, token_type_ids)
+        if isinstance(given, pb.TextBatch):
+            request.text.CopyFrom(given)
+        else:
+            request.tokens.CopyFrom(given)
     if targets is not None:
         target = token_batches.batch("targets", targets, truncate)
         if isinstance(target, pb.TextBatch):
@@ -151,6 +187,33 @@ def tokens_request(
     return request
 
 
+def _tensor_input(name: str, given: Any) -> pb.InputTensor:
+    """A tensor that is read in the place of ids; a list of arrays of several lengths is padded."""
+    lengths: list[int] = []
+    if isinstance(given, list | tuple) and given and all(np.ndim(each) == 2 for each in given):
+        rows = [_tensors.as_array(each, f"{name}[{row}]") for row, each in enumerate(given)]
+        if name == "inputs_embeds":
+            lengths = [len(row) for row in rows]
+            given = _padded(name, rows)
+    array = _tensors.as_array(given, name)
+    message = pb.InputTensor(name=name, lengths=lengths)
+    message.tensor.CopyFrom(_tensors.header(array.dtype, array.shape))
+    message.tensor.data = bytes(_tensors.data(array))
+    return message
+
+
+def _padded(name: str, rows: Sequence[Array]) -> Array:
+    """[S, E] each to [B, S, E], 0 behind the shorter ones."""
+    kinds = {(row.dtype, row.shape[1]) for row in rows}
+    if len(kinds) > 1:
+        shown = " and ".join(sorted(f"[S, {width}] {dtype}" for dtype, width in kinds))
+        raise ValueError(f"{name}: given {shown}; allowed: of one width and dtype")
+    whole = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), rows[0].dtype)
+    for row, each in zip(whole, rows, strict=True):
+        row[: len(each)] = each
+    return whole
+
+
 def _indices(name: str, given: Sequence[int] | None) -> list[int]:
     """Layers or heads; none stand for all."""
     if given is None:
@@ -161,8 +224,10 @@ def _indices(name: str, given: Sequence[int] | None) -> list[int]:
     return indices
 
 
-def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:
-    """The result of an answer."""
+def tokens_result(
+    response: pb.AttendTokensResponse, request: pb.AttendTokensRequest
+) -> TokensResult:
+    """The result of an answer to a request."""
 
     def arrays(name: str) -> list[Array] | None:
         if not response.sequences or not response.sequences[0].HasField(name):  # type: ignore[arg-type]
@@ -196,6 +261,9 @@ def tokens_result(response: pb.AttendTokensResponse) -> TokensResult:
         target_ids=[list(sequence.target_ids) for sequence in response.sequences],
         target_tokens=[list(sequence.target_tokens) for sequence in response.sequences],
         target_truncated=[sequence.target_truncated for sequence in response.sequences],
+        lengths=[sequence.length or len(sequence.ids) for sequence in response.sequences],
+        source=_input_from(response.source) if response.HasField("source") else None,
+        given=next((_tensors.copy_of(e.tensor, e.tensor.data) for e in request.tensors), None),
     )
 
 
@@ -252,7 +320,24 @@ def model_from(message: pb.Model, manifest: str = "") -> Model:
             )
             for attention in message.attentions
         ),
+        takes_ids=message.takes_ids,
+        inputs=tuple(map(_input_from, message.inputs)),
         manifest=manifest,
+    )
+
+
+def _input_from(message: pb.ModelInput) -> ModelInput:
+    patches = message.patches
+    return ModelInput(
+        name=message.name,
+        dtype=_tensors.dtype_name(message.dtype),
+        shape=tuple(None if size < 0 else size for size in message.shape),
+        tokens=message.tokens or None,
+        patches=Patches(patches.first, patches.rows, patches.columns)
+        if message.HasField("patches")
+        else None,
+        frames_per_token=message.frames_per_token or None,
+        preprocessor=json.loads(message.preprocessor_json) if message.preprocessor_json else None,
     )
 
 

@@ -199,6 +199,40 @@ class AttendResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Patches:
+    """How a picture is read: `first` tokens that stand for no place in it, then one for each patch,
+    row by row.
+    """
+
+    first: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """A tensor that a transformer takes in the place of token ids.
+
+    Attributes:
+        name: "inputs_embeds", "pixel_values" or "input_features".
+        dtype: "FP32", "FP16" or "BF16".
+        shape: of one sequence, without the batch; None is its length, of any size.
+        tokens: what one sequence is read as; None: as many as its length.
+        patches: of pictures whose patches are tokens.
+        frames_per_token: of sounds whose frames, the last dimension, become fewer tokens.
+        preprocessor: what the checkpoint says of how it is made, as transformers writes it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    tokens: int | None = None
+    patches: Patches | None = None
+    frames_per_token: int | None = None
+    preprocessor: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TokensResult:
     """The answer of `attend_tokens`: lists with one entry per sequence, without padding.
 
@@ -223,6 +257,10 @@ class TokensResult:
         encoder_hidden: [S, E] each, of an encoder-decoder.
         target_ids, target_tokens, target_truncated: of the targets, as above of the inputs;
             empty lists where the model has none.
+        lengths: S of each sequence.
+        source: which tensor was read in the place of ids; None: ids were. Then `ids` are empty, and
+            `tokens` say which patch of a picture each one is: "row,column".
+        given: that tensor, as it was sent: [B, ...].
         timings: the server's own.
     """
 
@@ -247,6 +285,9 @@ class TokensResult:
     target_ids: list[list[int]] = field(default_factory=list)
     target_tokens: list[list[str]] = field(default_factory=list)
     target_truncated: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    source: ModelInput | None = None
+    given: Array | None = None
     token_type_ids: list[list[int]] = field(default_factory=list)
 
     def plot(self, kind: str = "", **options: Any) -> Any:
@@ -323,6 +364,9 @@ class Model:
         rotary: how query and key are turned by their positions: "half", "interleaved" or "".
         attentions: of a transformer.
         chunk: positions of a chunk, of which a query sees its own alone; 0 is all.
+        vocab_size: 0 of a transformer that takes no token ids.
+        takes_ids: whether the source of a transformer may be token ids.
+        inputs: tensors that may be its source instead.
         token_types: kinds of token that token_type_ids tell apart; 0: it takes none.
         max_text_len: tokens that texts are cut to, where they are; 0 as in max_seq_len.
         sinks: of each head, a logit that takes part in the softmax and has no value; (): none.
@@ -354,6 +398,8 @@ class Model:
     chunk: int = 0
     rotary: str = ""
     attentions: tuple[TransformerAttention, ...] = ()
+    takes_ids: bool = False
+    inputs: tuple[ModelInput, ...] = ()
     token_types: int = 0
     max_text_len: int = 0
     sinks: tuple[float, ...] = ()

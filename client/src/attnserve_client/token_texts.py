@@ -15,6 +15,7 @@ _SPECIAL = frozenset(
      "<bos>", "<eos>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
 )  # fmt: skip
 _SEPARATORS = frozenset(("[SEP]", "</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"))
+_REGISTER = re.compile(r"\[REG\d+\]")  # tokens of a picture that stand for no place in it
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 # Byte-level BPE (GPT-2) writes each byte as a character: those that can be seen as themselves, the
@@ -41,10 +42,13 @@ def axes_of(
         attention: which one of the model's; empty: that of the result.
 
     Returns:
-        Queries and keys, as the vocabulary writes them; ids where the model has no tokenizer.
+        Queries and keys, as the vocabulary writes them; ids where the model has no tokenizer, and
+        positions where tokens have no ids.
     """
     attention = attention or result.attention
     source = _names(result.tokens, result.ids, sequence)
+    if not source and sequence < len(result.lengths):
+        source = tuple(map(str, range(result.lengths[sequence])))
     target = _names(result.target_tokens, result.target_ids, sequence)
     # Only the results of encoder-decoders have a target.
     queries = target if target and attention in ("decoder", "cross") else source
@@ -148,7 +152,7 @@ def label(token: str, length: int = 14) -> str:
 
 def is_special(token: str) -> bool:
     """Whether a model added the token around the text."""
-    return token in _SPECIAL
+    return token in _SPECIAL or _REGISTER.fullmatch(token) is not None
 
 
 def second_segment(tokens: Sequence[str]) -> int | None:

@@ -11,6 +11,9 @@ the command that exports it. Windows are the sessions' own, another scale is mul
 query, sinks are taken off by the log-sum-exp. `generate` is called as ever, for batches of ragged
 prompts, beams, samples and with assistants too. Padding is not sent.
 
+`attend_images` and `attend_sounds` run pictures and sounds through a served model that reads them,
+made ready as its checkpoint says.
+
 Decoders whose layers attend causally, to all keys or within a window: GPT-2, Llama, Mistral, Qwen,
 Gemma 3, gpt-oss and others. No gradients, no attention weights.
 """
@@ -19,9 +22,22 @@ import grpc
 
 from attnserve_client._transformers_attention import register
 from attnserve_client._transformers_cache import SessionCache, make_caches_sessions
+from attnserve_client._transformers_inputs import (
+    attend_images,
+    attend_sounds,
+    image_inputs,
+    sound_inputs,
+)
 from attnserve_client._transformers_service import Service, current
 
-__all__ = ["SessionCache", "connect"]
+__all__ = [
+    "SessionCache",
+    "attend_images",
+    "attend_sounds",
+    "connect",
+    "image_inputs",
+    "sound_inputs",
+]
 
 
 def connect(

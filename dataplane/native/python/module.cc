@@ -87,6 +87,25 @@ engine::TokenSequences sequences_of(const std::vector<std::vector<std::int64_t>>
   return sequences;
 }
 
+// NumPy has no bfloat16: such elements come as their bits, and `dtype` says what they are.
+engine::TensorInput input_of(const nb::dict& given) {
+  engine::TensorInput input;
+  if (given.size() == 0) return input;
+  const auto array = nb::cast<nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>>(given["array"]);
+  std::vector<std::int64_t> shape;
+  for (std::size_t axis = 0; axis < array.ndim(); ++axis) {
+    shape.push_back(static_cast<std::int64_t>(array.shape(axis)));
+  }
+  input.name = nb::cast<std::string>(given["name"]);
+  // Feeds are read, never written.
+  input.tensor = {data_type_of(nb::cast<std::string>(given["dtype"])), Shape(shape),
+                  const_cast<std::byte*>(static_cast<const std::byte*>(array.data()))};
+  input.lengths = nb::cast<std::vector<std::int64_t>>(given["lengths"]);
+  input.mask_name = nb::cast<std::string>(given["mask_name"]);
+  input.tokens = nb::cast<std::int64_t>(given["tokens"]);
+  return input;
+}
+
 double since_epoch(TimePoint time) { return seconds(time.time_since_epoch()); }
 
 TimePoint time_of(double since) { return TimePoint(seconds_of(since)); }
@@ -95,7 +114,7 @@ nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& r
                        std::shared_ptr<engine::Model> model, const std::string& variant,
                        const std::vector<std::vector<std::int64_t>>& source,
                        const std::vector<std::vector<std::int64_t>>& source_types,
-                       const std::vector<std::vector<std::int64_t>>& target,
+                       const nb::dict& given, const std::vector<std::vector<std::int64_t>>& target,
                        std::vector<std::string> outputs, std::uint32_t priority,
                        std::uint64_t timeout, std::size_t working_bytes) {
   engine::TokensWork work;
@@ -103,6 +122,7 @@ nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& r
   if (!work.variant) throw nb::key_error(variant.c_str());
   work.model = std::move(model);
   work.source = sequences_of(source);
+  work.given = input_of(given);  // whose elements the caller holds until this returns
   if (!source_types.empty()) work.source_types = sequences_of(source_types).ids;
   work.target = sequences_of(target);
   work.outputs = outputs;
@@ -285,7 +305,8 @@ void bind_plane(nb::module_& module) {
           // What a request holds is the plane's.
           "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>(), nb::keep_alive<0, 1>())
       .def("attend_tokens", &attend_tokens, "request"_a, "model"_a, "variant"_a, "source"_a,
-           "source_types"_a, "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
+           "source_types"_a, "given"_a, "target"_a, "outputs"_a, "priority"_a, "timeout"_a,
+           "working_bytes"_a)
       .def("requests",
            [](DataPlane& self) {
              std::vector<std::tuple<std::string, std::string, std::uint64_t>> rows;

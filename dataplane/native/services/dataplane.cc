@@ -16,7 +16,7 @@ class TokensJob final : public schedule::Job {
     request = std::move(request_);
     key = engine::batch_key(work);
     joinable = true;
-    sequences = static_cast<std::int64_t>(work.source.count());
+    sequences = static_cast<std::int64_t>(work.count());
     tensor_bytes = engine::hidden_bytes(work);
     working_bytes = working_bytes_;
   }

@@ -21,10 +21,10 @@ const std::string kAttention = "/attnserve.v1.AttentionService/";
 const std::string kInference = "/inference.GRPCInferenceService/";
 const std::string kHealth = "/grpc.health.v1.Health/";
 
-// Messages of methods that take no tensors. Those of tokens are ids or text, which the control
-// plane reads: bounded for its sake.
+// Messages of methods that take no tensors. Those of tokens are ids, text, pictures or sounds,
+// which the control plane reads: bounded for its sake.
 constexpr std::size_t kControlBytes = 1U << 20;
-constexpr std::size_t kTokensBytes = 16U << 20;
+constexpr std::size_t kTokensBytes = 64U << 20;
 
 // Methods of Triton's that are not here, and why.
 constexpr std::pair<std::string_view, std::string_view> kMissing[] = {

@@ -176,3 +176,85 @@ TEST_CASE("token works of one bucket and the same outputs have one key") {
   CHECK(hidden_bytes(plain) == 4 * 33 * 16);
   CHECK(hidden_bytes(decoding) == 4 * 36 * 16);
 }
+
+namespace {
+
+// last_hidden_state [B, S, 2] = 2 * inputs_embeds; seen [B, S] = 2 * attention_mask.
+std::shared_ptr<Model> embedder(const std::shared_ptr<Runtime>& runtime) {
+  auto model = std::make_shared<Model>();
+  model->facts.kind = Kind::kTransformer;
+  model->facts.hidden_size = 2;
+  const Graph graph = {
+      {{"Add", "", {"inputs_embeds", "inputs_embeds"}, {"last_hidden_state"}, {}},
+       {"Add", "", {"attention_mask", "attention_mask"}, {"seen"}, {}}},
+      {{"inputs_embeds", kOnnxFloat, {-1, -1, 2}}, {"attention_mask", kOnnxInt64, {-1, -1}}},
+      {{"last_hidden_state", kOnnxFloat, {-1, -1, 2}}, {"seen", kOnnxInt64, {-1, -1}}}};
+  add_variant(*model, "fused_embeds", load_graph(runtime, graph));
+  return model;
+}
+
+TokensWork work_of_rows(const std::shared_ptr<Model>& model, std::vector<float>& elements,
+                        Shape shape, std::vector<std::int64_t> lengths) {
+  TokensWork work;
+  work.model = model;
+  work.variant = model->variants[0].get();
+  work.given.name = "inputs_embeds";
+  work.given.mask_name = "attention_mask";
+  work.given.tokens = shape[1];
+  work.given.tensor = {DataType::kFp32, shape, reinterpret_cast<std::byte*>(elements.data())};
+  work.given.lengths = std::move(lengths);
+  work.outputs = {"last_hidden_state", "seen"};
+  return work;
+}
+
+std::vector<float> floats(const OwnedTensor& owned) {
+  std::vector<float> values(static_cast<std::size_t>(owned.tensor.shape.elements()));
+  std::memcpy(values.data(), owned.tensor.data, owned.tensor.byte_size());
+  return values;
+}
+
+}  // namespace
+
+TEST_CASE("a tensor in the place of ids is read where it lies, and its padding is masked") {
+  const auto runtime = test_runtime();
+  if (!runtime) return;
+  const auto model = embedder(runtime);
+  std::vector<float> rows = {1, 2, 3, 4, 5, 6, 0, 0};
+  TokensWork work = work_of_rows(model, rows, {2, 2, 2}, {2, 1});
+  CHECK(work.count() == 2);
+  CHECK(work.longest_source() == 2);
+  TokensWork* works[1] = {&work};
+  attend_tokens_together(works, nullptr);
+  CHECK(work.results[0].tensor.shape == Shape{2, 2, 2});
+  CHECK(floats(work.results[0]) == std::vector<float>{2, 4, 6, 8, 10, 12, 0, 0});
+  CHECK(elements(work.results[1]) == std::vector<std::int64_t>{2, 2, 2, 0});
+}
+
+TEST_CASE("tensors of several requests run as one, as long as the longest") {
+  const auto runtime = test_runtime();
+  if (!runtime) return;
+  const auto model = embedder(runtime);
+  std::vector<float> one = {1, 2, 3, 4}, other = {5, 6, 7, 8, 9, 10};
+  TokensWork first = work_of_rows(model, one, {2, 1, 2}, {1, 1});
+  TokensWork second = work_of_rows(model, other, {1, 3, 2}, {3});
+  TokensWork* works[2] = {&first, &second};
+  attend_tokens_together(works, nullptr);
+  CHECK(first.results[0].tensor.shape == Shape{2, 3, 2});
+  CHECK(floats(first.results[0]) == std::vector<float>{2, 4, 0, 0, 0, 0, 6, 8, 0, 0, 0, 0});
+  CHECK(floats(second.results[0]) == std::vector<float>{10, 12, 14, 16, 18, 20});
+  CHECK(elements(first.results[1]) == std::vector<std::int64_t>{2, 0, 0, 2, 0, 0});
+  CHECK(elements(second.results[1]) == std::vector<std::int64_t>{2, 2, 2});
+}
+
+TEST_CASE("works of tensors have one key if they are about as long, and count their elements") {
+  auto model = std::make_shared<Model>();
+  model->facts.hidden_size = 16;
+  add_variant(
+      *model, "fused_embeds",
+      std::make_unique<FakeSession>(std::vector<std::string>{}, std::vector<std::string>{}));
+  std::vector<float> elements(2 * 41 * 2);
+  const TokensWork plain = work_of_rows(model, elements, {1, 33, 2}, {33});
+  CHECK(batch_key(plain) == batch_key(work_of_rows(model, elements, {2, 40, 2}, {40, 3})));
+  CHECK(batch_key(plain) != batch_key(work_of_rows(model, elements, {1, 41, 2}, {41})));
+  CHECK(hidden_bytes(plain) == 4 * 33 * 16 + 4 * 33 * 2);
+}

@@ -24,7 +24,7 @@ from attnserve_dataplane._core import (
 )
 
 if TYPE_CHECKING:  # shapes of dictionaries, for type checkers alone
-    from attnserve_dataplane._core import InferCounts, TokensRun
+    from attnserve_dataplane._core import GivenTensor, InferCounts, TokensRun
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "SECONDS_BUCKETS",
     "SESSIONS",
     "DataPlane",
+    "GivenTensor",
     "InferCounts",
     "Known",
     "Model",

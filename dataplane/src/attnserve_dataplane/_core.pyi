@@ -44,6 +44,16 @@ class TokensRun(TypedDict):
     sequences: int
     leads: bool
 
+class GivenTensor(TypedDict):
+    """A tensor that stands in the place of token ids, or beside them."""
+
+    name: str
+    array: NDArray[Any]
+    dtype: str
+    lengths: Sequence[int]
+    mask_name: str
+    tokens: int
+
 class ModelFacts:
     """What the control plane has read of a model and checked."""
 
@@ -165,6 +175,7 @@ class DataPlane:
         variant: str,
         source: Sequence[Sequence[int]],
         source_types: Sequence[Sequence[int]],
+        given: GivenTensor | dict[str, Any],
         target: Sequence[Sequence[int]],
         outputs: list[str],
         priority: int,

@@ -123,6 +123,7 @@ def transformer(options: argparse.Namespace, target: Path, progress: Progress) -
         opset=options.opset,
         dtype=options.dtype.upper(),
         native=not options.no_native,
+        embeds=options.inputs_embeds,
         progress=progress,
     )
 

@@ -139,6 +139,12 @@ def _parser() -> Parser:
         help="leave out the variant that needs the operators of attnserve-kernels",
     )
 
+    transformer.add_argument(
+        "--inputs-embeds",
+        action="store_true",
+        help="make variants, too, that take token embeddings in the place of ids",
+    )
+
     tune = kinds.add_parser("tune", help="measure a core model's variants on this machine")
     _add_place(tune)
     tune.add_argument("--provider", choices=(CPU, CUDA), default=CPU)

@@ -70,21 +70,15 @@ def run(
         answers = session.run(list(names), {name: feeds[name] for name in taken})
         return dict(zip(names, answers, strict=True))
     # ONNX Runtime's Python has no BF16 arrays: only their bits go in and out.
-    binding = session.io_binding()
-    for name in taken:
-        array = np.ascontiguousarray(feeds[name])
-        if array.dtype == ml_dtypes.bfloat16:
-            value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                array.view(np.uint16), _BF16
-            )
-            binding.bind_ortvalue_input(name, value)
-        else:
-            binding.bind_cpu_input(name, array)
-    for name in names:
-        binding.bind_output(name, "cpu")
-    session.run_with_iobinding(binding)
-    made = zip(names, binding.get_outputs(), strict=True)
-    return {name: _array(value, types[name]) for name, value in made}
+    made = session.run_with_ort_values(list(names), {name: _value(feeds[name]) for name in taken})
+    return {name: _array(value, types[name]) for name, value in zip(names, made, strict=True)}
+
+
+def _value(array: Array) -> onnxruntime.OrtValue:
+    if array.dtype != ml_dtypes.bfloat16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    bits = np.ascontiguousarray(array).view(np.uint16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BF16)
 
 
 def _array(value: onnxruntime.OrtValue, kind: str) -> Array:

@@ -37,6 +37,9 @@ _DEFAULTS: Mapping[str, Sequence[tuple[int | None, Sequence[str]]]] = {
     ),
 }
 
+# Graphs over token ids, and those over embeddings in their place.
+_KINDS = ("", "_embeds")
+
 # Quadratic variants are not tried where their scores would take more than this.
 _MOST_SCORE_BYTES = 1 << 30
 
@@ -55,7 +58,10 @@ def default_picks(variants: Sequence[VariantEntry]) -> dict[str, tuple[Pick, ...
     picks = {}
     for provider, rows in _DEFAULTS.items():
         suited = {v.name for v in variants if provider in v.providers and _gives_output(v)}
-        own = [Pick(up_to, tuple(n for n in names if n in suited)) for up_to, names in rows]
+        own = [
+            Pick(up_to, tuple(n + kind for n in names for kind in _KINDS if n + kind in suited))
+            for up_to, names in rows
+        ]
         picks[provider] = _joined(own)
     return picks
 

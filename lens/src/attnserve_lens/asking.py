@@ -1,6 +1,6 @@
 """Weights from a server, a layer at a time and a few heads an answer, so that none is large."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,20 @@ def heads_at_once(client: AttentionClient, seq_len: int, timeout: float) -> int:
     return max(1, int(min(_SHARE * limit, _MOST_BYTES)) // (4 * seq_len * seq_len))
 
 
+def sequence_of(ids: Sequence[int], types: Sequence[int]) -> dict[str, Any]:
+    """One sequence, by the arguments of `attend_tokens`.
+
+    Args:
+        ids: of its tokens.
+        types: of each id what kind of token it is; empty: 0.
+    """
+    given: dict[str, Any] = {"inputs": [list(ids)]}
+    return given | {"token_type_ids": [list(types)]} if any(types) else given
+
+
 def layer_of(
     client: AttentionClient,
-    ids: Sequence[int],
-    types: Sequence[int],
+    source: Mapping[str, Any],
     target: Sequence[int],
     *,
     model: str,
@@ -46,8 +56,7 @@ def layer_of(
 
     Args:
         client: connected.
-        ids: of the sequence.
-        types: of each id what kind of token it is; empty: 0.
+        source: by the arguments of `attend_tokens`: from `sequence_of`, or a tensor of one row.
         target: ids that a decoder reads; empty where there is none.
         model: its name.
         attention: which of several; empty of one.
@@ -64,12 +73,9 @@ def layer_of(
         AttnserveError: the server refused.
     """
     more: dict[str, Any] = {"targets": [list(target)]} if target else {}
-    if any(types):
-        more["token_type_ids"] = [list(types)]
     parts = []
     for first in range(0, len(heads), at_once):
         answer = client.attend_tokens(
-            [list(ids)],
             model=model,
             layers=[layer],
             heads=list(heads[first : first + at_once]),
@@ -77,6 +83,7 @@ def layer_of(
             return_hidden=False,
             return_weights=True,
             timeout=timeout,
+            **source,
             **more,
         )
         assert answer.weights is not None

@@ -3,16 +3,17 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attnserve_client import AttentionClient, TokensResult
 from attnserve_client.command_options import add_output, add_what_is_read, ids, say_what_was_cut
+from attnserve_client.command_tensors import add_tensors, given_tensor
 from attnserve_proto.commands import Progress, values
 
-from attnserve_lens.asking import heads_at_once, layer_of
+from attnserve_lens.asking import heads_at_once, layer_of, sequence_of
 from attnserve_lens.live import Viewer
 from attnserve_lens.page import write_page
 from attnserve_lens.serve import serve
@@ -25,9 +26,9 @@ _MOST_WEIGHTS = 200_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.description = (
-        "Writes one HTML page that shows the attention of texts: every layer and head, token to "
-        "token, as a map, query by query, how thin it is spread and where it gathers. The page "
-        "loads nothing from elsewhere."
+        "Writes one HTML page that shows the attention of texts, pictures or sounds: every layer "
+        "and head, token to token, as a map, query by query, how thin it is spread and where it "
+        "gathers. The page loads nothing from elsewhere."
     )
     add = parser.add_argument
     add("texts", nargs="*", type=values.text, metavar="TEXT", help="- reads standard input")
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--pair", type=values.text, metavar="TEXT", help="a second text behind the (only) first")
     add("--ids", type=ids, help="token ids instead of texts, e.g. 101,2009,102")
+    add_tensors(parser)
     add_what_is_read(parser)
     add("--title", type=values.title, default="", help="of the page; default: model and text")
     parser.set_defaults(run=run)
@@ -68,10 +70,12 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
             raise ValueError(f"{option}: missing; allowed to be left out with --serve alone")
     if options.port is not None:
         raise ValueError("--port: given without --serve; allowed: with it")
-    texts = _texts(options)
+    texts, tensor = _texts(options), given_tensor(client, options)
+    if tensor and (texts or options.ids is not None or options.pair is not None):
+        raise ValueError("--pixel-values, ...: given with a text; allowed: one of the two")
     results = collect(
         client,
-        _inputs(options, texts),
+        tensor or _inputs(options, texts),
         model=options.model,
         targets=options.target_text,
         layers=options.layers,
@@ -88,7 +92,7 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
 
 def collect(
     client: AttentionClient,
-    inputs: Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]],
+    inputs: Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]] | Mapping[str, Any],
     *,
     model: str,
     targets: Sequence[str] | None = None,
@@ -101,7 +105,7 @@ def collect(
 
     Args:
         client: connected.
-        inputs: as `attend_tokens` takes them.
+        inputs: as `attend_tokens` takes them; of pictures and sounds, a mapping with the tensor.
         model: its name.
         targets: for an encoder-decoder, what its decoder reads.
         layers, heads: 0-based; None is all.
@@ -127,28 +131,27 @@ def collect(
         timeout=timeout,
         **more,
     )
-    target_ids = found.target_ids
+    target_ids, lengths = found.target_ids, found.lengths
     listed: tuple[Any, ...] = asked.attentions or (asked,)
-    _check_size(found.ids, target_ids, listed, layers, heads)
+    _check_size(lengths, target_ids, listed, layers, heads)
     wanted_layers = [
         list(range(each.num_layers)) if layers is None else list(layers) for each in listed
     ]
     results = []
-    with Progress(len(found.ids) * sum(map(len, wanted_layers)), "layers of texts") as progress:
+    with Progress(len(lengths) * sum(map(len, wanted_layers)), "layers of texts") as progress:
         for attention, shown in zip(listed, wanted_layers, strict=True):
             shown_heads = list(range(attention.num_heads)) if heads is None else list(heads)
             # A model with one attention is not asked which.
             name = attention.name if len(listed) > 1 else ""
             weights = []
-            for index, ids_ in enumerate(found.ids):
+            for index, length in enumerate(lengths):
                 target = target_ids[index] if index < len(target_ids) else []
-                at_once = heads_at_once(client, max(len(ids_), len(target)), timeout)
-                rows = []
+                at_once = heads_at_once(client, max(length, len(target)), timeout)
+                rows, source = [], _sequence(found, index)
                 for layer in shown:
                     row, last = layer_of(
                         client,
-                        ids_,
-                        found.token_type_ids[index],
+                        source,
                         target,
                         model=model,
                         attention=name,
@@ -174,14 +177,24 @@ def collect(
     return results
 
 
+def _sequence(found: TokensResult, index: int) -> dict[str, Any]:
+    """One sequence of a result, as `attend_tokens` takes it."""
+    if found.source is None or found.given is None:
+        return sequence_of(found.ids[index], found.token_type_ids[index])
+    return {found.source.name: found.given[index : index + 1]}
+
+
 def _check_size(
-    ids: Sequence[Sequence[int]],
+    source_lengths: Sequence[int],
     target_ids: Sequence[Sequence[int]],
     attentions: Sequence[Any],
     layers: Sequence[int] | None,
     heads: Sequence[int] | None,
 ) -> None:
-    lengths = [max(map(len, [each, *target_ids[i : i + 1]])) for i, each in enumerate(ids)]
+    lengths = [
+        max([length, *map(len, target_ids[index : index + 1])])
+        for index, length in enumerate(source_lengths)
+    ]
     maps = sum(
         len(layers or range(each.num_layers)) * len(heads or range(each.num_heads))
         for each in attentions
@@ -246,6 +259,10 @@ def _serve(client: AttentionClient, options: argparse.Namespace) -> int:
         ("--target-text", options.target_text),
         ("--truncate", options.truncate),
         ("--title", options.title),
+        ("--pixel-values", options.pixel_values),
+        ("--input-features", options.input_features),
+        ("--inputs-embeds", options.inputs_embeds),
+        ("--processor", options.processor),
     ):
         if given:
             raise ValueError(f"{option}: given with --serve; allowed: without it")

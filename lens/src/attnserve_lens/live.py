@@ -16,7 +16,7 @@ import numpy as np
 from attnserve_client import AttentionClient, Model
 
 from attnserve_lens import encoding
-from attnserve_lens.asking import heads_at_once, layer_of
+from attnserve_lens.asking import heads_at_once, layer_of, sequence_of
 from attnserve_lens.attention import AttentionMap, Axes, axes_of
 from attnserve_lens.measures import measure, per_head
 from attnserve_lens.page import cut, describe
@@ -166,8 +166,7 @@ class Viewer:
         axes = asked.axes
         weights, _ = layer_of(
             self._client,
-            asked.ids,
-            asked.types,
+            sequence_of(asked.ids, asked.types),
             asked.target,
             model=asked.model,
             attention=asked.attention,

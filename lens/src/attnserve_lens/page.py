@@ -15,13 +15,15 @@ from attnserve_client import AttendResult, TokensResult
 from attnserve_client import token_texts as texts
 from attnserve_proto.commands import replacing
 
-from attnserve_lens import encoding
+from attnserve_lens import encoding, seen
 from attnserve_lens.attention import AttentionMap, Axes, maps_of
 from attnserve_lens.measures import Measures, measure, per_head
 from attnserve_lens.summary import facts_of, sentences_of
 
 # One script of several files: their order is that of their declarations.
-_SCRIPTS = ("colour", "data", "dom", "overview", "tokens", "heatmap", "query", "spread", "sinks")
+_SCRIPTS = (
+    "colour", "data", "dom", "overview", "tokens", "heatmap", "query", "spread", "sinks", "seen",
+)  # fmt: skip
 _TITLES = {
     "self": "self-attention",
     "encoder": "encoder self-attention",
@@ -89,8 +91,13 @@ def _parts(results: Sequence[Result], title: str, names: Sequence[str]) -> Itera
             blocks += _blocks(attention, measures, name, bits)
             if index == 0:
                 sentences += sentences_of(attention, measures)
-        text = names[index] if index < len(names) else texts.text_of(found[0].keys)
-        sequences.append({"name": cut(text), "maps": maps})
+        shown = seen.seen(result, index)
+        text = names[index] if index < len(names) else _spoken(shown, found, index)
+        described_seen = None
+        if shown is not None:
+            described_seen = seen.described(shown, f"s{index}seen")
+            blocks.append(_block(f"s{index}seen", encoding.pack_bytes(seen.content_of(shown))))
+        sequences.append({"name": cut(text), "maps": maps, "seen": described_seen})
     meta = json_of({"sequences": sequences})
     yield from assemble(
         _SCRIPTS,
@@ -185,12 +192,26 @@ def describe(axes: Axes, name: str, bits: int) -> dict[str, Any]:
         "layers": axes.layers,
         "heads": axes.heads,
         "split": axes.split,
+        # Whether queries and keys are what the model saw or heard, where that is shown.
+        "over": {
+            "queries": axes.kind in ("self", "encoder"),
+            "keys": axes.kind in ("self", "encoder", "cross"),
+        },
         "sink": len(axes.keys) - 1 if axes.sink else None,
         "special": special,
         "bits": bits,
         "thumbnail": tuple(map(encoding.thumbnail_size, lengths)),
         "first_query": ordinary[len(ordinary) // 2] if ordinary else 0,
     }
+
+
+def _spoken(
+    shown: seen.Picture | seen.Sound | None, maps: Sequence[AttentionMap], index: int
+) -> str:
+    """What to call a sequence that has no name."""
+    if shown is None:
+        return texts.text_of(maps[0].keys)
+    return f"{'picture' if isinstance(shown, seen.Picture) else 'sound'} {index}"
 
 
 def _numbers(measures: Measures) -> dict[str, Any]:

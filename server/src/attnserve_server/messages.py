@@ -1,7 +1,10 @@
 """Loaded models, limits and arrays to messages."""
 
+import json
+
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
+from attnserve_proto.manifest import ModelInput
 
 from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
@@ -45,6 +48,8 @@ def model_message(model: LoadedModel) -> pb.Model:
         message.max_seq_len = manifest.transformer.max_seq_len
         message.token_types = manifest.transformer.token_types
         message.max_text_len = manifest.transformer.texts.max_len or 0
+        message.takes_ids = manifest.transformer.takes_ids
+        message.inputs.extend(map(input_message, manifest.transformer.inputs))
         for described in manifest.transformer.attentions:
             message.attentions.add(
                 name=described.name,
@@ -66,6 +71,24 @@ def model_message(model: LoadedModel) -> pb.Model:
             tolerance=entry.verification.tolerance,
             quadratic_memory=entry.memory == "quadratic",
         )
+    return message
+
+
+def input_message(entry: ModelInput) -> pb.ModelInput:
+    """A tensor that a transformer takes in the place of token ids."""
+    message = pb.ModelInput(
+        name=entry.name,
+        dtype=dtypes.number_of(entry.dtype),
+        shape=[-1 if isinstance(size, str) else size for size in entry.shape],
+        tokens=entry.tokens or 0,
+        frames_per_token=entry.frames_per_token or 0,
+    )
+    if entry.patches is not None:
+        patches = entry.patches
+        message.patches.first = patches.first
+        message.patches.rows, message.patches.columns = patches.rows, patches.columns
+    if entry.preprocessor is not None:
+        message.preprocessor_json = json.dumps(entry.preprocessor)
     return message
 
 

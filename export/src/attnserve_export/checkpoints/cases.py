@@ -21,7 +21,16 @@ from attnserve_export.checkpoints.modules import (
     last_hidden_state,
 )
 from attnserve_export.checkpoints.parameters import Eager
-from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER, Plan
+from attnserve_export.checkpoints.plans import (
+    CROSS,
+    DECODER,
+    EMBEDS,
+    ENCODER,
+    ENCODER_DECODER,
+    IDS,
+    Plan,
+)
+from attnserve_export.checkpoints.sources import random_source
 from attnserve_export.errors import ExportError
 from attnserve_export.reference import Scheme, attention_reference
 from attnserve_export.verification import Case
@@ -68,6 +77,15 @@ _CASES = (
 # What every export is compared on in PyTorch, before any graph is made.
 _FIRST = _Lengths("ragged", (5, 23, 1, 12), (7, 2, 19, 1))
 
+# Of sources that are always as long, only their number counts.
+_WHOLE_CASES = (
+    _Lengths("one", (1,), (1,)),
+    _Lengths("two", (1, 1), (71, 33)),
+    _Lengths("three", (1, 1, 1), (7, 1, 23)),
+    _Lengths("longest target", (1,), (_LONGEST,)),
+)
+_FIRST_WHOLE = _Lengths("two", (1, 1), (7, 19))
+
 
 # Of large models, whose parameters are cast anew for each sequence.
 _FEW_CASES = (
@@ -88,6 +106,7 @@ class Exact:
         info: for the manifest.
         dtype: of hidden states in the answer.
         few: whether the model is so large that it is compared on fewer tokens.
+        embeds_size: of the numbers of its token embeddings: their standard deviation.
     """
 
     model: nn.Module | Eager
@@ -95,32 +114,49 @@ class Exact:
     info: Transformer
     dtype: str = "FP32"
     few: bool = False
+    embeds_size: float = 1.0
 
 
 def first_case(exact: Exact, generator: np.random.Generator) -> Case:
     """One ragged batch, to find out what a model must be given."""
-    return _of(exact, _FEW_FIRST if exact.few else _FIRST, _longest(exact), generator)
+    first = _FEW_FIRST if exact.few else _FIRST
+    case = first if exact.plan.source.ragged else _FIRST_WHOLE
+    return _of(exact, case, _longest(exact), generator)
 
 
 def transformer_cases(exact: Exact, generator: np.random.Generator) -> Iterator[Case]:
-    """Ragged batches of random ids.
+    """Ragged batches of random ids, or of what the model takes in their place.
 
     Args:
         exact: the reference.
         generator: of the ids.
     """
-    most = _longest(exact)
-    for case in _FEW_CASES if exact.few else _CASES:
+    most, plan = _longest(exact), exact.plan
+    ragged = _FEW_CASES if exact.few else _CASES
+    cases: Sequence[_Lengths] = ragged if plan.source.ragged else _WHOLE_CASES
+    if not plan.source.ragged and plan.kind != ENCODER_DECODER:
+        cases = cases[:-1]
+    for case in cases:
         yield _of(exact, case, most, generator)
 
 
 def _of(exact: Exact, case: _Lengths, most: int, generator: np.random.Generator) -> Case:
-    feeds = _feeds("", case.source, most, exact.info.vocab_size, generator)
-    if exact.plan.token_types:
-        shape = feeds["input_ids"].shape
-        feeds[TYPES] = generator.integers(0, exact.plan.token_types, shape)
+    source, vocab_size = exact.plan.source, exact.info.vocab_size
+    if source.name == IDS:
+        feeds = _feeds("", case.source, most, vocab_size, generator)
+        if exact.plan.token_types:
+            shape = feeds[IDS].shape
+            feeds[TYPES] = generator.integers(0, exact.plan.token_types, shape)
+    else:
+        sizes = np.minimum(case.source, most)
+        rows = random_source(source, len(sizes), int(sizes.max()), generator)
+        if source.name == EMBEDS:
+            rows *= exact.embeds_size
+        feeds = {source.name: rows}
+        if source.ragged:
+            feeds["attention_mask"] = _mask_of(sizes)
     if exact.plan.kind == ENCODER_DECODER:
-        feeds |= _feeds("decoder_", case.target, most, exact.info.vocab_size, generator)
+        feeds |= _feeds("decoder_", case.target, most, vocab_size, generator)
     return _case(case.name, exact, feeds)
 
 
@@ -142,27 +178,36 @@ def _feeds(
     longest = int(sizes.max())
     return {
         f"{prefix}input_ids": generator.integers(0, vocab_size, (len(lengths), longest)),
-        f"{prefix}attention_mask": (np.arange(longest) < sizes[:, None]).astype(np.int64),
+        f"{prefix}attention_mask": _mask_of(sizes),
     }
 
 
+def _mask_of(sizes: Array) -> Array:
+    """[B, S], 1 where there is a token, 0 where there is padding."""
+    return (np.arange(int(sizes.max())) < sizes[:, None]).astype(np.int64)
+
+
 def _case(name: str, exact: Exact, feeds: Mapping[str, Array]) -> Case:
-    kind = exact.plan.kind
-    queries = "decoder_attention_mask" if kind == ENCODER_DECODER else "attention_mask"
-    masks = {ENCODER: feeds["attention_mask"], DECODER: feeds[queries], CROSS: feeds[queries]}
+    plan = exact.plan
+    source = _source_mask(plan, feeds)
+    target = feeds.get("decoder_attention_mask", source)
+    masks = {ENCODER: source, DECODER: target, CROSS: target}
+    step = _step(exact, len(source), source.shape[1])
     with _Scores() as scores:
-        expected = _alone(exact, feeds)
+        expected = _alone(exact, feeds, step)
     growth = max(1.0, scores.largest / _LARGE_SCORE)
     # What is made of padding means nothing.
     compared = {}
     for output in expected:
         if output in (HIDDEN, ENCODER_HIDDEN):
-            mask = feeds[queries] if output == HIDDEN else feeds["attention_mask"]
+            mask = target if output == HIDDEN else source
             compared[output] = mask[:, :, None] > 0
         else:
-            compared[output] = masks[output.partition("_")[0]][:, None, :, None] > 0
-    dims = {"batch": len(feeds["input_ids"]), "seq_len": feeds["input_ids"].shape[1]}
-    if kind == ENCODER_DECODER:
+            attention = output.partition("_")[0]
+            rows = masks[attention][:, :: step if attention == ENCODER else 1]
+            compared[output] = rows[:, None, :, None] > 0
+    dims = {"batch": len(source), "seq_len": source.shape[1]}
+    if plan.kind == ENCODER_DECODER:
         dims["target_len"] = feeds["decoder_input_ids"].shape[1]
     return Case(
         name,
@@ -171,7 +216,7 @@ def _case(name: str, exact: Exact, feeds: Mapping[str, Array]) -> Case:
         expected,
         TOLERANCE * growth,
         compared,
-        derive=_deriver(exact.info, feeds),
+        derive=_deriver(exact.info, {ENCODER: source, DECODER: target, CROSS: source}, step),
         magnitudes={
             state: _magnitude(float(np.abs(expected[state]).max()), exact.dtype)
             for state in (HIDDEN, ENCODER_HIDDEN)
@@ -183,6 +228,21 @@ def _case(name: str, exact: Exact, feeds: Mapping[str, Array]) -> Case:
 def _magnitude(largest: float, dtype: str) -> float:
     """What the error of hidden states is divided by, before it is compared with the tolerance."""
     return max(1.0, largest / _LARGE) + _ROUNDED[dtype] * largest / TOLERANCE
+
+
+def _source_mask(plan: Plan, feeds: Mapping[str, Array]) -> Array:
+    """[B, S] of the source, which may be of tokens that are never padding."""
+    if plan.source.ragged:
+        return feeds["attention_mask"]
+    return np.ones((len(feeds[plan.source.name]), int(plan.source.tokens or 0)), np.int64)
+
+
+def _step(exact: Exact, rows: int, seq_len: int) -> int:
+    """Of an encoder over what is always as long, every so many queries' weights are compared."""
+    if exact.plan.source.ragged or exact.plan.biased:
+        return 1
+    maps = sum(len(a.layers) * a.num_heads for a in exact.info.attentions if a.name == ENCODER)
+    return max(1, -(-maps * rows * seq_len * seq_len // _MOST_WEIGHTS))
 
 
 class _Scores(TorchFunctionMode):
@@ -210,24 +270,29 @@ class _Scores(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _alone(exact: Exact, feeds: Mapping[str, Array]) -> dict[str, Array]:
+def _alone(exact: Exact, feeds: Mapping[str, Array], step: int) -> dict[str, Array]:
     """What transformers makes of each sequence, run by itself, in one batch filled up with 0."""
     expected: dict[str, Array] = {}
+    plan = exact.plan
+    source = _source_mask(plan, feeds)
 
     def put(name: str, row: int, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-        array = expected.setdefault(name, np.zeros((len(feeds["input_ids"]), *shape)))
+        array = expected.setdefault(name, np.zeros((len(source), *shape)))
         array[row][tuple(slice(size) for size in tensor.shape)] = tensor.numpy()
 
-    kind = exact.plan.kind
-    longest = _by_stack(kind, {n: array.shape[1] for n, array in feeds.items()})
+    target = feeds.get("decoder_attention_mask", source)
+    # A decoder alone reads the source itself.
+    longest = {ENCODER: source.shape[1], DECODER: target.shape[1], CROSS: source.shape[1]}
     taken = inspect.signature(exact.model.forward).parameters
-    for row in range(len(feeds["input_ids"])):
+    for row in range(len(source)):
         given = {}
         for name, array in feeds.items():
-            mask = name.replace("input_ids", "attention_mask")
-            length = int(feeds["attention_mask" if name == TYPES else mask][row].sum())
-            if name in taken:
-                given[name] = torch.from_numpy(array[row : row + 1, :length])
+            if name not in taken:
+                continue
+            whole = name == plan.source.name and not plan.source.ragged
+            length = int((target if name.startswith("decoder_") else source)[row].sum())
+            tensor = torch.from_numpy(array[row : row + 1, : None if whole else length])
+            given[name] = tensor.double() if tensor.is_floating_point() else tensor
         try:
             with torch.no_grad(), recording() as calls:
                 result = exact.model(**given)
@@ -237,22 +302,23 @@ def _alone(exact: Exact, feeds: Mapping[str, Array]) -> dict[str, Array]:
                 f"--checkpoint: transformers itself cannot run {sizes} tokens: {error}"
             ) from None
         states = {HIDDEN: last_hidden_state(result)}
-        if kind == ENCODER_DECODER:
+        if plan.kind == ENCODER_DECODER:
             states[ENCODER_HIDDEN] = result.encoder_last_hidden_state
-        if len(calls) != len(exact.plan.calls):
+        if len(calls) != len(plan.calls):
             raise ExportError(
                 f"--checkpoint: eager attention is called {len(calls)} times, and "
-                f"{len(exact.plan.calls)} times when it is exported"
+                f"{len(plan.calls)} times when it is exported"
             )
-        layers = dict.fromkeys(exact.plan.attentions, 0)
-        for (attention, _), weights in zip(exact.plan.calls, calls, strict=True):
+        layers = dict.fromkeys(plan.attentions, 0)
+        for (attention, _), weights in zip(plan.calls, calls, strict=True):
             query_len = longest[ENCODER if attention == ENCODER else DECODER]
-            key_len = longest[DECODER if attention == DECODER else ENCODER]
-            shape = (weights.shape[1], query_len, key_len)
+            if attention == ENCODER:
+                weights, query_len = weights[:, :, ::step], -(-query_len // step)
+            shape = (weights.shape[1], query_len, longest[attention])
             put(f"{attention}_weights_{layers[attention]}", row, weights[0], shape)
             layers[attention] += 1
         for name, tensor in states.items():
-            stack = ENCODER if name == ENCODER_HIDDEN or kind == ENCODER else DECODER
+            stack = ENCODER if name == ENCODER_HIDDEN else DECODER
             put(name, row, tensor[0], (longest[stack], tensor.shape[2]))
     return expected
 
@@ -283,27 +349,28 @@ def recording() -> Iterator[list[torch.Tensor]]:
         interface.get_interface = original
 
 
-def _by_stack(kind: str, by_input: Mapping[str, int]) -> dict[str, int]:
-    """What is known of inputs, by the stack that reads them."""
-    if kind != ENCODER_DECODER:
-        return {kind: by_input["input_ids"]}
-    return {ENCODER: by_input["input_ids"], DECODER: by_input["decoder_input_ids"]}
-
-
 def _deriver(
-    info: Transformer, feeds: Mapping[str, Array]
+    info: Transformer, masks: Mapping[str, Array], step: int
 ) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    """Weights of each layer, of which those of an encoder only of every `step`th query.
+
+    Args:
+        info: which attentions there are.
+        masks: of the keys of each, [B, Sk].
+        step: as it says.
+    """
+
     def derive(outputs: Mapping[str, Array]) -> Mapping[str, Array]:
         derived = {}
         for attention in info.attentions:
-            keys = "decoder_attention_mask" if attention.name == DECODER else "attention_mask"
-            mask = feeds.get(keys, feeds["attention_mask"])
+            lengths = masks[attention.name].sum(axis=1)
+            some = slice(None, None, step if attention.name == ENCODER else 1)
             for layer in range(len(attention.layers)):
                 name = f"{attention.name}_weights_{layer}"
                 if f"weights_{layer}" in outputs:
-                    derived[name] = outputs[f"weights_{layer}"]
+                    derived[name] = outputs[f"weights_{layer}"][:, :, some]
                 elif f"{attention.name}_query_{layer}" in outputs:
-                    derived[name] = _weights(attention, layer, outputs, mask.sum(axis=1))
+                    derived[name] = _weights(attention, layer, outputs, lengths, some)
         states = {name: outputs[name] for name in (ENCODER_HIDDEN, HIDDEN) if name in outputs}
         return derived | states
 
@@ -311,10 +378,17 @@ def _deriver(
 
 
 def _weights(
-    attention: TransformerAttention, layer: int, outputs: Mapping[str, Array], lengths: Array
+    attention: TransformerAttention,
+    layer: int,
+    outputs: Mapping[str, Array],
+    lengths: Array,
+    some: slice,
 ) -> Array:
-    """The weights that query and key of a layer stand for, in float64: [B, H, Sq, Sk]."""
-    query = outputs[f"{attention.name}_query_{layer}"]
+    """The weights that query and key of a layer stand for, in float64: [B, H, Sq, Sk].
+
+    Only some queries' of an attention without a position bias, whose queries see all keys.
+    """
+    query = outputs[f"{attention.name}_query_{layer}"][:, :, some]
     key = outputs[f"{attention.name}_key_{layer}"]
     query_len, key_len = query.shape[2], key.shape[2]
     bias = None

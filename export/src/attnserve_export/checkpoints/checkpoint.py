@@ -17,6 +17,7 @@ from attnserve_export.checkpoints.experts import every_expert
 from attnserve_export.checkpoints.families import Family, check_rules, family_of
 from attnserve_export.checkpoints.files import read_json
 from attnserve_export.checkpoints.masks import make_mask
+from attnserve_export.checkpoints.plans import IDS
 from attnserve_export.checkpoints.sentences import Sentences, read_sentences
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, attention
 from attnserve_export.errors import ExportError
@@ -47,8 +48,8 @@ class Checkpoint:
 
     @property
     def vocab_size(self) -> int:
-        """Of its tokens."""
-        return int(self.config.get_text_config().vocab_size)
+        """Of its tokens; 0 if it has none."""
+        return int(getattr(self.config.get_text_config(), "vocab_size", 0) or 0)
 
     @property
     def pad_token_id(self) -> int:
@@ -95,7 +96,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"--checkpoint: {folder}: config.json: transformers cannot read it: {error}"
         ) from None
     family = family_of(config, content, str(folder))
-    _check_numbers(config, str(folder))
+    _check_numbers(config, str(folder), has_tokens=family.takes == IDS or family.two_stacks)
     name = str(content.get("_name_or_path") or family.name)
     # Trained from a folder, it would say where that was.
     name = Path(name).name if Path(name).is_absolute() else name
@@ -184,14 +185,19 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_numbers(config: Any, where: str) -> None:
+def _check_numbers(config: Any, where: str, *, has_tokens: bool) -> None:
     """Refuse what transformers reads without complaint, but what no model can be.
+
+    Args:
+        config: as transformers reads it.
+        where: the folder, for errors.
+        has_tokens: whether there must be a vocabulary.
 
     Raises:
         ExportError: with the field.
     """
     text = config.get_text_config()
-    fields = {"vocab_size": getattr(text, "vocab_size", None)}
+    fields = {"vocab_size": getattr(text, "vocab_size", None)} if has_tokens else {}
     for name in ("hidden_size", "max_position_embeddings"):
         if hasattr(text, name):
             fields[name] = getattr(text, name)

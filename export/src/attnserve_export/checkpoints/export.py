@@ -1,5 +1,6 @@
 """A checkpoint to a version in the model repository."""
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +33,21 @@ from attnserve_export.checkpoints.modules import (
     ENCODER_HIDDEN,
     HIDDEN,
     PREFIX,
-    SOURCE,
     TARGET,
     TYPES,
     module_for,
 )
 from attnserve_export.checkpoints.observing import observe
-from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER
+from attnserve_export.checkpoints.plans import (
+    CROSS,
+    DECODER,
+    EMBEDS,
+    ENCODER,
+    ENCODER_DECODER,
+    IDS,
+    Plan,
+)
+from attnserve_export.checkpoints.sources import embeds_of, model_input, preprocessor_of
 from attnserve_export.checkpoints.texts import FILE as TOKENIZER
 from attnserve_export.checkpoints.texts import TextError, TextReader, text_reader
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, Call, Tracer
@@ -51,6 +60,9 @@ from attnserve_export.verification import Case, errors_of
 Array = NDArray[Any]
 
 SEQ_LEN, TARGET_LEN = "seq_len", "target_len"
+
+# What variants are called that take embeddings: fused_embeds, native_embeds.
+_EMBEDS = "embeds"
 
 # On CPUs, with the additions before them.
 _SLOW_WHEN_FUSED = ("LayerNormalization", "Gelu")
@@ -80,6 +92,7 @@ def export_transformer(
     opset: int,
     dtype: str = "FP32",
     native: bool = True,
+    embeds: bool = False,
     large: bool | None = None,
     progress: Progress,
 ) -> Manifest:
@@ -92,6 +105,7 @@ def export_transformer(
         opset: 23 or newer.
         dtype: "FP32", "FP16" or "BF16": of parameters as they are stored, and of hidden states.
         native: whether to make the variant that needs the operators of attnserve-kernels.
+        embeds: whether to make variants, too, that take token embeddings in the place of ids.
         large: whether to have its parameters in memory only once; None: from `LARGE` on.
         progress: told what is going on.
 
@@ -100,12 +114,13 @@ def export_transformer(
         VerificationError: a graph missed its tolerance; nothing is written.
     """
     progress("loading the checkpoint")
-    reader = _reader(checkpoint, progress)
     model = load_model(checkpoint, IMPLEMENTATION, TORCH[dtype])
     large = parameters.count_of(model) >= LARGE if large is None else large
     progress("comparing its modules with transformers")
-    exact = _admitted(checkpoint, model, dtype, large=large)
-    plan = exact.plan
+    read = _admitted(checkpoint, model, dtype, large=large, embeds=embeds)
+    plan = read[""].plan
+    has_texts = plan.source.name == IDS or plan.kind == ENCODER_DECODER
+    reader = _reader(checkpoint, progress) if has_texts else None
     computing = model if dtype == "FP32" else parameters.in_fp32(model, values=False)
     stored = {f"{PREFIX}{name}": tensor for name, tensor in parameters.stored(model).items()}
 
@@ -116,22 +131,25 @@ def export_transformer(
             graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
         return apart.bind(graph, stored, late=large)
 
-    progress("exporting fused")
-    variants = {"fused": Exported(exported(Tracer(computing, plan)))}
+    variants = {}
+    for suffix, of in read.items():
+        progress(f"exporting fused{suffix}")
+        variants[f"fused{suffix}"] = Exported(exported(Tracer(computing, of.plan)))
     if not native:
         progress("variant native is left out, as was asked for")
     elif attnserve_kernels.library_path() is None:
         progress("attnserve-kernels has no library here: variant native is left out")
     else:
-        progress("exporting native")
         # A bias is a matrix over all queries and keys.
         linear = not plan.biased and all(reach is not None for _, reach in plan.calls)
-        variants["native"] = Exported(
-            exported(Tracer(computing, plan, native=True)),
-            memory="linear" if linear else "quadratic",
-            providers=(CPU,),
-            native=True,
-        )
+        for suffix, of in read.items():
+            progress(f"exporting native{suffix}")
+            variants[f"native{suffix}"] = Exported(
+                exported(Tracer(computing, of.plan, native=True)),
+                memory="linear" if linear else "quadratic",
+                providers=(CPU,),
+                native=True,
+            )
 
     if dtype != "FP32":
         progress("exporting half")
@@ -154,27 +172,30 @@ def export_transformer(
                     graph.parameters.clear()
         parameters.release(model)
 
-    made: list[Case] = []
+    made: dict[str, list[Case]] = {}
 
     def make(variant: str, generator: np.random.Generator) -> Iterable[Case]:
-        if not made:  # all variants meet the same cases, which take longer to make than to meet
-            made.extend(transformer_cases(exact, generator))
-        return made
+        # All variants meet the same cases, which take longer to make than to meet.
+        suffix = f"_{_EMBEDS}" if variant.endswith(f"_{_EMBEDS}") else ""
+        if suffix not in made:
+            made[suffix] = list(transformer_cases(read[suffix], generator))
+        return made[suffix]
 
-    if exact.info.pooling_refused:
-        progress(f"{exact.info.pooling_refused}: the model will give no pooled vectors")
+    info = list(read.values())[-1].info
+    if info.pooling_refused:
+        progress(f"{info.pooling_refused}: the model will give no pooled vectors")
     return write_version(
         Description(
             name=name,
             version=version,
             kind="transformer",
             dtype=dtype,
-            attention=_attention_info(exact.info.attentions[0]),
+            attention=_attention_info(info.attentions[0]),
             source={
                 "description": f"checkpoint {checkpoint.name}",
                 "sha256": weights_sha256(checkpoint.folder),
             },
-            transformer=_with_texts(exact.info, reader),
+            transformer=_with_texts(info, reader),
             tokenizer=None if reader is None else TOKENIZER,
         ),
         variants,
@@ -210,7 +231,9 @@ def _with_texts(info: Transformer, reader: TextReader | None) -> Transformer:
     return replace(info, texts=replace(reader.texts, types=types))
 
 
-def _admitted(checkpoint: Checkpoint, model: nn.Module, dtype: str, *, large: bool) -> Exact:
+def _admitted(
+    checkpoint: Checkpoint, model: nn.Module, dtype: str, *, large: bool, embeds: bool
+) -> dict[str, Exact]:
     """The first plan by which PyTorch makes of a ragged batch what transformers does.
 
     Args:
@@ -218,16 +241,21 @@ def _admitted(checkpoint: Checkpoint, model: nn.Module, dtype: str, *, large: bo
         model: with parameters in the type in which they are stored.
         dtype: of that.
         large: whether it is the only one that there is room for.
+        embeds: whether it is to read token embeddings, too.
+
+    Returns:
+        By what is added to the names of variants: nothing, or what tells that they read embeddings.
 
     Raises:
         ExportError: there is none; says why not, and at which layer it first differs.
     """
     if large:
         with parameters.widened(model, torch.float32):
-            return _compared(checkpoint, model, parameters.Eager(model), dtype, few=True)
+            eager = parameters.Eager(model)
+            return _compared(checkpoint, model, eager, dtype, few=True, embeds=embeds)
     computing = model if dtype == "FP32" else parameters.in_fp32(model, values=True)
-    eager = load_model(checkpoint, "eager", TORCH[dtype]).double()
-    return _compared(checkpoint, computing, eager, dtype, few=False)
+    exact = load_model(checkpoint, "eager", TORCH[dtype]).double()
+    return _compared(checkpoint, computing, exact, dtype, few=False, embeds=embeds)
 
 
 def _compared(
@@ -237,11 +265,16 @@ def _compared(
     dtype: str,
     *,
     few: bool,
-) -> Exact:
-    two_stacks, failures = checkpoint.family.two_stacks, []
+    embeds: bool,
+) -> dict[str, Exact]:
+    failures = []
     try:
         plans = observe(
-            model, checkpoint.config, two_stacks=two_stacks, vocab_size=checkpoint.vocab_size
+            model,
+            checkpoint.config,
+            takes=checkpoint.family.takes,
+            two_stacks=checkpoint.family.two_stacks,
+            vocab_size=checkpoint.vocab_size,
         )
     except ExportError:
         raise
@@ -251,22 +284,51 @@ def _compared(
         tracer = Tracer(model, plan)
         try:
             exact = Exact(eager, plan, _info(checkpoint, tracer), dtype, few)
-            case = first_case(exact, np.random.default_rng(0))
-            found = run_in_torch(tracer, case.feeds)
-            assert case.derive is not None
-            errors = errors_of(case, case.derive(found))
-            differing = [name for name, error in errors.items() if not error <= ADMITTED]
-            if not differing:
-                return exact
-            failures.append(
-                f"{differing[0]} differs from eager attention on a padded batch, "
-                f"by {errors[differing[0]]:.3g}"
-            )
+            difference = _difference(exact, tracer)
+            if difference is None:
+                read = {"": exact}
+                if embeds:
+                    read[f"_{_EMBEDS}"] = _embeds_admitted(model, exact)
+                return read
+            failures.append(difference)
         except ExportError:
             raise
         except Exception as error:  # whatever a model may raise
             failures.append(f"it cannot be run on a padded batch: {first_line(error)}")
     raise ExportError(f"--checkpoint: {failures[0]}")
+
+
+def _difference(exact: Exact, tracer: Tracer) -> str | None:
+    """At which layer PyTorch first makes something else of a batch than transformers does."""
+    case = first_case(exact, np.random.default_rng(0))
+    assert case.derive is not None
+    errors = errors_of(case, case.derive(run_in_torch(tracer, case.feeds)))
+    name = next((name for name, error in errors.items() if not error <= ADMITTED), None)
+    batch = "a padded batch" if exact.plan.source.ragged else "a batch"
+    return name and f"{name} differs from eager attention on {batch}, by {errors[name]:.3g}"
+
+
+def _embeds_admitted(model: nn.Module, exact: Exact) -> Exact:
+    """The same model, reading token embeddings.
+
+    Raises:
+        ExportError: it reads none, or makes something else of them than transformers does.
+    """
+    allowed = "allowed: for models that take token ids or their embeddings"
+    where = "--inputs-embeds: given"
+    if exact.plan.source.name != IDS or EMBEDS not in inspect.signature(model.forward).parameters:
+        raise ExportError(f"{where} for a model that takes {exact.plan.source.name}; {allowed}")
+    table = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    plan = replace(exact.plan, source=embeds_of(int(table.shape[1])), token_types=0)
+    info = replace(exact.info, inputs=(model_input(plan.source, None),))
+    embedded = replace(exact, plan=plan, info=info, embeds_size=float(table.float().std()))
+    try:
+        difference = _difference(embedded, Tracer(model, plan))
+    except Exception as error:  # whatever a model may raise
+        difference = f"it cannot be run: {first_line(error)}"
+    if difference is not None:
+        raise ExportError(f"{where}: of embeddings, {difference}")
+    return embedded
 
 
 def run_in_torch(tracer: Tracer, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -287,7 +349,8 @@ def first_line(error: Exception) -> str:
 def _info(checkpoint: Checkpoint, tracer: Tracer) -> Transformer:
     """The manifest's part, from a small run in PyTorch."""
     plan, module = tracer.plan, module_for(tracer)
-    found = run_in_torch(tracer, {n: _tokens(n).example.numpy() for n in module.inputs})
+    found = run_in_torch(tracer, {n: _input(n, plan).example.numpy() for n in module.inputs})
+    source = plan.source
     hidden_size, sentences = found[HIDDEN].shape[2], checkpoint.sentences
     refused = "" if sentences is None else sentences.refused_of(hidden_size)
     pooled = None if refused else sentences
@@ -304,6 +367,10 @@ def _info(checkpoint: Checkpoint, tracer: Tracer) -> Transformer:
         normalize_pooled=pooled is not None and pooled.normalize,
         decoder_start_token_id=checkpoint.decoder_start_token_id,
         attentions=tuple(_described(name, calls) for name, calls in tracer.calls.items()),
+        takes_ids=source.name == IDS,
+        inputs=()
+        if source.name == IDS
+        else (model_input(source, preprocessor_of(checkpoint.folder, source)),),
     )
 
 
@@ -330,9 +397,9 @@ def _window(call: Call) -> int | None:
 
 
 def _graph(tracer: Tracer, opset: int, stored: Mapping[str, Tensor]) -> onnx.ModelProto:
-    module = module_for(tracer)
-    inputs = [_tokens(name) for name in module.inputs]
-    most = tracer.plan.max_seq_len
+    module, plan = module_for(tracer), tracer.plan
+    inputs = [_input(name, plan) for name in module.inputs]
+    most = plan.max_seq_len
     ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
     try:
         model = graphs.export_apart(
@@ -345,32 +412,38 @@ def _graph(tracer: Tracer, opset: int, stored: Mapping[str, Tensor]) -> onnx.Mod
         )
     except Exception as error:  # whatever PyTorch's exporter may raise
         raise ExportError(f"--checkpoint: it cannot be traced: {first_line(error)}") from None
-    if not tracer.plan.convention.positions:
+    if not plan.convention.positions:
         graphs.write_out_angles(model)
     if TYPES in module.inputs:
-        graphs.default_to_zeros(model, TYPES, SOURCE[0])
+        graphs.default_to_zeros(model, TYPES, IDS)
     names = [*module.hidden, *tracer.named]
-    graphs.rename_dims(model, {name: _dims(name, tracer.plan.kind) for name in names})
+    graphs.rename_dims(model, {name: _dims(name, plan) for name in names})
     return model
 
 
-def _tokens(name: str) -> Input:
-    dims = ("batch", TARGET_LEN if name in TARGET else SEQ_LEN)
-    return Input(name, torch.ones([TRACED[dim] for dim in dims], dtype=torch.int64), dims)
+def _input(name: str, plan: Plan) -> Input:
+    dims: tuple[str | int, ...] = ("batch", TARGET_LEN if name in TARGET else SEQ_LEN)
+    dtype = torch.int64
+    if name == plan.source.name != IDS:
+        dims, dtype = ("batch", *plan.source.shape), torch.float32
+    sizes = [TRACED[dim] if isinstance(dim, str) else dim for dim in dims]
+    return Input(name, torch.ones(sizes, dtype=dtype), dims)
 
 
-def _dims(output: str, kind: str) -> dict[int, str]:
+def _dims(output: str, plan: Plan) -> dict[int, str]:
     """The dynamic dimensions of an output."""
-    own = TARGET_LEN if kind == ENCODER_DECODER else SEQ_LEN
+    of_source = {} if not plan.source.ragged else {1: SEQ_LEN}
+    own = {1: TARGET_LEN} if plan.kind == ENCODER_DECODER else of_source
     if output in (HIDDEN, ENCODER_HIDDEN):
-        return {0: "batch", 1: own if output == HIDDEN else SEQ_LEN}
+        return {0: "batch"} | (own if output == HIDDEN else of_source)
     if output.startswith("weights_"):
-        return {0: "batch", 2: SEQ_LEN, 3: SEQ_LEN}
+        return {0: "batch", 2: own[1], 3: own[1]} if own else {0: "batch"}
     attention, _, rest = output.partition("_")
     if rest == "position_bias":
         return {1: f"{attention}_distances"}
-    of_source = attention == ENCODER or (attention == CROSS and rest.startswith("key"))
-    return {0: "batch", 2: SEQ_LEN if of_source else own}
+    source = attention == ENCODER or (attention == CROSS and rest.startswith("key"))
+    length = (of_source if source else own).get(1)
+    return {0: "batch"} if length is None else {0: "batch", 2: length}
 
 
 def _attention_info(attention: TransformerAttention) -> Attention:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from attnserve_export.checkpoints.plans import IDS
+from attnserve_export.checkpoints.sources import FEATURES, PIXELS
 from attnserve_export.errors import ExportError
 
 
@@ -36,12 +38,17 @@ class Family:
         name: its `model_type`, for the manifest.
         model_class: in Hugging Face transformers, without a head for any task.
         two_stacks: whether it is an encoder with a decoder that attends to it.
+        takes: what it reads: the argument's name.
     """
 
     name: str
     model_class: Any
     two_stacks: bool
+    takes: str = IDS
 
+
+# What a model may read.
+TAKEN = (IDS, PIXELS, FEATURES)
 
 _ABSENT_OR_FALSE = (False, None)
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional", None)
@@ -104,7 +111,8 @@ def family_of(config: Any, content: Mapping[str, Any], where: str) -> Family:
         where: the folder, for errors.
 
     Raises:
-        ExportError: there is no class for it, or it takes no token ids.
+        ExportError: there is no class for it, or it takes neither token ids nor pictures nor
+            sounds.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -127,12 +135,12 @@ def family_of(config: Any, content: Mapping[str, Any], where: str) -> Family:
             "has no model without a head; allowed: one that AutoModel reads"
         )
     given = input_of(model_class)
-    if given != "input_ids":
+    if given not in TAKEN:
         raise ExportError(
             f"--checkpoint: {where}: config.json: model_type is {name!r}, which takes {given}; "
-            "allowed: models that take token ids"
+            f"allowed: models that take {' or '.join(TAKEN)}"
         )
-    return Family(name, model_class, two_stacks)
+    return Family(name, model_class, two_stacks, given)
 
 
 def input_of(model_class: Any) -> str:

@@ -1,5 +1,8 @@
-"""Modules to export: token ids in, hidden states and what the attentions were given out."""
+"""Modules to export: token ids, or what is in their place, in; hidden states and what attentions
+were given out.
+"""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,15 +12,20 @@ from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_
 from attnserve_export.checkpoints.tracing import Tracer
 
 HIDDEN, ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
-SOURCE, TARGET = ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")
+MASK, TARGET = "attention_mask", ("decoder_input_ids", "decoder_attention_mask")
 TYPES = "token_type_ids"
 
 # Before the names of a model's parameters, in the modules that have it inside.
 PREFIX = "model."
 
 
-class OneStack(nn.Module):
-    """An encoder or a decoder."""
+class _Traced(nn.Module):
+    """A model whose attention is a tracer's.
+
+    Attributes:
+        inputs: what `forward` takes, in order.
+        hidden: the first of what it gives.
+    """
 
     hidden: tuple[str, ...] = (HIDDEN,)
 
@@ -25,50 +33,82 @@ class OneStack(nn.Module):
         super().__init__()
         self.model = tracer.model
         self.tracer = tracer
-        self.inputs = (*SOURCE, TYPES) if tracer.plan.token_types else SOURCE
+        self.source = tracer.plan.source.name
+        self.inputs: tuple[str, ...] = (self.source, MASK)
+
+    def _read(self, given: Mapping[str, Tensor], lengths: Mapping[str, Tensor | None]) -> Any:
+        more = {"use_cache": False} if self.tracer.plan.convention.no_cache else {}
+        source = given[self.source]
+        if self.tracer.by_lengths and source.is_floating_point():
+            computed: Any = self.model.dtype
+            given = {**given, self.source: source.to(computed)}
+        with self.tracer.tracing(lengths):
+            # Of keys and values that are cached nobody would read any.
+            return self.model(**given, **more)
+
+
+class OneStack(_Traced):
+    """An encoder or a decoder over sequences that may be padded."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        if tracer.plan.token_types:
+            self.inputs = (*self.inputs, TYPES)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+        self, source: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Hidden states, then `Tracer.outputs`.
 
         Args:
-            input_ids: [B, S].
+            source: [B, S] ids, or [B, S, E].
             attention_mask: [B, S], 1 valid, 0 padding, which comes last.
             token_type_ids: [B, S], of models that have several kinds of token.
         """
         convention, kind = self.tracer.plan.convention, self.tracer.plan.kind
-        more: dict[str, object] = {}
+        given = {self.source: source}
         if token_type_ids is not None:
-            more[TYPES] = token_type_ids
-        if convention.no_cache:  # of keys and values, which nobody would read
-            more["use_cache"] = False
+            given[TYPES] = token_type_ids
         if convention.mask:
-            more["attention_mask"] = attention_mask
+            given[MASK] = attention_mask
         if convention.positions:
             # Positions are written out over the batch since ONNX's RotaryEmbedding does not
             # broadcast it.
-            positions = torch.arange(input_ids.shape[1])[None, :].expand(input_ids.shape[0], -1)
-            more["position_ids"] = positions
-        with self.tracer.tracing({kind: attention_mask.sum(dim=-1)}):
-            result = self.model(input_ids=input_ids, **more)
+            positions = torch.arange(source.shape[1])[None, :].expand(source.shape[0], -1)
+            given["position_ids"] = positions
+        result = self._read(given, {kind: attention_mask.sum(dim=-1)})
         return last_hidden_state(result), *self.tracer.outputs().values()
 
 
-class TwoStacks(nn.Module):
+class WholeStack(_Traced):
+    """An encoder over what is always as long: pictures, sounds."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self.inputs = (self.source,)
+
+    def forward(self, source: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states, then `Tracer.outputs`.
+
+        Args:
+            source: [B, ...], as the model takes it.
+        """
+        result = self._read({self.source: source}, {self.tracer.plan.kind: None})
+        return last_hidden_state(result), *self.tracer.outputs().values()
+
+
+class TwoStacks(_Traced):
     """An encoder and a decoder that attends to it."""
 
-    inputs = (*SOURCE, *TARGET)
     hidden: tuple[str, ...] = (HIDDEN, ENCODER_HIDDEN)
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.model = tracer.model
-        self.tracer = tracer
+        super().__init__(tracer)
+        self.inputs = (self.source, MASK, *TARGET)
 
     def forward(
         self,
-        input_ids: Tensor,
+        source: Tensor,
         attention_mask: Tensor,
         decoder_input_ids: Tensor,
         decoder_attention_mask: Tensor,
@@ -76,24 +116,41 @@ class TwoStacks(nn.Module):
         """Hidden states of the decoder and of the encoder, then `Tracer.outputs`.
 
         Args:
-            input_ids: [B, S].
+            source: [B, S] ids, or [B, S, E].
             attention_mask: [B, S], 1 valid, 0 padding, which comes last.
             decoder_input_ids: [B, T].
             decoder_attention_mask: [B, T], likewise.
         """
-        convention = self.tracer.plan.convention
-        more: dict[str, object] = {"use_cache": False} if convention.no_cache else {}
-        if convention.mask:
-            more |= {
-                "attention_mask": attention_mask,
-                "decoder_attention_mask": decoder_attention_mask,
-            }
-        source = attention_mask.sum(dim=-1)
-        lengths = {ENCODER: source, DECODER: decoder_attention_mask.sum(dim=-1), CROSS: source}
-        with self.tracer.tracing(lengths):
-            result = self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, **more)
+        given = {self.source: source}
+        if self.tracer.plan.convention.mask:
+            given[MASK] = attention_mask
+        lengths = attention_mask.sum(dim=-1)
+        return self._decoded(given, lengths, decoder_input_ids, decoder_attention_mask)
+
+    def _decoded(
+        self, given: dict[str, Tensor], lengths: Tensor | None, ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        given["decoder_input_ids"] = ids
+        if self.tracer.plan.convention.mask:
+            given["decoder_attention_mask"] = mask
+        result = self._read(given, {ENCODER: lengths, DECODER: mask.sum(dim=-1), CROSS: lengths})
         states = (last_hidden_state(result), result.encoder_last_hidden_state)
         return (*states, *self.tracer.outputs().values())
+
+
+class WholeAndTarget(TwoStacks):
+    """The same over sources that are always as long."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self.inputs = (self.source, *TARGET)
+
+    def forward(  # type: ignore[override]
+        self, source: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As `TwoStacks`, without a mask of the source: [B, ...], as the model takes it."""
+        given = {self.source: source}
+        return self._decoded(given, None, decoder_input_ids, decoder_attention_mask)
 
 
 def last_hidden_state(result: Any) -> Tensor:
@@ -103,8 +160,9 @@ def last_hidden_state(result: Any) -> Tensor:
     return state
 
 
-def module_for(tracer: Tracer) -> OneStack | TwoStacks:
+def module_for(tracer: Tracer) -> OneStack | WholeStack | TwoStacks:
     """The module that a tracer's model is exported as."""
+    ragged = tracer.plan.source.ragged
     if tracer.plan.kind == ENCODER_DECODER:
-        return TwoStacks(tracer)
-    return OneStack(tracer)
+        return TwoStacks(tracer) if ragged else WholeAndTarget(tracer)
+    return OneStack(tracer) if ragged else WholeStack(tracer)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ from attnserve_export.checkpoints.plans import (
     DECODER,
     ENCODER,
     ENCODER_DECODER,
+    IDS,
     Convention,
     Plan,
+    Source,
 )
+from attnserve_export.checkpoints.sources import source_of, with_places
 from attnserve_export.checkpoints.tracing import Call, being
 from attnserve_export.errors import ExportError
 
 # All different, so that none is mistaken for another.
-_BATCH, _SOURCE, _TARGET = 2, 11, 14
+_BATCH, _SOURCE, _TARGET, _OTHER_TARGET = 2, 11, 14, 15
 
 
 @dataclass
@@ -56,12 +59,15 @@ class _Watcher:
         return mean.expand(-1, -1, query_len, -1)
 
 
-def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int) -> list[Plan]:
-    """Run a model once on a few tokens.
+def observe(
+    model: nn.Module, config: Any, *, takes: str, two_stacks: bool, vocab_size: int
+) -> list[Plan]:
+    """Run a model once on a few tokens, or on what it takes in their place.
 
     Args:
         model: loaded with `tracing.IMPLEMENTATION`.
         config: of it.
+        takes: what it reads: the argument's name.
         two_stacks: whether it is an encoder-decoder.
         vocab_size: of the ids to draw.
 
@@ -72,30 +78,27 @@ def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int)
         ExportError: it cannot be run, or does not call its attention as it should.
     """
     taken = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(0)
-    lengths = {"input_ids": _SOURCE} | ({"decoder_input_ids": _TARGET} if two_stacks else {})
+    source = source_of(model, config, takes)
     padding = getattr(config.get_text_config(), "pad_token_id", None)
-    feeds = {}
-    for name, length in lengths.items():
-        ids = torch.randint(0, vocab_size, (_BATCH, length), generator=generator)
-        # Some models leave padding out of their positions, which are looked for here.
-        feeds[name] = (
-            ids if padding is None else torch.where(ids == padding, (ids + 1) % vocab_size, ids)
-        )
-    for name in list(feeds):
-        beside = name.replace("input_ids", "attention_mask")
-        if beside in taken:
-            feeds[beside] = torch.ones_like(feeds[name])
     tables: list[int] = []
-    with masks.watching() as made, _position_tables(tables):
-        watcher = _Watcher(made, [])
-        with being(watcher), torch.no_grad():
-            no_cache = {"use_cache": False} if "use_cache" in taken else {}
-            model(**feeds, **no_cache)
-    if not watcher.calls:
-        raise ExportError("--checkpoint: its attention does not go through AttentionInterface")
-    calls = tuple((_whose(call, two_stacks), call) for call in watcher.calls)
-    kind = _kind(watcher.calls, two_stacks)
+    for target in (_TARGET, _OTHER_TARGET):
+        sizes, tables = _Sizes(_SOURCE, target), []
+        looked_for = ((_SOURCE,) if source.ragged else ()) + ((target,) if two_stacks else ())
+        feeds = _feeds(source, taken, two_stacks, target, vocab_size, padding)
+        watched = _run(model, feeds, looked_for, tables)
+        if not watched:
+            raise ExportError("--checkpoint: its attention does not go through AttentionInterface")
+        if not source.ragged:
+            sizes = _Sizes(watched[0].query.shape[2], target)
+        if sizes.source != target:
+            break
+    if not source.ragged:
+        source = replace(source, tokens=sizes.source)
+        source = with_places(
+            source, model, lambda given: _run(model, {takes: given, **_start(two_stacks)})[0].query
+        )
+    calls = tuple((_whose(call, two_stacks, sizes), call) for call in watched)
+    kind = _kind(watched, two_stacks, sizes)
     if not two_stacks:
         calls = tuple((kind, call) for _, call in calls)
     names = list(dict.fromkeys(name for name, _ in calls))
@@ -111,7 +114,8 @@ def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int)
             raise ExportError("--checkpoint: its layers have different numbers of heads")
     biased = frozenset(n for n, own in by_name.items() if n != CROSS and own[0].bias is not None)
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    named = "max_position_embeddings" if source.ragged else "max_target_positions"
+    positions = getattr(text, named, None)
     longest = min(tables) if tables else (positions if isinstance(positions, int) else 0)
     return [
         Plan(
@@ -122,10 +126,74 @@ def observe(model: nn.Module, config: Any, *, two_stacks: bool, vocab_size: int)
             biased,
             max(0, longest),
             bool(tables),
-            _token_types(text, taken, two_stacks),
+            _token_types(text, taken, two_stacks) if source.name == IDS else 0,
+            source,
         )
-        for convention in _conventions(kind, taken)
+        for convention in _conventions(kind, taken, source)
     ]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Tokens of the source and of the target."""
+
+    source: int
+    target: int
+
+
+def _feeds(
+    source: Source,
+    taken: Any,
+    two_stacks: bool,
+    target: int,
+    vocab_size: int,
+    padding: int | None,
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> Tensor:
+        made = torch.randint(0, vocab_size, (_BATCH, length), generator=generator)
+        if padding is None:
+            return made
+        # Some models leave padding out of their positions, which are looked for here.
+        return torch.where(made == padding, (made + 1) % vocab_size, made)
+
+    if source.name == IDS:
+        feeds = {IDS: ids(_SOURCE)}
+    else:
+        sizes = [int(size) for size in source.shape]
+        feeds = {source.name: torch.randn((_BATCH, *sizes), generator=generator)}
+    if two_stacks:
+        feeds["decoder_input_ids"] = ids(target)
+    for name in list(feeds):
+        beside = name.replace("input_ids", "attention_mask")
+        if beside != name and beside in taken:
+            feeds[beside] = torch.ones_like(feeds[name])
+    return feeds
+
+
+def _start(two_stacks: bool) -> dict[str, Tensor]:
+    """The shortest target; none for a model that takes none."""
+    return {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.int64)} if two_stacks else {}
+
+
+def _run(
+    model: nn.Module,
+    feeds: dict[str, Tensor],
+    lengths: tuple[int, ...] = (),
+    tables: list[int] | None = None,
+) -> list[Call]:
+    """What a model gives to its attention, call by call; adds to `tables` the room of those that
+    the places of sequences of these lengths are looked up in.
+    """
+    taken = inspect.signature(model.forward).parameters
+    with masks.watching() as made, _position_tables([] if tables is None else tables, lengths):
+        watcher = _Watcher(made, [])
+        with being(watcher), torch.no_grad():
+            more: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
+            rows = max(len(each) for each in feeds.values())
+            model(**{n: each.expand(rows, *each.shape[1:]) for n, each in feeds.items()}, **more)
+    return watcher.calls
 
 
 def _token_types(config: Any, taken: Any, two_stacks: bool) -> int:
@@ -136,26 +204,27 @@ def _token_types(config: Any, taken: Any, two_stacks: bool) -> int:
     return types
 
 
-def _whose(call: Call, two_stacks: bool) -> str:
+def _whose(call: Call, two_stacks: bool, sizes: _Sizes) -> str:
     if not two_stacks:
         return ENCODER
-    sizes = (call.query.shape[2], call.key.shape[2])
-    known = {(_SOURCE, _SOURCE): ENCODER, (_TARGET, _TARGET): DECODER, (_TARGET, _SOURCE): CROSS}
-    if sizes not in known:
+    source, target = sizes.source, sizes.target
+    attended = (call.query.shape[2], call.key.shape[2])
+    known = {(source, source): ENCODER, (target, target): DECODER, (target, source): CROSS}
+    if attended not in known:
         raise ExportError(
-            f"--checkpoint: an encoder-decoder of {_SOURCE} and {_TARGET} tokens attends from "
-            f"{sizes[0]} to {sizes[1]}; allowed: its source, its target, or one to the other"
+            f"--checkpoint: an encoder-decoder of {source} and {target} tokens attends from "
+            f"{attended[0]} to {attended[1]}; allowed: its source, its target, or one to the other"
         )
-    return known[sizes]
+    return known[attended]
 
 
-def _kind(calls: Sequence[Call], two_stacks: bool) -> str:
+def _kind(calls: Sequence[Call], two_stacks: bool, sizes: _Sizes) -> str:
     if two_stacks:
         return ENCODER_DECODER
     for call in calls:
-        if (call.query.shape[2], call.key.shape[2]) != (_SOURCE, _SOURCE):
+        if (call.query.shape[2], call.key.shape[2]) != (sizes.source, sizes.source):
             raise ExportError(
-                f"--checkpoint: of {_SOURCE} tokens it attends from {call.query.shape[2]} to "
+                f"--checkpoint: of {sizes.source} tokens it attends from {call.query.shape[2]} to "
                 f"{call.key.shape[2]}; allowed: from all to all"
             )
     return DECODER if all(_causal(call) for call in calls) else ENCODER
@@ -197,15 +266,17 @@ def _by_distance(bias: Tensor) -> bool:
     return bias.shape[0] == 1 and torch.equal(bias[..., 1:, 1:], bias[..., :-1, :-1])
 
 
-def _conventions(kind: str, taken: Any) -> list[Convention]:
+def _conventions(kind: str, taken: Any, source: Source) -> list[Convention]:
     no_cache = "use_cache" in taken
+    if not source.ragged and kind != ENCODER_DECODER:
+        return [Convention(False, False, no_cache)]  # there is nothing to say
     pairs = [(False, True), (False, False), (True, False), (True, True)]
     if kind != DECODER:
         pairs = [(False, False), (True, False), (False, True), (True, True)]
     return [
         Convention(mask, positions, no_cache)
         for mask, positions in pairs
-        if (not mask or "attention_mask" in taken)
+        if (not mask or "attention_mask" in taken or not source.ragged)
         and (not positions or ("position_ids" in taken and kind != ENCODER_DECODER))
     ]
 
@@ -213,8 +284,8 @@ def _conventions(kind: str, taken: Any) -> list[Convention]:
 class _position_tables:  # noqa: N801 (a context manager)
     """Finds the longest sequences that tables of positions have room for."""
 
-    def __init__(self, found: list[int]) -> None:
-        self._found = found
+    def __init__(self, found: list[int], sizes: tuple[int, ...]) -> None:
+        self._found, self._sizes = found, sizes
 
     def __enter__(self) -> None:
         original = nn.functional.embedding
@@ -222,7 +293,7 @@ class _position_tables:  # noqa: N801 (a context manager)
 
         def looking(given: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             rows = given.reshape(-1, given.shape[-1]) if given.ndim else given.reshape(1, 1)
-            if rows.shape[1] in (_SOURCE, _TARGET):
+            if rows.shape[1] in self._sizes:
                 places = torch.arange(rows.shape[1])
                 if torch.equal(rows - rows[:, :1], places.expand_as(rows)) and bool(
                     (rows[:, 0] == rows[0, 0]).all()

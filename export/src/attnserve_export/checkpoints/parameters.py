@@ -131,7 +131,14 @@ class _Widened(dict[str, Tensor | None]):
 def _is_large_table(module: nn.Embedding) -> bool:
     taken = list(inspect.signature(module.forward).parameters)
     by_ids = bool(taken) and taken[0] in ("input", "input_ids")
-    return by_ids and module.weight.numel() > _LARGE_TABLE
+    return by_ids and _as_stored(module, "weight").numel() > _LARGE_TABLE
+
+
+def _as_stored(module: nn.Module, name: str) -> Tensor:
+    """A parameter that is not cast, whatever blocks there are around this."""
+    tensor = dict.__getitem__(module._parameters, name)
+    assert tensor is not None
+    return tensor
 
 
 def _reading_rows(module: nn.Embedding) -> list[Any]:
@@ -143,7 +150,7 @@ def _reading_rows(module: nn.Embedding) -> list[Any]:
         if parameters.instead:  # by a block around this one
             return given
         ids, places = torch.unique(given[0], return_inverse=True)
-        parameters.instead["weight"] = dict.__getitem__(parameters, "weight")[ids]
+        parameters.instead["weight"] = _as_stored(module, "weight")[ids]
         module.padding_idx = None  # means something to gradients alone
         return places, *given[1:]
 

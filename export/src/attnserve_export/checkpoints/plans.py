@@ -9,6 +9,32 @@ ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 
 ENCODER_DECODER = "encoder-decoder"
 
+IDS, EMBEDS = "input_ids", "inputs_embeds"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model reads, one sequence a row.
+
+    Attributes:
+        name: of the argument.
+        shape: of one sequence; a name is a dimension of any size, the length.
+        tokens: what one sequence is read as; None: as many as the dimension with the name.
+        patches: of a picture: tokens that come first, rows, columns.
+        frames_per_token: of a sound.
+    """
+
+    name: str = IDS
+    shape: tuple[int | str, ...] = ("seq_len",)
+    tokens: int | None = None
+    patches: tuple[int, int, int] | None = None
+    frames_per_token: int | None = None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences may differ in length, so that there is padding."""
+        return self.tokens is None
+
 
 @dataclass(frozen=True)
 class Convention:
@@ -40,6 +66,7 @@ class Plan:
         max_seq_len: tokens of the longest sequence; 0: no end.
         table: whether positions are in a table, so that there is a longest sequence.
         token_types: how many kinds of token `token_type_ids` tell apart; 0: it takes none.
+        source: what the model reads.
     """
 
     kind: str
@@ -50,6 +77,7 @@ class Plan:
     max_seq_len: int
     table: bool
     token_types: int
+    source: Source = Source()
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -83,16 +83,16 @@ class Tracer:
     weights: dict[str, Tensor] = field(default_factory=dict)
     matrices: bool = False
     named: tuple[str, ...] = ()
-    _lengths: Mapping[str, Tensor] = field(default_factory=dict)
+    _lengths: Mapping[str, Tensor | None] = field(default_factory=dict)
     _masks: dict[tuple[str, Reach], Tensor] = field(default_factory=dict)
     _called: int = 0
 
     @contextlib.contextmanager
-    def tracing(self, lengths: Mapping[str, Tensor]) -> Iterator[None]:
+    def tracing(self, lengths: Mapping[str, Tensor | None]) -> Iterator[None]:
         """Be the attention of the model for the length of a `with` block.
 
         Args:
-            lengths: of each attention's valid keys, [B].
+            lengths: of each attention's valid keys, [B]; None: there is no padding.
         """
         self.calls = {name: [] for name in self.plan.attentions}
         self._lengths, self._masks, self.weights, self._called = lengths, {}, {}, 0
@@ -155,13 +155,14 @@ class Tracer:
         return output
 
     def _fused(self, name: str, call: Call, value: Tensor) -> Tensor:
-        plain = call.reach == Reach(None, 0) and call.bias is None
+        causal = call.reach == Reach(None, 0) and call.bias is None
+        everything = call.reach == EVERYTHING and call.bias is None and self._lengths[name] is None
         return nn.functional.scaled_dot_product_attention(
             call.query,
             call.key,
             value,
-            attn_mask=None if plain else self._mask(name, call),
-            is_causal=plain,
+            attn_mask=None if causal or everything else self._mask(name, call),
+            is_causal=causal,
             scale=call.scale,
             enable_gqa=call.key.shape[1] != call.query.shape[1],
         )
@@ -215,7 +216,9 @@ class Tracer:
             if reach.left is not None:
                 visible &= keys > queries - (reach.left + 1)
             return visible[None, None]
-        visible = (keys < self._lengths[name][:, None])[:, None, None, :]
+        lengths = self._lengths[name]
+        valid = (keys >= 0)[None] if lengths is None else keys < lengths[:, None]
+        visible = valid[:, None, None, :]
         if reach.left is not None:
             visible = visible & (keys >= queries - reach.left)
         if reach.right is not None:
@@ -228,9 +231,11 @@ class Tracer:
         assert mask is not None
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, lowest)
-        key_len = call.key.shape[2]
-        valid = torch.arange(key_len) < self._lengths[name][:, None]
-        mask = torch.where(valid[:, None, None, :], mask[..., :key_len], lowest)
+        key_len, lengths = call.key.shape[2], self._lengths[name]
+        mask = mask[..., :key_len]
+        if lengths is not None:
+            valid = torch.arange(key_len) < lengths[:, None]
+            mask = torch.where(valid[:, None, None, :], mask, lowest)
         mask = mask.clamp(min=lowest).to(call.query.dtype)
         if call.bias is not None:
             mask = (mask + call.bias).clamp(min=lowest)
@@ -240,12 +245,19 @@ class Tracer:
         """All keys but padding, whose number is given for each sequence."""
         output: Tensor = torch.onnx.ops.symbolic(
             "Attention",
-            (call.query, call.key, value, None, None, None, self._lengths[name]),
+            (call.query, call.key, value, None, None, None, self._valid(name, call)),
             {"scale": call.scale},
             dtype=call.query.dtype,
             shape=(*call.query.shape[:3], value.shape[3]),
         )
         return output
+
+    def _valid(self, name: str, call: Call) -> Tensor:
+        """Of each sequence the number of keys, [B]."""
+        lengths = self._lengths[name]
+        if lengths is None:
+            lengths = torch.full((call.query.shape[0],), call.key.shape[2], dtype=torch.int64)
+        return lengths
 
     def _grouped(self, call: Call, value: Tensor) -> Tensor:
         """Causal attention, of which padding that comes last needs no mask."""
@@ -281,7 +293,8 @@ class Tracer:
         query, reach, bias = call.query, call.reach, call.bias
         if reach is None:
             reach, bias = Reach(None, None), self._own_mask(name, call)
-        inputs = [query, call.key, value, self._lengths[name], bias, None, None]
+        lengths = self._valid(name, call)
+        inputs = [query, call.key, value, lengths, bias, None, None]
         if call.sinks is not None:
             # Between them a mask, prefixes and packed sequences.
             inputs += [None, None, None, None, call.sinks.float()]

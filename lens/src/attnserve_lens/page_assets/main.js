@@ -10,7 +10,7 @@ let headColours = [];
 // frame, the others when the browser has nothing else to do, so that a reader finds none outdated.
 const views = {
   overview: markOverview, tokens: refreshTokens, "map-view": refreshMap, "query-view": drawQuery,
-  spread: drawSpread, sinks: drawSinks,
+  spread: drawSpread, sinks: drawSinks, "seen-view": drawSeen,
 };
 const stale = new Set(), inSight = new Set();
 const idle = window.requestIdleCallback ?? ((call) => setTimeout(call, 50));
@@ -58,7 +58,7 @@ async function setState(changes) {
   if (changed("head")) $("status").textContent = headName();
   if (changed("head")) invalidate("overview", "sinks");
   if (changed("head", "filter", "active")) invalidate("tokens");
-  if (changed("head", "scale", "filter", "query")) invalidate("map-view", "query-view");
+  if (changed("head", "scale", "filter", "query")) invalidate("map-view", "query-view", "seen-view");
   if (changed("head")) curves.picture = null;
   if (changed("head", "query")) invalidate("spread");
 }
@@ -82,6 +82,7 @@ async function showMap(map) {
   setUpTokens();
   setUpQuery();
   listAllSinks();
+  await setUpSeen();
   await setState({});
   loadRest(map);
 }
@@ -111,6 +112,7 @@ function redraw() {
   if (!state.data) return;
   headColours = headColours.map((_, head) => headColour(head));
   view.picture = curves.picture = null;
+  setUpSeen();
   showBar();
   setUpChips();
   drawOverview();
@@ -130,6 +132,7 @@ function listen() {
   listenHeatmap();
   listenQuery();
   listenSpread();
+  listenSeen();
   dark.addEventListener("change", redraw);
   window.addEventListener("resize", oncePerFrame(redraw));
   const observer = new IntersectionObserver((entries) => {

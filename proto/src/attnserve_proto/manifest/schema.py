@@ -37,6 +37,9 @@ POOLINGS = ("mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean")
 SIDES = ("right", "left")
 ATTENTIONS = ("encoder", "decoder", "cross")
 
+# What a transformer takes that is no token ids.
+TENSORS = ("inputs_embeds", "pixel_values", "input_features", "encoder_hidden_states")
+
 Size = Annotated[int, integer()]
 Text = Annotated[str, text]
 
@@ -116,6 +119,49 @@ def _transformer_attention(where: str, content: Any) -> TransformerAttention:
     return record(TransformerAttention)(f"{where} {name}", content)
 
 
+def _size_or_name(where: str, value: Any) -> int | str:
+    return value if isinstance(value, str) and value else integer()(where, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patches:
+    """How a picture becomes tokens: `first` that stand for no place in it, then one for each patch,
+    row by row.
+    """
+
+    first: Annotated[int, integer(0)]
+    rows: Size
+    columns: Size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInput:
+    """A tensor that a transformer takes and that holds no token ids.
+
+    Attributes:
+        name: of it, in the graphs.
+        dtype: of its elements.
+        shape: of one sequence, without the batch; a name is a dimension of any size, the length.
+        tokens: what one sequence is read as; None: as many as the dimension with the name.
+        patches: of pictures whose patches are tokens.
+        frames_per_token: of sounds whose frames, the last dimension, become fewer tokens.
+        preprocessor: what the checkpoint says of how the tensor is made, as transformers has it.
+    """
+
+    name: Annotated[str, one_of(*TENSORS)]
+    dtype: Annotated[str, one_of(*DTYPES)]
+    shape: Annotated[tuple[int | str, ...], listed(_size_or_name)]
+    tokens: Annotated[int | None, optional(integer())] = None
+    patches: Annotated[Patches | None, optional(record(Patches))] = None
+    frames_per_token: Annotated[int | None, optional(integer())] = None
+    preprocessor: Annotated[Mapping[str, Any] | None, anything] = None
+
+
+def _model_input(where: str, content: Any) -> ModelInput:
+    name = one_of(*TENSORS)(f"{where} name", content["name"])
+    return record(ModelInput)(f"{where} {name}", content)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
     """How texts become tokens, beyond what the tokenizer's file says.
@@ -145,19 +191,22 @@ class Transformer:
 
     Attributes:
         num_layers: of its first attention.
-        max_seq_len: 0 where positions have no end.
+        vocab_size: 0 of a model that takes no token ids.
+        max_seq_len: 0 where positions have no end; of tokens, which a picture or a sound is not.
         token_types: how many `token_type_ids` tell apart; 0: the graphs take none.
         pooling: None: there is none.
         pooling_refused: what its checkpoint says of pooling, where that is not supported; empty:
             it says nothing.
         decoder_start_token_id: what a target starts with; None: the model has no targets.
         attentions: one or, of an encoder-decoder, three.
+        takes_ids: whether its source may be token ids.
+        inputs: tensors that are its source instead, or that stand beside it.
     """
 
     family: Text
     num_layers: Size
     hidden_size: Size
-    vocab_size: Size
+    vocab_size: Annotated[int, integer(0)]
     max_seq_len: Annotated[int, integer(0)]
     pad_token_id: Annotated[int, lambda where, value: integer(0)(where, value or 0)]
     token_types: Annotated[int, integer(0)] = 0
@@ -167,6 +216,8 @@ class Transformer:
     decoder_start_token_id: Annotated[int | None, optional(integer(0))] = None
     texts: Annotated[Texts, record(Texts)] = Texts()
     attentions: Annotated[tuple[TransformerAttention, ...], listed(_transformer_attention)]
+    takes_ids: Annotated[bool, yes_or_no] = True
+    inputs: Annotated[tuple[ModelInput, ...], listed(_model_input)] = ()
 
     @property
     def has_target(self) -> bool:
@@ -176,6 +227,10 @@ class Transformer:
     def attention(self, name: str) -> TransformerAttention:
         """An attention by its name, which must be one of the model's."""
         return next(attention for attention in self.attentions if attention.name == name)
+
+    def input(self, name: str) -> ModelInput | None:
+        """A tensor that it takes, by its name; None: it takes none such."""
+        return next((entry for entry in self.inputs if entry.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,8 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_transformer(transformer: Transformer) -> None:
-    last = transformer.vocab_size - 1
+    _check_inputs(transformer)
+    last = max(0, transformer.vocab_size - 1)
     integer(0, last)("transformer.pad_token_id", transformer.pad_token_id)
     optional(integer(0, last))(
         "transformer.decoder_start_token_id", transformer.decoder_start_token_id
@@ -141,3 +142,29 @@ def _check_transformer(transformer: Transformer) -> None:
         if attention.name in seen:
             raise ValueError(f"{where}: twice")
         seen.add(attention.name)
+
+
+def _check_inputs(transformer: Transformer) -> None:
+    if transformer.takes_ids and not transformer.vocab_size:
+        raise ValueError("transformer.vocab_size: 0; allowed: 1 or more, if takes_ids")
+    if not transformer.takes_ids and not transformer.inputs:
+        raise ValueError("transformer.inputs: none; allowed: one or more, unless takes_ids")
+    seen = set()
+    for entry in transformer.inputs:
+        where = f"transformer.inputs: {entry.name}"
+        named = [size for size in entry.shape if isinstance(size, str)]
+        if len(named) > 1 or (named and entry.shape[0] != named[0]):
+            raise ValueError(f"{where}.shape: {list(entry.shape)}; allowed: a name at its start")
+        if bool(named) == (entry.tokens is not None):
+            raise ValueError(f"{where}.tokens: {entry.tokens}; allowed: with a shape of numbers")
+        patches = entry.patches
+        if patches is not None and (
+            len(entry.shape) != 3 or patches.first + patches.rows * patches.columns != entry.tokens
+        ):
+            raise ValueError(
+                f"{where}.patches: {patches.first} and {patches.rows} x {patches.columns}; "
+                f"allowed: {entry.tokens} in all, of [channels, height, width]"
+            )
+        if entry.name in seen:
+            raise ValueError(f"{where}: twice")
+        seen.add(entry.name)

@@ -58,7 +58,7 @@ class TokenInference:
         self._plane.count_inference(
             name,
             version,
-            len(call.work.sequences),
+            call.work.count,
             ran.arrived,
             ran.validated,
             ran.started,

@@ -98,7 +98,7 @@ def tokens_call(
 
     Raises:
         InvalidRequestError: a tensor is not as the model takes it, or there is none such.
-        PreconditionError: the model is an encoder-decoder.
+        PreconditionError: the model is an encoder-decoder, or reads no token ids.
         ExhaustedError: it, or its padded answer, would be too large.
     """
     transformer = model.manifest.transformer
@@ -107,6 +107,11 @@ def tokens_call(
         raise PreconditionError(
             f"model_name: {model.manifest.name} is an encoder-decoder, which this protocol does "
             "not serve; use AttendTokens"
+        )
+    if not transformer.takes_ids:
+        raise PreconditionError(
+            f"model_name: {model.manifest.name} reads {transformer.inputs[0].name}, which this "
+            "protocol does not serve; use AttendTokens"
         )
     for name in ("scale", "softcap", "top_k", "mass_by_distance"):
         if getattr(given, name):

@@ -3,10 +3,11 @@
 import time
 
 from attnserve_proto import attention_pb2 as pb
+from attnserve_proto.manifest import ModelInput
 
-from attnserve_server.messages import tensor_message
+from attnserve_server.messages import input_message, tensor_message
 from attnserve_server.tokens.run import Run
-from attnserve_server.tokens.work import TokensWork
+from attnserve_server.tokens.work import TensorBatch, TokensWork
 
 
 def tokens_response(work: TokensWork, run: Run) -> pb.AttendTokensResponse:
@@ -21,9 +22,17 @@ def tokens_response(work: TokensWork, run: Run) -> pb.AttendTokensResponse:
         response.attention = heads.attention.name
         response.layers.extend(heads.layers)
         response.heads.extend(heads.heads)
+    source = work.source
+    places = []
+    if isinstance(source, TensorBatch):
+        response.source.CopyFrom(input_message(source.entry))
+        places = _places(source.entry)
     for row, output in enumerate(run.outputs):
         sequence = response.sequences.add(
-            ids=work.source.sequences[row], truncated=work.source.truncated[row]
+            ids=source.sequences[row],
+            truncated=source.truncated[row],
+            tokens=places,
+            length=source.lengths[row],
         )
         if work.source.types is not None:
             sequence.token_type_ids.extend(work.source.types[row])
@@ -37,6 +46,16 @@ def tokens_response(work: TokensWork, run: Run) -> pb.AttendTokensResponse:
             getattr(sequence, name).CopyFrom(tensor_message(array))
     response.timings.CopyFrom(_timings(run))
     return response
+
+
+def _places(entry: ModelInput) -> list[str]:
+    """What the tokens of a picture are called; nothing, of other sources."""
+    patches = entry.patches
+    if patches is None:
+        return []
+    first = ["[CLS]", *(f"[REG{number}]" for number in range(1, patches.first))]
+    rows, columns = range(patches.rows), range(patches.columns)
+    return first[: patches.first] + [f"{row},{column}" for row in rows for column in columns]
 
 
 def _timings(run: Run) -> pb.Timings:

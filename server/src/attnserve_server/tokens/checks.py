@@ -13,7 +13,14 @@ from attnserve_server.settings import Limits
 from attnserve_server.tokens import texts
 from attnserve_server.tokens.bounds import check_ids, check_lengths, max_len
 from attnserve_server.tokens.run import needed_outputs
-from attnserve_server.tokens.work import HeadsWanted, TokenBatch, TokensWanted, TokensWork
+from attnserve_server.tokens.tensors import check_batch, tensor_batch
+from attnserve_server.tokens.work import (
+    HeadsWanted,
+    TensorBatch,
+    TokenBatch,
+    TokensWanted,
+    TokensWork,
+)
 
 HIGH, NORMAL, LOW = 1, 2, 3
 
@@ -38,7 +45,7 @@ def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limi
         )
     wanted = tokens_wanted(message.returns, model, transformer, limits)
     source = _source(message, model, transformer, limits)
-    target = _target(message, model, transformer, limits, len(source.sequences))
+    target = _target(message, model, transformer, limits, len(source.lengths))
     return complete(
         model,
         source,
@@ -52,7 +59,7 @@ def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limi
 
 def complete(
     model: LoadedModel,
-    source: TokenBatch,
+    source: TokenBatch | TensorBatch,
     target: TokenBatch | None,
     wanted: TokensWanted,
     *,
@@ -77,7 +84,8 @@ def complete(
     given = {name for each in model.variants for name in each.outputs}
     longest = max(batch.longest for batch in (source, target) if batch is not None)
     outputs = needed_outputs(wanted, transformer, given)
-    chosen = model.variant(model.core.choose(variant, [], outputs, longest))
+    taken = [source.entry.name if isinstance(source, TensorBatch) else "input_ids"]
+    chosen = model.variant(model.core.choose(variant, taken, outputs, longest))
     work = TokensWork(model, chosen, source, target, wanted, _priority(priority))
     return replace(work, working_bytes=_check_sizes(work, transformer, limits))
 
@@ -131,14 +139,24 @@ def _priority(given: int) -> int:
 
 def _source(
     message: pb.AttendTokensRequest, model: LoadedModel, transformer: Transformer, limits: Limits
-) -> TokenBatch:
-    kind = message.WhichOneof("input")
+) -> TokenBatch | TensorBatch:
+    kind, names = message.WhichOneof("input"), [entry.name for entry in transformer.inputs]
+    if message.tensors:
+        if kind is not None:
+            raise InvalidRequestError.of("input", f"{kind} and tensors", "one of the two")
+        return tensor_batch(message.tensors, model, transformer, limits)
+    if not transformer.takes_ids:
+        raise PreconditionError(
+            f"{kind or 'input'}: model {model.manifest.name} reads no token ids; allowed: tensors: "
+            f"{', '.join(names)}"
+        )
     if kind is None:
-        raise InvalidRequestError.of("input", "nothing", "text or tokens")
+        also = f", or tensors: {', '.join(names)}" if names else ""
+        raise InvalidRequestError.of("input", "nothing", f"text or tokens{also}")
     if kind == "text":
-        _check_batch("text.texts", len(message.text.texts), limits)
+        check_batch("text.texts", len(message.text.texts), limits)
         return texts.encoded("text", message.text, model, limits)
-    _check_batch("tokens.sequences", len(message.tokens.sequences), limits)
+    check_batch("tokens.sequences", len(message.tokens.sequences), limits)
     return _given("tokens", message.tokens, model, transformer, limits)
 
 
@@ -170,11 +188,6 @@ def _target(
             "target_tokens.sequences", "token_type_ids", "none: decoders take no such ids"
         )
     return target
-
-
-def _check_batch(field: str, count: int, limits: Limits) -> None:
-    if not 1 <= count <= limits.max_batch:
-        raise InvalidRequestError.of(field, f"{count} sequences", f"1..{limits.max_batch}")
 
 
 def _check_targets(field: str, count: int, expected: int) -> None:
@@ -249,12 +262,12 @@ def _check_sizes(work: TokensWork, transformer: Transformer, limits: Limits) -> 
     wanted, model = work.wanted, work.model
     item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
     batches = [batch for batch in (work.source, work.target) if batch is not None]
-    count, longest = len(work.sequences), max(batch.longest for batch in batches)
+    count, longest = work.count, max(batch.longest for batch in batches)
     num_heads = max(attention.num_heads for attention in transformer.attentions)
     response = sum(
-        _response_bytes(wanted, transformer, len(source), len(target), item)
+        _response_bytes(wanted, transformer, source, target, item)
         for source, target in zip(
-            work.source.sequences, (work.target or work.source).sequences, strict=True
+            work.source.lengths, (work.target or work.source).lengths, strict=True
         )
     )
     needed = response + model.core.working_bytes(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from attnserve_dataplane import DataPlane, Request
@@ -13,7 +14,16 @@ from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
 from attnserve_server.settings import usable_cores
 from attnserve_server.tokens import heads
-from attnserve_server.tokens.work import HeadsWanted, SequenceOutput, TokensWanted, TokensWork
+from attnserve_server.tokens.work import (
+    HeadsWanted,
+    SequenceOutput,
+    TensorBatch,
+    TokensWanted,
+    TokensWork,
+)
+
+if TYPE_CHECKING:
+    from attnserve_dataplane import GivenTensor
 
 # Weights of one sequence from which on threads are worth starting.
 _WORTH_THREADS = 1 << 20
@@ -62,8 +72,9 @@ def attend(plane: DataPlane, request: Request, work: TokensWork, timeout: int = 
         request=request,
         model=work.model.core,
         variant=work.variant.name,
-        source=work.source.sequences,
-        source_types=work.source.types or (),
+        source=[] if isinstance(work.source, TensorBatch) else work.source.sequences,
+        source_types=() if isinstance(work.source, TensorBatch) else work.source.types or (),
+        given=given_tensor(work.source) if isinstance(work.source, TensorBatch) else {},
         target=[] if work.target is None else work.target.sequences,
         outputs=outputs,
         priority=work.priority,
@@ -72,7 +83,7 @@ def attend(plane: DataPlane, request: Request, work: TokensWork, timeout: int = 
     )
     arrays = {name: dtypes.of_data_plane(array) for name, array in ran["arrays"].items()}
     return Run(
-        [_share(work, transformer, arrays, row) for row in range(len(work.sequences))],
+        [_share(work, transformer, arrays, row) for row in range(work.count)],
         ran["arrived"],
         ran["validated"],
         ran["started"],
@@ -86,6 +97,19 @@ def _transformer(work: TokensWork) -> Transformer:
     transformer = work.model.manifest.transformer
     assert transformer is not None  # validation lets only transformers come here
     return transformer
+
+
+def given_tensor(batch: TensorBatch) -> "GivenTensor":
+    """A batch as the data plane takes it."""
+    entry = batch.entry
+    return {
+        "name": entry.name,
+        "array": batch.array,
+        "dtype": entry.dtype,
+        "lengths": batch.lengths if entry.tokens is None else [],
+        "mask_name": "attention_mask",
+        "tokens": batch.longest,
+    }
 
 
 def needed_outputs(
@@ -124,8 +148,8 @@ def _share(
 ) -> SequenceOutput:
     """The part of the results of one sequence, without padding."""
     wanted = work.wanted
-    source_len = len(work.source.sequences[row])
-    target_len = source_len if work.target is None else len(work.target.sequences[row])
+    source_len = work.source.lengths[row]
+    target_len = source_len if work.target is None else work.target.lengths[row]
     arrays = {}
     if wanted.hidden:
         arrays["hidden"] = results[_HIDDEN][row, :target_len]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from attnserve_proto.manifest import TransformerAttention
+from attnserve_proto.manifest import ModelInput, TransformerAttention
 
 from attnserve_server.dtypes import Array
 from attnserve_server.models.store import LoadedModel, Variant
@@ -67,9 +67,53 @@ class TokenBatch:
     prompt_len: int = 0
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each one."""
+        return [len(sequence) for sequence in self.sequences]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest one."""
-        return max(len(sequence) for sequence in self.sequences)
+        return max(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBatch:
+    """What a model reads in the place of token ids, a sequence a row.
+
+    Attributes:
+        entry: which of the model's inputs.
+        array: [B, ...]; of bfloat16 the bits.
+        lengths: tokens of each sequence, padding left out.
+    """
+
+    entry: ModelInput
+    array: Array
+    lengths: Sequence[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one."""
+        return max(self.lengths)
+
+    @property
+    def sequences(self) -> Sequence[Sequence[int]]:
+        """No ids."""
+        return [()] * len(self.lengths)
+
+    @property
+    def truncated(self) -> Sequence[bool]:
+        """Nothing was cut."""
+        return [False] * len(self.lengths)
+
+    @property
+    def types(self) -> None:
+        """Nothing is said of kinds of token."""
+
+    @property
+    def prompt_len(self) -> int:
+        """All tokens count for the vector."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +129,16 @@ class TokensWork:
 
     model: LoadedModel
     variant: Variant
-    source: TokenBatch
+    source: TokenBatch | TensorBatch
     target: TokenBatch | None
     wanted: TokensWanted
     priority: int
     working_bytes: int = 0
 
     @property
-    def sequences(self) -> Sequence[Sequence[int]]:
-        """Of the source."""
-        return self.source.sequences
+    def count(self) -> int:
+        """How many sequences there are."""
+        return len(self.source.lengths)
 
 
 @dataclass(frozen=True, slots=True)
