@@ -22,6 +22,7 @@ BAD = {
     "arrivals": ("x", "", "bursts", "bursts:1", "bursts:-2", "poisson:2", f"bursts:{HUGE}"),
     "slo": ("x", "", "p99", "p0=5ms", "p100=1ms", "p99=5", "p99=-5ms", "p99=0ms", "p99=2h",
             "p99=5ms,p99=6ms", "p99=5ms,", "mean=5ms", f"p99={HUGE}ms"),
+    "roles": ("", "root", "infer,infer", "infer,", "Admin", HUGE),
     "host": ("", "a b", "1::2::3", "[::1", "unix:", f"unix:{HUGE}", HUGE),
 }  # fmt: skip
 

@@ -38,10 +38,11 @@ OF = {
     "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
-    "--tls-certificate --tls-key --tls-client-authorities --config report.json TRACE --report A B "
-    "--pixel-values --input-features --inputs-embeds --processor",
+    "--tls-certificate --tls-key --tls-client-authorities --config --callers --jwt-keys "
+    "report.json TRACE --report A B --pixel-values --input-features --inputs-embeds --processor",
     "text": "TEXT --query --pair --target-text",
-    "title": "--title",
+    "title": "--title --jwt-issuer --jwt-audience --jwt-roles-claim",
+    "roles": "--certificate-roles",
 }
 KINDS = {option: kind for kind, listed in OF.items() for option in listed.split()}
 KINDS |= {"--target": "target", "--host": "host"}

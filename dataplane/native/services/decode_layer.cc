@@ -145,7 +145,7 @@ class LayerJob final : public schedule::Job {
                                 " bytes; allowed in one message: ", core_.limits.max_message_bytes,
                                 "; take fewer tokens at once"));
       }
-      Lease lease(core_.budget);
+      Lease lease(budget_of(core_, stream_->info()));
       lease.grow_or_throw(part.response_bytes);
       answer_.emplace(asked_.request_id, part.results, lengths());
       answer_->bytes().lease = std::move(lease);

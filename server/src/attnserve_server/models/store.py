@@ -11,6 +11,7 @@ import attnserve_kernels
 from attnserve_dataplane import DataPlane, Model, ModelFacts, Pick, VariantFacts
 from attnserve_proto.manifest import Manifest, ManifestError, VariantEntry, parse, read_text
 
+from attnserve_server.models import graphs
 from attnserve_server.models.providers import Providers
 from attnserve_server.models.tokenizer import TextTokenizer
 from attnserve_server.repository import check_files, explain_empty, find
@@ -199,6 +200,7 @@ def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | 
         )
     except RuntimeError as error:
         raise ManifestError(str(error)) from None
+    graphs.check(folder, manifest, entries, core)
     variants = tuple(
         Variant(entry, frozenset(core.inputs(entry.name)), tuple(core.outputs(entry.name)))
         for entry in entries
