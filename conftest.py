@@ -42,6 +42,9 @@ LONGEST = (
     "test_benchmarks_decode.py",
     "test_export_flash.py",
     "test_loadtest_locust.py",
+    "test_loadtest_load.py",
+    "test_loadtest_generator.py",
+    "test_loadtest_open_locust.py",
     "test_transformers.py",
     "test_kernels.py",
 )
@@ -128,9 +131,10 @@ def _digest_of_sources() -> str:
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of a folder's files."""
+    """Of a file, or of a folder's files, those of its folders included."""
     digest = hashlib.sha256(path.name.encode())
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    for file in files:
+        digest.update(f"{file.relative_to(path.parent)} {file.stat().st_size} ".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

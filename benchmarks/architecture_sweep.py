@@ -25,6 +25,7 @@ import architectures
 import exporter
 import torch
 from attnserve_export.checkpoints.families import TAKEN, input_of
+from attnserve_proto.commands import Parser, values
 
 EXPORTED, REFUSED, WRONG = "exported", "refused", "wrong"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
@@ -228,16 +229,7 @@ def _short(error: Exception) -> str:
 
 def main() -> int:
     """Run the sweep; 1 if an architecture failed in a way that says nothing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=Path("reports/architectures.jsonl"))
-    parser.add_argument("--table", type=Path, help="document to put the table into")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seconds", type=int, default=300, help="that one architecture may take")
-    parser.add_argument("--native", action="store_true", help="both variants: twice the time")
-    parser.add_argument("--only", nargs="*", help="model types; all without it")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     types = architectures.model_types() if options.only is None else options.only
     known = sweep(types, options.results, options.processes, options.seconds, options.native)
@@ -250,6 +242,25 @@ def main() -> int:
     count = sum(found["outcome"] == EXPORTED for found in known.values())
     print(f"{count} exported, {len(known) - count - len(wrong)} refused, wrong: {wrong or 'none'}")
     return 1 if wrong else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    seconds = values.integer(1, 1_000_000)
+    add("--results", type=values.path, default=Path("reports/architectures.jsonl"))
+    add("--table", type=values.path, help="document to put the table into")
+    add("--processes", type=values.integer(1, 1024), default=2)
+    add("--seconds", type=seconds, default=300, help="that one architecture may take")
+    add("--native", action="store_true", help="both variants: twice the time")
+    add("--only", nargs="*", type=_model_type, metavar="TYPE", help="model types; all without it")
+    return parser
+
+
+def _model_type(given: str) -> str:
+    if given not in architectures.model_types():
+        values.refuse(given, "a model type of transformers, as config.json says it")
+    return given
 
 
 if __name__ == "__main__":

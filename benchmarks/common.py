@@ -1,6 +1,5 @@
 """What the benchmarks share: servers as processes of their own, statistics, tables, JSON."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+from attnserve_proto.commands import Parser, values
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str) -> Parser:
     """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser = Parser(description=description)
+    parser.add_argument("--json", type=values.path, help="also write the figures to this file")
     return parser
 
 

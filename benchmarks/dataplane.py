@@ -16,7 +16,6 @@ of a few seconds that take turns; medians of rounds count.
     python benchmarks/dataplane.py --json reports/dataplane.json
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -42,6 +41,7 @@ import serving_sections
 import serving_servers
 from attnserve_client import AttentionClient, keep_freed_memory
 from attnserve_client import _channel as channel
+from attnserve_proto.commands import Parser, values
 from dataplane_native import Loads
 from serving_calls import HEAD_DIM, NUM_HEADS, tensors
 from serving_report import Bar, Row, Section
@@ -341,14 +341,18 @@ def _models(exported: Path | None) -> Iterator[Path]:
 
 def main() -> int:
     """Run the benchmark; 1 if a section could not be measured."""
-    options = _options()
+    options = _parser().parse_args()
     keep_freed_memory()
     sizes = QUICK if options.quick else Sizes()
     if options.seconds:
         sizes = replace(sizes, overload_seconds=options.seconds)
     if options.lengths:
-        lengths = tuple(int(length) for length in options.lengths.split(","))
-        sizes = replace(sizes, lengths=lengths, callers_lengths=lengths, overload_lengths=lengths)
+        sizes = replace(
+            sizes,
+            lengths=options.lengths,
+            callers_lengths=options.lengths,
+            overload_lengths=options.lengths,
+        )
     with _models(options.repository) as repository, native.loads() as loads:
         made: dict[str, Callable[[], Section]] = {
             "one-caller": lambda: one_caller(repository, loads, sizes),
@@ -365,16 +369,18 @@ def main() -> int:
     return serving_sections.write("dataplane", options, done, failed, load_average=os.getloadavg())
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> Parser:
     names = ["one-caller", "callers", "cores", "overload", "sdk", "shared", "connections"]
     parser = serving_sections.arguments(__doc__ or "", names)
     add = parser.add_argument
     add("--quick", action="store_true", help="short rounds, and 5 s of each overload")
-    add("--seconds", type=float, help="of each overload (default 60; with --quick 5)")
-    add("--lengths", help="only these sequence lengths, separated by commas")
-    add("--deadline", type=float, default=0.5, help="of calls in overload, seconds (default 0.5)")
+    seconds = values.some_seconds
+    add("--seconds", type=seconds, help="of each overload (default 60; with --quick 5)")
+    lengths = values.listed(values.integer(1, 1 << 20))
+    add("--lengths", type=lengths, help="only these sequence lengths, separated by commas")
+    add("--deadline", type=seconds, default=0.5, help="of calls in overload, seconds (default 0.5)")
     add("--together", action="store_true", help="overload: server and client on the same cores")
-    return serving_sections.parsed(parser, names)
+    return parser
 
 
 if __name__ == "__main__":

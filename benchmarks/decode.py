@@ -5,7 +5,9 @@ in rounds of a part of a second; medians of rounds count. The client in C++ is a
 (native/decode.cc). Every step's token is taken away again, outside what is timed.
 
     step      one session's step: C++, SDK and the graph `paged` in process; bytes on the socket
-    sessions  64 sessions in one message, one by one, and the same batch in process
+    sessions  64 sessions in one message, its tensors in it or in shared memory, one by one, and the
+              same batch in process
+    layer     steps of a layer model, which has the projections inside, beside the core's
     reupload  a step against sending all keys and values again
     memory    bytes of pages at mixed lengths; forks
     prefix    32 sessions over one prefix of 2048 tokens, and with a copy each
@@ -13,11 +15,11 @@ in rounds of a part of a second; medians of rounds count. The client in C++ is a
     python benchmarks/decode.py --json reports/decode.json
 """
 
-import argparse
 import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,17 +27,21 @@ from pathlib import Path
 from statistics import median
 
 import decode_calls as calls
+import decode_messages as messages
 import numpy as np
 import serving_sections
 import serving_servers
 from attnserve_client import AttentionClient, Session, keep_freed_memory, page_hashes
 from attnserve_proto import attention_pb2 as pb
-from decode_calls import Group, Metrics, Paged
+from attnserve_proto.commands import Parser
+from decode_calls import Metrics, Paged
+from decode_messages import Group
 from serving_report import Bar, Row, Section
 from serving_servers import Server
 
 CONTEXT = 4096
-NATIVE_BAR_MS, SDK_BAR_MS, BYTES_BAR = 0.12, 0.35, 1.01
+PAUSE_SECONDS = 0.2e-3
+NATIVE_BAR_MS, SDK_BAR_MS, BYTES_BAR, LAYER_BYTES_BAR = 0.12, 0.35, 1.01, 0.55
 SESSIONS, BATCH_BAR, ONE_BY_ONE_BAR = 64, 1.25, 3.0
 REUPLOAD_BAR = 20.0
 WASTE_BAR, FORK_BAR_MS = 0.04, 0.1
@@ -48,12 +54,19 @@ class Sizes:
 
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     batch_contexts: tuple[int, ...] = (64, 1024, 4096)
+    layer_contexts: tuple[tuple[int, int], ...] = ((1, 256), (1, 4096), (64, 512))  # of sessions
     fork_layers: tuple[int, ...] = (1, 32)
     rounds: int = 7
     seconds: float = 0.5  # of a contender in a round
 
 
-QUICK = Sizes(contexts=(256, 4096), batch_contexts=(64, 512), rounds=3, seconds=0.2)
+QUICK = Sizes(
+    contexts=(256, 4096),
+    batch_contexts=(64, 512),
+    layer_contexts=((1, 256), (1, 4096)),
+    rounds=3,
+    seconds=0.2,
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,8 @@ def step(service: Service, sizes: Sizes) -> Section:
     rows, bars = [], []
     for context in sizes.contexts:
         (session,) = sessions = calls.copies(service.client, 1, context)
-        arrays = calls.random(1)
-        groups = [Group(True, calls.step(sessions)), calls.back(sessions)]
+        arrays = messages.random(1)
+        groups = [Group(True, messages.step(sessions)), messages.back(sessions)]
         in_process = Paged(service.repository, [context + 1])
         computing: list[float] = []
 
@@ -86,7 +99,7 @@ def step(service: Service, sizes: Sizes) -> Section:
         def take_back(session: Session = session, context: int = context) -> None:
             session.truncate(context)
 
-        times: dict[str, list[float]] = {"native": [], "sdk": [], "in_process": []}
+        times: dict[str, list[float]] = {"native": [], "sdk": [], "in_process": [], "paused": []}
         sent: list[float] = []
         for _ in range(sizes.rounds):
             got = calls.by_native(service.server, groups, sizes.seconds)
@@ -94,6 +107,7 @@ def step(service: Service, sizes: Sizes) -> Section:
             sent.append(got["bytes"])
             times["sdk"].append(calls.p50_ms(attend, sizes.seconds, take_back))
             times["in_process"].append(calls.p50_ms(in_process, sizes.seconds, _nothing))
+            times["paused"].append(calls.p50_ms(in_process, sizes.seconds, _pause))
         row: Row = {"context": context}
         row |= {f"{name}_ms": median(values) for name, values in times.items()}
         for name in ("native", "sdk"):
@@ -106,7 +120,11 @@ def step(service: Service, sizes: Sizes) -> Section:
             bars.append(Bar(f"{text} Python", row["sdk_over_ms"], SDK_BAR_MS))
     growth = rows[-1]["bytes"] / rows[0]["bytes"]
     text = f"bytes of a step, {rows[-1]['context']} tokens / {rows[0]['context']}"
-    notes = ["sdk_server_compute_ms: computing in the SDK's steps, by the server's own timings."]
+    notes = [
+        "sdk_server_compute_ms: computing in the SDK's steps, by the server's own timings.",
+        f"paused_ms: in process, each run {PAUSE_SECONDS * 1e3:g} ms after the one before, as runs "
+        "in the server are about: meanwhile other cores fall asleep.",
+    ]
     return Section("step", rows, [*bars, Bar(text, growth, BYTES_BAR)], notes)
 
 
@@ -115,24 +133,31 @@ def sessions(service: Service, sizes: Sizes) -> Section:
     rows, bars = [], []
     for context in sizes.batch_contexts:
         many = calls.copies(service.client, SESSIONS, context)
-        after = calls.back(many)
-        together = [Group(True, calls.step(many)), after]
-        one_by_one = [*(Group(True, calls.step([each])) for each in many), after]
+        after = messages.back(many)
+        together = [Group(True, messages.step(many)), after]
+        one_by_one = [*(Group(True, messages.step([each])) for each in many), after]
         in_process = Paged(service.repository, [context + 1] * SESSIONS)
-        times: dict[str, list[float]] = {"together": [], "one_by_one": [], "in_process": []}
-        for _ in range(sizes.rounds):
-            for name, groups in (("together", together), ("one_by_one", one_by_one)):
-                got = calls.by_native(service.server, groups, sizes.seconds)
-                times[name].append(got["p50_ms"])
-            times["in_process"].append(calls.p50_ms(in_process, sizes.seconds, _nothing))
+        times: dict[str, list[float]] = {}
+        with messages.shared_step(service.server, many) as request:
+            contenders = {"together": together, "one_by_one": one_by_one}
+            contenders["shared"] = [Group(True, request), after]
+            for _ in range(sizes.rounds):
+                for name, groups in contenders.items():
+                    got = calls.by_native(service.server, groups, sizes.seconds)
+                    times.setdefault(name, []).append(got["p50_ms"])
+                took = calls.p50_ms(in_process, sizes.seconds, _nothing)
+                times.setdefault("in_process", []).append(took)
         calls.close(many)
         row: Row = {"context": context}
         row |= {f"{name}_ms": median(values) for name, values in times.items()}
         row |= {"ratio": row["together_ms"] / row["in_process_ms"]}
+        row |= {"shared_ratio": row["shared_ms"] / row["in_process_ms"]}
         row |= {"gain": row["one_by_one_ms"] / row["together_ms"]}
         rows.append(row)
         text = f"{SESSIONS} sessions of {context} tokens: "
         bars.append(Bar(f"{text}one message / in process", row["ratio"], BATCH_BAR))
+        shared = f"{text}one message, tensors in shared memory / in process"
+        bars.append(Bar(shared, row["shared_ratio"], BATCH_BAR))
         bars.append(Bar(f"{text}steps/s / one by one", row["gain"], ONE_BY_ONE_BAR, True))
     notes = [
         "From some length on a step is the reading of keys and values, together or not: "
@@ -141,18 +166,57 @@ def sessions(service: Service, sizes: Sizes) -> Section:
     return Section("sessions", rows, bars, notes)
 
 
+def layer(service: Service, sizes: Sizes) -> Section:
+    """Steps of a layer model: hidden states in, output after the last projection out."""
+    rows, bars = [], []
+    for count, context in sizes.layer_contexts:
+        contenders = {
+            name: calls.copies(service.client, count, context, model)
+            for name, model in (("layer", messages.LAYER), ("core", messages.MODEL))
+        }
+        in_process = Paged(service.repository, [context + 1] * count, messages.LAYER)
+        times: dict[str, list[float]] = {"layer": [], "core": [], "in_process": []}
+        sent: dict[str, float] = {}
+        for _ in range(sizes.rounds):
+            for name, many in contenders.items():
+                groups = [Group(True, messages.step(many)), messages.back(many)]
+                got = calls.by_native(service.server, groups, sizes.seconds)
+                times[name].append(got["p50_ms"])
+                sent[name] = got["bytes"]
+            times["in_process"].append(calls.p50_ms(in_process, sizes.seconds, _nothing))
+        for many in contenders.values():
+            calls.close(many)
+        row: Row = {"sessions": count, "context": context}
+        row |= {f"{name}_ms": median(values) for name, values in times.items()}
+        row |= {"over_ms": _over(times["layer"], times["in_process"])}
+        row |= {"bytes": sent["layer"], "core_bytes": sent["core"]}
+        rows.append(row)
+        if count == 1 and context == CONTEXT:
+            text = f"layer model, {context} tokens: "
+            bars.append(
+                Bar(f"{text}ms over in process, client in C++", row["over_ms"], NATIVE_BAR_MS)
+            )
+            share = row["bytes"] / row["core_bytes"]
+            bars.append(Bar(f"{text}bytes of a step / core model's", share, LAYER_BYTES_BAR))
+    notes = [
+        f"Of {messages.EMBED_DIM} numbers a token, which become query, key and value inside; "
+        "the client is in C++. core_ms: the core model's step, without projections."
+    ]
+    return Section("layer", rows, bars, notes)
+
+
 def reupload(service: Service, sizes: Sizes) -> Section:
     """A step in a session against Attend with all keys and values, both through the SDK."""
     (session,) = calls.copies(service.client, 1, CONTEXT)
-    arrays = calls.random(1)
-    query, key, value = (x.swapaxes(0, 1)[None].copy() for x in calls.random(CONTEXT))
+    arrays = messages.random(1)
+    query, key, value = (x.swapaxes(0, 1)[None].copy() for x in messages.random(CONTEXT))
     times: dict[str, list[float]] = {"session": [], "stateless": []}
     for _ in range(sizes.rounds):
         for name, call in (
             ("session", lambda: session.attend(0, *arrays)),
             (
                 "stateless",
-                lambda: service.client.attend(query[:, :, -1:], key, value, model=calls.MODEL),
+                lambda: service.client.attend(query[:, :, -1:], key, value, model=messages.MODEL),
             ),
         ):
             undo = (lambda: session.truncate(CONTEXT)) if name == "session" else _nothing
@@ -169,7 +233,7 @@ def memory(service: Service, sizes: Sizes) -> Section:
     client = service.client
     lengths = [int(n) for n in np.random.default_rng(3).integers(32, 2048, 64)]
     before = service.metrics.value("attnserve_kv_bytes")
-    mixed = [client.session(calls.MODEL, num_layers=1, max_tokens=length) for length in lengths]
+    mixed = [client.session(messages.MODEL, num_layers=1, max_tokens=length) for length in lengths]
     for session, length in zip(mixed, lengths, strict=True):
         calls.fill(session, length)
     held = service.metrics.value("attnserve_kv_bytes") - before
@@ -178,7 +242,7 @@ def memory(service: Service, sizes: Sizes) -> Section:
     rows: list[Row] = [{"what": "64 sessions of 32..2048 tokens: share wasted", "figure": waste}]
     bars = [Bar("bytes of pages without tokens, 64 mixed lengths", waste, WASTE_BAR)]
     for layers in sizes.fork_layers:
-        with client.session(calls.MODEL, num_layers=layers, max_tokens=CONTEXT) as parent:
+        with client.session(messages.MODEL, num_layers=layers, max_tokens=CONTEXT) as parent:
             calls.fill(parent, CONTEXT)
             before = service.metrics.value("attnserve_kv_bytes")
             fork = pb.ForkSession(session_id=parent.id, length=CONTEXT, lease=500_000)
@@ -210,10 +274,10 @@ def prefix(service: Service, sizes: Sizes) -> Section:
     most = PREFIX + 4 * calls.PAGE_TOKENS
     hashes = page_hashes(np.random.default_rng().integers(0, 1 << 40, PREFIX).tolist(), tail)
     before = service.metrics.value("attnserve_kv_bytes")
-    with client.session(calls.MODEL, num_layers=1, max_tokens=PREFIX) as first:
-        first.attend(0, *calls.random(PREFIX), prefix_hashes=hashes)
+    with client.session(messages.MODEL, num_layers=1, max_tokens=PREFIX) as first:
+        first.attend(0, *messages.random(PREFIX), prefix_hashes=hashes)
         shared = [
-            client.session(calls.MODEL, num_layers=1, max_tokens=most, prefix_hashes=hashes)
+            client.session(messages.MODEL, num_layers=1, max_tokens=most, prefix_hashes=hashes)
             for _ in range(SHARERS)
         ]
     found = {session.length for session in shared}
@@ -225,7 +289,7 @@ def prefix(service: Service, sizes: Sizes) -> Section:
     times: dict[str, list[float]] = {"shared": [], "unshared": []}
     for _ in range(sizes.rounds):
         for name, each in (("shared", shared), ("unshared", apart)):
-            groups = [Group(True, calls.step(each)), calls.back(each)]
+            groups = [Group(True, messages.step(each)), messages.back(each)]
             got = calls.by_native(service.server, groups, sizes.seconds)
             times[name].append(got["p50_ms"])
     calls.close([*shared, *apart])
@@ -242,6 +306,10 @@ def prefix(service: Service, sizes: Sizes) -> Section:
 
 def _nothing() -> None:
     pass
+
+
+def _pause() -> None:
+    time.sleep(PAUSE_SECONDS)
 
 
 def _over(times: list[float], floor: list[float]) -> float:
@@ -264,6 +332,7 @@ def _service(repository: Path) -> Iterator[Service]:
 SECTIONS = {
     "step": step,
     "sessions": sessions,
+    "layer": layer,
     "reupload": reupload,
     "memory": memory,
     "prefix": prefix,
@@ -272,10 +341,10 @@ SECTIONS = {
 
 def main() -> int:
     """Run the benchmark; 1 if a section could not be measured."""
-    options = _options()
+    options = _parser().parse_args()
     keep_freed_memory()
     sizes = QUICK if options.quick else Sizes()
-    with calls.model(options.repository) as repository:
+    with calls.models(options.repository, layer="layer" in options.sections) as repository:
         made = {name: partial(_measured, name, repository, sizes) for name in options.sections}
         done, failed = serving_sections.measured(options.sections, made)
     return serving_sections.write("decode", options, done, failed, load_average=os.getloadavg())
@@ -287,12 +356,12 @@ def _measured(name: str, repository: Path, sizes: Sizes) -> Section:
         return measure(service, sizes)
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> Parser:
     names = list(SECTIONS)
     parser = serving_sections.arguments(__doc__ or "", names)
     help_of_quick = "shorter and fewer rounds, fewer contexts"
     parser.add_argument("--quick", action="store_true", help=help_of_quick)
-    return serving_sections.parsed(parser, names)
+    return parser
 
 
 if __name__ == "__main__":

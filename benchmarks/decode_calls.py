@@ -20,39 +20,30 @@ import dataplane_native as native
 import numpy as np
 from attnserve_client import AttentionClient, Session
 from attnserve_export.sessions import open_session
-from attnserve_proto import attention_pb2 as pb
 from attnserve_server.settings import usable_cores
+from decode_messages import EMBED_DIM, HEAD_DIM, LAYER, MODEL, NUM_HEADS, Group, encoded, tensors
 from numpy.typing import NDArray
 from serving_servers import Server
 
-NUM_HEADS, HEAD_DIM, PAGE_TOKENS = 8, 64, 16
+PAGE_TOKENS = 16
 TOKEN_BYTES = 2 * NUM_HEADS * HEAD_DIM * 4  # key and value in one layer, fp32
-MODEL = "causal"
 
 Array = NDArray[Any]
 
 _CHUNK = 1024  # tokens of a step that fills sessions
 
 
-def random(tokens: int) -> tuple[Array, Array, Array]:
-    """Query, key and value [tokens, H, D], fp32."""
-    shape = (tokens, NUM_HEADS, HEAD_DIM)
-    generator = np.random.default_rng(tokens)
-    query, key, value = (generator.standard_normal(shape, np.float32) for _ in range(3))
-    return query, key, value
-
-
 def fill(session: Session, tokens: int) -> None:
     """Bring a session's layers to that many tokens."""
     while session.length < tokens:
-        arrays = random(min(_CHUNK, tokens - session.length))
+        given = tensors(session.model, min(_CHUNK, tokens - session.length))
         for layer in range(session.num_layers):
-            session.attend(layer, *arrays, return_output=False, return_log_sum_exp=True)
+            session.attend(layer, **given, return_output=False, return_log_sum_exp=True)
 
 
-def copies(client: AttentionClient, count: int, tokens: int) -> list[Session]:
+def copies(client: AttentionClient, count: int, tokens: int, model: str = MODEL) -> list[Session]:
     """Sessions of one layer, each of that many tokens in pages of its own, with room for more."""
-    first = client.session(MODEL, num_layers=1, max_tokens=tokens + 4 * PAGE_TOKENS)
+    first = client.session(model, num_layers=1, max_tokens=tokens + 4 * PAGE_TOKENS)
     fill(first, tokens)
     saved = io.BytesIO()
     client.save(first, saved)
@@ -70,15 +61,16 @@ def close(sessions: Sequence[Session]) -> None:
 
 
 class Paged:
-    """The model's graph `paged` in this process: a token more for sequences of given lengths.
+    """A model's graph `paged` in this process: a token more for sequences of given lengths.
 
     Args:
         repository: where the model is.
         lengths: keys of each sequence, the new one included. Pages lie in random order.
+        model: its name.
     """
 
-    def __init__(self, repository: Path, lengths: Sequence[int]) -> None:
-        path = common.graph_file(repository / MODEL / "1", "paged")
+    def __init__(self, repository: Path, lengths: Sequence[int], model: str = MODEL) -> None:
+        path = common.graph_file(repository / model / "1", "paged")
         self._session = open_session(path, threads=usable_cores())
         pages = [-(-length // PAGE_TOKENS) for length in lengths]
         page_bytes = PAGE_TOKENS * TOKEN_BYTES
@@ -88,26 +80,23 @@ class Paged:
         numbers = np.random.default_rng(0).standard_normal(page_bytes // 4, np.float32)
         cache.reshape(-1, page_bytes)[:] = numbers.view(np.uint8)
         order = np.random.default_rng(1).permutation(sum(pages)).astype(np.int64)
-        query, key, value = random(len(lengths))
         feeds = {
-            "query": query,
-            "key": key,
-            "value": value,
+            **tensors(model, len(lengths)),
+            "positions": np.array(lengths) - 1,
             "cache": cache,
             "starts": np.arange(len(lengths) + 1),
             "lengths": np.array(lengths),
             "table_starts": np.cumsum([0, *pages]),
             "table": order * page_bytes,
-            "spec": np.array([PAGE_TOKENS, 0, -1, 0, 1, 0]),
+            "spec": np.array([PAGE_TOKENS, 0, -1, 0, 1, 0, 0]),
             "parents": np.empty(0, np.int64),
             "weights_of": np.empty(0, np.int64),
+            "sinks": np.full(NUM_HEADS, -np.inf, np.float32),
         }
-        rows = (len(lengths), NUM_HEADS)
-        outputs = {
-            "output": np.empty((*rows, HEAD_DIM), np.float32),
-            "log_sum_exp": np.empty(rows, np.float32),
-            "entropy": np.empty(rows, np.float32),
-        }
+        taken = {port.name for port in self._session.get_inputs()}
+        feeds = {name: array for name, array in feeds.items() if name in taken}
+        row = (EMBED_DIM,) if model == LAYER else (NUM_HEADS, HEAD_DIM)
+        outputs = {"output": np.empty((len(lengths), *row), np.float32)}
         self._binding = self._session.io_binding()
         for name, array in feeds.items():
             kind, place = array.dtype, array.ctypes.data
@@ -122,44 +111,13 @@ class Paged:
         self._session.run_with_iobinding(self._binding)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Requests that are sent together; the next group waits for their answers."""
-
-    timed: bool
-    requests: Sequence[pb.DecodeRequest]
-
-
-def step(sessions: Sequence[Session]) -> list[pb.DecodeRequest]:
-    """A step of one token and one layer of these sessions."""
-    begin = pb.BeginStep()
-    for session in sessions:
-        begin.sessions.add(session_id=session.id, new_tokens=1)
-    query, key, value = (
-        pb.Tensor(dtype=pb.FP32, shape=array.shape, data=array.tobytes())
-        for array in random(len(sessions))
-    )
-    layer = pb.AttendLayer(step_id=1, layer=0, begin=begin, query=query, key=key, value=value)
-    return [pb.DecodeRequest(attend_layer=layer)]
-
-
-def back(sessions: Sequence[Session]) -> Group:
-    """Takes the new tokens away again, so that every round has the same lengths. Not timed."""
-    requests = [
-        pb.DecodeRequest(truncate=pb.TruncateSession(session_id=one.id, length=one.length))
-        for one in sessions
-    ]
-    return Group(False, requests)
-
-
 def by_native(server: Server, groups: Sequence[Group], seconds: float) -> dict[str, float]:
     """Rounds of these groups by the client in C++: milliseconds and bytes of the timed ones."""
     with tempfile.NamedTemporaryFile() as file:
         for group in groups:
             file.write(struct.pack("<II", group.timed, len(group.requests)))
             for request in group.requests:
-                # The request_id, which is the client's to fill in: as long as it may become.
-                message = b"\x08\x80\x80\x80\x80\x00" + request.SerializeToString()
+                message = encoded(request)
                 file.write(struct.pack("<I", len(message)) + message)
         file.flush()
         command = [str(native.program("decode")), server.address, file.name, str(seconds)]
@@ -193,19 +151,25 @@ class Metrics:
 
 
 @contextmanager
-def model(exported: Path | None) -> Iterator[Path]:
+def models(exported: Path | None, *, layer: bool) -> Iterator[Path]:
     """A repository with `causal`, whose queries are the last of the keys.
 
     Args:
-        exported: a repository that has it already; None exports it.
+        exported: a repository that has all already; None exports what is needed.
+        layer: whether `layer` is needed too.
     """
     if exported is not None:
         yield exported
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "attnserve_export.cli", "core", "--out", folder]
-        command += ["--name", MODEL, "--mask", "causal"]
-        command += ["--alignment", "bottom-right"]
-        command += ["--num-heads", str(NUM_HEADS), "--head-dim", str(HEAD_DIM)]
-        subprocess.run(command, check=True, capture_output=True)
+        heads = ["--num-heads", str(NUM_HEADS), "--head-dim", str(HEAD_DIM), "--mask", "causal"]
+        _export(folder, "core", "--name", MODEL, *heads, "--alignment", "bottom-right")
+        if layer:
+            inside = ["--embed-dim", str(EMBED_DIM), "--module", "attnserve", "--rotary", "half"]
+            _export(folder, "layer", "--name", LAYER, *heads, *inside)
         yield Path(folder)
+
+
+def _export(folder: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", "attnserve_export.cli", *arguments, "--out", folder]
+    subprocess.run(command, check=True, capture_output=True)

@@ -30,6 +30,7 @@ from typing import Any
 
 import attnserve_kernels
 import common
+import gpu_transformers
 import numpy as np
 import onnx
 import onnxruntime
@@ -37,6 +38,7 @@ import torch
 from attnserve_export import cli
 from attnserve_export.models import TORCH
 from attnserve_export.runtime import CPU, CUDA
+from attnserve_proto.commands import Parser, values
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,6 +60,7 @@ KNOWN_INPUTS = {
     "mask",
     "prefix_lengths",
     "softcap",
+    "sinks",
 }
 FLEX = "torch_flex"
 KERNEL_LOG = ("ONNX Attention: using", "unified unfused", "SdpaKernel=")
@@ -392,6 +395,7 @@ def tensors_for(
     tensors["mask"] = torch.ones((1, 1, 1, 1), device=target.kind, dtype=torch.bool)
     tensors["prefix_lengths"] = torch.zeros_like(tensors["key_lengths"])
     tensors["softcap"] = torch.tensor([-1.0], device=target.kind)  # the model's own
+    tensors["sinks"] = torch.full((a["num_heads"],), -torch.inf, device=target.kind)
     return {name: tensors[name] for name in variant.inputs}
 
 
@@ -814,17 +818,36 @@ def find_kernels(
         )
 
 
+def examine_transformers(plan: Plan, target: Target, folder: Path, report: Report) -> None:
+    """Whole transformers in FP16 and BF16: right, and how fast beside PyTorch."""
+    sizes = gpu_transformers.DRY if target.dry_run else gpu_transformers.GPU
+
+    def pair(calls: dict[str, Call]) -> dict[str, float]:
+        contenders = {name: Contender(call) for name, call in calls.items()}
+        for contender in contenders.values():
+            _warm_up(contender, target)
+        rows = _paired(contenders, plan, target)
+        return {name: statistics.median(times) for name, times in rows.items()}
+
+    for checkpoint in sizes.checkpoints:
+        if report.spent(f"transformer {checkpoint.name}"):
+            return
+        print(f"transformer {checkpoint.name}", file=sys.stderr, flush=True)
+
+        def add(**row: Any) -> None:
+            report.add("transformers", **row)
+
+        try:
+            good = gpu_transformers.examine(checkpoint, sizes, target, folder, _export, add, pair)
+        except Exception as error:
+            report.note(f"transformer {checkpoint.name}: {_line(error)}")
+            good = False
+        report.figures["passed"] &= good
+
+
 def main() -> int:
     """Run the acceptance."""
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=420.0, help="stop adding measurements after these"
-    )
-    parser.add_argument(
-        "--models", type=Path, help="take exported models from here, and leave them here"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     reason = None if options.dry_run else unusable_gpu()
     if reason is not None:
         print(f"gpu_acceptance: no usable GPU: {reason} (see --dry-run)", file=sys.stderr)
@@ -840,7 +863,7 @@ def main() -> int:
         "finished": False,
         "passed": True,
         **{name: [] for name in ("notes", "models", "availability", "correctness")},
-        **{name: [] for name in ("speed", "exponents", "memory", "kernels")},
+        **{name: [] for name in ("speed", "exponents", "memory", "kernels", "transformers")},
     }
     report.write()
     started = time.monotonic()
@@ -854,6 +877,9 @@ def main() -> int:
         fit_exponents(plan, report)
         measure_memory(plan, target, variants, report)
         find_kernels(plan, target, variants, folder, report)
+        # A budget of its own: each is exported first.
+        report.deadline = time.monotonic() + options.transformer_seconds
+        examine_transformers(plan, target, folder, report)
     if not report.figures["correctness"]:
         report.note("nothing was checked")
         report.figures["passed"] = False
@@ -1046,7 +1072,8 @@ def _line(error: Exception) -> str:
 def _show(figures: dict[str, Any]) -> None:
     """The tables."""
     hidden = {"key_lengths", "options", "nodes", "device_kernels", "log", "lengths"}
-    for section in ("models", "availability", "correctness", "speed", "exponents", "memory"):
+    shown = ("models", "availability", "correctness", "speed", "exponents", "memory")
+    for section in (*shown, "transformers"):
         print(f"\n{section}")
         rows = figures[section]
         keys = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
@@ -1068,6 +1095,24 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.3g}"
     return "" if value is None else value
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__ or "")
+    add = parser.add_argument
+    seconds = values.seconds
+    add(
+        "--budget-seconds", type=seconds, default=420.0, help="stop adding measurements after these"
+    )
+    add("--models", type=values.path, help="take exported models from here, and leave them here")
+    add(
+        "--transformer-seconds",
+        type=seconds,
+        default=420.0,
+        help="for whole transformers after that, of which none begins later",
+    )
+    add("--dry-run", action="store_true", help="on the CPU, at tiny lengths")
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python benchmarks/gpu_plots.py docs/kernels/gpu-h100.json docs/kernels
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+from attnserve_proto.commands import Parser, values
 from matplotlib import pyplot
 
 # Okabe and Ito's colours, as in kernels_plots.py; PyTorch's are dashed.
@@ -63,13 +63,17 @@ def draw(figures: dict[str, Any], folder: Path) -> None:
 
 def main() -> int:
     """Read the figures, draw them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figures", type=Path, help="JSON of gpu_acceptance.py")
-    parser.add_argument("folder", type=Path, help="where to put the plot")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     draw(json.loads(options.figures.read_text()), options.folder)
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument("figures", type=values.path, help="JSON of gpu_acceptance.py")
+    parser.add_argument("folder", type=values.path, help="where to put the plot")
+    return parser
 
 
 if __name__ == "__main__":

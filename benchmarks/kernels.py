@@ -33,12 +33,14 @@ from attnserve_export import sessions
 from attnserve_export.cli import main as export
 from attnserve_export.runtime import CPU
 from attnserve_loadtest.fitting import fit_power_law
+from attnserve_proto.commands import Parser, values
 from common import arguments, write_json
 from kernels_masks import (
     boolean_masks,
     neutral,
     packed_and_padded,
     prefixes_and_chunks,
+    sinks_and_rows,
     with_chunks,
 )
 from kernels_memory import peak_growth
@@ -100,8 +102,8 @@ class Models:
             for entry in manifest["variants"]
             if "output" in [o["name"] for o in entry["outputs"]]
             and CPU in entry["providers"]
-            # `softcap` is `reference` with one more input, `paged` is for sessions.
-            and entry["name"] not in ("softcap", "paged")
+            # `paged` is for sessions; the others are for what they are named after.
+            and entry["name"] not in ("softcap", "blocked_sinks", "reference_sinks", "paged")
         }
 
     def opened(self, options: Sequence[str], shape: Shape, name: str) -> Any:
@@ -128,7 +130,7 @@ class Models:
             "key": k,
             "value": v,
             "key_lengths": np.array([shape.key_len]),
-            **neutral(1),
+            **neutral(1, shape.num_heads),
         }
         scores = 4 * shape.num_heads * shape.query_len * shape.key_len
         for name, entry in self.variants(options, shape).items():
@@ -305,6 +307,23 @@ def masked(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def sunk(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What sinks and log-sum-exp cost `native`; single queries among them."""
+    rows = []
+    keys = options.mask_seq_lens
+    for mask, query_len, key_len in [
+        *(("causal", n, n) for n in keys),
+        *(("bidirectional", n, n) for n in keys),
+        ("bidirectional", 1, keys[-1]),
+    ]:
+        shape = Shape(options.num_heads, options.num_heads, query_len, key_len, options.head_dim)
+        tensors = dict(zip(("query", "key", "value"), shape.tensors(), strict=True))
+        session = models.opened(["--mask", mask], shape, "native")
+        ways = sinks_and_rows(session, tensors)
+        rows += compare(f"sinks {mask}", shape, ways, "plain", options)
+    return rows
+
+
 def packed(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Documents of unlike lengths, packed into one row or padded to the longest."""
     rows = []
@@ -404,6 +423,7 @@ SECTIONS = {
     "full": full,
     "window": windowed,
     "masks": masked,
+    "sinks": sunk,
     "packed": packed,
     "shapes": other_shapes,
     "memory": memory,
@@ -412,19 +432,7 @@ SECTIONS = {
 
 def main() -> int:
     """Measure, print, write."""
-    parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--plots", type=Path, help="folder for plots")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="default all of them")
-    parser.add_argument("--num-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=4.0, help="per set of contenders")
-    parser.add_argument("--rounds", type=int, default=5, help="at least")
-    parser.add_argument("--quick", action="store_true", help="small lengths, to try it out")
-    parser.add_argument(
-        "--models", type=Path, help="take exported models from here, and leave them here"
-    )
-    options = parser.parse_args()
+    options = _parser().parse_args()
     options.seq_lens = [512, 2048, 4096, 8192]
     options.window_seq_lens = [2048, 4096, 8192, 16_384, 32_768]
     options.memory_seq_lens = [4096, 16_384, 65_536]
@@ -441,7 +449,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         models = Models(options.models or Path(folder))
-        for section in options.sections.split(","):
+        for section in options.sections:
             rows += SECTIONS[section](models, options)
     found = exponents(rows, shortest)
     if options.plots:
@@ -459,6 +467,22 @@ def main() -> int:
         },
     )
     return 0
+
+
+def _parser() -> Parser:
+    parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
+    add = parser.add_argument
+    sections = values.listed(values.one_of(SECTIONS))
+    add("--plots", type=values.path, help="folder for plots")
+    add("--sections", type=sections, default=tuple(SECTIONS), help="default all of them")
+    add("--num-heads", type=values.integer(1, 1024), default=8)
+    add("--head-dim", type=values.integer(1, 1024), default=64)
+    add("--window", type=values.integer(1, 1 << 20), default=256)
+    add("--seconds", type=values.some_seconds, default=4.0, help="per set of contenders")
+    add("--rounds", type=values.integer(2), default=5, help="at least")
+    add("--quick", action="store_true", help="small lengths, to try it out")
+    add("--models", type=values.path, help="take exported models from here, and leave them here")
+    return parser
 
 
 if __name__ == "__main__":

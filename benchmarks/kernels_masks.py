@@ -1,4 +1,7 @@
-"""What masks cost `native`, and packed sequences against padded ones: contenders for kernels.py."""
+"""What masks, sinks and log-sum-exp cost `native`, and packed sequences against padded ones.
+
+Contenders for kernels.py.
+"""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -18,13 +21,14 @@ Array = NDArray[Any]
 Calls = dict[str, Callable[[], Array]]
 
 
-def neutral(batch: int) -> dict[str, Array]:
+def neutral(batch: int, num_heads: int) -> dict[str, Array]:
     """What `native` takes beside query, key, value and key_lengths where nothing is asked for."""
     return {
         "bias": np.zeros((1, 1, 1, 1), np.float32),
         "mask": np.ones((1, 1, 1, 1), bool),
         "prefix_lengths": np.zeros(batch, np.int64),
         "softcap": np.array([-1], np.float32),
+        "sinks": np.full(num_heads, -np.inf, np.float32),
     }
 
 
@@ -50,8 +54,32 @@ def boolean_masks(session: onnxruntime.InferenceSession, tensors: Mapping[str, A
         "mask [1, 1, 1, n]": generator.random((1, 1, 1, length)) < 0.5,
         "mask of 8 blocks": (documents[:, None] == documents)[None, None],
     }
-    feeds = {**tensors, "key_lengths": np.array([length]), **neutral(1)}
+    feeds = {**tensors, "key_lengths": np.array([length]), **neutral(1, num_heads)}
     return {name: call(session, feeds | {"mask": mask}) for name, mask in masks.items()}
+
+
+def sinks_and_rows(session: onnxruntime.InferenceSession, tensors: Mapping[str, Array]) -> Calls:
+    """Attention; with a sink for each head; its log-sum-exp brought back too; both.
+
+    Args:
+        session: of a model's `native`.
+        tensors: as in `boolean_masks`.
+    """
+    num_heads, key_len = tensors["query"].shape[1], tensors["key"].shape[2]
+    feeds = {**tensors, "key_lengths": np.array([key_len]), **neutral(1, num_heads)}
+    sinks = {"sinks": np.linspace(-2, 2, num_heads, dtype=np.float32)}
+
+    def with_rows(feeds: Mapping[str, Array]) -> Callable[[], Array]:
+        shape = feeds["query"].shape
+        shapes = {"output": shape, "log_sum_exp": shape[:3]}
+        return lambda: sessions.run(session, feeds, shapes)["output"]
+
+    return {
+        "plain": call(session, feeds),
+        "sinks": call(session, feeds | sinks),
+        "log-sum-exp": with_rows(feeds),
+        "sinks and log-sum-exp": with_rows(feeds | sinks),
+    }
 
 
 def with_chunks(native: Path, chunk: int) -> Path:
@@ -78,8 +106,8 @@ def prefixes_and_chunks(
         chunked: the same with chunks, by their size.
         tensors: as in `boolean_masks`.
     """
-    length = tensors["query"].shape[2]
-    feeds = {**tensors, "key_lengths": np.array([length]), **neutral(1)}
+    _, num_heads, length, _ = tensors["query"].shape
+    feeds = {**tensors, "key_lengths": np.array([length]), **neutral(1, num_heads)}
     calls = {"causal": call(causal, feeds)}
     prefix = {"prefix_lengths": np.array([length // 8])}
     calls[f"prefix of {length // 8}"] = call(causal, feeds | prefix)
@@ -119,13 +147,14 @@ def packed_and_padded(
         own = {name: np.ascontiguousarray(array[:, :, first:last]) for name, array in row.items()}
         for name, array in own.items():
             padded[name][n, :, : last - first] = array[0]
-        alone.append(call(native, {**own, "key_lengths": np.array([last - first]), **neutral(1)}))
+        given = {"key_lengths": np.array([last - first]), **neutral(1, num_heads)}
+        alone.append(call(native, own | given))
     valid = np.arange(longest) < lengths[:, None]
 
     def unpadded(output: Array) -> Array:
         return output.swapaxes(1, 2)[valid].swapaxes(0, 1)[None]
 
-    in_rows = call(native, {**padded, "key_lengths": lengths, **neutral(count)})
+    in_rows = call(native, {**padded, "key_lengths": lengths, **neutral(count, num_heads)})
     q, k, v = (torch.from_numpy(array) for array in padded.values())
     mask = torch.from_numpy(valid)[:, None, None]
     if causal:
@@ -136,7 +165,7 @@ def packed_and_padded(
             output: Array = functional.scaled_dot_product_attention(q, k, v, mask).numpy()
         return output
 
-    given = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, **neutral(count)}
+    given = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, **neutral(count, num_heads)}
     return {
         "packed": call(packed, {**row, **given}),
         "one by one": lambda: np.concatenate([run() for run in alone], axis=2),

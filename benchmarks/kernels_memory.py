@@ -71,6 +71,7 @@ def _graph_run(path: Path, threads: int) -> Run:
             "mask": np.ones((1, 1, 1, 1), bool),
             "prefix_lengths": np.zeros(1, np.int64),
             "softcap": np.array([-1], np.float32),
+            "sinks": np.full(query.shape[1], -np.inf, np.float32),
         }
         binding = session.io_binding()
         for name in taken:

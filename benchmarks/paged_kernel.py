@@ -25,6 +25,7 @@ import numpy as np
 import onnx.helper
 import onnxruntime
 import torch
+from attnserve_proto.commands import Parser, values
 from common import arguments, table, write_json
 from kernels_timing import Timing, in_turns
 from numpy.typing import NDArray
@@ -393,11 +394,7 @@ SECTIONS = {"decode": decode, "sessions": sessions, "prefill": prefill}
 
 def main() -> int:
     """Measure, print, write."""
-    parser = arguments("PagedAttention beside PyTorch and the machine's bandwidth.")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each set of contenders")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parsed = parser.parse_args()
+    parsed = _parser().parse_args()
     torch.set_num_threads(parsed.threads)
     figures: dict[str, Any] = {"shape": asdict(Shape()), "threads": parsed.threads}
     with torch.inference_mode():
@@ -406,6 +403,15 @@ def main() -> int:
             print(f"\n{name}\n{table(figures[name])}", flush=True)
     write_json(parsed.json, figures)
     return 0
+
+
+def _parser() -> Parser:
+    parser = arguments("PagedAttention beside PyTorch and the machine's bandwidth.")
+    add = parser.add_argument
+    add("--seconds", type=values.some_seconds, default=3.0, help="for each set of contenders")
+    add("--threads", type=values.integer(1, 1024), default=os.cpu_count() or 1)
+    add("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    return parser
 
 
 if __name__ == "__main__":

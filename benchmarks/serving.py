@@ -17,7 +17,6 @@ How load is made, and how coordinated omission is kept out, is said in
 attnserve_loadtest.load.generator.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -33,6 +32,7 @@ import serving_sections
 import serving_throughput as throughput
 from attnserve_client import keep_freed_memory
 from attnserve_loadtest.load.generator import Clients, clients
+from attnserve_proto.commands import Parser, values
 from serving_calls import HEAD_DIM, NUM_HEADS
 from serving_plots import latency_against_rate, requests_by_peer
 from serving_report import Section
@@ -148,7 +148,7 @@ def models(exported: Path | None) -> Iterator[Path]:
 
 def main() -> int:
     """Run the benchmark; 1 if a section could not be measured."""
-    options = _options()
+    options = _parser().parse_args()
     # As the servers do: neither side is to take memory anew for each request.
     keep_freed_memory()
     with models(options.repository) as repository, clients(options.clients) as load:
@@ -161,16 +161,21 @@ def main() -> int:
     return status
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> Parser:
     names = ["floor", "shared-memory", "stored", "callers", "peers", "overload"]
     parser = serving_sections.arguments(__doc__ or "", names)
     add = parser.add_argument
     add("--quick", action="store_true", help="every section in seconds: figures say nothing")
-    add("--clients", type=int, default=2, help="client processes (default 2)")
-    add("--venvs", type=Path, default=Path(".venvs"), help="the peers' environments")
-    add("--good-within", type=float, default=1.0, help="seconds, for goodput (default 1)")
-    add("--plots", type=Path, help="also draw plots into this folder")
-    return serving_sections.parsed(parser, names)
+    add("--clients", type=values.integer(1, 256), default=2, help="client processes (default 2)")
+    add("--venvs", type=values.path, default=Path(".venvs"), help="the peers' environments")
+    add(
+        "--good-within",
+        type=values.some_seconds,
+        default=1.0,
+        help="seconds, for goodput (default 1)",
+    )
+    add("--plots", type=values.path, help="also draw plots into this folder")
+    return parser
 
 
 def _plot(folder: Path | None, done: Sequence[Section]) -> None:

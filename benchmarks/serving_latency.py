@@ -76,6 +76,7 @@ class InProcess:
             "mask": np.ones((1, 1, 1, 1), bool),
             "prefix_lengths": np.zeros(1, np.int64),
             "softcap": np.array([-1], np.float32),
+            "sinks": np.full(q.shape[1], -np.inf, np.float32),
         }
         feeds = {entry.name: known[entry.name] for entry in session.get_inputs()}
         return lambda: session.run(["output"], feeds)

@@ -6,7 +6,6 @@ They pin versions of protobuf and grpcio that exclude one another, hence the env
 the ONNX Runtime version that attnserve runs, where pip finds it for the peer's Python.
 """
 
-import argparse
 import contextlib
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from attnserve_proto.commands import Parser, values
 from serving_calls import tensors, triton_request
 from serving_servers import Server, start
 
@@ -132,20 +132,23 @@ def _python(version: str) -> str | None:
 
 def main() -> int:
     """Install peers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["install"])
-    parser.add_argument("names", nargs="*", help="default: all")
-    parser.add_argument("--venvs", type=Path, required=True, help="folder of environments")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     known = {peer.name: peer for peer in PEERS}
-    unknown = sorted(set(options.names) - set(known))
-    if unknown:
-        parser.error(f"names: given {', '.join(unknown)}; known: {', '.join(known)}")
     options.venvs.mkdir(parents=True, exist_ok=True)
     for name in options.names or known:
         reason = install(known[name], options.venvs)
         print(f"{name}: {reason or 'installed'}", flush=True)
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    name = values.one_of([peer.name for peer in PEERS])
+    add("action", choices=["install"])
+    add("names", nargs="*", type=name, metavar="NAME", help="default: all")
+    add("--venvs", type=values.path, required=True, help="folder of environments")
+    return parser
 
 
 if __name__ == "__main__":

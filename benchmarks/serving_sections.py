@@ -4,32 +4,27 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import common
+from attnserve_proto.commands import Parser, values
 from serving_report import Section
 
 
-def arguments(doc: str, names: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser with the options that all such benchmarks have."""
+def arguments(doc: str, names: Sequence[str]) -> Parser:
+    """A parser with the options that all such benchmarks have; `sections` are a tuple."""
     parser = common.arguments(doc)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--sections", default=",".join(names), help="which, separated by commas (default: all)")
-    add("--repository", type=Path, help="take `causal` from there instead of exporting it")
-    add("--markdown", type=Path, help="also write the tables to this file")
+    add(
+        "--sections",
+        type=values.listed(values.one_of(names)),
+        default=tuple(names),
+        help="which, separated by commas (default: all)",
+    )
+    add("--repository", type=values.path, help="take `causal` from there instead of exporting it")
+    add("--markdown", type=values.path, help="also write the tables to this file")
     return parser
-
-
-def parsed(parser: argparse.ArgumentParser, names: Sequence[str]) -> argparse.Namespace:
-    """The options given, `sections` as a list; ends the program if one is unknown."""
-    options = parser.parse_args()
-    options.sections = options.sections.split(",")
-    unknown = sorted(set(options.sections) - set(names))
-    if unknown:
-        parser.error(f"--sections: given {', '.join(unknown)}; known: {', '.join(names)}")
-    return options
 
 
 def measured(

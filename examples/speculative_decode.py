@@ -24,6 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 from attnserve_client import AttentionClient, Session
+from attnserve_proto.commands import Parser, values
 from small_decoder import VOCABULARY, Array, Heads, SmallDecoder
 
 
@@ -114,7 +115,7 @@ def generate(
 
 def main() -> int:
     """Run the example."""
-    options = _options()
+    options = _parser().parse_args()
     phrase = np.random.default_rng(options.seed).integers(0, VOCABULARY, 12).tolist()
     prompt = phrase * 3
     with AttentionClient(options.target) as client:
@@ -132,18 +133,17 @@ def main() -> int:
     return 0 if same else 1
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", default="127.0.0.1:8001", help="the server")
-    parser.add_argument("--model", default="llama-core", help="a causal core")
-    parser.add_argument("--layers", type=int, default=2, help="of the decoder")
-    parser.add_argument("--new-tokens", type=int, default=128, help="to generate")
-    parser.add_argument("--branches", type=int, default=3, help="of the tree, at most")
-    parser.add_argument("--depth", type=int, default=6, help="of the tree, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and prompt")
-    return parser.parse_args()
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, most = parser.add_argument, 100_000
+    add("--target", type=values.target, default="127.0.0.1:8001", help="the server")
+    add("--model", type=values.name, default="llama-core", help="a causal core")
+    add("--layers", type=values.integer(1, 1024), default=2, help="of the decoder")
+    add("--new-tokens", type=values.integer(1, most), default=128, help="to generate")
+    add("--branches", type=values.integer(1, 64), default=3, help="of the tree, at most")
+    add("--depth", type=values.integer(1, 64), default=6, help="of the tree, at most")
+    add("--seed", type=values.integer(0), default=0, help="of weights and prompt")
+    return parser
 
 
 if __name__ == "__main__":

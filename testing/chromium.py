@@ -19,6 +19,11 @@ _OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-sh
             "--hide-scrollbars", "--no-first-run", "--disable-background-networking",
             "--remote-debugging-port=0", "--remote-allow-origins=*")  # fmt: skip
 
+# The inspector says when it has drawn, and how long it took.
+READY = "document.documentElement?.dataset?.ready ?? null"
+# Pages without a script are drawn when they are loaded.
+LOADED = "document.readyState === 'complete' ? performance.now() : null"
+
 
 class Browser:
     """One tab. Errors of the page's script are collected, and so are its network requests."""
@@ -40,7 +45,8 @@ class Browser:
             message = json.loads(self._socket.recv())
             if message.get("id") == wanted:
                 assert "error" not in message, message["error"]
-                return message["result"]
+                result: dict[str, Any] = message["result"]
+                return result
             self._note(message)
 
     def _note(self, event: dict[str, Any]) -> None:
@@ -53,8 +59,16 @@ class Browser:
             self.requests.append(parameters["request"]["url"][:100])
 
     def open(self, path: Path | str, *, width: int = 1280, height: int = 900, scheme: str = "light",
-             reduced_motion: bool = False) -> float:  # fmt: skip
-        """Open a file or an address; returns milliseconds from there to the first full drawing."""
+             reduced_motion: bool = False, ready: str = READY) -> float:  # fmt: skip
+        """Open a file or an address; returns milliseconds from there to the first full drawing.
+
+        Args:
+            path: of the file, or the address.
+            width, height: of the window, pixels.
+            scheme: of colours that the reader prefers, `light` or `dark`.
+            reduced_motion: whether the reader prefers that.
+            ready: an expression that is null until the page has drawn everything.
+        """
         self.errors.clear()
         self.requests.clear()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
@@ -65,11 +79,11 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=features)
         url = path if isinstance(path, str) else path.resolve().as_uri()
         self.send("Page.navigate", url=url)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            ready = self.run("document.documentElement?.dataset?.ready ?? null")
-            if ready is not None:
-                return float(ready)
+            answer = self.run(ready)
+            if answer is not None:
+                return float(answer)
             time.sleep(0.02)
         raise AssertionError(f"the page did not become ready: {self.errors}")
 
@@ -96,10 +110,20 @@ class Browser:
         """Wait for two frames: what was asked for has been drawn."""
         self.run("new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))")
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """A PNG of the window, or of the whole page."""
-        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
+    def screenshot(self, selector: str = "") -> bytes:
+        """A PNG of the window, or of the one element that a selector means, with some margin."""
+        clip = {}
+        if selector:
+            box = self.run(
+                f"(() => {{ const b = document.querySelector({json.dumps(selector)})"
+                ".getBoundingClientRect();"
+                "return [b.x + scrollX - 16, b.y + scrollY, b.width + 32, b.height]; })()"
+            )
+            clip = {"clip": dict(zip(("x", "y", "width", "height"), box, strict=True), scale=1)}
+        answer = self.send(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=bool(clip), **clip
+        )
+        return base64.b64decode(answer["data"])
 
 
 def start_browser(profile: Path) -> tuple[subprocess.Popen[bytes], Browser]:

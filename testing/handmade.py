@@ -19,18 +19,22 @@ from attnserve_export import cases, graphs, runtime
 from attnserve_export.attention.blocked import blocked_attention
 from attnserve_export.attention.core import (
     BLOCKED,
+    BLOCKED_SINKS,
     CUDNN,
     DOMAIN,
     FLASH,
     AttentionConfig,
     BlockedCore,
+    BlockedSinksCore,
     CappedCore,
+    CappedSinksCore,
     CudnnCore,
     FlashCore,
     FusedCore,
     PackedCore,
     PackedDiagnosticsCore,
     PagedCore,
+    SinksCore,
     SoftcapCore,
     default_scale,
 )
@@ -44,12 +48,12 @@ from attnserve_export.attention.text import exact, joined
 from attnserve_export.attention.variants import (
     CPU,
     DIAGNOSTICS,
-    WEIGHTS,
     VariantSpec,
     core_specs,
     layer_specs,
 )
 from attnserve_export.exporting import Description, Exported, write_version
+from attnserve_export.graphs import Graph
 from attnserve_export.models import attention_info
 from attnserve_export.verification import Case
 from attnserve_proto.manifest import Layer
@@ -146,11 +150,11 @@ def _write(
     for name, spec in specs.items():
         verified = _verified(spec, description.dtype)
         variants[name] = Exported(
-            graph(spec, description.dtype),
+            Graph(graph(spec, description.dtype)),
             spec.memory,
             spec.providers,
             spec.native,
-            verified_as=None if verified == description.dtype else graph(spec, verified),
+            verified_as=None if verified == description.dtype else Graph(graph(spec, verified)),
         )
     with torch.inference_mode():
         write_version(
@@ -248,12 +252,14 @@ def _model(
         "mask": f"bool[{_BIAS.replace('bias', 'mask')}] mask",
         "prefix_lengths": "int64[batch] prefix_lengths",
         "softcap": "float[1] softcap",
+        "sinks": f"float[{heads}] sinks",
         "top_k": "int64[1] top_k",
         "distances": "int64[1] distances",
     }
     outputs = {
         "output": output,
         "weights": f"{kind}[batch, {heads}, query_len, {key_len}] weights",
+        "log_sum_exp": f"float[batch, {heads}, query_len] log_sum_exp",
         "entropy": f"float[batch, {heads}, query_len] entropy",
         "mass_per_key": f"float[batch, {heads}, {key_len}] mass_per_key",
         "mass_by_distance": f"float[batch, {heads}, distances] mass_by_distance",
@@ -274,6 +280,8 @@ def _model(
         graphs.add_function(model, flash_attention(config))
     if spec.core is BlockedCore or (flash and config.window is not None):
         graphs.add_function(model, blocked_attention(config, opset))
+    if spec.core is BlockedSinksCore:
+        graphs.add_function(model, blocked_attention(config, opset, sinks=True))
     return model
 
 
@@ -283,6 +291,10 @@ def _core(config: AttentionConfig, spec: VariantSpec, result: str = "output") ->
     if config.rotary is not None:
         lines = [*_positions(config), *_turned(config, "query"), *_turned(config, "key")]
         query, key = "turned_query", "turned_key"
+    lines += _own_sinks(config, spec)
+    if spec.core is BlockedSinksCore:
+        call = f"{DOMAIN}.{BLOCKED_SINKS} ({query}, {key}, value, key_lengths, sinks)"
+        return [*lines, f"{result}, log_sum_exp = {call}"]
     functions = {BlockedCore: BLOCKED, FlashCore: FLASH, CudnnCore: CUDNN}
     if spec.core in functions:
         call = f"{DOMAIN}.{functions[spec.core]} ({query}, {key}, value, key_lengths)"
@@ -290,7 +302,7 @@ def _core(config: AttentionConfig, spec: VariantSpec, result: str = "output") ->
     if spec.native:
         return [*lines, *_native(config, spec, query, key, result)]
     if config.rotary is None:
-        lines = _positions(config)
+        lines += _positions(config)
     lines += [
         *_visible(config, prefixes="prefix_lengths" in spec.inputs),
         f"exact_query = Cast <to = 1> ({query})",
@@ -327,14 +339,23 @@ def _native(
         slopes = "slopes"
         lines.append(f"slopes = Constant <value_floats = [{_floats(config.slopes)}]> ()")
     last = [slopes, *(name if name in spec.inputs else "" for name in ("softcap", "mask"))]
-    if "prefix_lengths" in spec.inputs:
-        last.append("prefix_lengths")
+    last.append("prefix_lengths" if "prefix_lengths" in spec.inputs else "")
+    if "sinks" in spec.inputs or config.sinks is not None:
+        last += ["", "", "sinks"]
     if spec.outputs == DIAGNOSTICS:
         given = [query, key, "key_lengths", "top_k", "distances", "bias", *last]
         call = f"AttentionDiagnostics <{attributes}> ({', '.join(given)})"
         return [*lines, f"{', '.join(DIAGNOSTICS)} = {DOMAIN}.{call}"]
     given = [query, key, "value", "key_lengths", "bias", *last]
-    return [*lines, f"{result} = {DOMAIN}.Attention <{attributes}> ({', '.join(given)})"]
+    call = f"{DOMAIN}.Attention <{attributes}> ({', '.join(given)})"
+    return [*lines, f"{result}, log_sum_exp = {call}"]
+
+
+def _own_sinks(config: AttentionConfig, spec: VariantSpec) -> list[str]:
+    """`sinks` of a graph that has some, but no input for them."""
+    if config.sinks is None or "sinks" in spec.inputs:
+        return []
+    return [f"sinks = Constant <value_floats = [{_floats(config.sinks)}]> ()"]
 
 
 def _positions(config: AttentionConfig) -> list[str]:
@@ -441,7 +462,6 @@ def _fused(config: AttentionConfig, _: VariantSpec, result: str) -> list[str]:
 
 def _reference(config: AttentionConfig, spec: VariantSpec, result: str) -> list[str]:
     """Plain operators, with a bias; the weights too."""
-    assert spec.outputs == WEIGHTS
     heads, kv_heads = config.num_heads, config.num_kv_heads
     lines = [
         f"scale = Constant <value_float = {exact(config.scale)}> ()",
@@ -456,9 +476,9 @@ def _reference(config: AttentionConfig, spec: VariantSpec, result: str) -> list[
         "raw = Reshape (products, weights_shape)",
     ]
     scores = "raw"
-    if spec.core in (CappedCore, SoftcapCore):
+    if spec.core in (CappedCore, CappedSinksCore, SoftcapCore):
         cap = "softcap"
-        if spec.core is CappedCore:
+        if spec.core is not SoftcapCore:
             cap = "cap"
             lines.append(f"cap = Constant <value_float = {exact(config.softcap)}> ()")
         lines += [
@@ -487,10 +507,7 @@ def _reference(config: AttentionConfig, spec: VariantSpec, result: str) -> list[
         "hidden = Div (minus_one, none)",
         f"masked = Where (visible, {scores}, hidden)",
         "last_axis = Constant <value_ints = [-1]> ()",
-        "highest = ReduceMax <keepdims = 1> (masked, last_axis)",
-        "unseeing = Equal (highest, hidden)",
-        "normal = Softmax <axis = -1> (masked)",
-        "exact_weights = Where (unseeing, none, normal)",
+        *_weights(config, spec),
         "products_shape = Shape (products)",
         "grouped_weights = Reshape (exact_weights, products_shape)",
         "sums = MatMul (grouped_weights, exact_value)",
@@ -499,6 +516,49 @@ def _reference(config: AttentionConfig, spec: VariantSpec, result: str) -> list[
         "exact_output = Reshape (sums, output_shape)",
         f"{result} = CastLike (exact_output, query)",
         "weights = CastLike (exact_weights, query)",
+    ]
+
+
+def _weights(config: AttentionConfig, spec: VariantSpec) -> list[str]:
+    """From `masked` scores to `exact_weights`, and the log-sum-exp where a variant gives it."""
+    if not issubclass(spec.core, SinksCore):
+        return [
+            "highest = ReduceMax <keepdims = 1> (masked, last_axis)",
+            "unseeing = Equal (highest, hidden)",
+            "normal = Softmax <axis = -1> (masked)",
+            "exact_weights = Where (unseeing, none, normal)",
+        ]
+    lines = ["highest_score = ReduceMax <keepdims = 1> (masked, last_axis)"]
+    highest, total = "highest_score", "total_of_keys"
+    sinks = "sinks" in spec.inputs or config.sinks is not None
+    if sinks:
+        highest, total = "highest", "total"
+        lines += [
+            "heads_of_sinks = Constant <value_ints = [1, -1, 1, 1]> ()",
+            "sinks4 = Reshape (sinks, heads_of_sinks)",
+            "highest = Max (highest_score, sinks4)",
+        ]
+    lines += [
+        f"unseeing = Equal ({highest}, hidden)",
+        f"finite = Where (unseeing, none, {highest})",
+        "below = Sub (masked, finite)",
+        "exponentials = Exp (below)",
+        "total_of_keys = ReduceSum <keepdims = 1> (exponentials, last_axis)",
+    ]
+    if sinks:
+        lines += [
+            "sink_below = Sub (sinks4, finite)",
+            "of_sink = Exp (sink_below)",
+            "total = Add (total_of_keys, of_sink)",
+        ]
+    return [
+        *lines,
+        "unit = Constant <value_float = 1.0> ()",
+        f"some_total = Where (unseeing, unit, {total})",
+        "exact_weights = Div (exponentials, some_total)",
+        f"log_total = Log ({total})",
+        "rows4 = Add (finite, log_total)",
+        "log_sum_exp = Squeeze (rows4, last_axis)",
     ]
 
 

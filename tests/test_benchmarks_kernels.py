@@ -57,6 +57,9 @@ def test_all_sections_and_plots(models: Path, tmp_path: Path) -> None:
     assert {"no mask", "mask [1, 1, n, n]"} <= {
         r["contender"] for r in timed if r["section"] == "masks"
     }
+    for section in ("sinks causal", "sinks bidirectional"):
+        ways = {row["contender"] for row in timed if row["section"] == section}
+        assert ways == {"plain", "sinks", "log-sum-exp", "sinks and log-sum-exp"}
     chunked = {r["contender"] for r in timed if r["section"] == "prefix, chunks"}
     assert {"causal", "prefix of 16", "chunks of 256"} <= chunked
     assert "causal, native" not in figures["exponents"]  # two lengths say nothing

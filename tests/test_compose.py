@@ -50,7 +50,7 @@ def test_a_service_has_only_keys_of_the_compose_specification(name: str) -> None
     assert ("build" in service) != ("image" in service)
     assert service["profiles"]
     for port in service.get("ports", []):
-        assert re.fullmatch(r"\d+:\d+", port)
+        assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)  # not to others
     for needed in service.get("depends_on", []):
         assert needed in SERVICES
 
@@ -94,7 +94,7 @@ def test_a_dockerfile_is_sound(dockerfile: Path) -> None:
 def test_ports_are_the_servers_own() -> None:
     defaults = Settings(Path())
     for name in ("server-cpu", "server-gpu"):
-        published = {int(port.split(":")[1]) for port in SERVICES[name]["ports"]}
+        published = {int(port.split(":")[2]) for port in SERVICES[name]["ports"]}
         assert published == {defaults.port, defaults.metrics_port}
     scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
     target = scrape["scrape_configs"][0]["static_configs"][0]["targets"][0]

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,7 +46,8 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_core(folder, "causal_window_fp32", windowed)
     grouped = attention(2, 16, num_kv_heads=1)
     write_core(folder, "gqa_bidirectional_fp16", grouped, dtype="FP16")
-    done = run("--dry-run", "--json", path, "--models", folder)
+    options = ("--transformer-seconds", "0")  # they have a test of their own
+    done = run("--dry-run", "--json", path, "--models", folder, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not a GPU figure" in done.stdout
     return json.loads(path.read_text())
@@ -96,9 +98,28 @@ def test_nodes_of_every_timed_variant_are_named(figures: dict[str, Any]) -> None
 
 def test_a_spent_budget_is_said_and_is_no_success(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
-    done = run("--dry-run", "--budget-seconds", "0", "--json", path)
+    budgets = ("--budget-seconds", "0", "--transformer-seconds", "0")
+    done = run("--dry-run", *budgets, "--json", path)
     assert done.returncode == 1
     assert any("budget spent" in note for note in json.loads(path.read_text())["notes"])
+
+
+@pytest.mark.slow
+def test_transformers_are_right_and_timed_beside_pytorch(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    report = script.Report(None, time.monotonic() + 600)
+    report.figures = {"passed": True, "notes": [], "transformers": []}
+    with torch.inference_mode():
+        script.examine_transformers(script.DRY_PLAN, script._target(True), tmp_path, report)
+    rows = report.figures["transformers"]
+    assert report.figures["passed"], (rows, report.figures["notes"])
+    right = {row["variant"]: row for row in rows if row["what"] == "hidden states"}
+    # The CPU runs the very graph for CUDA, in FP16.
+    assert set(right) == {"fused", "native", "half"}
+    assert all(row["max_abs_error"] <= row["tolerance"] for row in right.values())
+    timed = [row["variant"] for row in rows if "median_ms" in row]
+    assert sorted(set(timed)) == ["fused", "half", "native", "torch_sdpa"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,7 +7,7 @@ decides between them, and chance would sooner or later draw such a case.
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttentionServer
     folder = tmp_path_factory.mktemp("models")
     grouped = attention(HEADS, DIM, num_kv_heads=KV_HEADS, mask="causal")
     write_core(folder, "grouped", grouped)
+    # The first by name, and none that fits: sinks are the caller's.
+    write_core(folder, "a-sunk", replace(grouped, sinks=(9.0,) * HEADS))
     write_core(folder, "bf16", grouped, dtype="BF16")
     write_core(folder, "each", attention(HEADS, DIM, mask="causal"))
     write_core(

@@ -162,37 +162,6 @@ def test_checkpoints_with_a_head_for_a_task_are_read_without_it(
         torch.testing.assert_close(parameter, inner[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("pooling", "modules", "expected"),
-    [
-        ({"pooling_mode_mean_tokens": True}, ("Pooling", "Normalize"), ("mean", True)),
-        ({"pooling_mode_cls_token": True}, ("Pooling",), ("cls", False)),
-        ({"pooling_mode_lasttoken": True}, ("Pooling", "Normalize"), ("last", True)),
-        ({"pooling_mode": "cls"}, ("Pooling",), ("cls", False)),
-        ({"pooling_mode_max_tokens": True}, ("Pooling",), (None, False)),
-        # Several are put side by side, and a dense layer makes something else of the vector.
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("Pooling",),
-         (None, False)),
-        ({"pooling_mode_mean_tokens": True}, ("Pooling", "Dense"), (None, False)),
-    ],
-)  # fmt: skip
-def test_pooling_is_read_from_sentence_transformers_folders(
-    pooling: dict[str, object],
-    modules: tuple[str, ...],
-    expected: tuple[str | None, bool],
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    (tmp_path / "model.safetensors").touch()
-    entries = [{"type": f"sentence_transformers.models.{n}", "path": n} for n in modules]
-    transformer = {"type": "sentence_transformers.models.Transformer", "path": ""}
-    (tmp_path / "modules.json").write_text(json.dumps([transformer, *entries]))
-    (tmp_path / "Pooling").mkdir()
-    (tmp_path / "Pooling/config.json").write_text(json.dumps(pooling))
-    checkpoint = read_checkpoint(tmp_path)
-    assert (checkpoint.pooling, checkpoint.normalize_pooled) == expected
-
-
 def export(folder: Path) -> int:
     arguments = ["transformer", "--out", str(folder / "out"), "--name", "x"]
     return main([*arguments, "--checkpoint", str(folder)])

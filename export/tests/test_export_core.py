@@ -137,11 +137,12 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
-    names = ["fused", "blocked", "reference", "softcap", "native", "diagnostics"]
-    names += ["packed", "packed_diagnostics", "paged"]
+    names = ["fused", "blocked", "reference", "blocked_sinks", "reference_sinks", "softcap"]
+    names += ["native", "diagnostics", "packed", "packed_diagnostics", "paged"]
     assert [v["name"] for v in manifest["variants"]] == names
     assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
-        "blocked", "native", "diagnostics", "packed", "packed_diagnostics", "paged",
+        "blocked", "blocked_sinks", "native", "diagnostics", "packed", "packed_diagnostics",
+        "paged",
     }  # fmt: skip
     for provider, rows in manifest["picks"].items():
         assert rows[-1]["up_to"] is None

@@ -16,12 +16,12 @@ from attnserve_export.attention.core import AttentionConfig
 from attnserve_export.attention.paged import has_paged
 from attnserve_export.attention.positions import Rotary, alibi_slopes
 from attnserve_export.attention.variants import core_specs
-from attnserve_export.cases import scheme_of
+from attnserve_export.cases import scheme_of, sinks_of
 from attnserve_export.cli import main
 from attnserve_export.models import core_graph
-from attnserve_export.reference import attention_reference
+from attnserve_export.reference import attention_reference, attention_with_log_sum_exp
 from attnserve_export.tuning import Measurement, picks_from
-from attnserve_export.verification import angle_tolerance
+from attnserve_export.verification import angle_tolerance, log_sum_exp_magnitudes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +43,8 @@ FAMILY: dict[str, tuple[str, dict]] = {
     "brain": ("--mask causal --alibi --dtype bf16 --window 20", {
         "mask": "causal", "alibi": True, "window": 20}),
     "half": ("--rotary half --dtype fp16", {"rotary": Rotary("half", 8)}),
+    "sunk": ("--mask causal --window 9 --softcap 4 --sinks=-2,0,1.5,3,0.25,-7", {
+        "mask": "causal", "window": 9, "softcap": 4.0, "sinks": (-2.0, 0.0, 1.5, 3.0, 0.25, -7.0)}),
 }  # fmt: skip
 # What they have, another has too; `-m slow` has them all.
 SLOW = ("bottom", "both", "alibi")
@@ -110,10 +112,11 @@ def test_every_variant_at_any_shape(
         "mask": np.ones((1, 1, 1, 1), bool),
         "prefix_lengths": np.zeros(batch, np.int64),
         "softcap": np.array([-1.0], np.float32),
+        "sinks": sinks_of(config),
     }
-    expected, weights = attention_reference(
+    expected, weights, rows = attention_with_log_sum_exp(
         feeds["query"], feeds["key"], feeds["value"], key_lengths=feeds["key_lengths"],
-        scheme=scheme_of(config), scale=config.scale, softcap=config.softcap,
+        sinks=config.sinks, scheme=scheme_of(config), scale=config.scale, softcap=config.softcap,
     )  # fmt: skip
     # FP32 rounds scores relative to their size, which ALiBi makes large.
     largest = max(config.slopes or [0.0]) * max(sq, sk)
@@ -125,16 +128,23 @@ def test_every_variant_at_any_shape(
         outputs = {entry["name"] for entry in variant["outputs"]}
         if "output" not in outputs or variant["name"] in NOT_RUN:
             continue
-        shapes = {n: a.shape for n, a in (("output", expected), ("weights", weights))}
+        right = {"output": expected, "weights": weights, "log_sum_exp": rows}
         answers = sessions.run(
             opened(family(name) / variant["file"]),
             feeds,
-            {n: shape for n, shape in shapes.items() if n in outputs},
+            {n: array.shape for n, array in right.items() if n in outputs},
         )
         for key, answer in answers.items():
-            right = expected if key == "output" else weights
-            difference = np.abs(answer.astype(np.float64) - right).max()
-            assert difference <= tolerance, (variant["name"], key, difference, tolerance)
+            allowed = tolerance
+            if key == "log_sum_exp":
+                allowed = exact * log_sum_exp_magnitudes(rows)
+                # -inf where nothing is seen, of which no difference can be taken.
+                np.testing.assert_array_equal(np.isneginf(answer), np.isneginf(rows))
+            exact_answer = answer.astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                difference = np.abs(exact_answer - right[key])
+            difference[exact_answer == right[key]] = 0
+            assert (difference <= allowed).all(), (variant["name"], key, difference.max(), allowed)
 
 
 @pytest.mark.needs_library
@@ -143,7 +153,7 @@ def test_no_variant_of_the_family_is_missing(family: Callable[[str], Path], name
     manifest = json.loads((family(name) / "model.json").read_text())
     config = config_of(name)
     expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
-    expected |= {"packed", "packed_diagnostics"}
+    expected |= {"packed", "packed_diagnostics", "blocked_sinks", "reference_sinks"}
     if not config.softcap and not config.alibi:
         expected.add("fused")
     if has_paged(config):

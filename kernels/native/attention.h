@@ -27,7 +27,9 @@ struct Problem {
   const void* bias;              // null, or broadcast by bias_strides; added to the scores
   const std::uint8_t* mask;      // null, or broadcast by mask_strides: 1 where a key may be seen
   const float* slopes;           // null, or [num_heads]: ALiBi, -slope * |position - key|
+  const float* sinks;            // null, or [num_heads]: scores without a value; -inf: none
   void* output;                  // [batch, num_heads, query_len, value_head_dim]
+  float* log_sum_exp;            // null, or [batch, num_heads, query_len]: of all scores and the sink
 
   std::int64_t batch, num_heads, num_kv_heads, query_len, key_len, head_dim, value_head_dim;
   std::int64_t bias_strides[4];  // in elements; 0 where the dimension is 1

@@ -1,14 +1,14 @@
 // The operators of domain `attnserve`, as ONNX Runtime loads them:
 //
 // Attention(query, key, value, key_lengths?, bias?, slopes?, softcap?, mask?, prefix_lengths?,
-//           query_starts?, key_starts?) -> output
+//           query_starts?, key_starts?, sinks?) -> output, log_sum_exp?
 // AttentionDiagnostics(query, key, key_lengths?, top_k, distances, bias?, slopes?, softcap?, mask?,
-//                      prefix_lengths?, query_starts?, key_starts?)
+//                      prefix_lengths?, query_starts?, key_starts?, sinks?)
 //     -> entropy, mass_per_key, mass_by_distance, top_k_indices, top_k_weights
 // Sequences are rows of the batch, with key_lengths, or packed in one row, with the two starts.
 //
 // PagedAttention(query, key?, value?, cache, starts, lengths, table_starts, table, spec, parents?,
-//                slopes?, weights_of?) -> output, log_sum_exp, entropy?, weights?
+//                slopes?, weights_of?, sinks?) -> output, log_sum_exp, entropy?, weights?
 //
 // Attributes of the first two: scale, softcap (float; an input of that name replaces it unless it is
 // negative), left, right (integer; -1 is all), bottom_right (0 or 1), chunk (0 or absent: none). Of PagedAttention: scale,
@@ -131,7 +131,7 @@ void place_sequences(const Context& context, const Tensor& lengths, const Tensor
 }
 
 // What both operators share, from `first` on their inputs in the same order: bias, slopes, softcap,
-// mask, prefix_lengths, query_starts, key_starts.
+// mask, prefix_lengths, query_starts, key_starts, sinks.
 Problem problem_of(const Context& context, const Node& node, const Tensor& query,
                    const Tensor& key, const Tensor& lengths, std::size_t first) {
   const Tensor bias = context.input(first), slopes = context.input(first + 1),
@@ -169,6 +169,12 @@ Problem problem_of(const Context& context, const Node& node, const Tensor& query
     context.require(slopes.shape == std::vector<std::int64_t>{p.num_heads},
                     "attnserve: slopes: its shape must be [num_heads]");
     p.slopes = static_cast<const float*>(slopes.data);
+  }
+  const Tensor sinks = context.input(first + 7);
+  if (sinks.data != nullptr) {
+    context.require(sinks.shape == std::vector<std::int64_t>{p.num_heads},
+                    "attnserve: sinks: its shape must be [num_heads]");
+    p.sinks = static_cast<const float*>(sinks.data);
   }
   if (softcap.data != nullptr) {
     context.require(softcap.shape == std::vector<std::int64_t>{1},
@@ -208,6 +214,8 @@ void attention(const Context& context, const Node& node) {
   p.value = value.data;
   p.value_head_dim = v[3];
   p.output = context.output<void>(0, {p.batch, p.num_heads, p.query_len, p.value_head_dim});
+  if (context.output_count() > 1)
+    p.log_sum_exp = context.output<float>(1, {p.batch, p.num_heads, p.query_len});
   const Cut cut(p);
   const attnserve::Kernel kernel = attnserve::attention_kernel();
   context.run([&](std::int64_t task) { kernel(p, task); }, p.stop, attnserve::attention_tasks(p),
@@ -312,16 +320,19 @@ constexpr ort::ElementType type_of(Element element) {
 template <Element kElement>
 struct AttentionOperator {
   static constexpr const char* kName = "Attention";
-  static constexpr std::size_t kInputs = 11, kOutputs = 1;
+  static constexpr std::size_t kInputs = 12, kOutputs = 2;
   static bool requires_input(std::size_t index) { return index < 3; }
-  static bool requires_output(std::size_t) { return true; }
+  static bool requires_output(std::size_t index) { return index == 0; }
   static ort::ElementType input(std::size_t index) {
-    return index == 3 || index >= 8 ? ort::kInt64
-           : index == 7             ? ort::kBool
-           : index >= 5             ? ort::kFloat
-                                    : type_of(kElement);
+    return index == 11                ? ort::kFloat
+           : index == 3 || index >= 8 ? ort::kInt64
+           : index == 7               ? ort::kBool
+           : index >= 5               ? ort::kFloat
+                                      : type_of(kElement);
   }
-  static ort::ElementType output(std::size_t) { return type_of(kElement); }
+  static ort::ElementType output(std::size_t index) {
+    return index == 0 ? type_of(kElement) : ort::kFloat;
+  }
   static constexpr auto kCreate = create<Settings>;
   static constexpr auto kCompute = compute<Node, attention>;
   static constexpr auto kDestroy = destroy<Node>;
@@ -330,14 +341,15 @@ struct AttentionOperator {
 template <Element kElement>
 struct DiagnosticsOperator {
   static constexpr const char* kName = "AttentionDiagnostics";
-  static constexpr std::size_t kInputs = 12, kOutputs = 5;
+  static constexpr std::size_t kInputs = 13, kOutputs = 5;
   static bool requires_input(std::size_t index) { return index < 5 && index != 2; }
   static bool requires_output(std::size_t) { return true; }
   static ort::ElementType input(std::size_t index) {
-    return (index >= 2 && index <= 4) || index >= 9 ? ort::kInt64
-           : index == 8                             ? ort::kBool
-           : index >= 6                             ? ort::kFloat
-                                                    : type_of(kElement);
+    return index == 12                              ? ort::kFloat
+           : (index >= 2 && index <= 4) || index >= 9 ? ort::kInt64
+           : index == 8                               ? ort::kBool
+           : index >= 6                               ? ort::kFloat
+                                                      : type_of(kElement);
   }
   static ort::ElementType output(std::size_t index) {
     return index == 3 ? ort::kInt64 : ort::kFloat;
@@ -350,12 +362,14 @@ struct DiagnosticsOperator {
 template <Element kElement>
 struct PagedOperator {
   static constexpr const char* kName = "PagedAttention";
-  static constexpr std::size_t kInputs = 12, kOutputs = 4;
+  static constexpr std::size_t kInputs = 13, kOutputs = 4;
   static bool requires_input(std::size_t index) { return index == 0 || (index >= 3 && index <= 8); }
   static bool requires_output(std::size_t index) { return index < 2; }
   static ort::ElementType input(std::size_t index) {
-    return index < 3 ? type_of(kElement)
-                     : index == 3 ? ort::kUint8 : index == 10 ? ort::kFloat : ort::kInt64;
+    return index < 3                    ? type_of(kElement)
+           : index == 3               ? ort::kUint8
+           : index == 10 || index == 12 ? ort::kFloat
+                                        : ort::kInt64;
   }
   static ort::ElementType output(std::size_t index) {
     return index == 0 ? type_of(kElement) : ort::kFloat;

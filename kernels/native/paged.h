@@ -90,6 +90,7 @@ struct PagedProblem {
   const std::int64_t* parents;  // null, or [T]: among its sequence's new tokens; -1: what is before
   const std::int64_t* weights_of;  // [W]: ascending, the sequences whose weights are wanted
   const float* slopes;  // null, or [num_heads]: ALiBi, -slope * |position - key's position|
+  const float* sinks;   // null, or [num_heads]: scores without a value; -inf: none
 
   void* output;        // [T, num_heads, value_head_dim]; 0 where no key is seen
   float* log_sum_exp;  // [T, num_heads]; -inf there

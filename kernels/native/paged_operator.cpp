@@ -46,28 +46,31 @@ const std::int64_t* integers(const Tensor& tensor) {
 // No position is further away.
 constexpr std::int64_t kFarthest = std::int64_t{1} << 40;
 
-void read_spec(const Context& context, const Tensor& spec, PagedProblem& p) {
-  // Graphs exported before there were latent pages give five numbers.
-  const bool early = spec.shape == Shape{5};
-  if (!early) require_shape(context, "spec", spec, {6});
+// Returns whether entropy is wanted.
+bool read_spec(const Context& context, const Tensor& spec, PagedProblem& p) {
+  // Graphs exported earlier give six numbers, or five before there were latent pages.
+  const bool has_latent = spec.shape != Shape{5}, has_entropy = has_latent && spec.shape != Shape{6};
+  if (has_entropy) require_shape(context, "spec", spec, {7});
   const std::int64_t* given = integers(spec);
   require_range(context, "page_size", given[0], 1, 1 << 16);
   require_range(context, "cache_dtype", given[1], 0, 4);
   require_range(context, "window", given[2], -1, kFarthest);
   require_range(context, "kept_first", given[3], 0, kFarthest);
   require_range(context, "causal", given[4], 0, 1);
-  if (!early) require_range(context, "latent", given[5], 0, 1);
+  if (has_latent) require_range(context, "latent", given[5], 0, 1);
+  if (has_entropy) require_range(context, "entropy", given[6], 0, 1);
   p.layout.page_size = given[0];
   p.layout.type = static_cast<CacheType>(given[1]);
   p.window = given[2];
   p.kept_first = given[3];
   p.causal = given[4] != 0;
-  p.layout.latent = !early && given[5] != 0;
+  p.layout.latent = has_latent && given[5] != 0;
   if (!p.causal) require_range(context, "window without causal", p.window, -1, -1);
   if (p.layout.latent && p.layout.value_head_dim > p.layout.head_dim)
     context.refuse("attnserve: spec: latent: given 1 where value_head_dim is " +
                    std::to_string(p.layout.value_head_dim) +
                    "; allowed: 0, or value_head_dim up to " + std::to_string(p.layout.head_dim));
+  return !has_entropy || given[6] != 0;
 }
 
 }  // namespace
@@ -81,7 +84,7 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   const Tensor weights_of = context.input(11);
   PagedProblem p{};
   p.layout = {settings.num_kv_heads, settings.head_dim, settings.value_head_dim, 0, {}, false};
-  read_spec(context, context.input(8), p);
+  const bool wants_entropy = read_spec(context, context.input(8), p);
   p.element = element;
   p.scale = settings.scale;
   p.softcap = settings.softcap;
@@ -124,6 +127,8 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
     p.parents = integers(parents);
   }
   if (slopes.data != nullptr) require_shape(context, "slopes", slopes, {p.num_heads});
+  const Tensor sinks = context.input(12);
+  if (sinks.data != nullptr) require_shape(context, "sinks", sinks, {p.num_heads});
 
   if (!weights_of.shape.empty() && weights_of.shape[0] > 0) {
     require_shape(context, "weights_of", weights_of, {-1});
@@ -141,13 +146,15 @@ void paged_attention(const Context& context, const PagedSettings& settings, Elem
   p.table = integers(table);
   p.table_size = table.shape[0];
   p.slopes = static_cast<const float*>(slopes.data);
+  p.sinks = static_cast<const float*>(sinks.data);
 
   PagedPlan plan(p, Context::cores());
   const std::int64_t rows = query.shape[0];
   p.output = context.output<void>(0, {rows, p.num_heads, settings.value_head_dim});
   p.log_sum_exp = context.output<float>(1, {rows, p.num_heads});
   const std::size_t outputs = context.output_count();
-  if (outputs > 2) p.entropy = context.output<float>(2, {rows, p.num_heads});
+  if (outputs > 2 && wants_entropy)
+    p.entropy = context.output<float>(2, {rows, p.num_heads});
   if (outputs > 3) p.weights = context.output<float>(3, {plan.weights_size()});
 
   const PagedKernel store = store_kernel(), attend = paged_attention_kernel();

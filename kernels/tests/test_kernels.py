@@ -19,6 +19,7 @@ import torch
 from attnserve_export.reference import (
     Scheme,
     attention_reference,
+    attention_with_log_sum_exp,
     diagnostics_reference,
     packed_reference,
 )
@@ -32,15 +33,15 @@ TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.b
 INPUTS = {
     "Attention": (
         "query", "key", "value", "key_lengths", "bias", "slopes", "softcap", "mask",
-        "prefix_lengths", "query_starts", "key_starts",
+        "prefix_lengths", "query_starts", "key_starts", "sinks",
     ),
     "AttentionDiagnostics": (
         "query", "key", "key_lengths", "top_k", "distances", "bias", "slopes", "softcap", "mask",
-        "prefix_lengths", "query_starts", "key_starts",
+        "prefix_lengths", "query_starts", "key_starts", "sinks",
     ),
 }  # fmt: skip
 OUTPUTS = {
-    "Attention": ("output",),
+    "Attention": ("output", "log_sum_exp"),
     "AttentionDiagnostics": (
         "entropy", "mass_per_key", "mass_by_distance", "top_k_indices", "top_k_weights",
     ),
@@ -49,13 +50,17 @@ INTEGERS = (
     "key_lengths", "prefix_lengths", "query_starts", "key_starts", "top_k", "distances",
     "top_k_indices",
 )  # fmt: skip
-RANKS = dict.fromkeys((*INTEGERS[:-1], "slopes", "softcap"), 1)
+RANKS = dict.fromkeys((*INTEGERS[:-1], "slopes", "softcap", "sinks"), 1) | {"log_sum_exp": 3}
 
 
 @cache
-def session(operator: str, dtype: str, present: frozenset, attributes: tuple):
+def session(operator: str, dtype: str, present: frozenset, attributes: tuple, outputs: tuple = ()):
     """One node of an operator, with some of its optional inputs."""
-    exact = ("entropy", "mass_per_key", "mass_by_distance", "top_k_weights", "slopes", "softcap")
+    outputs = outputs or OUTPUTS[operator]
+    exact = (
+        "entropy", "mass_per_key", "mass_by_distance", "top_k_weights", "slopes", "softcap",
+        "sinks", "log_sum_exp",
+    )  # fmt: skip
 
     def value(name: str):
         kind = 7 if name in INTEGERS else 1 if name in exact else TYPES[dtype][1]
@@ -65,11 +70,9 @@ def session(operator: str, dtype: str, present: frozenset, attributes: tuple):
     names = [name if name in present else "" for name in INPUTS[operator]]
     while not names[-1]:
         names.pop()
-    node = onnx.helper.make_node(
-        operator, names, OUTPUTS[operator], domain="attnserve", **dict(attributes)
-    )
+    node = onnx.helper.make_node(operator, names, outputs, domain="attnserve", **dict(attributes))
     graph = onnx.helper.make_graph(
-        [node], "one", [value(n) for n in names if n], [value(n) for n in OUTPUTS[operator]]
+        [node], "one", [value(n) for n in names if n], [value(n) for n in outputs]
     )
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("attnserve", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -102,8 +105,9 @@ def run(operator: str, dtype: str, feeds: dict, shape: tuple, **attributes):
         return binding.copy_outputs_to_cpu()
     output = np.empty(shape, ml_dtypes.bfloat16)
     binding.bind_output("output", "cpu", 0, 16, list(shape), output.ctypes.data)
+    binding.bind_output("log_sum_exp", "cpu")
     opened.run_with_iobinding(binding)
-    return [output]
+    return [output, binding.get_outputs()[1].numpy()]
 
 
 @st.composite
@@ -130,6 +134,7 @@ def problems(draw: st.DrawFn) -> dict:
         "mask": draw(st.none() | st.sets(st.sampled_from("bhqk"))),
         "prefix": draw(st.booleans()),
         "chunk": draw(st.none() | st.integers(1, 60)),
+        "sinks": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
 
@@ -167,6 +172,9 @@ def prepare(p: dict) -> tuple[dict, dict, Scheme, float]:
     if p["slopes"]:
         slopes = generator.random(heads).astype(np.float32)
         feeds["slopes"] = slopes
+    if p["sinks"]:
+        feeds["sinks"] = (3 * generator.standard_normal(heads)).astype(np.float32)
+        feeds["sinks"][generator.random(heads) < 0.3] = -np.inf
     if p["softcap"] is not None:
         feeds["softcap"] = np.array([p["softcap"]], np.float32)
     attributes = {
@@ -181,10 +189,10 @@ def prepare(p: dict) -> tuple[dict, dict, Scheme, float]:
 
 
 def reference(feeds: dict, scheme: Scheme, scale: float, softcap: float):
-    return attention_reference(
+    return attention_with_log_sum_exp(
         feeds["query"], feeds["key"], feeds["value"], key_lengths=feeds["key_lengths"],
         bias=feeds.get("bias"), mask=feeds.get("mask"), prefix_lengths=feeds.get("prefix_lengths"),
-        scheme=scheme, scale=scale, softcap=softcap,
+        sinks=feeds.get("sinks"), scheme=scheme, scale=scale, softcap=softcap,
     )  # fmt: skip
 
 
@@ -221,7 +229,7 @@ def packed(feeds: dict, scheme: Scheme, scale: float, softcap: float):
         feeds["query"], feeds["key"], feeds["value"], feeds["query_starts"],
         feeds.get("key_starts", feeds["query_starts"]),
         bias=feeds.get("bias"), mask=feeds.get("mask"), prefix_lengths=feeds.get("prefix_lengths"),
-        scheme=scheme, scale=scale, softcap=softcap,
+        sinks=feeds.get("sinks"), scheme=scheme, scale=scale, softcap=softcap,
     )  # fmt: skip
 
 
@@ -237,12 +245,13 @@ def growth(p: dict, scheme: Scheme) -> float:
 @pytest.mark.needs_library
 def test_any_attention_is_within_tolerance(p: dict) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
-    expected, _ = reference(feeds, scheme, attributes["scale"], softcap)
-    (output,) = run("Attention", p["dtype"], feeds, expected.shape, **attributes)
+    expected, _, rows = reference(feeds, scheme, attributes["scale"], softcap)
+    output, log_sum_exp = run("Attention", p["dtype"], feeds, expected.shape, **attributes)
     exact = 2e-6 * np.sqrt(p["sk"]) * growth(p, scheme)
     tolerance = {"FP32": exact, "FP16": max(2e-3, exact), "BF16": 1.6e-2}[p["dtype"]]
     assert output.dtype == TYPES[p["dtype"]][0]
     np.testing.assert_allclose(output.astype(np.float64), expected, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(log_sum_exp, rows, atol=2 * exact, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=100 // SHARE)
@@ -251,11 +260,12 @@ def test_any_attention_is_within_tolerance(p: dict) -> None:
 def test_any_packed_attention_is_within_tolerance(p: dict, count: int, cross: bool) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
     pack(feeds, p, count, cross=cross)
-    expected, _ = packed(feeds, scheme, attributes["scale"], softcap)
-    (output,) = run("Attention", p["dtype"], feeds, expected.shape, **attributes)
+    expected, _, rows = packed(feeds, scheme, attributes["scale"], softcap)
+    output, log_sum_exp = run("Attention", p["dtype"], feeds, expected.shape, **attributes)
     exact = 2e-6 * np.sqrt(p["sk"]) * growth(p, scheme)
     tolerance = {"FP32": exact, "FP16": max(2e-3, exact), "BF16": 1.6e-2}[p["dtype"]]
     np.testing.assert_allclose(output.astype(np.float64), expected, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(log_sum_exp, rows, atol=2 * exact, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=60 // SHARE)
@@ -264,7 +274,7 @@ def test_any_packed_attention_is_within_tolerance(p: dict, count: int, cross: bo
 def test_any_packed_diagnosis_says_what_its_sequences_do(p: dict, count: int, cross: bool) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
     pack(feeds, p, count, cross=cross)
-    _, weights = packed(feeds, scheme, attributes["scale"], softcap)
+    _, weights, _ = packed(feeds, scheme, attributes["scale"], softcap)
     del feeds["value"]
     top_k, distances = min(3, weights.shape[3]), 6
     feeds |= {"top_k": np.array([top_k]), "distances": np.array([distances])}
@@ -316,7 +326,7 @@ def test_wrong_starts_are_refused(changes: dict, message: str) -> None:
 @given(p=problems())
 @pytest.mark.needs_library
 def test_any_mask_is_what_pytorch_takes_as_a_boolean_one(p: dict) -> None:
-    p |= {"dtype": "FP32", "bias": None, "slopes": False, "softcap": None}
+    p |= {"dtype": "FP32", "bias": None, "slopes": False, "softcap": None, "sinks": False}
     feeds, attributes, _, _ = prepare(p)
     if p["bottom_right"]:
         feeds["key_lengths"][:] = p["sk"]
@@ -339,8 +349,64 @@ def test_any_mask_is_what_pytorch_takes_as_a_boolean_one(p: dict) -> None:
     )
     some = torch.from_numpy(visible.any(axis=-1, keepdims=True))
     expected = torch.where(some, expected, 0).numpy()
-    (output,) = run("Attention", "FP32", feeds, expected.shape, **attributes)
+    output, _ = run("Attention", "FP32", feeds, expected.shape, **attributes)
     np.testing.assert_allclose(output, expected, atol=2e-6 * np.sqrt(p["sk"]), rtol=0)
+
+
+@settings(deadline=None, max_examples=40 // SHARE)
+@given(p=problems(), highest=st.sampled_from([0.0, -100.0, 100.0]))
+@pytest.mark.needs_library
+def test_any_sink_is_one_more_key_without_a_value(p: dict, highest: float) -> None:
+    """By PyTorch, in float64; sinks far from the scores too."""
+    p |= {"dtype": "FP32", "bias": None, "slopes": False, "softcap": None, "mask": None}
+    p |= {"prefix": False, "chunk": None, "left": None, "right": None, "sinks": True}
+    feeds, attributes, _, _ = prepare(p)
+    feeds["sinks"] += np.float32(highest)
+    q, k, v = (torch.from_numpy(feeds[name]).double() for name in ("query", "key", "value"))
+    k, v = (heads.repeat_interleave(p["group"], 1) for heads in (k, v))
+    scores = attributes["scale"] * q @ k.transpose(2, 3)
+    padded = np.arange(p["sk"]) >= feeds["key_lengths"][:, None, None, None]
+    scores = scores.masked_fill(torch.from_numpy(padded), -torch.inf)
+    sinks = torch.from_numpy(feeds["sinks"]).double()[None, :, None, None]
+    scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.nan_to_num(torch.softmax(scores, dim=-1))[..., :-1]
+    output, log_sum_exp = run("Attention", "FP32", feeds, (), **attributes)
+    tolerance = 2e-6 * np.sqrt(p["sk"])
+    np.testing.assert_allclose(output, (weights @ v).numpy(), atol=tolerance, rtol=0)
+    rows = torch.logsumexp(scores, dim=-1).numpy()
+    np.testing.assert_allclose(log_sum_exp, rows, atol=2 * tolerance, rtol=1e-6)
+    del feeds["value"]
+    feeds |= {"top_k": np.array([1]), "distances": np.array([3])}
+    entropy, per_key, by_distance, _, heaviest = run(
+        "AttentionDiagnostics", "FP32", feeds, (), **attributes
+    )
+    tolerance = 1e-5 * np.sqrt(max(p["sk"], p["sq"]))
+    np.testing.assert_allclose(
+        entropy, torch.special.entr(weights).sum(-1).numpy(), atol=tolerance, rtol=0
+    )
+    np.testing.assert_allclose(per_key, weights.sum(2).numpy(), atol=tolerance, rtol=1e-5)
+    seen = weights.sum((2, 3)).numpy()
+    np.testing.assert_allclose(by_distance.sum(-1), seen, atol=tolerance, rtol=1e-5)
+    np.testing.assert_allclose(heaviest[..., 0], weights.amax(-1).numpy(), atol=tolerance)
+
+
+@pytest.mark.needs_library
+def test_what_is_returned_besides_never_changes_the_output() -> None:
+    generator = np.random.default_rng(7)
+    for length in (1, 20, 200):
+        shape = (1, 2, length, 16)
+        rows = {n: generator.standard_normal(shape).astype(np.float32) for n in ("query", "key")}
+        feeds = rows | {"value": rows["key"], "key_lengths": np.array([length])}
+        attributes = {"scale": 1.0, "softcap": 0.0, "left": -1, "right": 0, "bottom_right": 0}
+        both, _ = run("Attention", "FP32", feeds, shape, **attributes)
+        # As graphs have it that were exported earlier.
+        names, attributes = frozenset(feeds), tuple(sorted(attributes.items()))
+        alone = session("Attention", "FP32", names, attributes, ("output",))
+        np.testing.assert_array_equal(alone.run(None, feeds)[0], both)
+        without = feeds | {"sinks": np.full(2, -np.inf, np.float32)}
+        np.testing.assert_array_equal(
+            run("Attention", "FP32", without, shape, **dict(attributes))[0], both
+        )
 
 
 @settings(deadline=None, max_examples=100 // SHARE)
@@ -348,7 +414,7 @@ def test_any_mask_is_what_pytorch_takes_as_a_boolean_one(p: dict) -> None:
 @pytest.mark.needs_library
 def test_any_diagnosis_is_within_tolerance(p: dict, data: st.DataObject) -> None:
     feeds, attributes, scheme, softcap = prepare(p)
-    _, weights = reference(feeds, scheme, attributes["scale"], softcap)
+    _, weights, _ = reference(feeds, scheme, attributes["scale"], softcap)
     del feeds["value"]
     top_k = data.draw(st.integers(0, min(p["sk"], 7)))
     distances = data.draw(st.integers(0, 12))
@@ -380,7 +446,7 @@ def test_large_scores_keep_their_softmax() -> None:
     q *= 200
     feeds = {"query": q, "key": k, "value": v, "key_lengths": np.array([50])}
     expected, _ = attention_reference(q, k, v, scale=1.0)
-    (output,) = run("Attention", "FP32", feeds, expected.shape, scale=1.0)
+    output, _ = run("Attention", "FP32", feeds, expected.shape, scale=1.0)
     largest = np.abs(q @ k.swapaxes(2, 3)).max()
     np.testing.assert_allclose(output, expected, atol=2e-6 * 50**0.5 * largest / 8)
 
@@ -393,7 +459,7 @@ def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
     bias = np.full((1, 1, 5, 5), np.finfo(np.float32).min, np.float32)
     bias[:, :, 1:, 0] = 0
     feeds = {"query": q, "key": k, "value": v, "key_lengths": np.array([5]), "bias": bias}
-    (output,) = run("Attention", "FP32", feeds, q.shape)
+    output, _ = run("Attention", "FP32", feeds, q.shape)
     np.testing.assert_allclose(output[0, 0, 0], v[0, 0].mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(output[0, 0, 1:], np.repeat(v[0, 0, :1], 4, axis=0), atol=1e-6)
 
@@ -410,7 +476,7 @@ def test_no_number_stays_no_number_where_it_is_seen(dtype: str, length: int) -> 
         spoilt = wrong.copy()
         spoilt[0, 0, last, 3] = np.nan
         feeds = {"query": q, "key": k, "value": v, "key_lengths": lengths} | {name: spoilt}
-        (output,) = run("Attention", dtype, feeds, shape, scale=1.0, right=0)
+        output, _ = run("Attention", dtype, feeds, shape, scale=1.0, right=0)
         # The last query alone sees the last key, and the other head has neither.
         assert np.isnan(output[0, 0, last].astype(np.float32)).all()
         assert np.isfinite(output[0, 0, :last].astype(np.float32)).all()
@@ -429,7 +495,7 @@ def test_a_softcap_too_small_to_invert() -> None:
     q = np.zeros((1, 1, 4, 8), np.float32)
     v = np.random.default_rng(4).standard_normal(q.shape).astype(np.float32)
     feeds = {"query": q, "key": q, "value": v, "key_lengths": np.array([4])}
-    (output,) = run("Attention", "FP32", feeds, q.shape, softcap=1e-40)
+    output, _ = run("Attention", "FP32", feeds, q.shape, softcap=1e-40)
     np.testing.assert_allclose(output, np.repeat(v.mean(axis=2, keepdims=True), 4, 2), atol=1e-6)
 
 
@@ -455,7 +521,7 @@ def test_a_reach_to_the_right_without_end() -> None:
     q, k, v = (generator.standard_normal((1, 1, 9, 8)).astype(np.float32) for _ in range(3))
     feeds = {"query": q, "key": k, "value": v, "key_lengths": np.array([9])}
     expected, _ = attention_reference(q, k, v, scale=1.0)
-    (output,) = run("Attention", "FP32", feeds, q.shape, right=2**63 - 1, left=2**63 - 1)
+    output, _ = run("Attention", "FP32", feeds, q.shape, right=2**63 - 1, left=2**63 - 1)
     np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
@@ -472,7 +538,7 @@ def test_half_precision_conversions_are_exact() -> None:
         v = values.reshape(1, 1, 1, -1)
         one = np.ones((1, 1, 1, 1), TYPES[dtype][0])
         feeds = {"query": one, "key": one, "value": v, "key_lengths": np.array([1])}
-        (output,) = run("Attention", dtype, feeds, v.shape)
+        output, _ = run("Attention", dtype, feeds, v.shape)
         np.testing.assert_array_equal(output, v)
 
 
@@ -483,6 +549,7 @@ def test_half_precision_conversions_are_exact() -> None:
         ({"key": (1, 3, 4, 8)}, "key: its heads"),
         ({"value": (1, 2, 5, 8)}, "value: batch, heads and length"),
         ({"bias": (1, 1, 3, 1)}, "bias: each dimension"),
+        ({"sinks": (3,)}, "sinks: its shape"),
     ],
 )
 @pytest.mark.needs_library

@@ -29,7 +29,7 @@ Array = NDArray[Any]
 QUERY_TYPES = {"FP32": (np.float32, 1), "FP16": (np.float16, 10), "BF16": (ml_dtypes.bfloat16, 16)}
 INPUTS = (
     "query", "key", "value", "cache", "starts", "lengths", "table_starts", "table", "spec",
-    "parents", "slopes", "weights_of",
+    "parents", "slopes", "weights_of", "sinks",
 )  # fmt: skip
 
 pytestmark = pytest.mark.needs_library
@@ -44,7 +44,7 @@ def session(kind: int, present: frozenset[str], attributes: tuple[Any, ...], thr
 
     def value(name: str) -> Any:
         own = {"query": kind, "key": kind, "value": kind, "output": kind, "cache": 2}
-        own |= dict.fromkeys(("slopes", "log_sum_exp", "entropy", "weights"), 1)
+        own |= dict.fromkeys(("slopes", "sinks", "log_sum_exp", "entropy", "weights"), 1)
         rank = {"query": 3, "key": 3, "value": 3, "output": 3, "log_sum_exp": 2, "entropy": 2}
         return onnx.helper.make_tensor_value_info(
             name, own.get(name, 7), [None] * rank.get(name, 1)
@@ -180,6 +180,10 @@ def batches(draw: st.DrawFn) -> PagedBatch:
             parents = [int(generator.integers(-1, i)) for i in range(new)]
         sequences.append(PagedSequence(draw(before), new, parents))
     windowed = causal and draw(st.booleans())
+    sinks = None
+    if draw(st.booleans()):
+        # Far from the scores too, and some heads without.
+        sinks = generator.choice(np.array([-np.inf, -50, -1, 0, 2, 50], np.float32), heads)
     return PagedBatch(
         layout,
         heads,
@@ -189,6 +193,7 @@ def batches(draw: st.DrawFn) -> PagedBatch:
         scale=layout.head_dim**-0.5,
         softcap=draw(st.sampled_from([0.0, 0.0, 2.5, 30.0])),
         slopes=generator.random(heads).astype(np.float32) if draw(st.booleans()) else None,
+        sinks=sinks,
         window=draw(st.integers(0, 20) | st.sampled_from([127, 300])) if windowed else -1,
         kept_first=draw(st.sampled_from([0, 0, 1, 4, 20])),
         causal=causal,
@@ -369,7 +374,8 @@ def test_no_number_stays_no_number_where_it_is_seen(count: int, cache: str) -> N
         ({"spec": np.array([16, 0, 3, 0, 0, 0])}, "spec: window without causal: given 3"),
         ({"spec": np.array([16, 0, -1, -1, 1, 0])}, "spec: kept_first: given -1"),
         ({"spec": np.array([16, 0, -1, 0, 1, 2])}, r"spec: latent: given 2; allowed: 0\.\.1"),
-        ({"spec": np.array([16, 0, -1, 0])}, r"spec: its shape is \[4\]; allowed: \[6\]"),
+        ({"spec": np.array([16, 0, -1, 0])}, r"spec: its shape is \[4\]; allowed: \[7\]"),
+        ({"spec": np.array([16, 0, -1, 0, 1, 0, 2])}, r"spec: entropy: given 2; allowed: 0\.\.1"),
         ({"spec": np.array([16, 0, -1, 0, 1, 1])}, "value: given where spec: latent is 1"),
         ({"weights_of": np.array([1])}, r"weights_of\[0\]: given 1; allowed: 0\.\.0, ascending"),
         ({"weights_of": np.array([0, 0])}, r"weights_of\[1\]: given 0; allowed: 1\.\.0"),
@@ -391,9 +397,23 @@ def test_values_wider_than_keys_are_not_latent() -> None:
         run(batch, {"spec": np.array([16, 0, -1, 0, 1, 1])})
 
 
-def test_specs_of_graphs_exported_earlier_have_no_latent() -> None:
+@pytest.mark.parametrize("numbers", [5, 6])
+def test_specs_of_graphs_exported_earlier_have_no_latent_and_want_entropy(numbers: int) -> None:
     batch = plain(PagedSequence(30, 2))
-    check(batch, run(batch, {"spec": batch.feeds()["spec"][:5]}))
+    check(batch, run(batch, {"spec": batch.feeds()["spec"][:numbers]}))
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
+def test_without_entropy_all_else_is_the_same_to_the_bit(dtype: str, count: int) -> None:
+    batch = plain(PagedSequence(700, count), PagedSequence(9, count), cache=dtype, weights_of=[1])
+    wanted = run(batch)
+    spec = batch.feeds()["spec"]
+    spec[6] = 0
+    without = run(batch, {"spec": spec}, absent=("entropy",))
+    assert without.keys() == wanted.keys() - {"entropy"}
+    for name, array in without.items():
+        assert np.array_equal(array, wanted[name])
 
 
 def test_a_stop_flag_ends_what_begins_on_its_thread() -> None:

@@ -173,6 +173,10 @@ def test_what_a_token_hears_lies_under_the_spectrogram(
         "(() => { const s = document.getElementById('map'); s.value = '1';"
         "s.dispatchEvent(new Event('change')); })()"
     )
+    browser.run(
+        "new Promise(done => { const look = () => document.getElementById('seen-caption')"
+        ".textContent.includes('cat') ? setTimeout(look, 10) : done(); look(); })"
+    )
     drawn(browser)
     click(browser, "seen-time", 92 + 4.5 / 20 * wide, 60)
     encoder = sound[1].weights[0][0, 0]

@@ -162,6 +162,11 @@ def tokens(*sequences: list[int], **fields: object) -> pb.AttendTokensRequest:
     return pb.AttendTokensRequest(**{"model": "bert", "tokens": batch, **fields})
 
 
+def typed(ids: list[int], types: list[int]) -> pb.AttendTokensRequest:
+    sequence = pb.TokenSequence(ids=ids, token_type_ids=types)
+    return pb.AttendTokensRequest(model="bert", tokens=pb.TokenBatch(sequences=[sequence]))
+
+
 def wanting(**options: object) -> pb.AttendTokensRequest:
     return tokens([2, 3], returns=pb.TokenReturnOptions(**options))
 
@@ -173,6 +178,17 @@ TOKENS = {
     "no sequences": (tokens(), INVALID, "given 0 sequences"),
     "sequence too long": (tokens([2] * 21), INVALID, "given 21 tokens; allowed: 1..20"),
     "no input": (pb.AttendTokensRequest(model="bert"), INVALID, "input: given nothing"),
+    "pairs": (
+        pb.AttendTokensRequest(model="bert", text=pb.TextBatch(texts=["w1"], pairs=["w2", "w3"])),
+        INVALID,
+        "text.pairs: given 2 texts; allowed: 1, one for each",
+    ),
+    "fewer token types": (
+        typed([2, 3], [0]),
+        INVALID,
+        "token_type_ids: given 1 numbers; allowed: 2",
+    ),
+    "unknown token type": (typed([2, 3], [0, 2]), INVALID, "token_type_ids\\[1\\]: given 2"),
     "unknown layer": (wanting(weights=True, layers=[3]), INVALID, "returns.layers\\[0\\]: given 3"),
     "unknown head": (wanting(weights=True, heads=[2]), INVALID, "returns.heads\\[0\\]: given 2"),
     "a layer twice": (wanting(weights=True, layers=[1, 1]), INVALID, "each number once"),

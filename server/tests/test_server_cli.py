@@ -86,7 +86,7 @@ def test_files_that_are_no_certificates(
 def test_a_key_of_another_certificate(repository: Path, authority: certificates.Authority) -> None:
     own, other = authority.issue("server"), authority.issue("other")
     options = ("--tls-certificate", own.certificate, "--tls-key", other.key)
-    assert "private_key" in start(repository, *options)
+    assert "keys that differ" in start(repository, *options)
 
 
 def test_half_of_what_tls_needs(

@@ -70,6 +70,7 @@ ATTEND: dict[str, list[Any]] = {
     "key": ARRAYS,
     "value": ARRAYS,
     "bias": ARRAYS,
+    "sinks": [*ARRAYS, [0.5] * 3, [NAN] * 4, "1", [True]],
     "key_lengths": LENGTHS,
     "prefix_lengths": LENGTHS,
     "cu_seqlens_q": LENGTHS,
@@ -85,6 +86,7 @@ ATTEND: dict[str, list[Any]] = {
     "top_k": [*INTEGERS, 2**32 - 1],
     "return_mass_per_key": FLAGS,
     "mass_by_distance": [*INTEGERS, 2**32 - 1],
+    "return_log_sum_exp": FLAGS,
     "priority": [*INTEGERS, 4],
 }
 LAYER: dict[str, list[Any]] = {

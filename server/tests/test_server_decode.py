@@ -705,7 +705,7 @@ def test_sessions_that_are_unknown_are_not_found(stream: Stream, action: dict[st
 
 def test_a_session_belongs_to_whoever_opened_it(models: Path) -> None:
     try:
-        server = serving(models, host="[::]")
+        server = serving(models, host="[::]", insecure=True)
         with server as running, Stream(f"[::1]:{running.port}") as mine:
             ids = mine.open()
             with Stream(f"127.0.0.1:{running.port}") as foreign:

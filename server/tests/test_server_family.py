@@ -217,7 +217,7 @@ def test_without_the_operators_the_other_variants_serve(
     monkeypatch.setattr(attnserve_kernels, "library_path", lambda: None)
     server = start(folder)
     names = {variant.name for variant in server.store.get("alibi", "").variants}
-    assert names == {"blocked", "reference", "softcap"}
+    assert names == {"blocked", "blocked_sinks", "reference", "reference_sinks", "softcap"}
     try:
         with AttentionClient(f"127.0.0.1:{server.port}") as client:
             q, k, v = tensors(60, 8)
@@ -240,4 +240,4 @@ def test_a_models_description_says_who_sees_whom(client: AttentionClient) -> Non
     assert described["layer"].rotary == "half"
     assert described["brain"].dtype == "BF16"
     quadratic = {v.name for v in described["causal"].variants if v.quadratic_memory}
-    assert quadratic == {"fused", "reference", "softcap"}
+    assert quadratic == {"fused", "reference", "reference_sinks", "softcap"}

@@ -29,20 +29,25 @@ EVERYTHING = HeadsWanted(
 
 
 @pytest.mark.parametrize(
-    ("query_len", "key_len", "causal", "window", "biased"),
+    ("query_len", "key_len", "causal", "window", "biased", "sinks"),
     [
-        (700, 700, True, None, False),
-        (700, 700, True, 33, False),
-        (700, 700, True, 1, False),
-        (700, 700, True, 650, True),
-        (600, 600, False, None, True),
-        (900, 350, False, None, False),
-        (350, 900, False, None, True),
-        (1, 1, True, 5, True),
+        (700, 700, True, None, False, None),
+        (700, 700, True, 33, False, None),
+        (700, 700, True, 1, False, None),
+        (700, 700, True, 650, True, [1.0, -3.0]),
+        (600, 600, False, None, True, None),
+        (900, 350, False, None, False, [30.0, 0.0]),
+        (350, 900, False, None, True, None),
+        (1, 1, True, 5, True, [0.5, -40.0]),
     ],
 )
 def test_heads_say_what_the_reference_says(
-    query_len: int, key_len: int, causal: bool, window: int | None, biased: bool
+    query_len: int,
+    key_len: int,
+    causal: bool,
+    window: int | None,
+    biased: bool,
+    sinks: list[float] | None,
 ) -> None:
     generator = np.random.default_rng(query_len + key_len)
     query = generator.standard_normal((2, query_len, 8)).astype(np.float32)
@@ -50,9 +55,9 @@ def test_heads_say_what_the_reference_says(
     bias = None
     if biased:
         bias = generator.standard_normal((2, query_len + key_len - 1)).astype(np.float32)
-    found = list(
-        heads.blocks(query, key, 0.4, heads.Reach(causal, window), bias, with_entropy=True)
-    )
+    given = None if sinks is None else np.array(sinks, np.float32)
+    reach = heads.Reach(causal, window)
+    found = list(heads.blocks(query, key, 0.4, reach, bias, given, with_entropy=True))
     assert len(found) > 1 or query_len == 1
     said = heads.say(found, 2, query_len, key_len, EVERYTHING)
 
@@ -62,6 +67,7 @@ def test_heads_say_what_the_reference_says(
         key[None],
         key[None],
         bias=None if bias is None else bias[None][:, :, apart + query_len - 1],
+        sinks=sinks,
         scheme=Scheme(left=None if window is None else window - 1, right=0 if causal else None),
         scale=0.4,
     )

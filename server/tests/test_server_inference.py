@@ -363,15 +363,17 @@ def test_the_server_and_its_models_describe_themselves(
         "value": ("FP32", [-1, KV_HEADS, -1, VALUE_DIM]),
         "key_lengths": ("INT64", [-1]),
         "bias": ("FP32", [-1, -1, -1, -1]),
+        "sinks": ("FP32", [HEADS]),
         "cu_seqlens_q": ("INT64", [-1]),
         "cu_seqlens_k": ("INT64", [-1]),
     }
     assert [tensor.name for tensor in model.outputs] == [
         "output", "weights", "entropy", "top_k_indices", "top_k_weights", "mass_per_key",
-        "mass_by_distance",
+        "mass_by_distance", "log_sum_exp",
     ]  # fmt: skip
     bert = infer_client.get_model_metadata("bert")
-    assert [tensor.name for tensor in bert.inputs] == ["input_ids", "attention_mask"]
+    taken = ["input_ids", "attention_mask", "token_type_ids"]
+    assert [tensor.name for tensor in bert.inputs] == taken
     assert [tensor.name for tensor in bert.outputs] == [
         "last_hidden_state", "weights_0", "weights_1", "weights_2",
     ]  # fmt: skip
@@ -398,7 +400,7 @@ def test_a_models_configuration(infer_client: triton.InferenceServerClient) -> N
     query = config.input[0]
     assert (query.name, query.data_type, list(query.dims)) == ("query", 10, [HEADS, -1, DIM])
     assert [port.name for port in config.input if port.optional] == [
-        "key_lengths", "bias", "cu_seqlens_q", "cu_seqlens_k",
+        "key_lengths", "bias", "sinks", "cu_seqlens_q", "cu_seqlens_k",
     ]  # fmt: skip
     assert config.parameters["num_heads"].string_value == str(HEADS)
     assert not config.model_transaction_policy.decoupled

@@ -9,6 +9,7 @@ import pytest
 from attnserve_client import AttentionClient
 from attnserve_client._cli import main
 from attnserve_lens import command, encoding
+from attnserve_proto.commands import progress
 
 
 def meta_of(page: Path) -> dict:
@@ -115,6 +116,43 @@ def test_tokens_takes_every_option_of_the_call(
     # A checkpoint without a pooler: the server's own words, and where to look.
     assert main([*short, "--pooled"]) == 1
     assert "says nothing about pooling; see `attnserve tokens --help`" in capsys.readouterr().err
+
+
+def test_many_texts_are_asked_for_in_parts_and_it_is_said_how_far_they_are(
+    client: AttentionClient,
+    address: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    texts = [f"w{index % 7} w{index % 5}" + " w3" * (index % 4) for index in range(40)]
+    out = tmp_path / "answer.npz"
+    words = ["--model", "bert", "--target", address]
+    # The last part alone has a text that is too long.
+    assert main(["tokens", *texts[:-1], "w " * 30, *words]) == 1
+    said = capsys.readouterr()
+    assert (said.out, "text.texts[7]" in said.err) == ("", True)
+    assert "counted from text 32; see `attnserve tokens --help`" in said.err
+
+    texts[35] = "w2 " * 30
+    options = ["--truncate", "--output", str(out)]
+    assert main(["tokens", *texts, *words, *options]) == 0
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert [line.split(",")[0] for line in lines[:3]] == [
+        "16/40 texts",
+        "32/40 texts",
+        "40/40 texts",
+    ]
+    assert all("left" in line for line in lines[:3])
+    assert lines[3].startswith("attnserve: text 35 was cut to ")
+    assert said.out.count("[CLS]") >= 40
+    with np.load(out) as answer:
+        for index in (0, 17, 35, 39):
+            [hidden] = client.attend_tokens([texts[index]], model="bert", truncate=True).hidden
+            np.testing.assert_allclose(answer[f"hidden_{index}"], hidden, atol=1e-5)
+        assert f"hidden_{40}" not in answer
 
 
 def test_a_token_that_is_not_there(address: str, capsys: pytest.CaptureFixture[str]) -> None:

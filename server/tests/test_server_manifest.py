@@ -70,7 +70,10 @@ def encoder(**values: object) -> Change:
     [
         (transformer(max_seq_len=-1), "transformer.max_seq_len: -1; allowed: an integer, 0.."),
         (transformer(pad_token_id=40), "transformer.pad_token_id: 40; allowed: an integer, 0..39"),
-        (transformer(pooling="max"), "transformer.pooling: 'max'; allowed: mean, cls, last"),
+        (transformer(pooling="median"), "transformer.pooling: 'median'; allowed: mean, cls, last"),
+        (transformer(token_types=-1), "transformer.token_types: -1"),
+        (transformer(texts={"max_len": 0}), "transformer.texts.max_len: 0"),
+        (transformer(texts={"side": "top"}), "texts.side: 'top'; allowed: right, left"),
         (transformer(decoder_start_token_id=-1), "transformer.decoder_start_token_id: -1"),
         (encoder(name="middle"), "transformer.attentions: name: 'middle'; allowed: encoder"),
         (encoder(num_kv_heads=3), "encoder.num_kv_heads: 3; allowed: a divisor"),

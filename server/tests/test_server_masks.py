@@ -151,7 +151,7 @@ def test_any_packed_sequences_are_computed_by_themselves(
         keys = given["cu_seqlens_k"] = starts(generator, count, key_len)
     given["prefix_lengths"] = generator.integers(0, 9, count).clip(max=k.shape[2])
     said = client.attend(q, k, v, model="causal", **given, return_mass_per_key=True)
-    output, weights = packed_reference(
+    output, weights, _ = packed_reference(
         q, k, v, queries, keys, prefix_lengths=given["prefix_lengths"], scheme=CAUSAL
     )
     assert said.variant == "packed"
@@ -186,7 +186,7 @@ def test_streams_and_asyncio_take_them_too(client: AttentionClient, address: str
     q, k, v = tensors(1, 40, 40, 7)
     given: dict[str, Any] = {"cu_seqlens_q": [0, 3, 40], "prefix_lengths": [2, 20]}
     given["bias"] = np.random.default_rng(8).random((1, HEADS, 40, 40)) < 0.7
-    output, _ = packed_reference(
+    output, _, _ = packed_reference(
         q, k, v, [0, 3, 40], [0, 3, 40], mask=given["bias"], prefix_lengths=[2, 20], scheme=CAUSAL
     )
     with client.stream() as stream:
@@ -211,7 +211,7 @@ def test_the_open_inference_protocol_takes_them_too(address: str) -> None:
     for name, array in arrays.items():
         inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
         inputs[-1].set_data_from_numpy(array)
-    output, _ = packed_reference(
+    output, _, _ = packed_reference(
         q, k, v, [0, 5, 12], [0, 5, 12], mask=mask, prefix_lengths=[5, 1], scheme=CAUSAL
     )
     with triton.InferenceServerClient(address) as infer:

@@ -370,7 +370,7 @@ def test_a_deadline_passes_while_chunks_are_missing(
 def test_one_callers_uploads_leave_room_for_anothers(repository: Path) -> None:
     limits = Limits(max_stored_bytes=8 * MIB)
     with (
-        serving.serving(repository, limits=limits, host="::") as server,
+        serving.serving(repository, limits=limits, host="::", insecure=True) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
         AttentionClient(f"[::1]:{server.port}") as other,
     ):
@@ -394,7 +394,7 @@ def test_one_callers_uploads_leave_room_for_anothers(repository: Path) -> None:
 def test_one_callers_streams_leave_room_for_anothers(repository: Path) -> None:
     limits = Limits(max_bytes_in_flight=8 * MIB, max_request_bytes=8 * MIB)
     with (
-        serving.serving(repository, limits=limits, host="::") as server,
+        serving.serving(repository, limits=limits, host="::", insecure=True) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
         AttentionClient(f"[::1]:{server.port}") as other,
     ):
@@ -422,7 +422,7 @@ def test_one_callers_streams_leave_room_for_anothers(repository: Path) -> None:
 def test_one_large_upload_gives_way_to_another_caller(repository: Path) -> None:
     limits = Limits(max_stored_bytes=8 * MIB)
     with (
-        serving.serving(repository, limits=limits, host="::") as server,
+        serving.serving(repository, limits=limits, host="::", insecure=True) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
         AttentionClient(f"[::1]:{server.port}") as other,
     ):

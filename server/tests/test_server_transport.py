@@ -55,7 +55,7 @@ def has_ipv6() -> bool:
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
 def test_ipv6(repository: Path, host: str) -> None:
-    with serving.serving(repository, host=host, metrics_port=0) as server:
+    with serving.serving(repository, host=host, metrics_port=0, insecure=True) as server:
         with grpc.insecure_channel(f"[::1]:{server.port}") as channel:
             assert attend(channel) == "causal"
         if host != "::":

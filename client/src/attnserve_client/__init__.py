@@ -26,6 +26,7 @@ from attnserve_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
+from attnserve_client._merging import merge_attention
 from attnserve_client._messages import TokensOptions
 from attnserve_client._results import (
     AttendResult,
@@ -40,6 +41,7 @@ from attnserve_client._results import (
     Timings,
     TokensResult,
     TransformerAttention,
+    UnavailableModel,
     Variant,
 )
 from attnserve_client._session_flows import page_hashes
@@ -86,8 +88,10 @@ __all__ = [
     "TransformerAttention",
     "UnauthenticatedError",
     "UnavailableError",
+    "UnavailableModel",
     "UnimplementedError",
     "Variant",
     "keep_freed_memory",
+    "merge_attention",
     "page_hashes",
 ]

@@ -169,6 +169,8 @@ class AttendOptions(TypedDict, total=False):
         key_lengths: [B] integers; keys from that position on are padding.
         bias: added to the scores; [B or 1, H or 1, Sq or 1, Sk or 1]. Of bool, as PyTorch's
             attn_mask: true where the query may see the key.
+        sinks: [H] numbers, by core models: a logit of each head that takes part in the softmax and
+            has no value; -inf is none. None: the model's own, if it has any.
         prefix_lengths: [B] integers; valid keys before that position are seen by all queries
             (prefix-LM), by causal models. Packed: [N].
         cu_seqlens_q, cu_seqlens_k: [N + 1] integers: N sequences are packed into one row, B = 1,
@@ -183,6 +185,8 @@ class AttendOptions(TypedDict, total=False):
         return_mass_per_key: also the weight each key receives over all queries.
         mass_by_distance: also the weight given at each distance between query and key, for this
             many distances; the last one gathers all beyond.
+        return_log_sum_exp: also the log-sum-exp of each query's scores, sinks included, to merge
+            with attention to other keys: see `merge_attention`.
         priority: who is served first among those that wait: 1 high, 2 or 0 normal, 3 low.
     """
 
@@ -193,6 +197,7 @@ class AttendOptions(TypedDict, total=False):
     context: Any
     key_lengths: Any
     bias: Any
+    sinks: Any
     prefix_lengths: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
@@ -204,6 +209,7 @@ class AttendOptions(TypedDict, total=False):
     top_k: int
     return_mass_per_key: bool
     mass_by_distance: int
+    return_log_sum_exp: bool
     priority: int
 
 
@@ -219,6 +225,7 @@ def attend_call(
     context: Any = None,
     key_lengths: Any = None,
     bias: Any = None,
+    sinks: Any = None,
     prefix_lengths: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
@@ -230,6 +237,7 @@ def attend_call(
     top_k: int = 0,
     return_mass_per_key: bool = False,
     mass_by_distance: int = 0,
+    return_log_sum_exp: bool = False,
     priority: int = 0,
 ) -> AttendCall:
     """Build a request from the arguments of `attend`; tensors that are None are left out."""
@@ -245,6 +253,7 @@ def attend_call(
         top_k,
         return_mass_per_key,
         mass_by_distance,
+        return_log_sum_exp,
         priority,
     )
     try:
@@ -261,6 +270,7 @@ def attend_call(
         "context": context,
         "key_lengths": key_lengths,
         "bias": bias,
+        "sinks": sinks,
         "prefix_lengths": prefix_lengths,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
@@ -279,6 +289,8 @@ def attend_call(
             if array.dtype.kind != "i":
                 raise arguments.mistyped(name, given, _INTEGERS[name])
             array = array.astype(np.int64)
+        elif name == "sinks":
+            array = array.astype(np.float32)
         arrays[name] = array
     return AttendCall(plan_of(head, arrays), arrays, stored)
 
@@ -306,6 +318,7 @@ def _head(
     top_k: int,
     return_mass_per_key: bool,
     mass_by_distance: int,
+    return_log_sum_exp: bool,
     priority: int,
 ) -> bytes:
     own = ", or None: the model's own"
@@ -323,6 +336,7 @@ def _head(
             top_k=arguments.integer("top_k", top_k),
             mass_per_key=arguments.flag("return_mass_per_key", return_mass_per_key),
             mass_by_distance=arguments.integer("mass_by_distance", mass_by_distance),
+            log_sum_exp=arguments.flag("return_log_sum_exp", return_log_sum_exp),
         ),
     )
     return message.SerializeToString()

@@ -1,7 +1,6 @@
 """`attnserve info` and `attnserve attend`."""
 
 import argparse
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,23 +8,10 @@ from typing import Any
 import numpy as np
 from attnserve_proto.commands import replacing, values
 
-from attnserve_client import AttentionClient, Model
+from attnserve_client import AttentionClient, Model, _cli_tensors
 from attnserve_client._results import Array
 from attnserve_client.command_options import add_output
 
-_NUMPY = {"FP32": np.float32, "FP16": np.float16}
-_TENSORS = (
-    "query",
-    "key",
-    "value",
-    "hidden_states",
-    "context",
-    "key_lengths",
-    "bias",
-    "prefix_lengths",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-)
 _RESULTS = (
     "output",
     "weights",
@@ -34,9 +20,8 @@ _RESULTS = (
     "top_k_weights",
     "mass_per_key",
     "mass_by_distance",
+    "log_sum_exp",
 )
-# What the model's own is taken for, if an option is not given.
-_OPTIONAL = ("scale", "softcap")
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +40,7 @@ def add_attend(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=values.path,
         metavar="FILE.npz",
-        help=f"arrays, of these: {', '.join(_TENSORS)}",
+        help=f"arrays, rounded to the model's dtype, of these: {_cli_tensors.ALLOWED}",
     )
     add("--seq-len", type=values.integer(1), default=128, help="of random tensors; default 128")
     add("--batch", type=values.integer(1), default=1, help="of random tensors; default 1")
@@ -67,6 +52,7 @@ def add_attend(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=values.integer(0), default=0, help="also so many heaviest keys a query")
     add("--mass-per-key", action="store_true", help="also the weight that each key receives")
     add("--mass-by-distance", type=values.integer(0), default=0, help="also over so many distances")
+    add("--log-sum-exp", action="store_true", help="also the log-sum-exp of each query's scores")
     add("--priority", type=values.integer(0), default=0, help="0, normal, or more urgent")
     add_output(parser, "--output", "FILE.npz", "write the answer to")
     parser.set_defaults(run=_attend)
@@ -80,9 +66,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def save(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write arrays to an .npz file, which is replaced whole."""
+    """Write arrays to an .npz file, which is replaced whole; bfloat16 as float32."""
+    stored = {name: _cli_tensors.storable(array) for name, array in arrays.items()}
     with replacing(path) as beside, beside.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **stored)  # type: ignore[arg-type]
 
 
 def _info(client: AttentionClient, options: argparse.Namespace) -> int:
@@ -97,12 +84,15 @@ def _info(client: AttentionClient, options: argparse.Namespace) -> int:
         print(f"\n{model.name} version {model.version}: {_describe(model)}")
         if taken := _taken(model):
             print(f"  takes {taken}")
+        width = max(len(variant.name) for variant in model.variants)
         for variant in model.variants:
             print(
-                f"  {variant.name:<10} gives {', '.join(variant.outputs[:2])}"
+                f"  {variant.name:<{width}} gives {', '.join(variant.outputs[:2])}"
                 f"{', ...' if len(variant.outputs) > 2 else ''}"
                 f"; max abs error {variant.max_abs_error:.1e} (bound {variant.tolerance:.1e})"
             )
+    for version in server.unavailable:
+        print(f"\n{version.name} version {version.version}: not served: {version.reason}")
     return 0
 
 
@@ -130,18 +120,26 @@ def _describe(model: Model) -> str:
         parts.append(f"window {model.window}")
     if model.chunk:
         parts.append(f"chunks of {model.chunk}")
+    if model.sinks:
+        parts.append("sinks")
     if model.num_layers:
         parts.append(f"{model.num_layers} layers")
     return ", ".join(parts)
 
 
 def _attend(client: AttentionClient, options: argparse.Namespace) -> int:
-    if options.input:
-        tensors = _read(options.input)
+    given = _cli_tensors.read(options.input) if options.input else None
+    model = client.get_model(options.model, options.version or "", timeout=options.timeout)
+    if given is None:
+        tensors: dict[str, Any] = dict(_cli_tensors.random(model, options))
     else:
-        model = client.get_model(options.model, timeout=options.timeout)
-        tensors = _random_tensors(model, options)
-    more: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONAL} | tensors
+        tensors = _cli_tensors.as_model(given, model)
+    # What the model's own is taken for, if it is given nowhere.
+    for name in _cli_tensors.NUMBERS:
+        number = getattr(options, name)
+        if number is not None and name in tensors:
+            raise ValueError(f"--{name}: given {number:g}, and in --input; allowed: one of the two")
+        tensors.setdefault(name, number)
     result = client.attend(
         model=options.model,
         version=options.version or "",
@@ -151,14 +149,16 @@ def _attend(client: AttentionClient, options: argparse.Namespace) -> int:
         top_k=options.top_k,
         return_mass_per_key=options.mass_per_key,
         mass_by_distance=options.mass_by_distance,
+        return_log_sum_exp=options.log_sum_exp,
         priority=options.priority,
         timeout=options.timeout,
-        **more,
+        **tensors,
     )
     found = {name: getattr(result, name) for name in _RESULTS}
     arrays: dict[str, Array] = {name: each for name, each in found.items() if each is not None}
     for name, array in arrays.items():
-        mean, deviation = array.mean(dtype=np.float64), array.std(dtype=np.float64)
+        exact = array.astype(np.float64)
+        mean, deviation = exact.mean(), exact.std()
         print(f"{name}: {list(array.shape)} {array.dtype}, mean {mean:.6f}, std {deviation:.6f}")
     timings = result.timings
     print(
@@ -169,51 +169,3 @@ def _attend(client: AttentionClient, options: argparse.Namespace) -> int:
     if options.output:
         save(options.output, arrays)
     return 0
-
-
-def _read(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz file.
-
-    Raises:
-        ValueError: it is none, or has others than a request takes.
-    """
-    allowed = f"an .npz file of arrays called {', '.join(_TENSORS)}"
-    try:
-        with np.load(path) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("one array without a name")
-            tensors = {name: file[name] for name in file.files}
-    except OSError as error:
-        reason = error.strerror or "it is cut off"
-        raise ValueError(f"--input: given {path}: {reason}; allowed: {allowed}") from None
-    except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        # NumPy speaks of pickles wherever it knows no other format.
-        reason = "no such file" if "pickle" in str(error) else str(error)
-        raise ValueError(f"--input: given {path}: {reason}; allowed: {allowed}") from None
-    unknown = [name for name in tensors if name not in _TENSORS]
-    if unknown or not tensors:
-        given = f"arrays called {', '.join(unknown)}" if unknown else "no array"
-        raise ValueError(f"--input: given {path} with {given}; allowed: {allowed}")
-    return tensors
-
-
-def _random_tensors(model: Model, options: argparse.Namespace) -> dict[str, Array]:
-    if model.kind == "transformer":
-        raise ValueError(f"--model: {model.name} takes tokens; use `attnserve tokens`")
-    generator = np.random.default_rng(options.seed)
-    batch, seq_len = options.batch, options.seq_len
-    shapes: dict[str, tuple[int, ...]]
-    if model.kind == "layer":
-        if model.mask == "cross":
-            raise ValueError(f"--model: {model.name} takes a context; give both with --input")
-        shapes = {"hidden_states": (batch, seq_len, model.embed_dim)}
-    else:
-        shapes = {
-            "query": (batch, model.num_heads, seq_len, model.head_dim),
-            "key": (batch, model.num_kv_heads, seq_len, model.head_dim),
-            "value": (batch, model.num_kv_heads, seq_len, model.value_head_dim),
-        }
-    if model.dtype not in _NUMPY:
-        raise ValueError(f"--model: {model.name} is {model.dtype}; give tensors with --input")
-    dtype = _NUMPY[model.dtype]
-    return {name: generator.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}

@@ -194,9 +194,10 @@ class ClientFlows(OpeningFlows[S]):
         """Run texts, token ids, or what a model reads in their place through a transformer model.
 
         Args:
-            inputs: a list of texts, or a list of id sequences of any lengths (special tokens
-                included), or what a tokenizer or processor of transformers gives; None if one of
-                the tensors is given by its name.
+            inputs: a list of texts, of pairs of texts (each one sequence, by the tokenizer's own
+                template), or of id sequences of any lengths (special tokens included); or what a
+                tokenizer or processor of transformers gives. None if one of the tensors is given
+                by its name.
             timeout: seconds; None waits for ever.
             options: `model` and more: see `TokensOptions`.
 

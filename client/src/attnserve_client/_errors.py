@@ -85,7 +85,7 @@ class NotFoundError(AttnserveError, LookupError):
 
 
 class PermissionDeniedError(AttnserveError):
-    """PERMISSION_DENIED: shared memory that this caller may not use."""
+    """PERMISSION_DENIED: the caller lacks the role for it, or may not use that shared memory."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
@@ -115,7 +115,7 @@ class UnavailableError(AttnserveError, ConnectionError):
 
 
 class UnauthenticatedError(AttnserveError):
-    """UNAUTHENTICATED."""
+    """UNAUTHENTICATED: the server wants to know who calls, and was shown nothing that it knows."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
 

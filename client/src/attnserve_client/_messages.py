@@ -10,6 +10,7 @@ from attnserve_proto import wire
 
 from attnserve_client import _answers, _tensors
 from attnserve_client import _arguments as arguments
+from attnserve_client import _token_batches as token_batches
 from attnserve_client._results import (
     Array,
     Limits,
@@ -20,11 +21,14 @@ from attnserve_client._results import (
     StoredTensor,
     TokensResult,
     TransformerAttention,
+    UnavailableModel,
     Variant,
 )
 
-# The last is what a tokenizer of transformers gives.
-Tokens = Sequence[str] | Sequence[Sequence[int]] | Array | Mapping[str, Any]
+# Texts, pairs of texts, ids, and what a tokenizer of transformers gives.
+Tokens = (
+    Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]] | Array | Mapping[str, Any]
+)
 
 
 def put_messages(array: Array, lease: int, chunk_bytes: int) -> Iterator[bytes]:
@@ -52,6 +56,8 @@ class TokensOptions(TypedDict, total=False):
         model: its name.
         version: empty is the highest.
         variant: force one; empty lets the server pick.
+        token_type_ids: of ids: what kind of token each is, a list for each sequence; None is what
+            the inputs say, if a tokenizer of transformers gave them, or else 0.
         targets: for an encoder-decoder, what its decoder reads: a list of texts, or of id sequences
             (start token included), one for each of the inputs; None is the start token alone.
         attention: "encoder", "decoder" or "cross"; empty is the first that the model has.
@@ -68,7 +74,8 @@ class TokensOptions(TypedDict, total=False):
         mass_by_distance: also the weight given at each distance between query and key, for this
             many distances; the last one gathers all beyond.
         mass_on_first: also the weight that each query gives to this many first keys.
-        truncate: cut texts that are too long instead of refusing them.
+        truncate: whether texts that are too long are cut, of a pair the longer one first, or
+            refused; None is as the model's checkpoint has it: those of sentence-transformers cut.
         pixel_values: [B, channels, height, width], in the place of texts and ids: pictures, made
             ready as the model was trained (`attnserve_client.transformers.attend_images` does so).
         input_features: [B, mel bins, frames], likewise: sounds.
@@ -78,6 +85,7 @@ class TokensOptions(TypedDict, total=False):
     model: Required[str]
     version: str | int
     variant: str
+    token_type_ids: Sequence[Sequence[int]] | Array | None
     targets: Tokens | None
     attention: str
     layers: Sequence[int] | None
@@ -89,7 +97,7 @@ class TokensOptions(TypedDict, total=False):
     return_effective_context: bool
     mass_by_distance: int
     mass_on_first: int
-    truncate: bool
+    truncate: bool | None
     pixel_values: Any
     input_features: Any
     inputs_embeds: Any
@@ -101,6 +109,7 @@ def tokens_request(
     model: str,
     version: str | int = "",
     variant: str = "",
+    token_type_ids: Sequence[Sequence[int]] | Array | None = None,
     targets: Tokens | None = None,
     attention: str = "",
     layers: Sequence[int] | None = None,
@@ -112,7 +121,7 @@ def tokens_request(
     return_effective_context: bool = False,
     mass_by_distance: int = 0,
     mass_on_first: int = 0,
-    truncate: bool = False,
+    truncate: bool | None = None,
     pixel_values: Any = None,
     input_features: Any = None,
     inputs_embeds: Any = None,
@@ -128,7 +137,7 @@ def tokens_request(
         given_tensors |= {name: inputs[name] for name in tensors if name in inputs}
         if given_tensors:
             inputs = None
-    truncate = arguments.flag("truncate", truncate)
+    truncate = None if truncate is None else arguments.flag("truncate", truncate)
     request = pb.AttendTokensRequest(
         model=arguments.text("model", model, empty=False),
         version=arguments.version("version", version),
@@ -140,16 +149,20 @@ def tokens_request(
             f"given {' and '.join(names) or 'nothing to read'}; allowed: one of inputs, "
             f"{', '.join(tensors)}"
         )
+    if inputs is None and token_type_ids is not None:
+        raise ValueError(
+            f"token_type_ids: given with {min(given_tensors)}; allowed: with id sequences"
+        )
     for name, tensor in given_tensors.items():
         request.tensors.append(_tensor_input(name, tensor))
     if inputs is not None:
-        given = _batch("inputs", inputs, truncate)
+        given = token_batches.batch("inputs", inputs, truncate, token_type_ids)
         if isinstance(given, pb.TextBatch):
             request.text.CopyFrom(given)
         else:
             request.tokens.CopyFrom(given)
     if targets is not None:
-        target = _batch("targets", targets, truncate)
+        target = token_batches.batch("targets", targets, truncate)
         if isinstance(target, pb.TextBatch):
             request.target_text.CopyFrom(target)
         else:
@@ -211,49 +224,6 @@ def _indices(name: str, given: Sequence[int] | None) -> list[int]:
     return indices
 
 
-def _batch(name: str, sequences: Any, truncate: bool) -> pb.TextBatch | pb.TokenBatch:
-    allowed = "a list of texts, or of id sequences, or what a tokenizer gives"
-    if isinstance(sequences, Mapping):  # of transformers: a BatchEncoding
-        sequences = _encoded(name, sequences)
-    items = arguments.items(name, sequences, allowed)
-    if not items:
-        raise arguments.refused(name, sequences, f"{allowed}: at least one")
-    if any(isinstance(item, bytes | bytearray) for item in items):
-        raise arguments.mistyped(name, sequences, f"{allowed}; texts are str, not bytes")
-    texts = [isinstance(item, str) for item in items]
-    if all(texts):
-        for index, item in enumerate(items):
-            arguments.text(f"{name}[{index}]", item)
-        return pb.TextBatch(texts=items, truncate=truncate)
-    if any(texts):
-        raise TypeError(f"{name}: texts and id sequences cannot be mixed")
-    return pb.TokenBatch(
-        sequences=[
-            pb.TokenSequence(ids=arguments.integers(f"{name}[{index}]", item, 0, arguments.INT64))
-            for index, item in enumerate(items)
-        ]
-    )
-
-
-def _encoded(name: str, encoding: Mapping[str, Any]) -> list[Any]:
-    """The ids of what a tokenizer gives, without padding."""
-    if "input_ids" not in encoding:
-        raise ValueError(f"{name}: given a mapping of {sorted(encoding)}; allowed: input_ids in it")
-    ids = list(encoding["input_ids"])
-    if ids and not np.ndim(ids[0]):
-        ids = [ids]  # of one text
-    mask = encoding.get("attention_mask")
-    if mask is None:
-        return ids
-    kept = [mask] if np.ndim(mask) == 1 and np.ndim(mask[0]) == 0 else list(mask)
-    if [len(each) for each in ids] != [len(each) for each in kept]:
-        raise ValueError(f"{name}: attention_mask is not as long as input_ids; allowed: equal")
-    return [
-        [token for token, seen in zip(each, sees, strict=True) if seen]
-        for each, sees in zip(ids, kept, strict=True)
-    ]
-
-
 def tokens_result(
     response: pb.AttendTokensResponse, request: pb.AttendTokensRequest
 ) -> TokensResult:
@@ -271,6 +241,10 @@ def tokens_result(
         variant=response.variant,
         timings=_answers.timings_from(response.timings),
         ids=[list(sequence.ids) for sequence in response.sequences],
+        token_type_ids=[
+            list(sequence.token_type_ids) or [0] * len(sequence.ids)
+            for sequence in response.sequences
+        ],
         tokens=[list(sequence.tokens) for sequence in response.sequences],
         truncated=[sequence.truncated for sequence in response.sequences],
         hidden=arrays("hidden"),
@@ -312,6 +286,8 @@ def model_from(message: pb.Model, manifest: str = "") -> Model:
         num_layers=message.num_layers,
         vocab_size=message.vocab_size,
         max_seq_len=message.max_seq_len,
+        max_text_len=message.max_text_len or message.max_seq_len,
+        token_types=message.token_types,
         takes_text=message.takes_text,
         variants=tuple(
             Variant(
@@ -331,6 +307,7 @@ def model_from(message: pb.Model, manifest: str = "") -> Model:
         alibi=message.alibi,
         rotary=message.rotary,
         chunk=message.chunk,
+        sinks=tuple(message.sinks),
         attentions=tuple(
             TransformerAttention(
                 name=attention.name,
@@ -376,4 +353,8 @@ def server_info_from(message: pb.ServerInfoResponse) -> ServerInfo:
             **{field.name: getattr(limits, field.name) for field in limits.DESCRIPTOR.fields}
         ),
         state=message.state,
+        unavailable=tuple(
+            UnavailableModel(model.name, model.version, model.reason)
+            for model in message.unavailable
+        ),
     )

@@ -1,6 +1,7 @@
 """What the SDK's calls return: frozen dataclasses that hold NumPy arrays."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -77,12 +78,15 @@ class SessionLayer:
         cross: keys are written once, by a step with `cross_tokens`, and every query sees all.
         latent: one row is kept of each token, the key, whose first Dv numbers are the value (MLA);
             no value is sent.
+        sinks: of each head, a logit that takes part in the softmax and has no value; None: as the
+            model. Not of layer models.
     """
 
     window: int | None = None
     kept_first: int = 0
     cross: bool = False
     latent: bool = False
+    sinks: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,8 @@ class LayerResult:
     Attributes:
         output: [T, H, Dv], T the new tokens of all sessions of the step, one after another; of a
             layer model [T, E].
-        log_sum_exp: [T, H] float32, of each query's scores; -inf where it saw no key.
+        log_sum_exp: [T, H] float32, of each query's scores and its head's sink, if there is one;
+            -inf where it saw nothing.
         entropy: [T, H] float32, nats.
         weights: of each session that was asked for, [t, H, K] float32: of its t new tokens and the
             K keys that it has with them; 0 where a key is not seen.
@@ -130,6 +135,8 @@ class AttendResult:
         top_k_weights: [B, H, Sq, k] FP32.
         mass_per_key: [B, H, Sk] FP32.
         mass_by_distance: [B, H, N] FP32.
+        log_sum_exp: [B, H, Sq] FP32, natural logarithm, of each query's scores and its head's sink,
+            if there is one; -inf where it saw nothing.
         timings: the server's own.
     """
 
@@ -144,6 +151,30 @@ class AttendResult:
     top_k_weights: Array | None = None
     mass_per_key: Array | None = None
     mass_by_distance: Array | None = None
+    log_sum_exp: Array | None = None
+
+    def sink_mass(self, sinks: Sequence[float] | Array) -> Array:
+        """What sinks take of the weight of each query: the rows of the weights sum to the rest.
+
+        Args:
+            sinks: [H], as the request gave them, or else the model's: `get_model(name).sinks`.
+
+        Returns:
+            [B, H, Sq] FP32, each 0..1; 0 for heads whose sink is -inf.
+
+        Raises:
+            ValueError: the log-sum-exp was not asked for, or there are other heads than sinks.
+        """
+        if self.log_sum_exp is None:
+            raise ValueError("sink_mass: given no log_sum_exp; allowed: return_log_sum_exp=True")
+        logits: Array = np.asarray(sinks, np.float32)
+        heads = self.log_sum_exp.shape[1]
+        if logits.shape != (heads,):
+            raise ValueError(f"sinks: given shape {list(logits.shape)}; allowed: [{heads}]")
+        # -inf less -inf, where nothing is seen and there is no sink, is no number.
+        seen = np.where(np.isneginf(self.log_sum_exp), np.float32(0), self.log_sum_exp)
+        taken: Array = np.exp(logits[:, None] - seen)
+        return taken
 
     def plot(self, kind: str = "", **options: Any) -> Any:
         """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
@@ -208,6 +239,8 @@ class TokensResult:
     Attributes:
         model, version, variant: what ran.
         ids: token ids of each sequence.
+        token_type_ids: of each id what kind of token it is: 1 in the second text of a pair, for
+            models that tell them apart, else 0.
         tokens: their texts; empty lists without a tokenizer.
         truncated: whether a text was cut.
         hidden: [S, E] each; of an encoder-decoder, its decoder's: [T, E].
@@ -255,6 +288,7 @@ class TokensResult:
     lengths: list[int] = field(default_factory=list)
     source: ModelInput | None = None
     given: Array | None = None
+    token_type_ids: list[list[int]] = field(default_factory=list)
 
     def plot(self, kind: str = "", **options: Any) -> Any:
         """Draw the weights with matplotlib; see `attnserve_lens.plot.plot`.
@@ -333,6 +367,9 @@ class Model:
         vocab_size: 0 of a transformer that takes no token ids.
         takes_ids: whether the source of a transformer may be token ids.
         inputs: tensors that may be its source instead.
+        token_types: kinds of token that token_type_ids tell apart; 0: it takes none.
+        max_text_len: tokens that texts are cut to, where they are; 0 as in max_seq_len.
+        sinks: of each head, a logit that takes part in the softmax and has no value; (): none.
         manifest: model.json as text; only from `get_model`.
     """
 
@@ -363,6 +400,9 @@ class Model:
     attentions: tuple[TransformerAttention, ...] = ()
     takes_ids: bool = False
     inputs: tuple[ModelInput, ...] = ()
+    token_types: int = 0
+    max_text_len: int = 0
+    sinks: tuple[float, ...] = ()
     manifest: str = ""
 
 
@@ -383,8 +423,22 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class UnavailableModel:
+    """A version in the server's repository that did not load, and why."""
+
+    name: str
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What the server is and runs on."""
+    """What the server is and runs on.
+
+    Attributes:
+        state: "serving" or "draining".
+        unavailable: what of its repository it does not serve.
+    """
 
     name: str
     version: str
@@ -392,3 +446,4 @@ class ServerInfo:
     providers: tuple[str, ...]
     limits: Limits
     state: str
+    unavailable: tuple[UnavailableModel, ...] = ()

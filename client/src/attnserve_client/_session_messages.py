@@ -1,14 +1,15 @@
 """Messages of Decode, but for those of layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Required, TypedDict
+from typing import Any, Required, TypedDict
 
+import numpy as np
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import encoding
 from google.protobuf.message import DecodeError
 
 from attnserve_client import _arguments as arguments
-from attnserve_client import _errors
+from attnserve_client import _errors, _tensors
 from attnserve_client._results import SessionLayer
 
 METHOD = "Decode"
@@ -161,9 +162,22 @@ def _specs(layers: Sequence[SessionLayer] | None) -> list[pb.LayerSpec]:
                 kept_first=arguments.integer(f"{name}.kept_first", layer.kept_first),
                 cross=arguments.flag(f"{name}.cross", layer.cross),
                 latent=arguments.flag(f"{name}.latent", layer.latent),
+                sinks=_sinks(f"{name}.sinks", layer.sinks),
             )
         )
     return specs
+
+
+def _sinks(name: str, given: Any) -> list[float]:
+    if given is None:
+        return []
+    array = _tensors.as_array(given, name)
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name}: given shape {list(array.shape)}; allowed: [H], one for each head"
+        )
+    sinks: list[float] = array.astype(np.float32).tolist()
+    return sinks
 
 
 def _models_of_layers(given: Sequence[str | tuple[str, str | int]]) -> list[pb.ModelOfLayer]:

@@ -275,6 +275,7 @@ def _answer_bytes(
         or returns.top_k
         or returns.mass_per_key
         or returns.mass_by_distance
+        or returns.log_sum_exp
     )
     shapes = dict(named_shapes)
     if "hidden_states" in shapes:
@@ -294,5 +295,6 @@ def _answer_bytes(
         "top_k_weights": rows * 4 * returns.top_k,
         "mass_per_key": per_head * key[2] * 4 * returns.mass_per_key,
         "mass_by_distance": per_head * 4 * returns.mass_by_distance,
+        "log_sum_exp": rows * 4 * returns.log_sum_exp,
     }
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())

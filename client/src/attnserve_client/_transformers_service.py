@@ -48,6 +48,7 @@ class Geometry:
             and model.mask == "causal"
             and not model.alibi
             and not model.rotary
+            and not model.sinks
             and any(variant.name == "paged" for variant in model.variants)
         )
 
@@ -127,8 +128,8 @@ class Service:
             whose = f"the model {self._model!r}" if self._model else "none"
             raise ValueError(
                 f"attention with {geometry}: {whose} at {self._target} computes it; allowed: a "
-                "causal core model of these, with the variant 'paged', without ALiBi and rotary. "
-                f"To make one: {geometry.export_command(scale)}"
+                "causal core model of these, with the variant 'paged', without ALiBi, rotary and "
+                f"sinks. To make one: {geometry.export_command(scale)}"
             )
         return min(fitting, key=lambda model: not _close(model.scale, scale))
 

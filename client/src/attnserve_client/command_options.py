@@ -28,7 +28,9 @@ def add_what_is_read(parser: argparse.ArgumentParser) -> None:
         help="what the decoder of an encoder-decoder reads; again for each text",
     )
     parser.add_argument(
-        "--truncate", action="store_true", help="cut texts that are too long for the model"
+        "--truncate",
+        action=argparse.BooleanOptionalAction,
+        help="cut texts that are too long, or refuse them; default: as the model's checkpoint does",
     )
     indices = values.listed(values.integer(0))
     parser.add_argument("--layers", type=indices, metavar="N,N,...", help="e.g. 0,5; default all")

@@ -14,15 +14,31 @@ constexpr std::chrono::milliseconds kBudgetRetry{50};
 
 }  // namespace
 
+bool ByteBudget::has(std::size_t size, std::size_t lent) const {
+  const std::size_t most = total();
+  return size <= most && lent <= most - size;
+}
+
 bool ByteBudget::take(std::size_t size) {
+  if (whole_ != nullptr && !whole_->take(size)) return false;
   std::size_t lent = lent_.load(std::memory_order_relaxed);
   do {
-    if (size > total_ || lent > total_ - size) return false;
+    if (!has(size, lent)) {
+      if (whole_ != nullptr) whole_->give_back(size);
+      return false;
+    }
   } while (!lent_.compare_exchange_weak(lent, lent + size, std::memory_order_relaxed));
   return true;
 }
 
-void ByteBudget::give_back(std::size_t size) { lent_.fetch_sub(size, std::memory_order_relaxed); }
+void ByteBudget::give_back(std::size_t size) {
+  lent_.fetch_sub(size, std::memory_order_relaxed);
+  if (whole_ != nullptr) whole_->give_back(size);
+}
+
+const ByteBudget& ByteBudget::bound_on(std::size_t more) const {
+  return whole_ == nullptr || !has(more, lent()) ? *this : *whole_;
+}
 
 Lease& Lease::operator=(Lease&& other) noexcept {
   if (this != &other) {
@@ -42,11 +58,14 @@ bool Lease::grow(std::size_t more) {
 
 void Lease::grow_or_throw(std::size_t more) {
   if (grow(more)) return;
-  const std::size_t lent = budget_ == nullptr ? 0 : budget_->lent();
-  const std::size_t total = budget_ == nullptr ? 0 : budget_->total();
+  const ByteBudget* bound = budget_ == nullptr ? nullptr : &budget_->bound_on(more);
+  const std::size_t lent = bound == nullptr ? 0 : bound->lent();
+  const std::size_t total = bound == nullptr ? 0 : bound->total();
+  const bool of_caller = bound != nullptr && bound->is_part();
   Status status{Code::kResourceExhausted,
                 text("bytes in flight: ", lent, " are in use and ", more,
-                     " more were asked for; allowed: ", total),
+                     " more were asked for; allowed: ", total,
+                     of_caller ? " of one caller (--caller-in-flight-mib)" : ""),
                 {}};
   const bool could_fit = size_ <= total && more <= total - size_;
   if (could_fit) status.retry_after = kBudgetRetry;

@@ -21,15 +21,25 @@ constexpr std::size_t kAlignment = 64;
 // the answer that was written. Safe to use from any thread. Outlives every Lease.
 class ByteBudget {
  public:
-  explicit ByteBudget(std::size_t total) : total_(total) {}
+  // `whole`: of which this is one caller's part; what is taken here is taken there too.
+  explicit ByteBudget(std::size_t total, ByteBudget* whole = nullptr)
+      : total_(total), whole_(whole) {}
 
   bool take(std::size_t size);  // false, and nothing taken, if so many are not left
   void give_back(std::size_t size);
+  // From now on; what is lent beyond it stays lent.
+  void set_total(std::size_t total) { total_.store(total, std::memory_order_relaxed); }
   std::size_t lent() const { return lent_.load(std::memory_order_relaxed); }
-  std::size_t total() const { return total_; }
+  std::size_t total() const { return total_.load(std::memory_order_relaxed); }
+  // Whose bound is in the way of so many more: this one's, else that of the whole.
+  const ByteBudget& bound_on(std::size_t more) const;
+  bool is_part() const { return whole_ != nullptr; }
 
  private:
-  const std::size_t total_;
+  bool has(std::size_t size, std::size_t lent) const;
+
+  std::atomic<std::size_t> total_;
+  ByteBudget* const whole_;
   std::atomic<std::size_t> lent_{0};
 };
 

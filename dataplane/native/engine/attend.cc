@@ -9,12 +9,12 @@ namespace attnserve::engine {
 namespace {
 
 constexpr std::array<std::string_view, kFeeds> kFeedNames = {
-    "query",       "key",     "value",          "hidden_states", "context",
-    "key_lengths", "bias",    "prefix_lengths", "cu_seqlens_q",  "cu_seqlens_k",
-    "mask",        "softcap", "top_k",          "distances"};
+    "query",        "key",  "value",   "hidden_states",  "context",
+    "key_lengths",  "bias", "sinks",   "prefix_lengths", "cu_seqlens_q",
+    "cu_seqlens_k", "mask", "softcap", "top_k",          "distances"};
 constexpr std::array<std::string_view, kResults> kResultNames = {
-    "output",        "weights",      "entropy",         "top_k_indices",
-    "top_k_weights", "mass_per_key", "mass_by_distance"};
+    "output",        "weights",      "entropy",          "top_k_indices",
+    "top_k_weights", "mass_per_key", "mass_by_distance", "log_sum_exp"};
 
 // Requests below this are not worth the additional runs.
 constexpr std::size_t kLeastPartedBytes = std::size_t{2} << 20;
@@ -57,7 +57,7 @@ BatchKey batch_key(const Model& model, const Variant& variant, const Variant* di
   std::uint64_t flags = 0;
   unsigned place = 0;
   for (const bool flag : {wanted.output, wanted.weights, wanted.entropy, wanted.mass_per_key,
-                          softcap.has_value(), apart}) {
+                          softcap.has_value(), apart, wanted.log_sum_exp}) {
     flags |= std::uint64_t{flag} << place++;
   }
   flags |= std::uint64_t{std::bit_cast<std::uint32_t>(softcap.value_or(0.0F))} << 32U;
@@ -86,7 +86,7 @@ void attend_together(std::span<AttendWork* const> works, Stop* stop) {
 bool divisible(const AttendWork& work, std::size_t tensor_bytes) {
   return work.dims.batch == 1 && tensor_bytes >= kLeastPartedBytes &&
          work.variant->session->any_heads() && work.joinable && !work.wanted.weights &&
-         !work.wanted.diagnosed();
+         !work.wanted.diagnosed() && !work.wanted.log_sum_exp;
 }
 
 AttendWork part_of(const AttendWork& work, std::int64_t first, std::int64_t last) {
@@ -102,6 +102,10 @@ AttendWork part_of(const AttendWork& work, std::int64_t first, std::int64_t last
   }
   for (Tensor* tensor : {&feed(part, Feed::kKey), &feed(part, Feed::kValue)}) {
     *tensor = heads_of(*tensor, first, last);
+  }
+  if (Tensor& sinks = feed(part, Feed::kSinks); sinks.data != nullptr) {
+    sinks.data += static_cast<std::size_t>(first * sharing) * item_bytes(sinks.dtype);
+    sinks.shape = {(last - first) * sharing};
   }
   part.dims.num_heads = (last - first) * sharing;
   part.key[3] |= static_cast<std::uint64_t>(last - first) << kPartShift;

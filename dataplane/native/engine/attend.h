@@ -15,7 +15,7 @@
 
 namespace attnserve::engine {
 
-// Graph inputs of an attention; the first ten are numbered as wire::Input.
+// Graph inputs of an attention; the first eleven are numbered as wire::Input.
 enum class Feed : std::uint8_t {
   kQuery,
   kKey,
@@ -24,6 +24,7 @@ enum class Feed : std::uint8_t {
   kContext,
   kKeyLengths,
   kBias,
+  kSinks,
   kPrefixLengths,
   kCuSeqlensQ,
   kCuSeqlensK,
@@ -32,7 +33,7 @@ enum class Feed : std::uint8_t {
   kTopK,
   kDistances
 };
-constexpr std::size_t kFeeds = 14;
+constexpr std::size_t kFeeds = 15;
 std::string_view name_of(Feed feed);  // "top_k"
 
 // Results of an attention, numbered as wire::Output.
@@ -43,9 +44,10 @@ enum class Result : std::uint8_t {
   kTopKIndices,
   kTopKWeights,
   kMassPerKey,
-  kMassByDistance
+  kMassByDistance,
+  kLogSumExp
 };
-constexpr std::size_t kResults = 7;
+constexpr std::size_t kResults = 8;
 std::string_view name_of(Result result);
 
 // What to return of an attention.
@@ -54,6 +56,7 @@ struct Wanted {
   std::int64_t top_k = 0;
   bool mass_per_key = false;
   std::int64_t mass_by_distance = 0;
+  bool log_sum_exp = false;
   bool diagnosed() const { return entropy || top_k || mass_per_key || mass_by_distance; }
   bool operator==(const Wanted&) const = default;
 };
@@ -86,8 +89,8 @@ struct AttendWork {
 std::int64_t bucket(std::int64_t length);
 
 // The key of a work with these: equal ones can be joined, and take alike long for each sequence.
-// `softcap`: other than the model's own. `apart`: with a bias of its own, or packed; such are never
-// joined.
+// `softcap`: other than the model's own. `apart`: with a bias or sinks of its own, or packed; such
+// are never joined.
 BatchKey batch_key(const Model& model, const Variant& variant, const Variant* diagnosis,
                    const Wanted& wanted, const Dims& dims, std::optional<float> softcap,
                    bool apart);

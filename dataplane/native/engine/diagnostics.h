@@ -10,8 +10,9 @@
 
 namespace attnserve::engine {
 
-// Computes what is wanted of weights [B, H, Sq, Sk], FP32, FP16 or BF16, whose rows sum to 1, or to
-// 0 where a query sees no key. Into `results`, which may be unaligned:
+// Computes what is wanted of weights [B, H, Sq, Sk], FP32, FP16 or BF16, whose rows sum to 1, to
+// less where a sink takes the rest, or to 0 where a query sees no key. Into `results`, which may be
+// unaligned:
 //   entropy [B, H, Sq] FP32, nats; 0 for a query that sees one key or none, ln(n) for n seen alike;
 //   top_k_indices [B, H, Sq, k] INT64 and top_k_weights FP32, heaviest first, of equal weights the
 //     earlier key first;

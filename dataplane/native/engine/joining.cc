@@ -18,7 +18,8 @@ constexpr Axis kBatchKeys[] = {Axis::kBatch, Axis::kKeyLen, Axis::kSame};
 constexpr Axis kWeightsAxes[] = {Axis::kBatch, Axis::kSame, Axis::kQueryLen, Axis::kKeyLen};
 constexpr Axis kByHead[] = {Axis::kBatch, Axis::kSame, Axis::kSame};
 
-// None: alike in all works of a key (a softcap, a count, the bias or mask that is none).
+// None: alike in all works of a key (a softcap, a count, the model's sinks, the bias or mask that
+// is none).
 std::optional<Axes> axes_of(Feed feed) {
   switch (feed) {
     case Feed::kQuery:
@@ -34,6 +35,7 @@ std::optional<Axes> axes_of(Feed feed) {
     case Feed::kPrefixLengths:
       return Axes(kByHead).first(1);
     case Feed::kBias:
+    case Feed::kSinks:
     case Feed::kMask:
     case Feed::kCuSeqlensQ:
     case Feed::kCuSeqlensK:
@@ -52,6 +54,7 @@ Axes axes_of(Result result, bool of_layer) {
     case Result::kWeights:
       return kWeightsAxes;
     case Result::kEntropy:
+    case Result::kLogSumExp:
       return Axes(kBatchHeadsQueries).first(3);
     case Result::kTopKIndices:
     case Result::kTopKWeights:

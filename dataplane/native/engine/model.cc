@@ -144,6 +144,10 @@ std::shared_ptr<Model> load_model(const std::shared_ptr<Runtime>& runtime, Model
   auto model = std::make_shared<Model>();
   model->version_text = text(facts.version);
   model->facts = std::move(facts);
+  if (model->facts.sinks.empty()) {
+    model->facts.sinks.assign(static_cast<std::size_t>(model->facts.num_heads),
+                              -std::numeric_limits<float>::infinity());
+  }
   model->picks = std::move(picks);
   model->on_cuda = options.cuda;
   for (VariantFacts& described : variants) {
@@ -206,7 +210,7 @@ std::size_t working_bytes(const Model& model, const Variant& variant, std::int64
   // CUDA's arena does not reuse what a smaller block had, where keys grow from block to block: in
   // 16 steps, of which all together take 8.5 times as much as the last, and of each some copies.
   const bool growing_blocks = model.on_cuda && model.facts.mask == Mask::kCausal &&
-                              !model.facts.window && variant.name() == "blocked";
+                              !model.facts.window && variant.name().starts_with("blocked");
   if (!growing_blocks) return linear;
   const std::size_t queries = static_cast<std::size_t>(std::max<std::int64_t>(query_len, 1));
   const std::size_t fewest = times(kFewestQueries, scores / queries);

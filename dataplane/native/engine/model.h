@@ -33,8 +33,9 @@ struct ModelFacts {
   std::optional<std::int64_t> window, window_right;
   bool bottom_right = false;
   double scale = 1.0;
-  double softcap = 0.0;                     // 0: none
-  std::int64_t embed_dim = 0;               // layer
+  double softcap = 0.0;        // 0: none
+  std::vector<float> sinks;    // [num_heads], -inf: none; of a loaded model never empty
+  std::int64_t embed_dim = 0;  // layer
   std::optional<std::int64_t> context_dim;  // layer with cross-attention
   std::int64_t pad_token_id = 0;            // transformer
   std::int64_t hidden_size = 0;             // transformer
@@ -98,10 +99,11 @@ std::shared_ptr<Model> load_model(const std::shared_ptr<Runtime>& runtime, Model
 class ModelStore {
  public:
   // An empty version is the highest. Throws RequestError: NOT_FOUND with what there is instead, or
-  // UNAVAILABLE for what was unloaded.
+  // UNAVAILABLE for what was unloaded, or FAILED_PRECONDITION for what does not load.
   ModelPtr get(std::string_view name, std::string_view version) const;
-  // Have these versions of a model and no others; with none, it is unloaded.
-  void put(const std::string& name, std::vector<ModelPtr> models);
+  // Have these versions of a model and no others. With none, requests are told the reason; without
+  // one, that it is unloaded.
+  void put(const std::string& name, std::vector<ModelPtr> models, std::string reason = {});
 
  private:
   struct Loaded;

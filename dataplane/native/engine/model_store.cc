@@ -12,7 +12,7 @@ namespace attnserve::engine {
 // What a store holds at one moment. Never changed: put() makes another.
 struct ModelStore::Loaded {
   std::map<std::string, std::map<std::int64_t, ModelPtr>, std::less<>> models;  // none is empty
-  std::set<std::string, std::less<>> unloaded;
+  std::map<std::string, std::string, std::less<>> unloaded;  // and why; empty: it was asked for
 };
 
 namespace {
@@ -49,7 +49,11 @@ ModelPtr ModelStore::get(std::string_view name, std::string_view version) const 
   const Loaded& loaded = held ? *held : nothing;
   const auto found = loaded.models.find(name);
   if (found == loaded.models.end()) {
-    if (loaded.unloaded.contains(name)) {
+    if (const auto why = loaded.unloaded.find(name); why != loaded.unloaded.end()) {
+      if (!why->second.empty()) {  // it will not be there for waiting
+        throw RequestError(Code::kFailedPrecondition,
+                           text("model: ", name, " is not served: ", why->second));
+      }
       throw RequestError(Code::kUnavailable,
                          text("model: ", name, " is unloaded; load it, or call another"));
     }
@@ -70,13 +74,13 @@ ModelPtr ModelStore::get(std::string_view name, std::string_view version) const 
                           "; versions of ", name, ": ", known));
 }
 
-void ModelStore::put(const std::string& name, std::vector<ModelPtr> models) {
+void ModelStore::put(const std::string& name, std::vector<ModelPtr> models, std::string reason) {
   std::shared_ptr<const Loaded> replaced;  // destroys sessions, perhaps: not under the lock
   const std::scoped_lock lock(mutex_);
   auto next = now_ ? std::make_shared<Loaded>(*now_) : std::make_shared<Loaded>();
   next->models.erase(name);
   if (models.empty()) {
-    next->unloaded.insert(name);
+    next->unloaded[name] = std::move(reason);
   } else {
     next->unloaded.erase(name);
     for (ModelPtr& model : models) {

@@ -114,6 +114,18 @@ class Interface {
   Status* output_count(const Session* session, std::size_t* out) const {
     return at<Status* (*)(const Session*, std::size_t*)>(31)(session, out);
   }
+  // Of inputs that may be left out: they have values of their own.
+  Status* optional_input_count(const Session* session, std::size_t* out) const {
+    return at<Status* (*)(const Session*, std::size_t*)>(32)(session, out);
+  }
+  Status* optional_input_type(const Session* session, std::size_t index, TypeInfo** out) const {
+    return at<Status* (*)(const Session*, std::size_t, TypeInfo**)>(35)(session, index, out);
+  }
+  Status* optional_input_name(const Session* session, std::size_t index, Allocator* allocator,
+                              char** out) const {
+    return at<Status* (*)(const Session*, std::size_t, Allocator*, char**)>(38)(session, index,
+                                                                                allocator, out);
+  }
   Status* input_type(const Session* session, std::size_t index, TypeInfo** out) const {
     return at<Status* (*)(const Session*, std::size_t, TypeInfo**)>(33)(session, index, out);
   }

@@ -70,8 +70,13 @@ class Run {
  public:
   explicit Run(const PagedWork& work)
       : work_(work),
-        spec_{work.spec.page_tokens, work.spec.cache_type,     work.spec.window,
-              work.spec.kept_first,  work.spec.causal ? 1 : 0, work.spec.latent ? 1 : 0} {
+        spec_{work.spec.page_tokens,
+              work.spec.cache_type,
+              work.spec.window,
+              work.spec.kept_first,
+              work.spec.causal ? 1 : 0,
+              work.spec.latent ? 1 : 0,
+              work.entropy.data != nullptr ? 1 : 0} {
     if (takes_positions(*work.variant)) positions_ = positions_of(work);
   }
 
@@ -138,7 +143,7 @@ class Run {
     const Tensor cache{
         DataType::kUint8, {static_cast<std::int64_t>(work_.cache.size())}, work_.cache.data()};
     // More than a graph takes: query, key and value, or hidden states; positions or none.
-    const std::array<Session::Feed, 13> feeds{{{"query", query},
+    const std::array<Session::Feed, 14> feeds{{{"query", query},
                                                {"key", key},
                                                {"value", value},
                                                {"cache", cache},
@@ -150,16 +155,23 @@ class Run {
                                                {"parents", integers(parents)},
                                                {"weights_of", integers(weights_of)},
                                                {"hidden_states", work_.hidden_states},
-                                               {"positions", integers(positions_)}}};
+                                               {"positions", integers(positions_)},
+                                               {"sinks", work_.sinks}}};
     work_.variant->session->run(feeds, fetches, stop);
   }
 
+  // Graphs exported earlier take fewer numbers.
   std::span<const std::int64_t> spec() const {
-    return std::span(spec_).first(gives_weights(*work_.variant) ? 6 : 5);
+    for (const Port& port : work_.variant->session->inputs()) {
+      if (port.name != "spec" || port.shape.size() != 1 || port.shape[0] < 0) continue;
+      return std::span(spec_).first(
+          std::min(spec_.size(), static_cast<std::size_t>(port.shape[0])));
+    }
+    return spec_;
   }
 
   const PagedWork& work_;
-  const std::array<std::int64_t, 6> spec_;
+  const std::array<std::int64_t, 7> spec_;
   std::vector<std::int64_t> positions_;
 };
 
@@ -186,6 +198,7 @@ class JoinedPaged {
     joint_.variant = first.variant;
     joint_.spec = first.spec;
     joint_.cache = first.cache;
+    joint_.sinks = first.sinks;
     std::int64_t tokens = 0, sequences = 0;
     bool trees = false;
     for (const PagedWork* work : works) {
@@ -286,6 +299,7 @@ class JoinedPaged {
 
 bool takes_positions(const Variant& paged) { return paged.session->takes("positions"); }
 bool gives_weights(const Variant& paged) { return paged.session->takes("weights_of"); }
+bool takes_sinks(const Variant& paged) { return paged.session->takes("sinks"); }
 
 void PagedWork::add(std::int64_t length, std::span<const std::int64_t> pages) {
   lengths.push_back(length);
@@ -301,9 +315,10 @@ BatchKey batch_key(const PagedWork& work) {
   const PagedSpec& spec = work.spec;
   const std::uint64_t flags =
       (std::uint64_t{spec.causal} << 0U) | (std::uint64_t{work.key.data != nullptr} << 1U) |
-      (std::uint64_t{most > kFewTokens} << 2U) | (std::uint64_t{spec.latent} << 3U);
+      (std::uint64_t{most > kFewTokens} << 2U) | (std::uint64_t{spec.latent} << 3U) |
+      (static_cast<std::uint64_t>(spec.cache_type) << 8U);
   return {bits_of(work.variant), static_cast<std::uint64_t>(spec.page_tokens),
-          static_cast<std::uint64_t>(spec.cache_type), static_cast<std::uint64_t>(spec.window),
+          bits_of(work.sinks.data), static_cast<std::uint64_t>(spec.window),
           static_cast<std::uint64_t>(spec.kept_first),
           static_cast<std::uint64_t>(work.query.shape[1]), flags,
           // No other work's key has this.

@@ -14,6 +14,8 @@ namespace attnserve::engine {
 
 // Whether a paged variant gives weights and knows latent layers; graphs exported earlier do not.
 bool gives_weights(const Variant& paged);
+// Whether it takes sinks; nor do those.
+bool takes_sinks(const Variant& paged);
 
 // What works must have in common to be joined, as the operator PagedAttention takes it.
 struct PagedSpec {
@@ -40,6 +42,9 @@ struct PagedWork {
   // their shapes the first size does not count. Of a latent layer there is no value.
   Tensor key, value;                         // [C, Hkv, D] and [C, Hkv, Dv]
   std::span<const std::int64_t> key_starts;  // [S+1]; same as `starts` where causal
+  // [H] FP32, -inf: none; for graphs that take them. Works whose sinks lie in one place have the
+  // same.
+  Tensor sinks;
   // Of a layer model, which makes query, key and value of it itself; they have shapes alone.
   Tensor hidden_states;  // [T, E]
 

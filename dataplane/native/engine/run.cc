@@ -68,6 +68,7 @@ void attend(const AttendWork& work, Stop* stop) {
   const bool from_weights = wanted.diagnosed() && work.diagnosis == nullptr;
   Call call(work);
   if (wanted.output) call.fetch(Result::kOutput);
+  if (wanted.log_sum_exp) call.fetch(Result::kLogSumExp);
 
   Tensor weights = work.results[index_of(Result::kWeights)];
   Bytes unwanted;  // weights that only what they say is wanted of

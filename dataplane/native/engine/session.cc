@@ -136,6 +136,15 @@ OrtSession::OrtSession(std::shared_ptr<const OnnxRuntime> runtime, Handle<ort::S
     runtime_->check(api.input_name(session_.get(), i, allocator, &name));
     inputs_.push_back(port_of(*runtime_, name, allocator, type.get()));
   }
+  // Those that may be left out are given all the same.
+  runtime_->check(api.optional_input_count(session_.get(), &count));
+  for (std::size_t i = 0; i < count; ++i) {
+    char* name = nullptr;
+    const auto type = runtime_->make<ort::TypeInfo>(
+        [&](auto out) { return api.optional_input_type(session_.get(), i, out); });
+    runtime_->check(api.optional_input_name(session_.get(), i, allocator, &name));
+    inputs_.push_back(port_of(*runtime_, name, allocator, type.get()));
+  }
   runtime_->check(api.output_count(session_.get(), &count));
   for (std::size_t i = 0; i < count; ++i) {
     char* name = nullptr;

@@ -106,6 +106,24 @@ class JoinedTensors {
   std::vector<std::int64_t> mask_;
 };
 
+// What kind of token each id is, as the ids are padded; 0 where nobody says.
+std::vector<std::int64_t> padded_types(std::span<TokensWork* const> works, std::size_t width) {
+  std::size_t rows = 0;
+  for (const TokensWork* work : works) rows += work->source.count();
+  std::vector<std::int64_t> types(rows * width, 0);
+  std::size_t at = 0;
+  for (const TokensWork* work : works) {
+    for (std::size_t i = 0; i < work->source.count(); ++i, at += width) {
+      if (work->source_types.empty()) continue;
+      const auto given =
+          std::span(work->source_types)
+              .subspan(work->source.starts[i], work->source.starts[i + 1] - work->source.starts[i]);
+      std::ranges::copy(given, types.begin() + static_cast<std::ptrdiff_t>(at));
+    }
+  }
+  return types;
+}
+
 bool has_target(const TokensWork& work) { return work.target.count() > 0; }
 
 // Whether the first axis of an output is the batch: then the graph leaves its size open.
@@ -179,9 +197,16 @@ void attend_tokens_together(std::span<TokensWork* const> works, Stop* stop) {
   PaddedTokens source(works, &TokensWork::source, pad);
   PaddedTokens target(works, &TokensWork::target, pad);
   std::vector<Session::Feed> feeds;
+  std::vector<std::int64_t> types;
   if (first.source.count() > 0) {
     feeds.push_back({"input_ids", source.ids()});
     feeds.push_back({"attention_mask", source.mask()});
+    if (session.takes("token_type_ids")) {
+      types = padded_types(works, static_cast<std::size_t>(source.longest()));
+      const Tensor ids = feeds.front().tensor;
+      feeds.push_back(
+          {"token_type_ids", {ids.dtype, ids.shape, reinterpret_cast<std::byte*>(types.data())}});
+    }
   }
   if (has_target(first)) {
     feeds.push_back({"decoder_input_ids", target.ids()});

@@ -35,10 +35,11 @@ struct TensorInput {
 struct TokensWork {
   ModelPtr model;
   const Variant* variant = nullptr;
-  TokenSequences source;             // empty if `given` is read in its place
-  TensorInput given;                 // as many rows as there are sequences, if it is there
-  TokenSequences target;             // empty unless the model is an encoder-decoder
-  std::vector<std::string> outputs;  // of the graph, wanted
+  TokenSequences source;                   // empty if `given` is read in its place
+  std::vector<std::int64_t> source_types;  // of each id of source; empty: all are 0
+  TensorInput given;                       // as many rows as there are sequences, if it is there
+  TokenSequences target;                   // empty unless the model is an encoder-decoder
+  std::vector<std::string> outputs;        // of the graph, wanted
   // Filled by the run: for each output its rows of these sequences (graph outputs whose first axis
   // is not the batch are whole), still padded to the batch's longest: padded_source, padded_target.
   std::vector<OwnedTensor> results;

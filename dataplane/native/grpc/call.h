@@ -15,16 +15,26 @@
 #include "base/memory.h"
 #include "base/status.h"
 
+namespace attnserve::identity {
+class Caller;
+}
+
 namespace attnserve::grpc {
 
 // What is known of a call from its headers alone.
 struct CallInfo {
   std::string path;  // "/attnserve.v1.AttentionService/Attend"
-  std::string peer;  // as gRPC writes it: "ipv4:127.0.0.1:4242", "ipv6:[::1]:4242", "unix:"
+  // Where it comes from, as gRPC writes it, and after an '@' the caller's name, where callers are
+  // told apart by one: "ipv4:127.0.0.1:4242", "ipv6:%5B::1%5D:4242", "unix:@trainer".
+  std::string peer;
   std::uint64_t connection = 0;  // number of its connection, never used again
   TimePoint arrived{};           // when its headers had come
   TimePoint deadline = kNever;   // grpc-timeout, counted from then
   std::vector<std::pair<std::string, std::string>> metadata;  // the caller's own, lower-case names
+  std::string authorization;  // a secret: neither logged nor repeated
+  // Names in the certificate that the connection was opened with, the most telling first.
+  std::shared_ptr<const std::vector<std::string>> certificate;
+  std::shared_ptr<identity::Caller> caller;  // once it is known
 };
 
 // An open call, as services hold it. Every function may be called from any thread and does nothing
@@ -33,6 +43,9 @@ class Call {
  public:
   virtual ~Call() = default;
   virtual const CallInfo& info() const = 0;
+  // Says who calls; `name` is empty for callers that have none. On the connection's thread, before
+  // the call is anybody else's. The authorization is forgotten.
+  virtual void identify(std::shared_ptr<identity::Caller> caller, const std::string& name) = 0;
   // Queues one message of the answer. Messages are written in the order of these calls.
   virtual void send(OutMessage message) = 0;
   // Ends the call once all that was queued before has been written: trailers with this status.
@@ -75,6 +88,8 @@ class CallHandler {
 struct Reception {
   std::unique_ptr<CallHandler> handler;
   std::size_t max_message_bytes;  // larger ones end the call with RESOURCE_EXHAUSTED, unread
+  ByteBudget* budget = nullptr;   // what messages are charged to; nullptr: the connection's
+  std::shared_ptr<const void> kept = nullptr;  // until the call has ended
 };
 
 // All methods of a server. Called on the threads of connections.

@@ -12,6 +12,8 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "base/clock.h"
 #include "base/memory.h"
@@ -63,6 +65,8 @@ class Connection {
                                             std::string peer, TimePoint now);
   virtual ~Connection() = default;
 
+  // Names in the certificate that the peer has shown, the most telling first; before `receive`.
+  virtual void set_certificate(std::vector<std::string> names) { (void)names; }
   // Takes bytes that the peer sent. Never throws; what breaks the protocol is answered by GOAWAY or
   // RST_STREAM, see `finished`.
   virtual void receive(ByteSpan bytes, TimePoint now) = 0;

@@ -19,6 +19,12 @@ constexpr std::size_t kManyCalls = 16;                    // whose bodies have b
 // When it is looked again whether bodies are wanted, if nothing else happens here.
 constexpr Duration kNextLook = std::chrono::milliseconds(2);
 
+// Refusals that others of the same caller are likely to follow.
+bool is_of_caller(Code code) {
+  return code == Code::kResourceExhausted || code == Code::kUnauthenticated ||
+         code == Code::kPermissionDenied;
+}
+
 }  // namespace
 
 // ---- Requests
@@ -42,6 +48,7 @@ void Http2Connection::on_request(std::int32_t stream_id) {
   CallInfo info = headers_.take_info(now_);
   info.peer = peer_;
   info.connection = number_;
+  info.certificate = certificate_;
   auto stream = std::make_shared<Stream>(mailbox_, stream_id, headers_.encoding(), std::move(info));
   stream->index = calls_.size();
   calls_.push_back(stream);
@@ -68,13 +75,15 @@ void Http2Connection::admit(const StreamRef& stream) {
     verdict = status_of(std::current_exception());
   }
   if (Status* status = std::get_if<Status>(&verdict)) {
-    if (status->code == Code::kResourceExhausted) narrow();
+    if (is_of_caller(status->code)) narrow();
     return refuse(*stream, {200, std::move(*status)});
   }
   stream->narrow = narrow_;
   Reception& reception = std::get<Reception>(verdict);
   stream->handler = std::move(reception.handler);
-  stream->body.emplace(budget_, reception.max_message_bytes, stream->encoding, options_.body_pace);
+  stream->kept = std::move(reception.kept);
+  stream->body.emplace(reception.budget != nullptr ? *reception.budget : budget_,
+                       reception.max_message_bytes, stream->encoding, options_.body_pace);
 }
 
 // What still comes of its body is discarded: its window is not opened again, and once the trailers
@@ -337,6 +346,7 @@ void Http2Connection::end_call(Stream& stream, Code reason) {
       status_of(std::current_exception());  // logs what is nobody's answer any more
     }
   }
+  stream.kept.reset();
   forget_if_done(stream);
 }
 

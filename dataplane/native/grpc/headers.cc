@@ -125,6 +125,10 @@ void RequestHeaders::take_field(std::string_view name, std::string_view value) {
     }
   } else if (name == "grpc-encoding") {
     take_encoding(value);
+  } else if (name == "authorization") {
+    // Several are as good as none: their sum is no token.
+    if (!info_.authorization.empty()) info_.authorization += ", ";
+    info_.authorization += value;
   } else if (!name.starts_with(':') && !is_reserved(name)) {
     info_.metadata.emplace_back(name, value);
   }

@@ -27,6 +27,9 @@ class Http2Connection final : public Connection, private SessionEvents, private 
                   TimePoint now);
   ~Http2Connection() override;
 
+  void set_certificate(std::vector<std::string> names) override {
+    if (!names.empty()) certificate_ = std::make_shared<const Names>(std::move(names));
+  }
   void receive(ByteSpan bytes, TimePoint now) override;
   std::size_t output(std::span<iovec> into) override;
   void written(std::size_t size, TimePoint now) override;
@@ -42,6 +45,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
 
  private:
   using StreamRef = std::shared_ptr<Stream>;
+  using Names = std::vector<std::string>;
 
   // connection.cc. Every entry does its work within `enter`, so that calls may be used directly
   // meanwhile and what follows from the work is done before it returns.
@@ -131,6 +135,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   const ConnectionOptions options_;
   const std::uint64_t number_;
   const std::string peer_;
+  std::shared_ptr<const Names> certificate_;
 
   const std::shared_ptr<Mailbox> mailbox_;
   OutputQueue output_;

@@ -31,6 +31,7 @@ Link::~Link() { abandon(); }
 
 void Link::open(TimePoint now) {
   connection_ = factory_(waker_, number_, std::move(peer_), now);
+  connection_->set_certificate(transport_->certificate_names());
   phase_ = Phase::kOpen;
 }
 

@@ -56,6 +56,10 @@ class ThreadedServer final : public Server {
   void start() override;
   std::vector<std::string> addresses() const override;
   bool drain(Duration timeout) override;
+  void replace_tls(const TlsOptions& options) override {
+    if (!tls_) throw std::runtime_error("TLS: the server was started without");
+    tls_->replace(options);
+  }
   std::size_t connections() const override { return places_ ? places_->taken() : 0; }
   std::size_t open_calls() const override;
 

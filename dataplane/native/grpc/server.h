@@ -48,6 +48,9 @@ class Server {
   // the timeout, when the rest is reset (kUnavailable is what their callers see: GOAWAY came
   // before).
   virtual bool drain(Duration timeout) = 0;
+  // What connections are opened with from now on; those that are open go on. Throws as `create`,
+  // and then nothing has changed; or std::runtime_error if the server has no TLS.
+  virtual void replace_tls(const TlsOptions& options) = 0;
   virtual std::size_t connections() const = 0;
   virtual std::size_t open_calls() const = 0;
 };

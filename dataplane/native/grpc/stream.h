@@ -29,6 +29,11 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
 
   // Any thread.
   const CallInfo& info() const override { return info_; }
+  void identify(std::shared_ptr<identity::Caller> caller, const std::string& name) override {
+    info_.caller = std::move(caller);
+    info_.authorization.clear();
+    if (!name.empty()) info_.peer.append("@").append(name);
+  }
   void send(OutMessage message) override;
   void finish(Status status) override;
   void pause() override { post(PauseWish{}); }
@@ -53,7 +58,8 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
   // Incoming. No handler: refused or ended, and what still comes of the body is discarded.
   std::unique_ptr<CallHandler> handler;
   std::optional<Body> body;
-  bool begun = false;           // some of its body has come
+  std::shared_ptr<const void> kept;  // for the service, until the call has ended
+  bool begun = false;                // some of its body has come
   bool narrow = false;          // more of it than a little may not be sent, see Http2Connection
   bool waits_for_turn = false;  // to send the rest, see BodyTurns
   TimePoint turn_since{};       // it has waited, or had it
@@ -81,7 +87,7 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
   }
 
   const std::shared_ptr<Mailbox> mailbox_;
-  const CallInfo info_;
+  CallInfo info_;  // as it is once the call has been accepted
   std::atomic<std::size_t> unsent_{0};
   std::atomic<bool> ended_{false};
 };

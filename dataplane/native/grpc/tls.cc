@@ -7,6 +7,7 @@
 #include <openssl/x509.h>
 
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string_view>
@@ -99,21 +100,7 @@ int choose_protocol(SSL*, const unsigned char** chosen, unsigned char* chosen_si
   return SSL_TLSEXT_ERR_ALERT_FATAL;
 }
 
-class OpensslContext final : public TlsContext {
- public:
-  explicit OpensslContext(ContextPointer context) : context_(std::move(context)) {}
-
-  std::unique_ptr<Transport> accept(Descriptor socket) const override {
-    return tls_transport(std::move(socket), *context_);
-  }
-
- private:
-  ContextPointer context_;
-};
-
-}  // namespace
-
-std::unique_ptr<TlsContext> TlsContext::create(const TlsOptions& options) {
+ContextPointer context_of(const TlsOptions& options) {
   ContextPointer context(SSL_CTX_new(TLS_server_method()));
   if (!context) throw std::bad_alloc();
   SSL_CTX& it = *context;
@@ -135,7 +122,33 @@ std::unique_ptr<TlsContext> TlsContext::create(const TlsOptions& options) {
   if (!options.client_authorities.empty()) {
     require_client_certificates(it, options.client_authorities);
   }
-  return std::make_unique<OpensslContext>(std::move(context));
+  return context;
+}
+
+class OpensslContext final : public TlsContext {
+ public:
+  explicit OpensslContext(ContextPointer context) : context_(std::move(context)) {}
+
+  void replace(const TlsOptions& options) override {
+    ContextPointer context = context_of(options);  // the old one goes with the last connection
+    const std::lock_guard lock(mutex_);
+    context_.swap(context);
+  }
+
+  std::unique_ptr<Transport> accept(Descriptor socket) const override {
+    const std::lock_guard lock(mutex_);
+    return tls_transport(std::move(socket), *context_);
+  }
+
+ private:
+  mutable std::mutex mutex_;  // guards context_, on which each connection has a count of its own
+  ContextPointer context_;
+};
+
+}  // namespace
+
+std::unique_ptr<TlsContext> TlsContext::create(const TlsOptions& options) {
+  return std::make_unique<OpensslContext>(context_of(options));
 }
 
 }  // namespace attnserve::grpc

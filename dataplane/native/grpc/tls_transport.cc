@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/never_destroyed.h"
+#include "grpc/certificate_names.h"
 #include "grpc/openssl_pointers.h"
 
 namespace attnserve::grpc {
@@ -30,6 +31,7 @@ class TlsTransport final : public Transport {
   WriteResult write(std::span<const iovec> pieces) override;
   bool has_unsent() const override { return sent_ < unsent_.size(); }
   bool established() const override { return established_; }
+  std::vector<std::string> certificate_names() const override;
   void end_output() override;
 
   // For the BIO below.
@@ -199,6 +201,11 @@ WriteResult TlsTransport::write(std::span<const iovec> pieces) {
   WriteResult result = send_unsent();
   result.size = taken;
   return result;
+}
+
+std::vector<std::string> TlsTransport::certificate_names() const {
+  const X509* certificate = SSL_get0_peer_certificate(ssl_.get());
+  return certificate != nullptr ? names_of(*certificate) : std::vector<std::string>{};
 }
 
 void TlsTransport::end_output() {

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <memory>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "base/memory.h"
 #include "grpc/descriptor.h"
@@ -43,6 +45,9 @@ class Transport {
   virtual bool has_unsent() const { return false; }
   // Whether bytes of the application can pass; until then `read` and `write` shake hands.
   virtual bool established() const { return true; }
+  // Names in the certificate that the peer has shown, once established: those of URIs, the common
+  // name, those of hosts and of mail. None: it has shown none.
+  virtual std::vector<std::string> certificate_names() const { return {}; }
   // Says that nothing more will be written.
   virtual void end_output();
   // Bytes that the socket took and the peer's system does not have yet.

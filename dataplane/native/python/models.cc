@@ -1,11 +1,15 @@
 #include "python/models.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -25,6 +29,17 @@ std::vector<std::string> names_of(const std::vector<engine::Port>& ports) {
   std::vector<std::string> names;
   for (const engine::Port& port : ports) names.push_back(port.name);
   return names;
+}
+
+using PortTuple = std::tuple<std::string, std::string, std::vector<std::int64_t>>;
+
+// Name, data type and sizes of each; -1 is any size.
+std::vector<PortTuple> described(const std::vector<engine::Port>& ports) {
+  std::vector<PortTuple> tuples;
+  for (const engine::Port& port : ports) {
+    tuples.emplace_back(port.name, std::string(name_of(port.dtype)), port.shape);
+  }
+  return tuples;
 }
 
 engine::Kind kind_of(const std::string& name) {
@@ -66,6 +81,7 @@ void bind_models(nb::module_& module) {
       .def_rw("bottom_right", &ModelFacts::bottom_right)
       .def_rw("scale", &ModelFacts::scale)
       .def_rw("softcap", &ModelFacts::softcap)
+      .def_rw("sinks", &ModelFacts::sinks)
       .def_rw("embed_dim", &ModelFacts::embed_dim)
       .def_rw("context_dim", &ModelFacts::context_dim, nb::arg().none())
       .def_rw("pad_token_id", &ModelFacts::pad_token_id)
@@ -119,6 +135,12 @@ void bind_models(nb::module_& module) {
         const engine::Variant* found = model.named(variant);
         if (!found) throw nb::key_error(variant.c_str());
         return names_of(found->session->outputs());
+      })
+      .def("ports", [](const Model& model, const std::string& variant) {
+        const engine::Variant* found = model.named(variant);
+        if (!found) throw nb::key_error(variant.c_str());
+        return std::pair(described(found->session->inputs()),
+                         described(found->session->outputs()));
       });
 }
 

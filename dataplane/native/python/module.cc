@@ -112,8 +112,9 @@ TimePoint time_of(double since) { return TimePoint(seconds_of(since)); }
 
 nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& request,
                        std::shared_ptr<engine::Model> model, const std::string& variant,
-                       const std::vector<std::vector<std::int64_t>>& source, const nb::dict& given,
-                       const std::vector<std::vector<std::int64_t>>& target,
+                       const std::vector<std::vector<std::int64_t>>& source,
+                       const std::vector<std::vector<std::int64_t>>& source_types,
+                       const nb::dict& given, const std::vector<std::vector<std::int64_t>>& target,
                        std::vector<std::string> outputs, std::uint32_t priority,
                        std::uint64_t timeout, std::size_t working_bytes) {
   engine::TokensWork work;
@@ -122,6 +123,7 @@ nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& r
   work.model = std::move(model);
   work.source = sequences_of(source);
   work.given = input_of(given);  // whose elements the caller holds until this returns
+  if (!source_types.empty()) work.source_types = sequences_of(source_types).ids;
   work.target = sequences_of(target);
   work.outputs = outputs;
   request->request->priority = priority;
@@ -205,6 +207,29 @@ void bind_requests(nb::module_& module) {
           "code"_a, "message"_a, "retry_after"_a = 0.0);
 }
 
+void bind_identity(nb::module_& module) {
+  nb::class_<identity::Known>(module, "Known", "One credential of the file of callers.")
+      .def(
+          "__init__",
+          [](identity::Known* self, std::string name, identity::Roles roles, std::string kind,
+             const nb::bytes& value, double requests_per_second, std::size_t bytes_in_flight,
+             std::size_t stored_bytes, std::size_t sessions, std::size_t calls) {
+            new (self) identity::Known{std::move(name), roles, std::move(kind),
+                                       std::string(value.c_str(), value.size()),
+                                       identity::Bounds{requests_per_second, bytes_in_flight,
+                                                        stored_bytes, sessions, calls}};
+          },
+          "name"_a, "roles"_a, "kind"_a, "value"_a, "requests_per_second"_a, "bytes_in_flight"_a,
+          "stored_bytes"_a, "sessions"_a, "calls"_a)
+      .def_prop_ro("kind", [](const identity::Known& self) { return self.kind; })
+      .def_prop_ro("value", [](const identity::Known& self) {
+        return nb::bytes(self.value.data(), self.value.size());
+      });
+  module.attr("INFER") = identity::kInfer;
+  module.attr("SESSIONS") = identity::kSessions;
+  module.attr("ADMIN") = identity::kAdmin;
+}
+
 void bind_plane(nb::module_& module) {
   nb::class_<DataPlane>(module, "DataPlane", "See services/dataplane.h.")
       .def("__init__", [](DataPlane* self,
@@ -215,6 +240,37 @@ void bind_plane(nb::module_& module) {
       .def(
           "drain", [](DataPlane& self, double timeout) { return self.drain(seconds_of(timeout)); },
           "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "replace_tls",
+          [](DataPlane& self, const std::string& certificate_chain, const std::string& private_key,
+             const std::string& client_authorities) {
+            self.replace_tls({certificate_chain, private_key, client_authorities});
+          },
+          "certificate_chain"_a, "private_key"_a, "client_authorities"_a,
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "set_callers",
+          [](DataPlane& self, const std::vector<identity::Known>& known) {
+            self.core.callers.replace(known);
+          },
+          "known"_a)
+      .def(
+          "admit_web_token",
+          [](DataPlane& self, const nb::bytes& token, const std::string& name,
+             identity::Roles roles, double until) {
+            self.core.callers.admit({token.c_str(), token.size()}, name, roles, until);
+          },
+          "token"_a, "name"_a, "roles"_a, "until"_a)
+      .def(
+          "look_up",
+          [](DataPlane& self, const std::string& authorization) {
+            std::optional<std::tuple<std::string, identity::Roles>> who;
+            if (const auto found = self.core.callers.look_up(authorization)) {
+              who = {found->caller->name, found->roles};
+            }
+            return who;
+          },
+          "authorization"_a)
       .def_prop_ro("draining", [](DataPlane& self) { return self.core.scheduler.draining(); })
       .def(
           "load",
@@ -227,10 +283,10 @@ void bind_plane(nb::module_& module) {
       .def(
           "put_models",
           [](DataPlane& self, const std::string& name,
-             const std::vector<std::shared_ptr<engine::Model>>& models) {
-            self.core.models.put(name, {models.begin(), models.end()});
+             const std::vector<std::shared_ptr<engine::Model>>& models, std::string reason) {
+            self.core.models.put(name, {models.begin(), models.end()}, std::move(reason));
           },
-          "name"_a, "models"_a)
+          "name"_a, "models"_a, "reason"_a)
       .def(
           "get_model",
           [](DataPlane& self, const std::string& name, const std::string& version) {
@@ -240,15 +296,17 @@ void bind_plane(nb::module_& module) {
       .def(
           "next_request",
           [](DataPlane& self, const std::string& queue, double timeout) {
-            services::HandlerQueue& from = queue == "tokens"    ? self.core.tokens
-                                           : queue == "loading" ? self.core.loading
-                                                                : self.core.control;
+            services::HandlerQueue& from = queue == "tokens"       ? self.core.tokens
+                                           : queue == "loading"    ? self.core.loading
+                                           : queue == "web_tokens" ? self.core.web_tokens
+                                                                   : self.core.control;
             return from.pop(seconds_of(timeout));
           },
           // What a request holds is the plane's.
           "queue"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>(), nb::keep_alive<0, 1>())
       .def("attend_tokens", &attend_tokens, "request"_a, "model"_a, "variant"_a, "source"_a,
-           "given"_a, "target"_a, "outputs"_a, "priority"_a, "timeout"_a, "working_bytes"_a)
+           "source_types"_a, "given"_a, "target"_a, "outputs"_a, "priority"_a, "timeout"_a,
+           "working_bytes"_a)
       .def("requests",
            [](DataPlane& self) {
              std::vector<std::tuple<std::string, std::string, std::uint64_t>> rows;
@@ -385,6 +443,7 @@ NB_MODULE(_core, module) {
 
   python::bind_models(module);
   python::bind_requests(module);
+  python::bind_identity(module);
   python::bind_plane(module);
   module.def(
       "collect_logs",

@@ -182,10 +182,10 @@ void bias_of_mask(const Tensor& mask, DataType dtype, std::byte* to) {
   }
 }
 
-void check_bias(const Tensor& bias) {
-  const std::optional<Wrong> wrong = find_wrong(bias);
+void check_added(std::string_view field, const Tensor& added) {
+  const std::optional<Wrong> wrong = find_wrong(added);
   if (!wrong) return;
-  refuse(place_text("bias", bias, wrong->at), wrong->nan ? "nan" : "inf",
+  refuse(place_text(field, added, wrong->at), wrong->nan ? "nan" : "inf",
          "finite numbers and -infinity");
 }
 

@@ -24,8 +24,8 @@ void check_mask(std::string_view field, const Tensor& mask);
 void bias_of_mask(const Tensor& mask, DataType dtype, std::byte* to);
 
 // Neither NaN nor +infinity among FP32, FP16 or BF16. Throws RequestError INVALID_ARGUMENT with the
-// first NaN or, if there is none, the first infinity.
-void check_bias(const Tensor& bias);
+// first NaN or, if there is none, the first infinity. What is added to scores, or is one, may hide.
+void check_added(std::string_view field, const Tensor& added);
 
 // Multiplies elements of FP32, FP16 or BF16, which may lie anywhere, by a factor: in FP32, rounded
 // back to nearest. `to` is as long as `from`, and aligned.

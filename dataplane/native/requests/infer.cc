@@ -80,6 +80,7 @@ wire::ReturnOptions returns_of(std::span<const Wish> wishes, const InferOptions&
   returns.top_k = options.top_k;
   returns.mass_per_key = wishes_for(wishes, Output::kMassPerKey);
   returns.mass_by_distance = options.mass_by_distance;
+  returns.log_sum_exp = wishes_for(wishes, Output::kLogSumExp);
   return returns;
 }
 

@@ -94,6 +94,12 @@ bool needs_plain_layers(const KvModel& model) {
   return model.facts().kind == engine::Kind::kLayer || engine::takes_positions(*model.paged);
 }
 
+void check_takes_sinks(const KvModel& model) {
+  if (engine::takes_sinks(*model.paged)) return;
+  refuse_model(*model.model,
+               "was exported before sessions had sinks; allowed: the model exported again");
+}
+
 void check_latent(const KvModel& model) {
   const engine::ModelFacts& facts = model.facts();
   if (facts.value_head_dim > facts.head_dim) {
@@ -161,6 +167,18 @@ KvModels kv_models(const sessions::SessionSpec& spec, const Context& context) {
                    text("has other heads or another mask than the session: num_kv_heads ",
                         layout.num_kv_heads, ", head_dim ", layout.head_dim, ", value_head_dim ",
                         layout.value_head_dim, "; allowed: the model that it was opened with"));
+    }
+    const auto sinks_fit = [&](const sessions::LayerSpec& layer) {
+      return layer.sinks.empty() ||
+             (facts.kind == engine::Kind::kCore && std::ssize(layer.sinks) == facts.num_heads);
+    };
+    if (std::ranges::any_of(spec.layers, [](auto& layer) { return !layer.sinks.empty(); })) {
+      check_takes_sinks(model);
+    }
+    if (!std::ranges::all_of(spec.layers, sinks_fit)) {
+      refuse_model(*model.model,
+                   "has other heads than the session has sinks; allowed: the model that it was "
+                   "opened with");
     }
     if (layout.latent) check_latent(model);
     return model;

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -53,12 +54,36 @@ void check_plain(const std::string& field, const wire::LayerSpec& message, const
       text("false, as ", used.facts().name, layer ? " is a layer model" : " has rotary embedding"));
 }
 
+std::vector<float> checked_sinks(const std::string& field, const wire::LayerSpec& message,
+                                 const KvModel& used) {
+  const std::vector<float>& sinks = message.sinks;
+  if (sinks.empty()) return sinks;
+  const engine::ModelFacts& facts = used.facts();
+  const std::string given = text(sinks.size(), " of them");
+  if (facts.kind == engine::Kind::kLayer) {
+    refuse(text(field, ".sinks"), given, text("none, as ", facts.name, " is a layer model"));
+  }
+  if (sinks.size() != static_cast<std::size_t>(facts.num_heads)) {
+    refuse(text(field, ".sinks"), given,
+           text("none, or ", facts.num_heads, ", num_heads of the model"));
+  }
+  for (std::size_t head = 0; head < sinks.size(); ++head) {
+    // NaN is not less either.
+    if (sinks[head] < std::numeric_limits<float>::infinity()) continue;
+    refuse(text(field, ".sinks[", head, "]"), number_text(sinks[head]),
+           "finite numbers and -infinity");
+  }
+  check_takes_sinks(used);
+  return sinks;
+}
+
 sessions::LayerSpec checked_layer(const std::string& field, const wire::LayerSpec& message,
                                   const KvModel& used) {
   const engine::ModelFacts& model = used.facts();
   check_plain(field, message, used);
   sessions::LayerSpec layer;
   layer.cross = message.cross;
+  layer.sinks = checked_sinks(field, message, used);
   if (message.cross) {
     if (message.window || message.kept_first != 0) {
       refuse(text(field, message.window ? ".window" : ".kept_first"),

@@ -31,6 +31,8 @@ bool needs_plain_layers(const KvModel& model);
 // Rows of a latent layer hold the value at their beginning. Throws RequestError FAILED_PRECONDITION
 // for a model of other dimensions, or of a graph that knows no such layers.
 void check_latent(const KvModel& model);
+// Refuses models exported before there were sinks.
+void check_takes_sinks(const KvModel& model);
 
 // The models of a session's layers: one for all, or one for each, of equal heads, dimensions and
 // dtype.

@@ -69,8 +69,9 @@ engine::Wanted checked_wanted(const wire::ReturnOptions& returns, const engine::
       .top_k = returns.top_k,
       .mass_per_key = returns.mass_per_key,
       .mass_by_distance = returns.mass_by_distance,
+      .log_sum_exp = returns.log_sum_exp,
   };
-  if (!wanted.output && !wanted.weights && !wanted.diagnosed()) {
+  if (!wanted.output && !wanted.weights && !wanted.diagnosed() && !wanted.log_sum_exp) {
     refuse("returns", "nothing to return", "at least one thing");
   }
   return wanted;

@@ -35,13 +35,15 @@ constexpr std::array<std::string_view, 3> kHiddenStatesDims{"B", "Sq", "E"};
 constexpr std::array<std::string_view, 3> kContextDims{"B", "Sk", "E"};
 constexpr std::array<std::string_view, 1> kKeyLengthsDims{"B"};
 constexpr std::array<std::string_view, 4> kBiasDims{"1 or B", "1 or H", "1 or Sq", "1 or Sk"};
+constexpr std::array<std::string_view, 1> kSinksDims{"H"};
 constexpr std::array<std::string_view, 1> kPrefixLengthsDims{"B, or N if packed"};
 constexpr std::array<std::string_view, 1> kStartsDims{"N + 1"};
 constexpr std::array<std::span<const std::string_view>, wire::kInputs> kDims{
-    kQueryDims,      kKeyDims,  kValueDims,         kHiddenStatesDims, kContextDims,
-    kKeyLengthsDims, kBiasDims, kPrefixLengthsDims, kStartsDims,       kStartsDims};
+    kQueryDims, kKeyDims,   kValueDims,         kHiddenStatesDims, kContextDims, kKeyLengthsDims,
+    kBiasDims,  kSinksDims, kPrefixLengthsDims, kStartsDims,       kStartsDims};
 
-// Those that say who sees whom: INT64 but for the bias, and never needed.
+// Those that say who sees whom, and how much: never needed, and INT64 but for the bias and the
+// sinks.
 constexpr bool masks(Input input) { return input >= Input::kKeyLengths; }
 
 bool required(const engine::Model& model, Input input) {
@@ -95,6 +97,8 @@ TensorSpecs checked_specs(const wire::AttendRequest& message, const engine::Mode
     TensorRule rule{name_of(input), facts.dtype, kDims[number]};
     if (input == Input::kBias) {
       rule.also = DataType::kBool;
+    } else if (input == Input::kSinks) {
+      rule.dtype = DataType::kFp32;
     } else if (masks(input)) {
       rule.dtype = DataType::kInt64;
     }
@@ -185,6 +189,7 @@ void check_shapes(const engine::Model& model, const TensorSpecs& specs, const en
   expect(specs, Input::kContext, 0, dims.batch, kBatch);
   expect(specs, Input::kContext, 2, facts.context_dim.value_or(0), "context_dim of the model");
   expect(specs, Input::kKeyLengths, 0, dims.batch, kBatch);
+  expect(specs, Input::kSinks, 0, facts.num_heads, "num_heads of the model");
   check_packed(specs, dims);
   expect(specs, Input::kPrefixLengths, 0, dims.sequences(),
          dims.packed > 0 ? "sequences N of cu_seqlens_q" : kBatch);
@@ -208,6 +213,10 @@ std::size_t sent_bytes(const TensorSpecs& specs) {
 }
 
 }  // namespace
+
+bool joinable(const TensorSpecs& specs, const engine::Dims& dims) {
+  return !at(specs, Input::kBias) && !at(specs, Input::kSinks) && dims.packed == 0;
+}
 
 AttendPlan plan_attend(const wire::AttendRequest& message, const Context& context,
                        bool chunks_allowed) {
@@ -253,8 +262,7 @@ AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
   plan.model = std::move(model);
   if (takes(plan, engine::Feed::kSoftcap)) softcap_feed(plan);
   plan.key = engine::batch_key(*plan.model, *plan.variant, plan.diagnosis, plan.wanted, plan.dims,
-                               plan.softcap,
-                               at(plan.specs, Input::kBias).has_value() || plan.dims.packed > 0);
+                               plan.softcap, !joinable(plan.specs, plan.dims));
   plan.priority = checked_priority(message.priority);
   if (message.output_region) {
     plan.output_region = checked_output_region(*message.output_region, plan.results);

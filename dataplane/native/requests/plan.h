@@ -3,6 +3,7 @@
 
 #include "engine/model.h"
 #include "requests/attend.h"
+#include "requests/sizes.h"
 #include "wire/attention.h"
 
 namespace attnserve::requests {
@@ -10,6 +11,10 @@ namespace attnserve::requests {
 // plan_attend for a model that has been looked up; model and version of the message are not read.
 AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
                     const Context& context, bool chunks_allowed);
+
+// Whether a request may be computed together with others: it brings nothing of its own that says
+// who sees whom but lengths.
+bool joinable(const TensorSpecs& specs, const engine::Dims& dims);
 
 // Whether the graphs of a plan take an input.
 bool takes(const AttendPlan& plan, engine::Feed feed);

@@ -9,13 +9,13 @@ namespace {
 
 bool any_takes(const engine::Model& model, std::string_view name) {
   return std::ranges::any_of(model.variants, [&](const std::unique_ptr<engine::Variant>& variant) {
-    return variant->session->takes(name);
+    return !variant->paged() && variant->session->takes(name);
   });
 }
 
 bool any_gives(const engine::Model& model, std::string_view name) {
   return std::ranges::any_of(model.variants, [&](const std::unique_ptr<engine::Variant>& variant) {
-    return variant->session->gives(name);
+    return !variant->paged() && variant->session->gives(name);
   });
 }
 
@@ -27,7 +27,7 @@ std::string input_names(const engine::Model& model) {
     names = model.facts.context_dim ? "hidden_states, context" : "hidden_states";
   }
   for (const std::string_view name :
-       {"key_lengths", "bias", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k"}) {
+       {"key_lengths", "bias", "sinks", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_k"}) {
     if (any_takes(model, name)) names.append(", ").append(name);
   }
   return names;
@@ -40,6 +40,7 @@ std::string output_names(const engine::Model& model) {
   if (weights || any_gives(model, "entropy")) {
     names += ", entropy, top_k_indices, top_k_weights, mass_per_key, mass_by_distance";
   }
+  if (any_gives(model, "log_sum_exp")) names += ", log_sum_exp";
   return names;
 }
 

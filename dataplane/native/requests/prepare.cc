@@ -110,7 +110,11 @@ void feed_inputs(PreparedAttend& prepared, const Sources& sources) {
           break;
         }
         feeds[at] = readable(prepared, *spec, sources[at]);
-        check_bias(feeds[at]);
+        check_added("bias", feeds[at]);
+        break;
+      case Input::kSinks:
+        feeds[at] = readable(prepared, *spec, sources[at]);
+        check_added("sinks", feeds[at]);
         break;
       default:
         feeds[at] = in_place(*spec, sources[at]);
@@ -140,6 +144,14 @@ Tensor equal_lengths(PreparedAttend& prepared, std::int64_t length,
   }
   std::fill_n(lengths, size, length);
   return {DataType::kInt64, {count}, reinterpret_cast<std::byte*>(lengths)};
+}
+
+// Which nothing writes to.
+Tensor own_sinks(const engine::Model& model) {
+  const std::vector<float>& sinks = model.facts.sinks;
+  return {DataType::kFp32,
+          {static_cast<std::int64_t>(sinks.size())},
+          reinterpret_cast<std::byte*>(const_cast<float*>(sinks.data()))};
 }
 
 // What the graphs take besides the request's tensors.
@@ -173,6 +185,9 @@ void feed_defaults(PreparedAttend& prepared) {
   if (feeds[index(Feed::kBias)].data == nullptr && takes(plan, Feed::kBias)) {
     feeds[index(Feed::kBias)] = one_element(plan.model->facts.dtype, {1, 1, 1, 1}, &defaults.bias);
   }
+  if (feeds[index(Feed::kSinks)].data == nullptr && takes(plan, Feed::kSinks)) {
+    feeds[index(Feed::kSinks)] = own_sinks(*plan.model);
+  }
   if (takes(plan, Feed::kSoftcap)) {
     defaults.softcap = softcap_feed(plan);
     feeds[index(Feed::kSoftcap)] = one_element(DataType::kFp32, {1}, &defaults.softcap);
@@ -196,7 +211,7 @@ std::unique_ptr<PreparedAttend> prepare(AttendPlan plan, const Sources& elements
   work.wanted = checked.wanted;
   work.dims = checked.dims;
   work.key = checked.key;
-  work.joinable = !checked.specs[index(Input::kBias)] && checked.dims.packed == 0;
+  work.joinable = joinable(checked.specs, checked.dims);
   return prepared;
 }
 

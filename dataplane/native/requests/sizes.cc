@@ -76,6 +76,7 @@ Results checked_results(const engine::Model& model, const Shape* layer_output,
   add(wanted.mass_per_key, kMassPerKey, DataType::kFp32, {batch, heads, dims.key_len});
   add(wanted.mass_by_distance != 0, kMassByDistance, DataType::kFp32,
       {dims.sequences(), heads, wanted.mass_by_distance});
+  add(wanted.log_sum_exp, kLogSumExp, DataType::kFp32, rows);
   check_response_bytes(total, limits);
   results.byte_size = static_cast<std::size_t>(total);
   return results;

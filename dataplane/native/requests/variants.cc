@@ -39,6 +39,7 @@ Graphs chosen_graphs(const engine::Model& model, std::string_view forced, const 
   Names inputs = input_names(specs, softcap, true);
   Names given;
   if (wanted.output) given.add("output");
+  if (wanted.log_sum_exp) given.add("log_sum_exp");
   std::span<const std::string_view> outputs;
   Graphs graphs;
   if (wanted.weights) {
@@ -52,7 +53,7 @@ Graphs chosen_graphs(const engine::Model& model, std::string_view forced, const 
     }
     if (graphs.diagnosis == nullptr) {
       given.add("weights");
-    } else if (!wanted.output) {
+    } else if (given.count == 0) {
       outputs = kDiagnostics;
       inputs = without_value;
     }

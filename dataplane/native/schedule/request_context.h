@@ -14,7 +14,8 @@ constexpr std::uint32_t kHigh = 1, kNormal = 2, kLow = 3;
 struct RequestContext {
   TimePoint arrived{};          // when its message was complete
   TimePoint deadline = kNever;  // after which nobody waits for the answer
-  std::uint64_t caller = 0;     // callers that wait are served in turn: the connection's number
+  // Callers that wait are served in turn: one with a name by its number, else a connection by its.
+  std::uint64_t caller = 0;
   std::uint32_t priority = kNormal;
   std::atomic<bool> cancelled{false};
 

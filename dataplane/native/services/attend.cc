@@ -13,7 +13,7 @@ UnaryBehaviour attend(Core& core) {
     const wire::AttendRequest decoded = wire::decode_attend(message->span(), "Attend");
     const requests::Context context = core.context();
     requests::AttendPlan plan = requests::plan_attend(decoded, context, false);
-    std::unique_ptr<Answer> answer = attend_answer(core, plan, std::nullopt);
+    std::unique_ptr<Answer> answer = attend_answer(core, reply->info(), plan, std::nullopt);
     auto prepared =
         requests::prepare(std::move(plan), inline_elements(decoded), context, reply->info().peer);
     prepared->owners.push_back(message);

@@ -169,7 +169,8 @@ class AttendStreamHandler final : public grpc::CallHandler {
     if (auto refused = core_.scheduler.check_room(*incoming.request)) {
       throw RequestError(std::move(*refused));
     }
-    auto admitted = Admitted::admit(core_, incoming.arrived, incoming.request->deadline);
+    auto admitted =
+        Admitted::admit_next(core_, state_->info(), incoming.arrived, incoming.request->deadline);
     if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
     incoming.admitted = std::move(std::get<Admitted>(admitted));
     if (incoming_.size() >= core_.limits.max_stream_requests) {
@@ -184,7 +185,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
       if (!spec || !spec->chunked) continue;
       incoming.arriving[index] = std::make_shared<Bytes>(Bytes::allocate(spec->byte_size));
       // Charged as the bytes come: an announcement alone takes nothing.
-      incoming.arriving[index]->lease = Lease(core_.budget);
+      incoming.arriving[index]->lease = Lease(budget_of(core_, state_->info()));
       incoming.elements[index] = incoming.arriving[index]->span();
       incoming.owners.push_back(incoming.arriving[index]);
       incoming.missing += spec->byte_size;
@@ -216,7 +217,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
   void submit(std::uint64_t id, Incoming incoming) {
     const auto request = incoming.request;
     incoming.admitted.received();
-    std::unique_ptr<Answer> answer = attend_answer(core_, *incoming.plan, id);
+    std::unique_ptr<Answer> answer = attend_answer(core_, state_->info(), *incoming.plan, id);
     auto prepared = requests::prepare(std::move(*incoming.plan), incoming.elements, core_.context(),
                                       state_->info().peer);
     prepared->owners = std::move(incoming.owners);

@@ -50,6 +50,14 @@ std::variant<Admitted, Status> Admitted::admit(Core& core, TimePoint now, TimePo
   return Admitted(core.admission, std::get<schedule::AdmissionController::Place>(entered));
 }
 
+std::variant<Admitted, Status> Admitted::admit_next(Core& core, const grpc::CallInfo& info,
+                                                    TimePoint now, TimePoint deadline) {
+  if (info.caller) {
+    if (auto refused = info.caller->request(now)) return std::move(*refused);
+  }
+  return admit(core, now, deadline);
+}
+
 void Admitted::received() {
   if (admission_ && !place_.received) admission_->received(place_);
 }

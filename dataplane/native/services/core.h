@@ -13,6 +13,8 @@
 #include "base/memory.h"
 #include "base/pace.h"
 #include "engine/model.h"
+#include "grpc/call.h"
+#include "identity/callers.h"
 #include "requests/attend.h"
 #include "requests/limits.h"
 #include "schedule/admission.h"
@@ -53,8 +55,10 @@ struct CoreOptions {
   std::size_t max_shared_regions = 256;
   std::size_t max_shared_bytes = 16384ULL << 20;
   sessions::KvConfig kv;
+  identity::CallersOptions callers;
   std::size_t max_control_requests = 64;  // for the control plane, waiting
   std::size_t max_token_requests = 256;
+  std::size_t max_web_tokens = 64;  // to be checked, waiting
 };
 
 struct Core {
@@ -62,6 +66,7 @@ struct Core {
       : limits(options.limits),
         upload_pace(options.upload_pace),
         budget(options.limits.max_bytes_in_flight),
+        callers(options.callers, budget),
         stream_uploads(options.limits.max_bytes_in_flight, "--max-in-flight-mib"),
         stored_uploads(options.max_stored_bytes, "--max-stored-mib"),
         stored(options.max_stored_bytes, options.stored_lease, options.max_stored_lease),
@@ -70,6 +75,7 @@ struct Core {
         control(options.max_control_requests),
         loading(options.max_control_requests),
         tokens(options.max_token_requests),
+        web_tokens(options.max_web_tokens),
         admission(options.rules.max_queue_seconds, static_cast<std::size_t>(options.rules.patience),
                   options.io_threads, options.rules.slots),
         scheduler(options.rules),
@@ -80,6 +86,7 @@ struct Core {
   const requests::Limits limits;
   const PaceRule upload_pace;  // of what comes in several messages
   ByteBudget budget;
+  identity::Callers callers;         // each with a part of the budget
   sessions::Uploads stream_uploads;  // requests of AttendStream whose chunks are coming
   sessions::Uploads stored_uploads;  // by PutTensor
   engine::ModelStore models;
@@ -88,14 +95,20 @@ struct Core {
   sessions::KvSessions kv;
   Statistics statistics;
   OpenStreams streams;
-  HandlerQueue control;  // methods of the control plane
-  HandlerQueue loading;  // those of them that load models, and take their time
-  HandlerQueue tokens;   // requests of token models
+  HandlerQueue control;     // methods of the control plane
+  HandlerQueue loading;     // those of them that load models, and take their time
+  HandlerQueue tokens;      // requests of token models
+  HandlerQueue web_tokens;  // JSON Web Tokens to be checked
   std::atomic<bool> serving{false};
   schedule::AdmissionController admission;
   schedule::Scheduler scheduler;  // its jobs use what is above
   Chores chores;
 };
+
+// What a call's messages and answers are charged to: its caller's part of the budget.
+inline ByteBudget& budget_of(Core& core, const grpc::CallInfo& info) {
+  return info.caller ? info.caller->in_flight : core.budget;
+}
 
 // One request's place before others: taken by `admit`, given back exactly once.
 class Admitted {
@@ -110,6 +123,9 @@ class Admitted {
 
   // Asks for a place, from what the headers say. Draining servers refuse with UNAVAILABLE.
   static std::variant<Admitted, Status> admit(Core& core, TimePoint now, TimePoint deadline);
+  // The same for one request of a stream, which counts as one of its caller's.
+  static std::variant<Admitted, Status> admit_next(Core& core, const grpc::CallInfo& info,
+                                                   TimePoint now, TimePoint deadline);
   void received();                       // its body is complete
   void answered() { answered_ = true; }  // the answer counts for the pace of the server
   void release();

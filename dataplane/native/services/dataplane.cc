@@ -1,6 +1,7 @@
 #include "services/dataplane.h"
 
 #include <future>
+#include <stdexcept>
 #include <utility>
 
 namespace attnserve::services {
@@ -51,6 +52,7 @@ DataPlane::~DataPlane() {
   core.control.close();
   core.loading.close();
   core.tokens.close();
+  core.web_tokens.close();
   server_.reset();
 }
 
@@ -64,6 +66,11 @@ std::vector<std::string> DataPlane::addresses() const {
   return server_ ? server_->addresses() : std::vector<std::string>{};
 }
 
+void DataPlane::replace_tls(const grpc::TlsOptions& options) {
+  if (!server_) throw std::runtime_error("TLS: the server has not started");
+  server_->replace_tls(options);
+}
+
 bool DataPlane::drain(Duration timeout) {
   core.serving = false;
   core.scheduler.drain();
@@ -72,6 +79,7 @@ bool DataPlane::drain(Duration timeout) {
   core.control.close();
   core.loading.close();
   core.tokens.close();
+  core.web_tokens.close();
   return answered;
 }
 

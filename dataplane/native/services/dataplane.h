@@ -49,6 +49,8 @@ class DataPlane {
                               std::shared_ptr<schedule::RequestContext> request, TimePoint arrived,
                               std::size_t working_bytes);
   std::size_t connections() const { return server_ ? server_->connections() : 0; }
+  // See grpc::Server::replace_tls. Throws std::runtime_error before `start` too.
+  void replace_tls(const grpc::TlsOptions& options);
 
   Core core;
 

@@ -24,8 +24,10 @@ namespace {
 // remembered, so that those can be thrown away.
 constexpr std::size_t kMostRefused = 1024;
 
-// Who a caller is, as far as that can be told: where it calls from, without the port.
+// Who a caller is, as far as that can be told: its name, else where it calls from, without the
+// port.
 std::string identity_of(std::string_view peer) {
+  if (const auto name = sessions::name_of_caller(peer); !name.empty()) return std::string(name);
   try {
     return sessions::owner_of(peer);
   } catch (const RequestError&) {
@@ -39,7 +41,8 @@ class DecodeHandler final : public grpc::CallHandler {
       : core_(core),
         call_(call),
         state_(StreamState::open(core, std::move(call), "Decode")),
-        owner_(identity_of(state_->info().peer)) {}
+        owner_(identity_of(state_->info().peer)),
+        most_sessions_(state_->info().caller ? state_->info().caller->most_sessions() : 0) {}
 
   void on_message(Bytes bytes) override {
     if (over_) return;
@@ -69,6 +72,8 @@ class DecodeHandler final : public grpc::CallHandler {
 
  private:
   using MessagePtr = std::shared_ptr<const Bytes>;
+
+  sessions::SessionOwner owner() const { return {owner_, most_sessions_}; }
 
   void fail(Status status) {
     over_ = true;
@@ -238,7 +243,7 @@ class DecodeHandler final : public grpc::CallHandler {
   void act(std::uint64_t id, const wire::OpenSessions& asked, const MessagePtr&) {
     const requests::OpenPlan plan =
         requests::plan_open(asked, core_.context(), core_.kv.config().page_tokens);
-    const auto opened = core_.kv.open(plan.spec, plan.opened, lease_of(asked.lease), owner_);
+    const auto opened = core_.kv.open(plan.spec, plan.opened, lease_of(asked.lease), owner());
     std::vector<wire::SessionState> states;
     states.reserve(opened.size());
     for (const sessions::SessionState& session : opened) states.push_back(wire_state(session));
@@ -295,7 +300,8 @@ class DecodeHandler final : public grpc::CallHandler {
     if (auto refused = core_.scheduler.check_room(*layer.request)) {
       throw RequestError(std::move(*refused));
     }
-    auto admitted = Admitted::admit(core_, layer.arrived, layer.request->deadline);
+    auto admitted =
+        Admitted::admit_next(core_, state_->info(), layer.arrived, layer.request->deadline);
     if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
     layer.admitted = std::move(std::get<Admitted>(admitted));
     if (begun) layer.step = begin_step(*begun);
@@ -359,8 +365,8 @@ class DecodeHandler final : public grpc::CallHandler {
     const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     const Duration lease = lease_of(asked.lease);
     const sessions::SessionState forked =
-        asked.length ? core_.kv.fork(asked.session_id, *asked.length, growth, lease, owner_)
-                     : core_.kv.fork(asked.session_id, growth, lease, owner_);
+        asked.length ? core_.kv.fork(asked.session_id, *asked.length, growth, lease, owner())
+                     : core_.kv.fork(asked.session_id, growth, lease, owner());
     answer(session_message(id, forked));
   }
 
@@ -411,7 +417,7 @@ class DecodeHandler final : public grpc::CallHandler {
     requests::kv_models(exported.spec, core_.context());
     const auto coming = std::make_shared<SessionImport>(
         core_, state_, call_, id,
-        core_.kv.import_session(exported, growth, lease_of(asked.lease), owner_));
+        core_.kv.import_session(exported, growth, lease_of(asked.lease), owner()));
     if (!asked.chunk.last) imports_.emplace(id, coming);
     coming->add(asked.chunk.index, asked.chunk.data, asked.chunk.last, message);
   }
@@ -420,6 +426,7 @@ class DecodeHandler final : public grpc::CallHandler {
   const std::shared_ptr<grpc::Call> call_;
   const std::shared_ptr<StreamState> state_;
   const std::string owner_;
+  const std::size_t most_sessions_;
   std::unordered_map<std::uint64_t, std::shared_ptr<OpenStep>> steps_;  // by step_id
   std::map<std::uint64_t, LayerRequest> layers_;  // that wait for a part, by request_id
   std::vector<std::shared_ptr<SessionExport>> exports_;

@@ -1,6 +1,8 @@
 #include "services/decode_layer.h"
 
+#include <iterator>
 #include <utility>
+#include <vector>
 
 #include "base/text.h"
 #include "engine/paged.h"
@@ -97,6 +99,13 @@ class LayerJob final : public schedule::Job {
                   !layer.cross,
                   spec.layout.latent};
     work_.cache = core_.kv.cache();
+    // Equal specs are one object, and so are the sinks in them.
+    const std::vector<float>& sinks = layer.sinks.empty() ? facts.sinks : layer.sinks;
+    if (engine::takes_sinks(*model.paged)) {
+      work_.sinks = {DataType::kFp32,
+                     {std::ssize(sinks)},
+                     reinterpret_cast<std::byte*>(const_cast<float*>(sinks.data()))};
+    }
     work_.starts = step.step->starts();
     work_.key_starts = step.step->key_starts(asked_.part.layer);
     if (!layer.cross) work_.parents = step.step->parents();
@@ -136,7 +145,7 @@ class LayerJob final : public schedule::Job {
                                 " bytes; allowed in one message: ", core_.limits.max_message_bytes,
                                 "; take fewer tokens at once"));
       }
-      Lease lease(core_.budget);
+      Lease lease(budget_of(core_, stream_->info()));
       lease.grow_or_throw(part.response_bytes);
       answer_.emplace(asked_.request_id, part.results, lengths());
       answer_->bytes().lease = std::move(lease);

@@ -37,7 +37,7 @@ void SessionExport::schedule() {
 void SessionExport::send_next() {
   if (over_) return;
   try {
-    Lease lease(core_.budget);
+    Lease lease(budget_of(core_, stream_->info()));
     lease.grow_or_throw(core_.limits.chunk_bytes);
     auto chunk = std::make_shared<Bytes>(from_.next(core_.limits.chunk_bytes));
     chunk->lease = std::move(lease);

@@ -73,7 +73,7 @@ std::shared_ptr<EarlyHeads> EarlyHeads::of(Core& core, std::shared_ptr<StreamSta
   for (std::size_t index = 0; index < kCore; ++index) {
     early->head_bytes_[index] = plan.specs[index]->byte_size / static_cast<std::size_t>(kv_heads);
   }
-  early->answer_ = attend_answer(core, plan, request_id);
+  early->answer_ = attend_answer(core, early->stream_->info(), plan, request_id);
   early->request_->priority = plan.priority;
   early->prepared_ = std::move(prepared);
   return early;

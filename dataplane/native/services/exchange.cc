@@ -28,14 +28,14 @@ Tensor& slot(requests::PreparedAttend& prepared, wire::Output output) {
 // are computed in memory of their own, and sent in chunks that are views of it.
 class InMessages final : public Answer {
  public:
-  InMessages(Core& core, std::optional<std::uint64_t> stream_id)
-      : core_(core), stream_id_(stream_id) {}
+  InMessages(Core& core, ByteBudget& budget, std::optional<std::uint64_t> stream_id)
+      : core_(core), budget_(budget), stream_id_(stream_id) {}
 
   void place(requests::PreparedAttend& prepared) override {
     const requests::AttendPlan& plan = prepared.plan;
     answer_.emplace(plan.model->facts.name, plan.model->version_text, plan.variant->name(),
                     plan.results, stream_id_, stream_id_ ? kInlineBytes : SIZE_MAX);
-    answer_->bytes().lease = Lease(core_.budget);
+    answer_->bytes().lease = Lease(budget_);
     for (std::size_t index = 0; index < plan.results.size(); ++index) {
       const wire::ResultSpec& spec = plan.results[index];
       std::byte* place = answer_->places[index];
@@ -43,7 +43,7 @@ class InMessages final : public Answer {
       if (place) {
         answer_->bytes().lease.grow_or_throw(spec.byte_size);
       } else {
-        Lease lease(core_.budget);
+        Lease lease(budget_);
         lease.grow_or_throw(spec.byte_size);
         chunked_.back() = std::make_shared<Bytes>(Bytes::allocate(spec.byte_size));
         chunked_.back()->lease = std::move(lease);
@@ -66,6 +66,7 @@ class InMessages final : public Answer {
 
  private:
   Core& core_;
+  ByteBudget& budget_;
   const std::optional<std::uint64_t> stream_id_;
   std::optional<wire::AttendAnswer> answer_;
   std::vector<std::shared_ptr<Bytes>> chunked_;  // by result; empty for those in the message
@@ -178,7 +179,8 @@ wire::Timings timings_of(const Spans& spans, TimePoint now) {
           microseconds(now - spans.ended), static_cast<std::uint32_t>(spans.sequences)};
 }
 
-std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& plan,
+std::unique_ptr<Answer> attend_answer(Core& core, const grpc::CallInfo& info,
+                                      const requests::AttendPlan& plan,
                                       std::optional<std::uint64_t> stream_id) {
   if (plan.output_region) return std::make_unique<InRegion>(stream_id);
   if (!stream_id && plan.response_bytes > core.limits.max_message_bytes) {
@@ -187,7 +189,7 @@ std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& pl
                             " bytes; allowed in one message: ", core.limits.max_message_bytes,
                             "; use AttendStream"));
   }
-  return std::make_unique<InMessages>(core, stream_id);
+  return std::make_unique<InMessages>(core, budget_of(core, info), stream_id);
 }
 
 Delivery with_error_message(Delivery delivery, std::uint64_t request_id, EncodeError encode) {

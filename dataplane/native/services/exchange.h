@@ -72,8 +72,9 @@ void begin_exchange(Core& core, ExchangeParts parts);
 wire::Timings timings_of(const Spans& spans, TimePoint now);
 
 // An answer of attnserve.v1: in one message, in shared memory, or, on a stream, in chunks.
-// `stream_id`: the request's, on a stream.
-std::unique_ptr<Answer> attend_answer(Core& core, const requests::AttendPlan& plan,
+// `stream_id`: the request's, on a stream. `info`: of its call.
+std::unique_ptr<Answer> attend_answer(Core& core, const grpc::CallInfo& info,
+                                      const requests::AttendPlan& plan,
                                       std::optional<std::uint64_t> stream_id);
 
 // A delivery of a stream on which an error is a message too, as this encodes it.

@@ -20,9 +20,10 @@ const std::string kStreamPath = "/inference.GRPCInferenceService/ModelStreamInfe
 class InferResponse final : public Answer {
  public:
   // `message` is what the views in `decoded` and `plan` look into.
-  InferResponse(Core& core, const wire::InferRequest& decoded, requests::InferPlan& plan,
-                bool stream)
+  InferResponse(Core& core, ByteBudget& budget, const wire::InferRequest& decoded,
+                requests::InferPlan& plan, bool stream)
       : core_(core),
+        budget_(budget),
         model_(plan.attend.model),
         results_(requests::answer_outputs(plan, core.limits)),
         outputs_(std::move(plan.outputs)),
@@ -32,7 +33,7 @@ class InferResponse final : public Answer {
   void place(requests::PreparedAttend& prepared) override {
     std::size_t size = 0;
     for (const wire::InferResult& result : results_) size += result.shared ? 0 : result.byte_size;
-    Lease lease(core_.budget);
+    Lease lease(budget_);
     lease.grow_or_throw(size);
     // As views they live in the model, which the request holds.
     const wire::Parameters parameters{
@@ -68,6 +69,7 @@ class InferResponse final : public Answer {
 
  private:
   Core& core_;
+  ByteBudget& budget_;
   const engine::ModelPtr model_;
   const std::vector<wire::InferResult> results_;
   const std::vector<requests::AskedOutput> outputs_;
@@ -135,7 +137,8 @@ class InferStreamHandler final : public grpc::CallHandler {
       answers->answer(place, std::move(delivery));
     };
     try {
-      auto admitted = Admitted::admit(core_, request->arrived, request->deadline);
+      auto admitted =
+          Admitted::admit_next(core_, state_->info(), request->arrived, request->deadline);
       if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
       std::get<Admitted>(admitted).received();
       begin_infer(core_, std::move(message), state_->info(), request,
@@ -176,8 +179,9 @@ void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
                  InferNames* names, Deliver deliver) {
   const bool stream = names != nullptr;
   const auto message = std::make_shared<Bytes>(std::move(bytes));
+  ByteBudget& budget = budget_of(core, info);
   wire::InferRequest decoded =
-      wire::decode_infer(message->span(), stream ? "ModelStreamInfer" : "ModelInfer", &core.budget);
+      wire::decode_infer(message->span(), stream ? "ModelStreamInfer" : "ModelInfer", &budget);
   if (names) *names = {std::string(decoded.id), std::string(decoded.model_name)};
   const engine::ModelPtr model = core.models.get(decoded.model_name, decoded.model_version);
   const std::string name = model->facts.name;
@@ -194,7 +198,7 @@ void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
     const requests::Context context = core.context();
     requests::InferPlan plan = requests::plan_infer(decoded, model, context, info.peer);
     request->shorten(plan.timeout, request->arrived);
-    auto answer = std::make_unique<InferResponse>(core, decoded, plan, stream);
+    auto answer = std::make_unique<InferResponse>(core, budget, decoded, plan, stream);
     auto prepared = requests::prepare(std::move(plan.attend), plan.elements, context, info.peer);
     prepared->owners.push_back(message);
     for (Bytes& elements : plan.memory) prepared->copies.push_back(std::move(elements));

@@ -18,7 +18,7 @@ class PutTensorHandler final : public grpc::CallHandler {
   PutTensorHandler(Core& core, std::shared_ptr<grpc::Call> call)
       : core_(core),
         reply_(std::make_shared<Reply>(core, std::move(call), kMethod)),
-        room_(core.stored.begin()),
+        room_(core.stored.begin(part())),
         pace_(core.upload_pace) {}
 
   void on_message(Bytes message) override {
@@ -50,10 +50,15 @@ class PutTensorHandler final : public grpc::CallHandler {
       if (status.code == Code::kResourceExhausted) upload_.lacks_room();
       over_ = true;
       tensor_.elements = Bytes();
-      room_ = core_.stored.begin();  // what was claimed is free again
+      room_ = core_.stored.begin(part());  // what was claimed is free again
       upload_ = {};
       reply_->deliver({std::move(status), {}});
     }
+  }
+
+  ByteBudget* part() const {
+    const auto& caller = reply_->info().caller;
+    return caller ? &caller->stored : nullptr;
   }
 
   void take(const Bytes& message) {

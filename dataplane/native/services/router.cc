@@ -10,6 +10,7 @@
 #include "services/handled.h"
 #include "services/health.h"
 #include "services/infer.h"
+#include "services/pending.h"
 #include "services/put_tensor.h"
 #include "services/unary.h"
 
@@ -35,18 +36,105 @@ constexpr std::pair<std::string_view, std::string_view> kMissing[] = {
     {"LogSettings", "the log is set when the server starts, by --log-level and --log-format"},
 };
 
+// What callers must be allowed to do, one of them. Of methods that are not here, any of all; those
+// with none are for everybody, as probes know no tokens.
+struct Permission {
+  const std::string& service;
+  std::string_view method;
+  identity::Roles roles;
+};
+using identity::kAdmin;
+using identity::kInfer;
+using identity::kSessions;
+const Permission kPermissions[] = {
+    {kAttention, "Attend", kInfer},
+    {kAttention, "AttendStream", kInfer},
+    {kAttention, "AttendTokens", kInfer},
+    {kAttention, "Decode", kSessions},
+    {kAttention, "PutTensor", kInfer | kSessions},
+    {kAttention, "RenewTensor", kInfer | kSessions},
+    {kAttention, "DropTensor", kInfer | kSessions},
+    {kAttention, "RegisterSharedMemory", kInfer | kSessions},
+    {kAttention, "UnregisterSharedMemory", kInfer | kSessions},
+    {kInference, "ModelInfer", kInfer},
+    {kInference, "ModelStreamInfer", kInfer},
+    {kInference, "SystemSharedMemoryStatus", kInfer | kSessions},
+    {kInference, "SystemSharedMemoryRegister", kInfer | kSessions},
+    {kInference, "SystemSharedMemoryUnregister", kInfer | kSessions},
+    {kInference, "ModelStatistics", kAdmin},
+    {kInference, "RepositoryModelLoad", kAdmin},
+    {kInference, "RepositoryModelUnload", kAdmin},
+    {kInference, "TraceSetting", kAdmin},
+    {kInference, "LogSettings", kAdmin},
+    {kInference, "ServerLive", 0},
+    {kInference, "ServerReady", 0},
+    {kHealth, "Check", 0},
+    {kHealth, "Watch", 0},
+};
+
 }  // namespace
 
 Router::Router(Core& core) : core_(core) {
   add_attention();
   add_inference();
   add_infrastructure();
+  for (const Permission& each : kPermissions) {
+    methods_.at(each.service + std::string(each.method)).roles = each.roles;
+  }
 }
 
 Router::Accepted Router::accept(std::shared_ptr<grpc::Call> call) {
   const auto found = methods_.find(call->info().path);
   if (found == methods_.end()) return Status{Code::kUnimplemented, "Method not found!", {}};
-  return found->second.accept(std::move(call));
+  return accept_by(found->second, std::move(call), false);
+}
+
+Router::Accepted Router::accept_by(const Method& method, std::shared_ptr<grpc::Call> call,
+                                   bool checked) {
+  if (method.roles == 0) return method.accept(std::move(call));
+  const grpc::CallInfo& info = call->info();
+  identity::Callers& callers = core_.callers;
+  identity::Verdict verdict;
+  if (callers.required()) {
+    const std::span<const std::string> names =
+        info.certificate ? std::span(*info.certificate) : std::span<const std::string>();
+    verdict = callers.recognize(info.authorization, names);
+  } else {
+    verdict = callers.at(sessions::address_of(info.peer));
+  }
+  if (auto* refused = std::get_if<Status>(&verdict)) return std::move(*refused);
+  if (const auto* unchecked = std::get_if<identity::Unchecked>(&verdict)) {
+    if (checked) return identity::unauthenticated("a token that has just run out");
+    // Methods stay where they are.
+    return pending(core_, call, unchecked->token, method.name,
+                   [this, &method](std::shared_ptr<grpc::Call> again) {
+                     return accept_by(method, std::move(again), true);
+                   });
+  }
+  identity::OpenCall open;
+  auto& who = std::get<identity::Recognized>(verdict);
+  const std::shared_ptr<identity::Caller> caller = who.caller;
+  if (auto refused = let_in(std::move(who), method, *call, open)) return std::move(*refused);
+  Accepted accepted = method.accept(std::move(call));
+  if (auto* reception = std::get_if<grpc::Reception>(&accepted)) {
+    reception->budget = &caller->in_flight;
+    reception->kept = std::make_shared<const identity::OpenCall>(std::move(open));
+  }
+  return accepted;
+}
+
+std::optional<Status> Router::let_in(identity::Recognized who, const Method& method,
+                                     grpc::Call& call, identity::OpenCall& open) {
+  if ((who.roles & method.roles) == 0) {
+    return Status{Code::kPermissionDenied,
+                  text(method.name, ": given a caller that may ", identity::names_of(who.roles),
+                       "; allowed: one that may ", identity::names_of(method.roles)),
+                  {}};
+  }
+  if (auto refused = who.caller->enter(call.info().arrived, open)) return refused;
+  const std::string name = who.caller->name;
+  call.identify(std::move(who.caller), name);
+  return std::nullopt;
 }
 
 void Router::count(std::string_view path, Code code) {

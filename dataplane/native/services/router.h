@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -34,7 +35,15 @@ class Router final : public grpc::Service {
   struct Method {
     std::string name;  // as it is counted; empty: it is not
     Accept accept;
+    // One of which its callers must have; none: nobody need say who it is.
+    identity::Roles roles = identity::kAllRoles;
   };
+
+  // `checked`: its web token was, a moment ago.
+  Accepted accept_by(const Method& method, std::shared_ptr<grpc::Call> call, bool checked);
+  // The call's caller may do this, and has not too much under way: else the refusal.
+  static std::optional<Status> let_in(identity::Recognized who, const Method& method,
+                                      grpc::Call& call, identity::OpenCall& open);
 
   // Methods of one request and one answer, in messages of at most `bytes`; those `admitted`
   // compute, and need a place before the body comes.

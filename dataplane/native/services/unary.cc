@@ -77,7 +77,8 @@ std::shared_ptr<schedule::RequestContext> request_context(const grpc::CallInfo& 
   auto request = std::make_shared<schedule::RequestContext>();
   request->arrived = Clock::now();
   request->deadline = info.deadline;
-  request->caller = info.connection;
+  const bool named = info.caller && !info.caller->name.empty();
+  request->caller = named ? info.caller->number : info.connection;
   return request;
 }
 

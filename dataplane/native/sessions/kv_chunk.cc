@@ -6,6 +6,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -18,7 +19,7 @@ namespace attnserve::sessions {
 namespace {
 
 constexpr std::string_view kMagic{"attnkv\0\0", 8};
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kVersion = 3;
 constexpr std::size_t kCheckedBytes = 48;  // of the header, before the checksum
 constexpr std::size_t kMostName = 4096;
 constexpr std::size_t kMostSize = 1 << 20;  // of a dimension
@@ -71,8 +72,9 @@ class Reader {
 // In this order: model, version; the number of layer models as u32, of each model and version;
 // num_kv_heads, head_dim, value_head_dim, page_tokens as u64; the cache type, and 1 if it is
 // latent, as u32; the number of layers as u32, and of each window and kept_first as i64, cross as
-// u32 and the first page as u32; length, max_tokens, reserved_tokens, cross_length and cross_tokens
-// as u64. A name is its bytes after their number as u32.
+// u32, the number of sinks as u32 and each as f32, and the first page as u32; length, max_tokens,
+// reserved_tokens, cross_length and cross_tokens as u64. A name is its bytes after their number as
+// u32.
 void write_description(Writer& to, const ExportedSession& session) {
   to.name(session.spec.model);
   to.name(session.spec.version);
@@ -93,6 +95,8 @@ void write_description(Writer& to, const ExportedSession& session) {
     to.number(session.spec.layers[layer].window);
     to.number(session.spec.layers[layer].kept_first);
     to.number(std::uint32_t{session.spec.layers[layer].cross});
+    to.number(static_cast<std::uint32_t>(session.spec.layers[layer].sinks.size()));
+    for (const float sink : session.spec.layers[layer].sinks) to.number(sink);
     to.number(session.first_pages[layer]);
   }
   for (const std::uint64_t count : {session.length, session.max_tokens, session.reserved_tokens,
@@ -139,7 +143,15 @@ ExportedSession read_description(ByteSpan payload) {
         (spec.window < 0 && spec.kept_first > 0) || (spec.cross && spec.window >= 0)) {
       refuse_chunk(text("what layer ", layer, " sees is out of range"));
     }
-    session.spec.layers.push_back(spec);
+    const auto sinks = from.number<std::uint32_t>();
+    if (sinks > kMostSize) refuse_chunk(text("the sinks of layer ", layer, " are out of range"));
+    for (std::uint32_t head = 0; head < sinks; ++head) {
+      spec.sinks.push_back(from.number<float>());
+      if (!(spec.sinks.back() < std::numeric_limits<float>::infinity())) {
+        refuse_chunk(text("the sinks of layer ", layer, " are out of range"));
+      }
+    }
+    session.spec.layers.push_back(std::move(spec));
     session.first_pages.push_back(from.number<std::uint32_t>());
   }
   for (std::uint64_t* count : {&session.length, &session.max_tokens, &session.reserved_tokens,

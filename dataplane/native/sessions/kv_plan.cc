@@ -2,6 +2,7 @@
 
 #include <openssl/sha.h>
 
+#include <bit>
 #include <string>
 
 #include "sessions/kv_sessions.h"
@@ -38,6 +39,8 @@ PageHash digest_of(const SessionSpec& spec) {
     add_number(all, static_cast<std::uint64_t>(layer.window));
     add_number(all, static_cast<std::uint64_t>(layer.kept_first));
     add_number(all, layer.cross ? 1 : 0);
+    add_number(all, layer.sinks.size());
+    for (const float sink : layer.sinks) add_number(all, std::bit_cast<std::uint32_t>(sink));
   }
   PageHash digest;
   SHA256(reinterpret_cast<const unsigned char*>(all.data()), all.size(), digest.data());

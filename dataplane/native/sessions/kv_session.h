@@ -87,8 +87,9 @@ class KvSession {
   void release();
 
   std::string id, owner;
-  BlockKey root{};              // of its chain
-  std::vector<BlockKey> chain;  // keys of its first full pages
+  std::size_t most_of_owner = 0;  // sessions that its owner may have; 0: no bound
+  BlockKey root{};                // of its chain
+  std::vector<BlockKey> chain;    // keys of its first full pages
   std::uint64_t length = 0, max_tokens = 0, reserved_tokens = 0;
   std::uint64_t cross_length = 0, cross_tokens = 0;  // keys there, at most
   std::uint64_t added = 0;         // new tokens of the step that it is in, or of its tree

@@ -62,7 +62,7 @@ MutableByteSpan KvSessions::cache() { return {state_->store.cache(), state_->sto
 
 std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
                                            std::span<const NewSession> sessions, Duration lease,
-                                           std::string_view owner) {
+                                           const SessionOwner& owner) {
   if (spec.layout.page_tokens != state_->config.page_tokens) {
     throw RequestError(invalid_argument("page_tokens", text(spec.layout.page_tokens),
                                         text(state_->config.page_tokens)));
@@ -79,7 +79,7 @@ std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
     const std::scoped_lock lock(state_->mutex);
     plan = state_->plan_of(spec);
   }
-  const BlockKey root = state_->prefixes.root_of(*plan, owner);
+  const BlockKey root = state_->prefixes.root_of(*plan, owner.name);
   for (std::size_t index = 0; index < sessions.size(); ++index) {
     const std::size_t blocks = std::min<std::size_t>(
         sessions[index].prefix_hashes.size(), sessions[index].max_tokens / plan->page_tokens());
@@ -113,14 +113,14 @@ std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
       state_->promise(*session, text("sessions[", index, "]"), now);
       state_->found += session->length / plan->page_tokens();
     }
-    state_->check_count(opened.size(), now);
+    state_->check_count(opened.size(), owner, now);
     for (std::size_t index = 0; index < opened.size(); ++index) {
       state_->add(opened[index], std::move(ids[index]), lease, now);
       states.push_back(KvState::state_of(*opened[index]));
     }
   } catch (...) {
     for (const KvSessionPtr& session : opened) {
-      if (!session->id.empty() && state_->sessions.erase(session->id) > 0) {
+      if (!session->id.empty() && state_->forget(*session)) {
         state_->expiries.erase(session->expiry);
       }
       session->release();
@@ -189,26 +189,26 @@ SessionState KvSessions::truncate(std::string_view id, std::uint64_t length,
 }
 
 SessionState KvSessions::fork(std::string_view id, std::uint64_t length, Growth growth,
-                              Duration lease, std::string_view owner) {
+                              Duration lease, const SessionOwner& owner) {
   return fork_at(id, &length, growth, lease, owner);
 }
 
 SessionState KvSessions::fork(std::string_view id, Growth growth, Duration lease,
-                              std::string_view owner) {
+                              const SessionOwner& owner) {
   return fork_at(id, nullptr, growth, lease, owner);
 }
 
 SessionState KvSessions::fork_at(std::string_view id, const std::uint64_t* length, Growth growth,
-                                 Duration lease, std::string_view owner) {
+                                 Duration lease, const SessionOwner& owner) {
   std::string id_of_new = new_id();
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
-  const KvSessionPtr other = state_->find_idle(id, owner, now);
+  const KvSessionPtr other = state_->find_idle(id, owner.name, now);
   const std::uint64_t at = length ? *length : other->length;
   check_length(*other, at);
   growth = checked_growth(growth, other->max_tokens, at, {});
-  state_->check_count(1, now);
+  state_->check_count(1, owner, now);
   const KvSessionPtr session = state_->make(other->plan_ptr(), owner);
   session->max_tokens = growth.max_tokens;
   session->reserved_tokens = growth.reserved_tokens;
@@ -253,7 +253,7 @@ void KvSessions::close(std::string_view id, std::string_view owner) {
   const std::scoped_lock lock(state_->mutex);
   state_->expire(Clock::now());
   const KvSessionPtr session = state_->find(id, owner, [] { return std::string("session_id"); });
-  state_->sessions.erase(session->id);
+  state_->forget(*session);
   state_->expiries.erase(session->expiry);
   session->gone = true;
   if (session->users == 0) session->release();

@@ -34,6 +34,7 @@
 #pragma once
 
 #include <chrono>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -78,6 +79,16 @@ struct KvStatistics {
   std::uint64_t evicted_pages = 0;
 };
 
+// Whose sessions: the caller's identity, and how many of its sessions may be open at once (0: no
+// bound of its own).
+struct SessionOwner {
+  template <std::convertible_to<std::string_view> Name>
+  SessionOwner(const Name& name_, std::size_t most = 0) : name(name_), most_sessions(most) {}
+
+  std::string_view name;
+  std::size_t most_sessions;
+};
+
 struct KvState;
 
 class KvSessions {
@@ -95,7 +106,7 @@ class KvSessions {
   // what a caller asks for, the default if that is not above zero, and never longer than max_lease.
   // Fields in messages: sessions[i].
   std::vector<SessionState> open(const SessionSpec& spec, std::span<const NewSession> sessions,
-                                 Duration lease, std::string_view owner);
+                                 Duration lease, const SessionOwner& owner);
 
   // Sessions of equal spec, each once: at least one, as requests::plan_step checks what needs no
   // session. Takes their lease anew, as every use does, layers included.
@@ -113,8 +124,8 @@ class KvSessions {
   SessionState truncate(std::string_view id, std::uint64_t length, std::string_view owner);
   // `length`: tokens to begin with; at most what the other one holds.
   SessionState fork(std::string_view id, std::uint64_t length, Growth growth, Duration lease,
-                    std::string_view owner);
-  SessionState fork(std::string_view id, Growth growth, Duration lease, std::string_view owner);
+                    const SessionOwner& owner);
+  SessionState fork(std::string_view id, Growth growth, Duration lease, const SessionOwner& owner);
   // Another lease if that is above zero.
   SessionState renew(std::string_view id, Duration lease, std::string_view owner);
   // A step that it is in cannot go on; its pages are back once no layer is being computed.
@@ -124,7 +135,7 @@ class KvSessions {
   KvExport export_session(std::string_view id, std::string_view owner);
   // The session is there once `KvImport::finish` has returned. `exported` as read from chunk 0.
   KvImport import_session(const ExportedSession& exported, Growth growth, Duration lease,
-                          std::string_view owner);
+                          const SessionOwner& owner);
 
   KvStatistics statistics();
   // Forgets what has expired and gives idle memory back: to be called every second or so.
@@ -138,7 +149,7 @@ class KvSessions {
   friend class KvImport;
 
   SessionState fork_at(std::string_view id, const std::uint64_t* length, Growth growth,
-                       Duration lease, std::string_view owner);
+                       Duration lease, const SessionOwner& owner);
   static std::string new_id();
   static void check_length(const KvSession& session, std::uint64_t length);
 

@@ -20,6 +20,7 @@ struct LayerSpec {
   std::int64_t window = -1;     // keys before its own that a query sees; -1: all
   std::int64_t kept_first = 0;  // with a window: the session's first keys, which it sees besides
   bool cross = false;           // keys are written once, and every query sees all of them
+  std::vector<float> sinks{};   // of each head, -inf: none; empty: the model's own
 
   bool operator==(const LayerSpec&) const = default;
 };

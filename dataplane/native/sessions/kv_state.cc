@@ -43,7 +43,7 @@ void KvState::expire(TimePoint now) {
       continue;
     }
     ++expired;
-    sessions.erase(session->id);
+    forget(*session);
     session->gone = true;
     session->release();
   }
@@ -60,10 +60,11 @@ KvPlanPtr KvState::plan_of(const SessionSpec& spec) {
   return plan;
 }
 
-KvSessionPtr KvState::make(const KvPlanPtr& plan, std::string_view owner) {
+KvSessionPtr KvState::make(const KvPlanPtr& plan, const SessionOwner& owner) {
   auto session = std::make_shared<KvSession>(plan, store, prefixes);
-  session->owner = owner;
-  session->root = prefixes.root_of(*plan, owner);
+  session->owner = owner.name;
+  session->most_of_owner = owner.most_sessions;
+  session->root = prefixes.root_of(*plan, owner.name);
   return session;
 }
 
@@ -83,7 +84,16 @@ void KvState::refuse(std::string_view field, std::size_t pages, const PageClass&
                       pages <= most ? retry_after(expiries, now) : std::chrono::microseconds{0}});
 }
 
-void KvState::check_count(std::size_t more, TimePoint now) const {
+void KvState::check_count(std::size_t more, const SessionOwner& owner, TimePoint now) const {
+  const auto own = of_owner.find(owner.name);
+  const std::size_t before = own == of_owner.end() ? 0 : own->second;
+  if (owner.most_sessions > 0 && before + more > owner.most_sessions) {
+    throw RequestError(
+        {Code::kResourceExhausted,
+         text("sessions: ", more, " beside ", before, " of this caller that are open; allowed: ",
+              owner.most_sessions, " (--caller-sessions)"),
+         more <= owner.most_sessions ? retry_after(expiries, now) : std::chrono::microseconds{0}});
+  }
   if (sessions.size() + more <= kMostSessions) return;
   throw RequestError({Code::kResourceExhausted,
                       text("sessions: ", more, " beside ", sessions.size(),
@@ -95,6 +105,7 @@ void KvState::add(const KvSessionPtr& session, std::string id, Duration asked_fo
   session->id = std::move(id);
   session->lease = lease(asked_for);
   touch(*session, now);
+  std::size_t& own = of_owner[session->owner];
   session->expiry = expiries.emplace(session->expires, session);
   try {
     sessions.emplace(session->id, session);
@@ -102,7 +113,15 @@ void KvState::add(const KvSessionPtr& session, std::string id, Duration asked_fo
     expiries.erase(session->expiry);
     throw;
   }
+  ++own;
   ++opened;
+}
+
+bool KvState::forget(const KvSession& session) {
+  if (sessions.erase(session.id) == 0) return false;
+  const auto own = of_owner.find(session.owner);
+  if (--own->second == 0) of_owner.erase(own);
+  return true;
 }
 
 KvSessionPtr KvState::find_idle(std::string_view id, std::string_view owner, TimePoint now) {

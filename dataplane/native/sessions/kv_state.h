@@ -30,6 +30,7 @@ struct KvState {
     using is_transparent = void;
   };
   std::unordered_map<std::string, KvSessionPtr, IdHash, std::equal_to<>> sessions;
+  std::unordered_map<std::string, std::size_t, IdHash, std::equal_to<>> of_owner;  // their numbers
   std::multimap<TimePoint, KvSessionPtr> expiries;  // one for each session
   std::vector<std::weak_ptr<const KvPlan>> plans;
   std::uint64_t steps = 0;
@@ -42,13 +43,14 @@ struct KvState {
 
   // The plan of a spec: the one that there is, if sessions or cached pages have it.
   KvPlanPtr plan_of(const SessionSpec& spec);
-  KvSessionPtr make(const KvPlanPtr& plan, std::string_view owner);
+  KvSessionPtr make(const KvPlanPtr& plan, const SessionOwner& owner);
   // Makes the session's promise what it should be. Throws RequestError RESOURCE_EXHAUSTED.
   void promise(KvSession& session, std::string_view field, TimePoint now);
   [[noreturn]] void refuse(std::string_view field, std::size_t pages, const PageClass& of,
                            TimePoint now) const;
-  void check_count(std::size_t more, TimePoint now) const;
+  void check_count(std::size_t more, const SessionOwner& owner, TimePoint now) const;
   void add(const KvSessionPtr& session, std::string id, Duration asked, TimePoint now);
+  bool forget(const KvSession& session);  // from `sessions`; whether it was there
 
   // Throws RequestError NOT_FOUND. `field` gives the name of what the id came in.
   template <class Field>

@@ -133,7 +133,7 @@ Bytes KvExport::read_pages(std::size_t most) {
 }
 
 KvImport KvSessions::import_session(const ExportedSession& exported, Growth growth, Duration lease,
-                                    std::string_view owner) {
+                                    const SessionOwner& owner) {
   if (exported.spec.layout.page_tokens != state_->config.page_tokens) {
     throw RequestError(Code::kFailedPrecondition,
                        text("chunk: given pages of ", exported.spec.layout.page_tokens,
@@ -143,7 +143,7 @@ KvImport KvSessions::import_session(const ExportedSession& exported, Growth grow
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
-  state_->check_count(1, now);
+  state_->check_count(1, owner, now);
   const KvPlanPtr plan = state_->plan_of(exported.spec);
   const bool cross = !plan->cross.empty();
   if (cross != (exported.cross_tokens > 0) || exported.cross_length > exported.cross_tokens ||
@@ -216,7 +216,7 @@ SessionState KvImport::finish() {
   const std::scoped_lock lock(store_->state_->mutex);
   const TimePoint now = Clock::now();
   store_->state_->expire(now);
-  store_->state_->check_count(1, now);
+  store_->state_->check_count(1, {session_->owner, session_->most_of_owner}, now);
   store_->state_->add(session_, std::move(id), lease_, now);
   return KvState::state_of(*std::exchange(session_, nullptr));
 }

@@ -178,12 +178,20 @@ void RegionView::check_intact() const {
   mapping->check_holds(static_cast<std::size_t>(end));
 }
 
+std::string_view name_of_caller(std::string_view peer) {
+  const std::size_t at = peer.find('@');
+  return at == std::string_view::npos ? std::string_view{} : peer.substr(at);
+}
+
 std::string_view address_of(std::string_view peer) {
+  if (const std::string_view name = name_of_caller(peer); !name.empty()) return name;
   if (!peer.starts_with("ipv4:") && !peer.starts_with("ipv6:")) return peer;
   return peer.substr(0, peer.rfind(':'));
 }
 
 std::string owner_of(std::string_view peer) {
+  const std::string_view name = name_of_caller(peer);
+  if (!name.empty()) return owner_of(peer.substr(0, peer.size() - name.size())).append(name);
   const std::string_view kind = peer.substr(0, peer.find(':'));
   if (kind.size() < peer.size()) {
     if (kind == "unix" || kind == "unix-abstract") return "unix";

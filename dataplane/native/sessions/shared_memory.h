@@ -42,11 +42,14 @@ struct RegionView {
   void check_intact() const;
 };
 
-// What tells local callers apart: the host part of a peer ("127.0.0.1", "::1", "unix"). Throws
-// RequestError PERMISSION_DENIED for a peer that is neither on loopback nor on a Unix socket.
+// The name of a caller that has one, with the '@' before it: "@trainer" of "unix:@trainer".
+std::string_view name_of_caller(std::string_view peer);
+// What tells local callers apart: the host part of a peer ("127.0.0.1", "::1", "unix"), and the
+// caller's name ("unix@trainer"). Throws RequestError PERMISSION_DENIED for a peer that is neither
+// on loopback nor on a Unix socket.
 std::string owner_of(std::string_view peer);
-// Where any peer calls from: "ipv4:10.0.0.1" of "ipv4:10.0.0.1:4242"; sockets of this machine have
-// no ports.
+// Who calls: by the name that it has, wherever it calls from ("@trainer"), else by where it calls
+// from: "ipv4:10.0.0.1" of "ipv4:10.0.0.1:4242"; sockets of this machine have no ports.
 std::string_view address_of(std::string_view peer);
 
 // The registered regions, by owner and name. Any thread; `add` and `add_private` take as long as

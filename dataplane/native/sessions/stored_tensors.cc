@@ -50,6 +50,7 @@ struct StoredTensors::State {
     StoredTensorPtr tensor;
     Duration lease;
     Expiries::iterator expiry;
+    Lease part;  // of its caller
   };
   using Entries = std::map<std::string, Entry, std::less<>>;
   // Tensors on their way out. Declared before the lock is taken: the memory of large ones goes back
@@ -116,12 +117,18 @@ struct StoredTensors::State {
   }
 };
 
-Room::Room(Room&& other) noexcept : store_(other.store_), size_(std::exchange(other.size_, 0)) {}
+Room::Room(Room&& other) noexcept
+    : store_(other.store_),
+      size_(std::exchange(other.size_, 0)),
+      part_(std::move(other.part_)),
+      has_part_(other.has_part_) {}
 
 Room& Room::operator=(Room&& other) noexcept {
   Room taken(std::move(other));
   std::swap(store_, taken.store_);
   std::swap(size_, taken.size_);
+  std::swap(part_, taken.part_);
+  std::swap(has_part_, taken.has_part_);
   return *this;  // what this one had goes with `taken`
 }
 
@@ -139,6 +146,13 @@ void Room::claim(std::size_t more) {
   const TimePoint now = Clock::now();
   state.forget_expired(now, gone);
   state.check_room(size_, more, now);
+  if (has_part_ && !part_.grow(more)) {
+    throw RequestError({Code::kResourceExhausted,
+                        text("tensors: ", more,
+                             " bytes beside those that this caller has stored; "
+                             "allowed are fewer of one caller (--caller-stored-mib)"),
+                        state.retry_after(now)});
+  }
   state.bytes += more;
   size_ += more;
 }
@@ -173,7 +187,7 @@ Stored StoredTensors::put(StoredTensor tensor, Room room, Duration lease) {
                         state_->retry_after(now)});
   }
   const auto entry =
-      state_->entries.emplace(stored.handle, State::Entry{std::move(kept), length, {}}).first;
+      state_->entries.emplace(stored.handle, State::Entry{std::move(kept), length, {}, {}}).first;
   try {
     entry->second.expiry = state_->expiries.emplace(now + length, entry->first);
   } catch (...) {
@@ -181,6 +195,7 @@ Stored StoredTensors::put(StoredTensor tensor, Room room, Duration lease) {
     throw;
   }
   // From here on the entry holds the bytes that the room had claimed.
+  entry->second.part = std::move(room.part_);
   state_->bytes -= std::exchange(room.size_, 0) - size;
   return stored;
 }

@@ -42,10 +42,15 @@ class Room {
 
  private:
   friend class StoredTensors;
-  explicit Room(StoredTensors& store) : store_(&store) {}
+  Room(StoredTensors& store, ByteBudget* part)
+      : store_(&store),
+        part_(part != nullptr ? Lease(*part) : Lease()),
+        has_part_(part != nullptr) {}
 
   StoredTensors* store_;
   std::size_t size_ = 0;
+  Lease part_;  // the same of the caller's own
+  bool has_part_ = false;
 };
 
 // Any thread. Every call first forgets what has run out.
@@ -56,8 +61,10 @@ class StoredTensors {
   StoredTensors(std::size_t max_bytes, Duration default_lease, Duration max_lease);
   ~StoredTensors();
 
-  Room begin() { return Room(*this); }
-  // Refuses at once what could never fit, or would not fit now: as Room::claim, without claiming.
+  // `part`: what one caller's tensors may take, which outlives them; nullptr: no bound of its own.
+  Room begin(ByteBudget* part = nullptr) { return Room(*this, part); }
+  // Refuses at once what could never fit, or would not fit now: as Room::claim, without claiming,
+  // but for the caller's own part.
   void check_fits(std::size_t byte_size);
   // Keeps a tensor. Claims what its room has not got yet: throws as Room::claim does.
   Stored put(StoredTensor tensor, Room room, Duration lease);

@@ -77,6 +77,7 @@ class OwnedWork {
       place(Result::kOutput, {s.batch, s.num_heads, s.query_len, s.value_head_dim});
     if (wanted.weights) place(Result::kWeights, {s.batch, s.num_heads, s.query_len, s.key_len});
     if (wanted.entropy) place(Result::kEntropy, rows);
+    if (wanted.log_sum_exp) place(Result::kLogSumExp, rows);
     if (wanted.top_k) place(Result::kTopKIndices, listed, DataType::kInt64);
     if (wanted.top_k) place(Result::kTopKWeights, listed);
     if (wanted.mass_per_key) place(Result::kMassPerKey, {s.batch, s.num_heads, s.key_len});
@@ -228,7 +229,9 @@ TEST_CASE("names are those of the protocol") {
   CHECK(name_of(Feed::kDistances) == "distances");
   CHECK(name_of(Result::kOutput) == "output");
   CHECK(name_of(Result::kTopKWeights) == "top_k_weights");
+  CHECK(name_of(Feed::kSinks) == "sinks");
   CHECK(name_of(Result::kMassByDistance) == "mass_by_distance");
+  CHECK(name_of(Result::kLogSumExp) == "log_sum_exp");
 }
 
 TEST_CASE("works of one bucket have one key; whatever else differs makes another") {
@@ -292,12 +295,14 @@ TEST_CASE("ragged works together give each the bits that it gets alone") {
   for (const Scheme mask : {Scheme{false, false}, Scheme{true, false}, Scheme{true, true}}) {
     const auto model = native_model(runtime, mask);
     std::deque<OwnedWork> works;
+    Wanted wanted;
+    wanted.log_sum_exp = true;
     unsigned seed = 0;
     for (const auto& [batch, query_len, key_len] :
          {std::tuple{1, 130, 200}, std::tuple{3, 141, 193}, std::tuple{2, 160, 224},
           std::tuple{1, 160, 193}}) {
       const std::int64_t rows = mask.bottom_right ? 130 : query_len;
-      works.emplace_back(model, ragged(batch, rows, key_len), Wanted{}, seed, seed % 2);
+      works.emplace_back(model, ragged(batch, rows, key_len), wanted, seed, seed % 2);
       ++seed;
       CHECK(works.back().work.key == works.front().work.key);
     }
@@ -305,10 +310,12 @@ TEST_CASE("ragged works together give each the bits that it gets alone") {
     attend_together(together(works), nullptr);
     for (OwnedWork& each : works) {
       const auto joined = each.result(Result::kOutput);
+      const auto log_sum_exp = each.result(Result::kLogSumExp);
       CHECK(largest_error(joined, each.output(mask)) < 1e-5);
       each.clear();
       alone(each);
       CHECK(joined == each.result(Result::kOutput));
+      CHECK(log_sum_exp == each.result(Result::kLogSumExp));
     }
   }
 }

@@ -166,6 +166,18 @@ TEST_CASE("an unloaded model is UNAVAILABLE until it is loaded again; who holds 
   CHECK(status_of_call([&] { store.get("a", "1"); }).code == Code::kNotFound);
 }
 
+TEST_CASE("a model that does not load says why until it does") {
+  ModelStore store;
+  store.put("a", {}, "a/1/model.json: not JSON");
+  const Status status = status_of_call([&] { store.get("a", "1"); });
+  CHECK(status.code == Code::kFailedPrecondition);
+  CHECK(status.message == "model: a is not served: a/1/model.json: not JSON");
+  store.put("a", {});
+  CHECK(status_of_call([&] { store.get("a", ""); }).code == Code::kUnavailable);
+  store.put("a", {named_model("a", 1)});
+  CHECK(store.get("a", "")->facts.version == 1);
+}
+
 TEST_CASE("working memory: scores for quadratic variants, tiles for native ones, else blocks") {
   const auto model = three_variants();
   Variant& variant = *model->variants[0];

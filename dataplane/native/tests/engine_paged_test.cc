@@ -25,8 +25,9 @@ constexpr std::size_t kPages = 256;
 constexpr int kOnnxUint8 = 2;
 static_assert(kPageBytes % 64 == 0);
 
-// As the exporter writes it.
-std::unique_ptr<Session> paged_graph(const std::shared_ptr<Runtime>& runtime) {
+// As the exporter writes it; earlier ones wrote a spec of five or six numbers.
+std::unique_ptr<Session> paged_graph(const std::shared_ptr<Runtime>& runtime,
+                                     std::int64_t spec_numbers = 7) {
   const std::vector<std::string> inputs{"query",   "key",          "value", "cache", "starts",
                                         "lengths", "table_starts", "table", "spec",  "parents",
                                         "",        "weights_of"};
@@ -49,7 +50,8 @@ std::unique_ptr<Session> paged_graph(const std::shared_ptr<Runtime>& runtime) {
                {"entropy", kOnnxFloat, {-1, kHeads}},
                {"weights", kOnnxFloat, {-1}}}};
   for (std::size_t at = 4; at < inputs.size(); ++at) {
-    if (!inputs[at].empty()) graph.inputs.push_back({inputs[at], kOnnxInt64, {-1}});
+    const std::int64_t size = inputs[at] == "spec" ? spec_numbers : -1;
+    if (!inputs[at].empty()) graph.inputs.push_back({inputs[at], kOnnxInt64, {size}});
   }
   return load_graph(runtime, graph);
 }
@@ -132,7 +134,7 @@ struct Step {
                  std::int64_t seen) const {
     const std::int64_t kv_head = head / (kHeads / kKvHeads);
     std::vector<double> expected(kValueDim);
-    double sum = 0;
+    double sum = 0, weighed_scores = 0;
     for (std::int64_t k = 0; k < seen; ++k) {
       if (work.spec.window >= 0 && k < seen - 1 - work.spec.window) continue;
       double score = 0;
@@ -142,6 +144,7 @@ struct Step {
       }
       const double weight = std::exp(score * kScale);
       sum += weight;
+      weighed_scores += weight * score * kScale;
       for (std::int64_t d = 0; d < kValueDim; ++d) {
         expected[d] += weight * sequence.values[(k * kKvHeads + kv_head) * kValueDim + d];
       }
@@ -151,6 +154,14 @@ struct Step {
             doctest::Approx(expected[d] / sum).epsilon(1e-4));
     }
     CHECK(log_sum_exp[token * kHeads + head] == doctest::Approx(std::log(sum)).epsilon(1e-4));
+    if (entropy.empty()) return;
+    CHECK(entropy[token * kHeads + head] ==
+          doctest::Approx(std::log(sum) - weighed_scores / sum).epsilon(1e-4));
+  }
+
+  void want_entropy() {
+    entropy.resize(log_sum_exp.size());
+    work.entropy = tensor_of(entropy, work.log_sum_exp.shape);
   }
 
   // Asks for the weights of a sequence, after those before it.
@@ -196,7 +207,7 @@ struct Step {
 
   std::vector<Sequence*> sequences;
   std::vector<std::int64_t> starts{0}, parents;
-  std::vector<float> query, key, value, output, log_sum_exp;
+  std::vector<float> query, key, value, output, log_sum_exp, entropy;
   std::deque<std::vector<float>> weights;  // of sequences, as asked for
   PagedWork work;
 };
@@ -262,14 +273,15 @@ struct HiddenStep {
 };
 
 struct World {
+  explicit World(std::int64_t spec_numbers = 7) {
+    if (runtime) variant = &add_variant(model, "paged", paged_graph(runtime, spec_numbers));
+  }
+
   std::shared_ptr<Runtime> runtime = test_runtime();
   Model model;
   const Variant* variant = nullptr;
   Cache cache;
   std::mt19937 random{std::random_device{}()};
-  World() {
-    if (runtime) variant = &add_variant(model, "paged", paged_graph(runtime));
-  }
 };
 
 }  // namespace
@@ -311,6 +323,26 @@ TEST_CASE("works of one key give together what they give alone") {
   second.work.log_sum_exp = tensor_of(second.log_sum_exp, {2, kHeads});
   second.run();  // the same keys once more, to the same places
   second.check();
+}
+
+TEST_CASE("entropy is that of the works that want it, whatever numbers of a spec the graph takes") {
+  for (const std::int64_t spec_numbers : {5, 6, 7}) {
+    World world(spec_numbers);
+    if (!world.runtime) return;
+    std::vector<Sequence> sequences(2);
+    Step first(*world.variant, world.cache, {&sequences[0]}, {3}, world.random);
+    Step second(*world.variant, world.cache, {&sequences[1]}, {20}, world.random);
+    first.want_entropy();
+    std::vector<PagedWork*> works{&first.work, &second.work};
+    attend_paged_together(works, nullptr);
+    for (const Step* step : {&first, &second}) step->check();
+    // Many rows alone, and few.
+    second.want_entropy();
+    for (Step* step : {&first, &second}) {
+      step->run();
+      step->check();
+    }
+  }
 }
 
 TEST_CASE("keys of a cross layer are as many as they like, and every query sees them") {
@@ -381,6 +413,13 @@ TEST_CASE("works of other layers, or of many tokens, have other keys") {
   PagedWork typed = few.work;
   typed.spec.cache_type = 1;
   CHECK(batch_key(few.work) != batch_key(typed));
+  std::vector<float> sinks(kHeads), others(kHeads);
+  PagedWork sunk = few.work, alike = few.work, other = few.work;
+  sunk.sinks = alike.sinks = tensor_of(sinks, {kHeads});
+  other.sinks = tensor_of(others, {kHeads});
+  CHECK(batch_key(few.work) != batch_key(sunk));
+  CHECK(batch_key(alike) == batch_key(sunk));
+  CHECK(batch_key(other) != batch_key(sunk));
 }
 
 TEST_CASE("hidden states are joined, each token told its position in its sequence") {

@@ -104,6 +104,30 @@ TEST_CASE("several requests run as one, and each gets its own rows of what it wa
   CHECK(elements(last)[4] == 5);
 }
 
+TEST_CASE("kinds of tokens are padded beside their ids, and 0 where a request says nothing") {
+  const auto runtime = test_runtime();
+  if (!runtime) return;
+  auto model = std::make_shared<Model>();
+  model->facts.pad_token_id = 7;
+  add_variant(*model, "fused",
+              load_graph(runtime, {{{"Mul", "", {"input_ids", "token_type_ids"}, {"product"}, {}},
+                                    {"Add", "", {"product", "attention_mask"}, {"last"}, {}}},
+                                   {{"input_ids", kOnnxInt64, {-1, -1}},
+                                    {"attention_mask", kOnnxInt64, {-1, -1}},
+                                    {"token_type_ids", kOnnxInt64, {-1, -1}}},
+                                   {{"last", kOnnxInt64, {-1, -1}}},
+                                   {"token_type_ids"}}));
+  CHECK(model->variants[0]->session->takes("token_type_ids"));
+  std::deque<TokensWork> works;
+  works.push_back(work_of(model, sequences({{10, 20}, {30, 40, 50}}), {"last"}));
+  works.back().source_types = {0, 1, 1, 2, 0};
+  works.push_back(work_of(model, sequences({{60}}), {"last"}));
+  TokensWork* pointers[2] = {&works[0], &works[1]};
+  attend_tokens_together(pointers, nullptr);
+  CHECK(elements(works[0].results[0]) == std::vector<std::int64_t>{1, 21, 0, 31, 81, 1});
+  CHECK(elements(works[1].results[0]) == std::vector<std::int64_t>{1, 0, 0});
+}
+
 TEST_CASE("a decoder's tokens go by its own names and length") {
   const auto runtime = test_runtime();
   if (!runtime) return;

@@ -3,6 +3,7 @@
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 
+#include <atomic>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -10,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "grpc/certificate_names.h"
 #include "grpc_certificates.h"
 #include "grpc_sockets.h"
 
@@ -256,4 +258,65 @@ TEST_CASE("certificates and keys that are of no use are refused by field, withou
   CHECK(encrypted.size() < 100);
   CHECK(refusal_of({identity.certificate(), identity.key(), "rubbish"}) ==
         "TLS client_authorities: no certificate in it");
+}
+
+TEST_CASE("certificates are replaced for those who come, and those who are there go on") {
+  TlsEcho echo(true);
+  const TestIdentity friendly(&echo.authority);
+  ClientOptions options = echo.trusting();
+  options.identity = &friendly;
+  TlsClient early(echo.address, options);
+  REQUIRE(early.is_served());
+
+  const TestIdentity new_authority;
+  const TestIdentity new_identity(&new_authority);
+  const TestIdentity new_friend(&new_authority);
+  CHECK_THROWS_AS(echo.server->replace_tls({new_identity.certificate(), echo.identity.key(),
+                                            new_authority.certificate()}),
+                  std::runtime_error);
+  CHECK(TlsClient(echo.address, options).is_served());  // nothing has changed
+  echo.server->replace_tls(
+      {new_identity.certificate(), new_identity.key(), new_authority.certificate()});
+
+  CHECK(early.send("on"));
+  CHECK(early.receive(2) == "on");
+  CHECK_FALSE(TlsClient(echo.address, options).is_served());
+  ClientOptions renewed{.authority = &new_authority, .identity = &new_friend};
+  CHECK(TlsClient(echo.address, renewed).is_served());
+  renewed.identity = &friendly;  // whom the old authority signed
+  CHECK_FALSE(TlsClient(echo.address, renewed).is_served());
+}
+
+TEST_CASE("certificates are replaced while others shake hands") {
+  TlsEcho echo;
+  std::atomic<bool> over{false};
+  std::thread replacing([&] {
+    while (!over) {
+      echo.server->replace_tls({echo.identity.certificate(), echo.identity.key(), ""});
+    }
+  });
+  for (int i = 0; i < 50; ++i) CHECK(TlsClient(echo.address, echo.trusting()).is_served());
+  over = true;
+  replacing.join();
+}
+
+TEST_CASE("a certificate's names, the most telling first") {
+  const TestIdentity authority;
+  const TestIdentity identity(&authority);
+  std::vector<std::string> names = names_of(*identity.x509());
+  REQUIRE(names.size() == 2);  // the common name is the host's
+  CHECK(names[0] == "localhost");
+  CHECK(names[1].starts_with("sha256:"));
+  CHECK(names[1].size() == 71);
+  X509* it = identity.x509();
+  X509_EXTENSION* extension =
+      X509V3_EXT_conf_nid(nullptr, nullptr, NID_subject_alt_name,
+                          "DNS:a.example,URI:spiffe://example/a,email:a@example,IP:127.0.0.1");
+  X509_delete_ext(it, X509_get_ext_by_NID(it, NID_subject_alt_name, -1));
+  X509_add_ext(it, extension, -1);
+  X509_EXTENSION_free(extension);
+  names = names_of(*it);
+  names.pop_back();
+  CHECK(names ==
+        std::vector<std::string>{"spiffe://example/a", "localhost", "a.example", "a@example"});
 }

@@ -42,6 +42,8 @@ struct Node {
 struct Graph {
   std::vector<Node> nodes;
   std::vector<GraphPort> inputs, outputs;
+  // Inputs [B, S] INT64 that are [[0]] if they are left out.
+  std::vector<std::string> optional = {};
 };
 
 inline std::string value_info(const GraphPort& port) {
@@ -88,6 +90,15 @@ inline std::string serialized(const Graph& graph) {
   writer.add_string(2, "test");
   for (const GraphPort& port : graph.inputs) writer.add_message(11, value_info(port));
   for (const GraphPort& port : graph.outputs) writer.add_message(12, value_info(port));
+  for (const std::string& name : graph.optional) {
+    std::string tensor;
+    protozero::pbf_writer to(tensor);
+    for (int dimension = 0; dimension < 2; ++dimension) to.add_int64(1, 1);
+    to.add_int32(2, kOnnxInt64);
+    to.add_int64(7, 0);
+    to.add_string(8, name);
+    writer.add_message(5, tensor);
+  }
 
   std::string model;
   protozero::pbf_writer whole(model);
@@ -148,18 +159,18 @@ inline std::vector<Attribute> mask_attributes(float scale, bool causal, bool bot
           {"bottom_right", false, 0, bottom_right}};
 }
 
-// One node: output = Attention(query, key, value, key_lengths), any number of heads.
+// One node: output, log_sum_exp = Attention(query, key, value, key_lengths), any number of heads.
 inline Graph attention_graph(int type, float scale, bool causal, bool bottom_right = false) {
   return {{{"Attention",
             "attnserve",
             {"query", "key", "value", "key_lengths"},
-            {"output"},
+            {"output", "log_sum_exp"},
             mask_attributes(scale, causal, bottom_right)}},
           {{"query", type, {-1, -1, -1, -1}},
            {"key", type, {-1, -1, -1, -1}},
            {"value", type, {-1, -1, -1, -1}},
            {"key_lengths", kOnnxInt64, {-1}}},
-          {{"output", type, {-1, -1, -1, -1}}}};
+          {{"output", type, {-1, -1, -1, -1}}, {"log_sum_exp", kOnnxFloat, {-1, -1, -1}}}};
 }
 
 // One node that says what the weights say.

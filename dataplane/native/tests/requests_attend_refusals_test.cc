@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -241,6 +242,38 @@ const std::vector<Refusal> kRefusals{
     {"mass_by_distance", [](Request& r, World&) { r.message.returns.mass_by_distance = 4; },
      Code::kInvalidArgument,
      "returns.mass_by_distance: given 4; allowed: 0..3, the longest length"},
+    {"sinks of another type",
+     [](Request& r, World&) {
+       r.message.model = "masked";
+       r.at(wire::Input::kSinks) = r.lengths({1, 1, 1, 1});
+     },
+     Code::kInvalidArgument, "sinks.dtype: given INT64; allowed: FP32"},
+    {"too few sinks",
+     [](Request& r, World&) {
+       r.message.model = "masked";
+       r.at(wire::Input::kSinks) = r.with<float>({3}, DataType::kFp32, {0, 0, 0});
+     },
+     Code::kInvalidArgument,
+     "sinks.shape: given [3]; allowed: 4 at axis 0 (num_heads of the model)"},
+    {"a sink that is no number",
+     [](Request& r, World&) {
+       r.message.model = "masked";
+       r.at(wire::Input::kSinks) = r.with<float>({4}, DataType::kFp32, {0, 0, NAN, 0});
+     },
+     Code::kInvalidArgument, "sinks[2]: given nan; allowed: finite numbers and -infinity"},
+    {"an infinite sink",
+     [](Request& r, World&) {
+       r.message.model = "masked";
+       r.at(wire::Input::kSinks) = r.with<float>({4}, DataType::kFp32, {0, INFINITY, 0, 0});
+     },
+     Code::kInvalidArgument, "sinks[1]: given inf; allowed: finite numbers and -infinity"},
+    {"no sinks",
+     [](Request& r, World&) {
+       r.at(wire::Input::kSinks) = r.with<float>({4}, DataType::kFp32, {0, 0, 0, 0});
+     },
+     Code::kFailedPrecondition, "model causal version 1 cannot do this: it takes no sinks"},
+    {"no log_sum_exp", [](Request& r, World&) { r.message.returns.log_sum_exp = true; },
+     Code::kFailedPrecondition, "model causal version 1 cannot do this: it gives no log_sum_exp"},
     {"nothing wanted", [](Request& r, World&) { r.message.returns.no_output = true; },
      Code::kInvalidArgument, "returns: given nothing to return; allowed: at least one thing"},
     {"variant cannot",

@@ -391,6 +391,46 @@ TEST_CASE("packed sequences run by the graph for them, alone, with a prefix for 
         "cu_seqlens_k[3]: given 2; allowed: 3, all tokens");
 }
 
+TEST_CASE("sinks are the request's, by itself, or the model's own") {
+  World world;
+  Request request("masked");
+  auto prepared = prepared_of(world, request);
+  CHECK(prepared->work.joinable);
+  CHECK(elements<float>(feed(*prepared, Feed::kSinks)) == std::vector<float>{0.5F, -1, 0, 2});
+  const auto own_key = prepared->work.key;
+  request.at(wire::Input::kSinks) = request.with<float>({4}, DataType::kFp32, {1, -kInf, -3, 0});
+  prepared = prepared_of(world, request);
+  CHECK(!prepared->work.joinable);
+  CHECK(prepared->work.key != own_key);
+  CHECK(elements<float>(feed(*prepared, Feed::kSinks)) == std::vector<float>{1, -kInf, -3, 0});
+  Request bare("bare");
+  CHECK(feed(*prepared_of(world, bare), Feed::kSinks).data == nullptr);
+}
+
+TEST_CASE("a log-sum-exp comes with the output or alone, with what weights say or without") {
+  World world;
+  Request request("masked");
+  const auto plain = plan_of(world, request).key;
+  request.message.returns.log_sum_exp = true;
+  AttendPlan plan = plan_of(world, request);
+  CHECK(plan.key != plain);
+  CHECK(plan.variant->name() == "native");
+  REQUIRE(plan.results.size() == 2);
+  CHECK(plan.results[1].output == wire::Output::kLogSumExp);
+  CHECK(plan.results[1].dtype == DataType::kFp32);
+  CHECK(plan.results[1].shape == Shape{1, 4, 3});
+  request.message.returns.no_output = true;
+  request.message.returns.entropy = true;
+  plan = plan_of(world, request);
+  CHECK(plan.variant->name() == "native");
+  REQUIRE(plan.diagnosis != nullptr);
+  CHECK(plan.diagnosis->name() == "diagnostics");
+  REQUIRE(plan.results.size() == 2);
+  request.message.returns.log_sum_exp = false;
+  plan = plan_of(world, request);
+  CHECK(plan.variant->name() == "diagnostics");
+}
+
 TEST_CASE("a graph that only caps scores gets the model's own softcap") {
   World world;
   Request request("capped");

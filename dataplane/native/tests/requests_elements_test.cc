@@ -19,13 +19,13 @@ Tensor tensor_of(std::vector<Element>& elements, DataType dtype, const Shape& sh
 TEST_CASE("a bias may hold -infinity and the largest numbers, wherever they lie") {
   std::vector<float> fp32(3000, -kInf);
   fp32[2999] = std::numeric_limits<float>::max();
-  check_bias(tensor_of(fp32, DataType::kFp32, {1, 1, 1, 3000}));
+  check_added("bias", tensor_of(fp32, DataType::kFp32, {1, 1, 1, 3000}));
   std::vector<std::uint16_t> fp16(3000, 0xFC00);
   fp16[0] = 0x7BFF;
-  check_bias(tensor_of(fp16, DataType::kFp16, {1, 1, 3, 1000}));
+  check_added("bias", tensor_of(fp16, DataType::kFp16, {1, 1, 3, 1000}));
   std::vector<std::uint16_t> bf16(3000, 0xFF80);
   bf16[0] = 0x7F7F;
-  check_bias(tensor_of(bf16, DataType::kBf16, {1, 1, 3, 1000}));
+  check_added("bias", tensor_of(bf16, DataType::kBf16, {1, 1, 3, 1000}));
 }
 
 TEST_CASE(
@@ -35,7 +35,7 @@ TEST_CASE(
     std::vector<float> fp32(1030);
     fp32[place] = kInf;
     const Tensor bias = tensor_of(fp32, DataType::kFp32, {1, 103, 5, 2});
-    const auto message = [&] { return status_thrown([&] { check_bias(bias); }).message; };
+    const auto message = [&] { return status_thrown([&] { check_added("bias", bias); }).message; };
     const auto named = [&](std::size_t at, const char* value) {
       const std::vector<std::int64_t> index{0, static_cast<std::int64_t>(at / 10),
                                             static_cast<std::int64_t>(at / 2 % 5),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,7 @@ namespace {
 
 constexpr std::size_t kPageTokens = 16;
 
-const std::vector<std::string> kHeads{"query", "key", "value", "cache", "weights_of"};
+const std::vector<std::string> kHeads{"query", "key", "value", "cache", "weights_of", "sinks"};
 
 void add_paged(World& world, engine::ModelFacts facts, bool on_cuda = false,
                const std::vector<std::string>& inputs = kHeads) {
@@ -293,6 +294,22 @@ TEST_CASE("layers are each as said, as one says for all, or as the model") {
   CHECK(layers("llama", {windowed(32, 4)}) == Layers(3, {31, 4, false}));
   CHECK(layers("windowed", {windowed(32, 4), {}, {std::nullopt, 2, false}}) ==
         Layers{{31, 4, false}, {99, 0, false}, {99, 2, false}});
+  wire::LayerSpec sunk;
+  sunk.sinks = {1, 2, -std::numeric_limits<float>::infinity(), 4};
+  CHECK(layers("llama", {sunk, {}, {}}) ==
+        Layers{{-1, 0, false, sunk.sinks}, {-1, 0, false}, {-1, 0, false}});
+  const auto refused = [&](std::string_view model) {
+    return status_thrown([&] { layers(model, {sunk}); });
+  };
+  CHECK(refused("block").message ==
+        "layers[0].sinks: given 4 of them; allowed: none, as block is a layer model");
+  CHECK(refused("old").code == Code::kFailedPrecondition);
+  sunk.sinks[2] = std::numeric_limits<float>::quiet_NaN();
+  CHECK(refused("llama").message ==
+        "layers[0].sinks[2]: given nan; allowed: finite numbers and -infinity");
+  sunk.sinks.pop_back();
+  CHECK(refused("llama").message ==
+        "layers[0].sinks: given 3 of them; allowed: none, or 4, num_heads of the model");
 }
 
 TEST_CASE("sessions are planned as they were asked for") {

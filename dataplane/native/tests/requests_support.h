@@ -67,14 +67,18 @@ inline engine::ModelPtr core(engine::ModelFacts facts) {
 inline engine::ModelPtr masked() {
   engine::ModelFacts facts = core_facts("masked");
   facts.mask = engine::Mask::kCausal;
+  facts.sinks = {0.5F, -1, 0, 2};
   const auto model = model_of(std::move(facts));
-  const std::vector<std::string> masks{"bias", "mask", "prefix_lengths", "softcap"};
+  const std::vector<std::string> masks{"bias", "mask", "prefix_lengths", "softcap", "sinks"};
   std::vector<std::string> takes{"query", "key", "value", "key_lengths"};
   takes.insert(takes.end(), masks.begin(), masks.end());
-  add(*model, "native", takes, {"output"}, true);
+  add(*model, "native", takes, {"output", "log_sum_exp"}, true);
+  takes.insert(takes.end(), {"top_k", "distances"});
+  add(*model, "diagnostics", takes,
+      {"entropy", "mass_per_key", "mass_by_distance", "top_k_indices", "top_k_weights"}, true);
   takes = {"query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"};
   takes.insert(takes.end(), masks.begin(), masks.end());
-  add(*model, "packed", takes, {"output"}, true);
+  add(*model, "packed", takes, {"output", "log_sum_exp"}, true);
   return model;
 }
 

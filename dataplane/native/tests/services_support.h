@@ -18,14 +18,20 @@ namespace attnserve::services {
 
 class NotedCall final : public grpc::Call {
  public:
-  explicit NotedCall(std::string path = "/a/Method") {
+  explicit NotedCall(std::string path = "/a/Method", std::string authorization = "") {
     info_.path = std::move(path);
+    info_.authorization = std::move(authorization);
     info_.peer = "ipv4:127.0.0.1:4242";
     info_.connection = 7;
     info_.arrived = Clock::now();
   }
 
   const grpc::CallInfo& info() const override { return info_; }
+  void identify(std::shared_ptr<identity::Caller> caller, const std::string& name) override {
+    info_.caller = std::move(caller);
+    info_.authorization.clear();
+    if (!name.empty()) info_.peer += "@" + name;
+  }
   void send(OutMessage message) override {
     const std::lock_guard lock(mutex_);
     if (finished_) return;

@@ -501,3 +501,39 @@ TEST_CASE("pages of a session that is closed while a layer is computed are its u
   CHECK(store.statistics().pages_in_use == 1);
   CHECK(store.renew(other, 0s, "me").length == 16);
 }
+
+TEST_CASE("an owner has as many sessions as it may have, whichever way they come") {
+  KvSessions store(config_of(100));
+  const SessionOwner me("me", 2);
+  const auto open = [&](const SessionOwner& owner, std::size_t count) {
+    const std::vector<NewSession> asked(count, room_for(16));
+    return store.open(spec_of({kFull}), asked, Duration::zero(), owner);
+  };
+  const auto refused = [&](std::size_t count) { return refusal([&] { open(me, count); }); };
+  CHECK(refused(3).code == Code::kResourceExhausted);
+  CHECK(refused(3).retry_after.count() == 0);  // never
+  CHECK(store.statistics().pages_promised == 0);
+  const std::string first = open(me, 1).front().id;
+  const std::string second = open(me, 1).front().id;
+  CHECK(refused(1).message.find("--caller-sessions") != std::string::npos);
+  CHECK(refused(1).retry_after.count() > 0);
+  CHECK(refusal([&] { store.fork(first, Growth{16, 0}, Duration::zero(), me); }).code ==
+        Code::kResourceExhausted);
+  open("another", 3);  // whom it does not concern
+  store.close(first, "me");
+  const std::string third = store.fork(second, Growth{16, 0}, Duration::zero(), me).id;
+  CHECK(refused(1).code == Code::kResourceExhausted);
+  store.close(second, "me");
+  store.close(third, "me");
+  CHECK(open(me, 2).size() == 2);
+}
+
+TEST_CASE("sessions that expired are an owner's no longer") {
+  KvSessions store(config_of(100));
+  const SessionOwner me("me", 1);
+  const std::vector<NewSession> asked = {room_for(16)};
+  store.open(spec_of({kFull}), asked, 20ms, me);
+  CHECK_THROWS_AS(store.open(spec_of({kFull}), asked, 20ms, me), RequestError);
+  std::this_thread::sleep_for(30ms);
+  CHECK(store.open(spec_of({kFull}), asked, 20ms, me).size() == 1);
+}

@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <limits>
 #include <numeric>
 
 #include "kv_support.h"
@@ -207,7 +208,7 @@ TEST_CASE("chunks that were changed, left out, mixed or of another format are re
   CHECK(refused([](auto& of) { of[1].resize(100); }).code == Code::kDataLoss);
   CHECK(refused([](auto& of) { std::swap(of[0], of[1]); }).code == Code::kDataLoss);
   CHECK(refused([](auto& of) { of[0][8] = 1; }).message ==
-        "chunk: given version 1 of the format; allowed: 2");
+        "chunk: given version 1 of the format; allowed: 3");
 }
 
 TEST_CASE("an export of layers that cannot be is refused") {
@@ -218,6 +219,10 @@ TEST_CASE("an export of layers that cannot be is refused") {
     return refusal([&] { read_exported(chunk.span()); });
   };
   CHECK(read({5, 3, false}).ok());
+  const float infinity = std::numeric_limits<float>::infinity();
+  CHECK(read({-1, 0, true, {1.5F, -infinity}}).ok());
+  CHECK(read({5, 3, false, {0, infinity}}).message ==
+        "chunk: the sinks of layer 0 are out of range");
   constexpr std::int64_t kTooMany = kMostTokens + 1;
   for (const LayerSpec& layer : std::vector<LayerSpec>{{-2, 0, false},
                                                        {kTooMany, 0, false},

@@ -78,6 +78,15 @@ int end_of_child(const Step& step) {
 
 }  // namespace
 
+TEST_CASE("callers with names are told apart by them, and must be local all the same") {
+  CHECK(owner_of("ipv4:127.0.0.1:4242@a") == "127.0.0.1@a");
+  CHECK(owner_of("unix:@b") == "unix@b");
+  CHECK(owner_of("unix:@certificate:b@c") == "unix@certificate:b@c");
+  CHECK_THROWS_AS(owner_of("ipv4:10.0.0.1:4242@a"), RequestError);
+  CHECK(address_of("ipv4:10.0.0.1:4242@a") == "@a");
+  CHECK(address_of("ipv4:10.0.0.1:4242") == "ipv4:10.0.0.1");
+}
+
 TEST_CASE("what is written is seen by both sides") {
   const Object object;
   SharedRegions regions(3, 8 * kPage);

@@ -200,3 +200,38 @@ TEST_CASE("many threads leave the books balanced") {
   std::this_thread::sleep_for(1ms);
   CHECK(store.bytes() == 0);
 }
+
+TEST_CASE("a caller's tensors are within a part of its own, until they go") {
+  StoredTensors store(1000, 10s, 20s);
+  ByteBudget own(300);
+  ByteBudget others(1000);
+  const auto put_in = [&](ByteBudget& part, std::size_t size) {
+    Room room = store.begin(&part);
+    room.claim(size);
+    return store.put(tensor_of(size), std::move(room), 0s);
+  };
+  const Stored kept = put_in(own, 200);
+  CHECK(own.lent() == 200);
+  const Status refused = refusal([&] { put_in(own, 101); });
+  CHECK(refused.code == Code::kResourceExhausted);
+  CHECK(refused.message.find("--caller-stored-mib") != std::string::npos);
+  CHECK(store.bytes() == 200);  // nothing stays claimed
+  CHECK(own.lent() == 200);
+  put_in(others, 800);
+  CHECK(refusal([&] { put_in(own, 50); }).message.find("--max-stored-mib") != std::string::npos);
+  store.drop(kept.handle);
+  CHECK(own.lent() == 0);
+  put_in(own, 50);
+  {
+    Room abandoned = store.begin(&own);
+    abandoned.claim(100);
+  }
+  CHECK(own.lent() == 50);
+  {
+    Room moved = store.begin(&own);
+    moved.claim(10);
+    Room to = std::move(moved);
+    to.claim(5);
+  }
+  CHECK(own.lent() == 50);
+}

@@ -21,7 +21,8 @@ bool same(const ReturnOptions& ours, const pb::ReturnOptions& theirs) {
   return ours.no_output == theirs.no_output() && ours.weights == theirs.weights() &&
          ours.entropy == theirs.entropy() && ours.top_k == theirs.top_k() &&
          ours.mass_per_key == theirs.mass_per_key() &&
-         ours.mass_by_distance == theirs.mass_by_distance();
+         ours.mass_by_distance == theirs.mass_by_distance() &&
+         ours.log_sum_exp == theirs.log_sum_exp();
 }
 
 bool same(const AttendRequest& ours, const pb::AttendRequest& theirs) {
@@ -35,6 +36,7 @@ bool same(const AttendRequest& ours, const pb::AttendRequest& theirs) {
          same(tensor(Input::kContext), theirs.has_context(), theirs.context()) &&
          same(tensor(Input::kKeyLengths), theirs.has_key_lengths(), theirs.key_lengths()) &&
          same(tensor(Input::kBias), theirs.has_bias(), theirs.bias()) &&
+         same(tensor(Input::kSinks), theirs.has_sinks(), theirs.sinks()) &&
          same(tensor(Input::kPrefixLengths), theirs.has_prefix_lengths(),
               theirs.prefix_lengths()) &&
          same(tensor(Input::kCuSeqlensQ), theirs.has_cu_seqlens_q(), theirs.cu_seqlens_q()) &&

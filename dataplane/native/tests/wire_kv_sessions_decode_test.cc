@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <bit>
 #include <string>
 
 #include "wire/kv_sessions.h"
@@ -26,7 +27,10 @@ bool same_number(const std::optional<T>& ours, bool there, T theirs) {
 bool same(const LayerSpec& ours, const pb::LayerSpec& theirs) {
   return same_number(ours.window, theirs.has_window(), theirs.window()) &&
          ours.kept_first == theirs.kept_first() && ours.cross == theirs.cross() &&
-         ours.latent == theirs.latent();
+         ours.latent == theirs.latent() &&
+         std::ranges::equal(ours.sinks, theirs.sinks(), [](float one, float another) {
+           return std::bit_cast<std::uint32_t>(one) == std::bit_cast<std::uint32_t>(another);
+         });
 }
 
 bool same(const ModelOfLayer& ours, const pb::ModelOfLayer& theirs) {

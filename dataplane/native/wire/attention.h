@@ -35,7 +35,7 @@ struct TensorMessage {
   std::string_view stored;           // kStored
 };
 
-// The tensors of AttendRequest, in the order of their field numbers (4 to 10, and 18 to 20).
+// The tensors of AttendRequest, in the order of their field numbers (4 to 10, and 17 to 20).
 enum class Input : std::uint8_t {
   kQuery,
   kKey,
@@ -44,16 +44,17 @@ enum class Input : std::uint8_t {
   kContext,
   kKeyLengths,
   kBias,
+  kSinks,
   kPrefixLengths,
   kCuSeqlensQ,
   kCuSeqlensK
 };
-constexpr std::size_t kInputs = 10;
+constexpr std::size_t kInputs = 11;
 std::string_view name_of(Input input);  // "query"
 std::uint32_t field_of(Input input);    // 4
 std::optional<Input> input_of_field(std::uint64_t field);
 
-// The tensors of AttendResponse, in the order of their field numbers (4 to 10).
+// The tensors of AttendResponse, in the order of their field numbers (4 to 11).
 enum class Output : std::uint8_t {
   kOutput,
   kWeights,
@@ -61,9 +62,10 @@ enum class Output : std::uint8_t {
   kTopKIndices,
   kTopKWeights,
   kMassPerKey,
-  kMassByDistance
+  kMassByDistance,
+  kLogSumExp
 };
-constexpr std::size_t kOutputs = 7;
+constexpr std::size_t kOutputs = 8;
 std::string_view name_of(Output output);
 std::uint32_t field_of(Output output);
 std::optional<Output> output_of_name(std::string_view name);
@@ -76,6 +78,7 @@ struct ReturnOptions {
   std::uint32_t top_k = 0;
   bool mass_per_key = false;
   std::uint32_t mass_by_distance = 0;
+  bool log_sum_exp = false;
 };
 
 struct AttendRequest {

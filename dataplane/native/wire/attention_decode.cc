@@ -34,6 +34,9 @@ void merge(FieldReader reader, ReturnOptions& returns) {
       case varint_field(6):
         returns.mass_by_distance = reader.number32();
         break;
+      case varint_field(7):
+        returns.log_sum_exp = reader.flag();
+        break;
     }
   }
 }
@@ -57,6 +60,7 @@ void merge(FieldReader reader, AttendRequest& request) {
       case bytes_field(8):
       case bytes_field(9):
       case bytes_field(10):
+      case bytes_field(17):
       case bytes_field(18):
       case bytes_field(19):
       case bytes_field(20): {

@@ -9,14 +9,14 @@ namespace {
 
 // The tensors of an answer have consecutive numbers from here on.
 constexpr std::uint32_t kFirstField = 4;
-constexpr std::array<std::uint32_t, kInputs> kInputFields{4, 5, 6, 7, 8, 9, 10, 18, 19, 20};
+constexpr std::array<std::uint32_t, kInputs> kInputFields{4, 5, 6, 7, 8, 9, 10, 17, 18, 19, 20};
 
 constexpr std::array<std::string_view, kInputs> kInputNames{
-    "query",       "key",  "value",          "hidden_states", "context",
-    "key_lengths", "bias", "prefix_lengths", "cu_seqlens_q",  "cu_seqlens_k"};
+    "query", "key",   "value",          "hidden_states", "context",     "key_lengths",
+    "bias",  "sinks", "prefix_lengths", "cu_seqlens_q",  "cu_seqlens_k"};
 constexpr std::array<std::string_view, kOutputs> kOutputNames{
-    "output",        "weights",      "entropy",         "top_k_indices",
-    "top_k_weights", "mass_per_key", "mass_by_distance"};
+    "output",        "weights",      "entropy",          "top_k_indices",
+    "top_k_weights", "mass_per_key", "mass_by_distance", "log_sum_exp"};
 
 template <class T, std::size_t N>
 std::optional<T> find(const std::array<std::string_view, N>& names, std::string_view name) {

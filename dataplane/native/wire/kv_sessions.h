@@ -21,6 +21,7 @@ struct LayerSpec {
   std::optional<std::uint32_t> window;
   std::uint32_t kept_first = 0;
   bool cross = false, latent = false;
+  std::vector<float> sinks{};
 };
 
 struct ModelOfLayer {

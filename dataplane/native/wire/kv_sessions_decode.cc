@@ -1,4 +1,7 @@
 // Requests of Decode. Messages and members of the oneof that come twice: as attention_decode.cc.
+#include <bit>
+#include <cstring>
+
 #include "wire/fields.h"
 #include "wire/kv_sessions.h"
 #include "wire/tensor_fields.h"
@@ -30,6 +33,19 @@ void merge(FieldReader reader, LayerSpec& layer) {
         break;
       case varint_field(4):
         layer.latent = reader.flag();
+        break;
+      case bytes_field(5): {  // packed
+        const ByteSpan packed = reader.bytes();
+        if (packed.size() % sizeof(float) != 0) {
+          reader.decoding().refuse("a packed field ends in the middle of a number");
+        }
+        const std::size_t before = layer.sinks.size();
+        layer.sinks.resize(before + packed.size() / sizeof(float));
+        if (!packed.empty()) std::memcpy(&layer.sinks[before], packed.data(), packed.size());
+        break;
+      }
+      case fixed32_field(5):
+        layer.sinks.push_back(std::bit_cast<float>(reader.number32()));
         break;
     }
   }

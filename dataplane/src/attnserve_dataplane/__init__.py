@@ -6,9 +6,13 @@ C++ in `native/`; this is what the control plane sees of it. See docs/architectu
 from typing import TYPE_CHECKING
 
 from attnserve_dataplane._core import (
+    ADMIN,
     BATCH_BUCKETS,
+    INFER,
     SECONDS_BUCKETS,
+    SESSIONS,
     DataPlane,
+    Known,
     Model,
     ModelFacts,
     Pick,
@@ -25,11 +29,15 @@ if TYPE_CHECKING:  # shapes of dictionaries, for type checkers alone
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMIN",
     "BATCH_BUCKETS",
+    "INFER",
     "SECONDS_BUCKETS",
+    "SESSIONS",
     "DataPlane",
     "GivenTensor",
     "InferCounts",
+    "Known",
     "Model",
     "ModelFacts",
     "Pick",

@@ -9,6 +9,11 @@ from numpy.typing import NDArray
 SECONDS_BUCKETS: list[float]
 BATCH_BUCKETS: list[float]
 
+# Roles, as bits.
+INFER: int
+SESSIONS: int
+ADMIN: int
+
 Histogram = tuple[list[int], float]
 Sum = tuple[int, int]
 
@@ -65,6 +70,7 @@ class ModelFacts:
     bottom_right: bool
     scale: float
     softcap: float
+    sinks: list[float]
     embed_dim: int
     context_dim: int | None
     pad_token_id: int
@@ -92,6 +98,9 @@ class Model:
     def variants(self) -> list[str]: ...
     def inputs(self, variant: str) -> list[str]: ...
     def outputs(self, variant: str) -> list[str]: ...
+    def ports(
+        self, variant: str
+    ) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, str, list[int]]]]: ...
     def choose(
         self, forced: str, inputs: Sequence[str], outputs: Sequence[str], length: int
     ) -> str: ...
@@ -104,6 +113,26 @@ class Model:
         key_len: int,
         tensor_bytes: int,
     ) -> int: ...
+
+class Known:
+    """One credential of the file of callers; of bounds, 0 is none."""
+
+    def __init__(
+        self,
+        name: str,
+        roles: int,
+        kind: str,
+        value: bytes,
+        requests_per_second: float,
+        bytes_in_flight: int,
+        stored_bytes: int,
+        sessions: int,
+        calls: int,
+    ) -> None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def value(self) -> bytes: ...
 
 class Request:
     """One message for the control plane, to be answered exactly once."""
@@ -127,10 +156,16 @@ class DataPlane:
     @property
     def addresses(self) -> list[str]: ...
     def drain(self, timeout: float) -> bool: ...
+    def replace_tls(
+        self, certificate_chain: str, private_key: str, client_authorities: str
+    ) -> None: ...
+    def set_callers(self, known: list[Known]) -> None: ...
+    def admit_web_token(self, token: bytes, name: str, roles: int, until: float) -> None: ...
+    def look_up(self, authorization: str) -> tuple[str, int] | None: ...
     @property
     def draining(self) -> bool: ...
     def load(self, facts: ModelFacts, variants: list[VariantFacts], picks: list[Pick]) -> Model: ...
-    def put_models(self, name: str, models: list[Model]) -> None: ...
+    def put_models(self, name: str, models: list[Model], reason: str) -> None: ...
     def get_model(self, name: str, version: str) -> Model: ...
     def next_request(self, queue: str, timeout: float) -> Request | None: ...
     def attend_tokens(
@@ -139,6 +174,7 @@ class DataPlane:
         model: Model,
         variant: str,
         source: Sequence[Sequence[int]],
+        source_types: Sequence[Sequence[int]],
         given: GivenTensor | dict[str, Any],
         target: Sequence[Sequence[int]],
         outputs: list[str],

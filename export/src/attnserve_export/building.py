@@ -107,6 +107,7 @@ def _beyond_multihead(options: argparse.Namespace) -> dict[str, bool]:
         "--chunk": options.chunk is not None,
         "--alignment": options.alignment != "top-left",
         "--alibi": options.alibi,
+        "--sinks": options.sinks is not None,
         "--rotary": options.rotary is not None,
         "--softcap": options.softcap != 0,
     }
@@ -120,6 +121,7 @@ def transformer(options: argparse.Namespace, target: Path, progress: Progress) -
         name=options.name,
         version=options.version,
         opset=options.opset,
+        dtype=options.dtype.upper(),
         native=not options.no_native,
         embeds=options.inputs_embeds,
         progress=progress,
@@ -147,7 +149,23 @@ def _attention(options: argparse.Namespace, head_dim: int) -> AttentionConfig:
         alibi=options.alibi,
         rotary=_rotary(options, head_dim),
         chunk=options.chunk,
+        sinks=_sinks(options),
     )
+
+
+def _sinks(options: argparse.Namespace) -> tuple[float, ...] | None:
+    """One of each head; a single number is for all."""
+    given = options.sinks
+    if given is None:
+        return None
+    if len(given) == 1:
+        return tuple(given) * int(options.num_heads)
+    if len(given) != options.num_heads:
+        raise ExportError(
+            f"--sinks: given {len(given)} numbers; allowed: one, or one for each of the "
+            f"{options.num_heads} heads"
+        )
+    return tuple(given)
 
 
 def _window_right(options: argparse.Namespace) -> int | None:

@@ -20,11 +20,16 @@ from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
 from attnserve_export.packed_cases import packed_cases
 from attnserve_export.paged_cases import paged_cases
-from attnserve_export.reference import Scheme, attention_reference, diagnostics_reference
+from attnserve_export.reference import (
+    Scheme,
+    attention_with_log_sum_exp,
+    diagnostics_reference,
+)
 from attnserve_export.verification import (
     Case,
     angle_tolerance,
     core_tolerance,
+    log_sum_exp_magnitudes,
     lowest_bias_tolerance,
 )
 
@@ -46,6 +51,7 @@ class Situation:
         mask: likewise of a boolean mask.
         prefix_lengths: keys of each sequence that all queries see; None: none.
         lowest: whether the bias of the first query is the lowest finite number for all keys.
+        sinks: whether heads have sinks of the request's, some heads none.
     """
 
     name: str
@@ -59,10 +65,16 @@ class Situation:
     softcap: float = 20.0
     mask: str | None = None
     prefix_lengths: tuple[int, ...] | None = None
+    sinks: bool | None = None
 
     def suits(self, spec: VariantSpec) -> bool:
         """Whether a variant takes what is special about it."""
-        special = {"bias": self.bias, "mask": self.mask, "prefix_lengths": self.prefix_lengths}
+        special = {
+            "bias": self.bias,
+            "mask": self.mask,
+            "prefix_lengths": self.prefix_lengths,
+            "sinks": self.sinks,
+        }
         return all(name in spec.inputs for name, given in special.items() if given is not None)
 
 
@@ -86,6 +98,8 @@ SITUATIONS = (
     Situation("boolean mask over keys", 3, 6, 6, (6, 2, 0), mask="bk"),
     Situation("prefix", 4, 53, 53, (53, 20, 0, 5), prefix_lengths=(7, 30, 0, 5)),
     Situation("lowest bias", 2, 11, 11, (11, 4), bias="bqk", lowest=True),
+    Situation("sinks", 3, 37, 37, (37, 0, 5), sinks=True),
+    Situation("sinks and a bias", 2, 5, 140, (140, 3), bias="hk", sinks=True),
     Situation("long", 1, 301, 301),
 )
 
@@ -121,7 +135,7 @@ def core_cases(
             own = spec.native and not situation.bias
             softcap = config.softcap if own else situation.softcap
             feeds["softcap"] = np.array([-1 if own else softcap], np.float32)
-        output, weights = attention_reference(
+        output, weights, log_sum_exp = attention_with_log_sum_exp(
             feeds["query"],
             feeds["key"],
             feeds["value"],
@@ -129,6 +143,7 @@ def core_cases(
             bias=feeds["bias"],
             mask=feeds["mask"],
             prefix_lengths=feeds["prefix_lengths"],
+            sinks=feeds["sinks"],
             scheme=scheme_of(config),
             scale=config.scale,
             softcap=softcap,
@@ -139,8 +154,27 @@ def core_cases(
         if spec.outputs == DIAGNOSTICS:
             yield _diagnosed(situation, feeds, weights, config, tolerance)
         else:
-            expected = {"output": output, "weights": weights}
-            yield Case(situation.name, _dims(situation), feeds, expected, tolerance, {})
+            expected = {"output": output, "weights": weights, "log_sum_exp": log_sum_exp}
+            yield _attended(situation, feeds, expected, tolerance)
+
+
+def _attended(
+    situation: Situation,
+    feeds: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    tolerance: float,
+) -> Case:
+    """A case of what attention gives."""
+    magnitudes = {"log_sum_exp": log_sum_exp_magnitudes(expected["log_sum_exp"])}
+    return Case(
+        situation.name,
+        _dims(situation),
+        feeds,
+        expected,
+        tolerance,
+        {},
+        magnitudes=magnitudes,
+    )
 
 
 def _tolerance(
@@ -205,21 +239,24 @@ def core_feeds(
         "key": key,
         "value": value,
         "key_lengths": lengths,
-        **mask_feeds(situation, config.num_heads, dtype, generator),
+        **mask_feeds(situation, config, dtype, generator),
     }
 
 
 def mask_feeds(
-    situation: Situation, num_heads: int, dtype: str, generator: np.random.Generator
+    situation: Situation,
+    config: AttentionConfig,
+    dtype: str,
+    generator: np.random.Generator,
 ) -> dict[str, Array]:
-    """A random bias, a fifth of it -inf, and a mask of the situation's dimensions, and prefixes.
+    """A random bias, a fifth of it -inf, and a mask of the situation's dimensions; prefixes; sinks.
 
-    What the situation has not is zero, true and zero. The lowest finite number is a bias like any
-    other: a row of it weighs all keys alike.
+    What the situation has not is zero, true and zero, and the config's own sinks. The lowest finite
+    number is a bias like any other: a row of it weighs all keys alike.
     """
     full = {
         "b": situation.batch,
-        "h": num_heads,
+        "h": config.num_heads,
         "q": situation.query_len,
         "k": situation.key_len,
     }
@@ -239,7 +276,21 @@ def mask_feeds(
         # A block of keys that some queries do not see at all, and queries that see nothing.
         mask[..., : mask.shape[2] // 2, :128] = False
     prefixes = situation.prefix_lengths or (0,) * situation.batch
-    return {"bias": bias, "mask": mask, "prefix_lengths": np.array(prefixes, np.int64)}
+    sinks = sinks_of(config)
+    if situation.sinks:
+        sinks = (3 * generator.standard_normal(config.num_heads)).astype(np.float32)
+        sinks[1::3] = -np.inf
+    return {
+        "bias": bias,
+        "mask": mask,
+        "prefix_lengths": np.array(prefixes, np.int64),
+        "sinks": sinks,
+    }
+
+
+def sinks_of(config: AttentionConfig) -> Array:
+    """What a graph with an input for sinks is fed if a request brings none, [H] FP32."""
+    return np.array(config.sinks or [-np.inf] * config.num_heads, np.float32)
 
 
 def layer_cases(
@@ -276,26 +327,26 @@ def layer_cases(
             "key_lengths": np.array(
                 situation.key_lengths or (situation.key_len,) * situation.batch, np.int64
             ),
-            **mask_feeds(situation, attention.num_heads, dtype, generator),
+            **mask_feeds(situation, attention, dtype, generator),
         }
         if config.context_dim is not None:
             context = (situation.batch, situation.key_len, config.context_dim)
             feeds["context"] = generator.standard_normal(context).astype(NUMPY[dtype])
-        output, weights, largest = _layer_reference(original, layer, feeds)
+        output, weights, log_sum_exp, largest = _layer_reference(original, layer, feeds)
         # The projections' sums over E round too.
         growth = max(1.0, float(np.abs(output).max()), config.embed_dim**0.5 / 8)
         tolerance = _tolerance(attention, dtype, situation, largest) * growth
         if spec.outputs == DIAGNOSTICS:
             yield _diagnosed(situation, feeds, weights, attention, tolerance)
         else:
-            expected = {"output": output, "weights": weights}
-            yield Case(situation.name, _dims(situation), feeds, expected, tolerance, {})
+            expected = {"output": output, "weights": weights, "log_sum_exp": log_sum_exp}
+            yield _attended(situation, feeds, expected, tolerance)
 
 
 def _layer_reference(
     original: nn.Module, layer: AttentionLayer, feeds: Mapping[str, Array]
-) -> tuple[Array, Array, float]:
-    """Output, weights and the largest score of a layer, in float64."""
+) -> tuple[Array, Array, Array, float]:
+    """Output, weights, log-sum-exp and the largest score of a layer, in float64."""
     attention = layer.config.attention
     given = feeds["hidden_states"]
     hidden = torch.from_numpy(given.astype(np.float64))
@@ -303,7 +354,7 @@ def _layer_reference(
     exact = _exact(layer)
     with torch.no_grad():
         query, key, value = (heads.numpy() for heads in exact.heads(hidden, context))
-        output, weights = attention_reference(
+        output, weights, log_sum_exp = attention_with_log_sum_exp(
             query,
             key,
             value,
@@ -311,6 +362,7 @@ def _layer_reference(
             bias=feeds["bias"],
             mask=feeds["mask"],
             prefix_lengths=feeds["prefix_lengths"],
+            sinks=feeds["sinks"],
             scheme=scheme_of(attention),
             scale=attention.scale,
             softcap=attention.softcap,
@@ -318,7 +370,7 @@ def _layer_reference(
         merged = exact.merge(torch.from_numpy(output)).numpy()
         if isinstance(original, nn.MultiheadAttention):
             _check_multihead(original, hidden, context, feeds, attention, merged, weights)
-    return merged, weights, _largest_score(query, key, attention)
+    return merged, weights, log_sum_exp, _largest_score(query, key, attention)
 
 
 def _exact(layer: AttentionLayer) -> AttentionLayer:

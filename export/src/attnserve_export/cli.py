@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve_proto import commands
-from attnserve_proto.commands import CommandError, Parser, values
+from attnserve_proto.commands import CommandError, Loading, Parser, values
 from attnserve_proto.manifest import ALIGNMENTS, MASKS, STYLES, Manifest
 
 from attnserve_export import __version__, repository
@@ -42,7 +42,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if options.kind == "tune":
             folder = repository.folder_of(options.out, options.name, options.version)
             repository.read_content(folder)
-            from attnserve_export import building
+            with Loading():
+                from attnserve_export import building
 
             for line in building.tune(options, folder, progress):
                 print(line)
@@ -52,7 +53,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         )
         commands.check_folder("--out", options.out)
         # Imported once the options can be right: torch takes seconds.
-        from attnserve_export import building
+        with Loading():
+            from attnserve_export import building
 
         export = {
             "core": building.core,
@@ -130,6 +132,7 @@ def _parser() -> Parser:
         required=True,
         help="folder with config.json, model*.safetensors",
     )
+    _add_dtype(transformer, "of parameters as stored, and of hidden states; default fp32")
     transformer.add_argument(
         "--no-native",
         action="store_true",
@@ -180,10 +183,21 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--softcap", type=_factor, default=0.0, help="default: none")
     parser.add_argument("--alibi", action="store_true", help="scores fall with distance")
+    parser.add_argument(
+        "--sinks",
+        type=values.listed(values.number(-1e30, 1e30)),
+        metavar="A,B,...",
+        help="of each head, a logit that takes part in the softmax and has no value; one number: "
+        "for all heads; default: none",
+    )
     parser.add_argument("--rotary", choices=STYLES, help="default: none")
     parser.add_argument("--rotary-dims", type=_size, help="default: head_dim")
     parser.add_argument("--rotary-base", type=_factor, default=10_000.0)
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    _add_dtype(parser)
+
+
+def _add_dtype(parser: argparse.ArgumentParser, text: str | None = None) -> None:
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help=text)
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from attnserve_proto.manifest import Attention, Layer, Manifest, Transformer, Va
 import attnserve_export
 from attnserve_export import graphs, repository, storage
 from attnserve_export.errors import VerificationError
+from attnserve_export.graphs import Graph
 from attnserve_export.runtime import CPU, CUDA
 from attnserve_export.tuning import default_picks
 from attnserve_export.verification import Case, verify
@@ -38,11 +39,11 @@ class Exported:
         verified_as: the same graph in a dtype that the CPU runs, if it does not run `graph`.
     """
 
-    graph: onnx.ModelProto
+    graph: Graph
     memory: str = "quadratic"
     providers: tuple[str, ...] = (CUDA, CPU)
     native: bool = False
-    verified_as: onnx.ModelProto | None = None
+    verified_as: Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def write_version(
     reference: str,
     extra_files: Mapping[str, bytes],
     progress: Progress,
+    release: Callable[[], None] | None = None,
 ) -> Manifest:
     """Verify all graphs and write them with their manifest.
 
@@ -80,6 +82,9 @@ def write_version(
         reference: what the graphs are compared with, in words.
         extra_files: further files of the version.
         progress: told what is going on.
+        release: for models that should be in memory only once: all cases are made before anything
+            is written, and this is called before anything is verified, to give back the memory of
+            parameters that lie outside of the graphs.
 
     Returns:
         The manifest.
@@ -88,9 +93,22 @@ def write_version(
         VerificationError: a graph missed its tolerance; nothing is written.
     """
     seed = secrets.randbits(32)
+    prepared: dict[str, list[Case]] = {}
+    if release is not None:
+        progress("computing what the graphs are compared with")
+        for name in variants:
+            prepared[name] = list(cases(name, np.random.default_rng(seed)))
     with repository.staging(target) as folder:
         graph_of = {name: variant.graph for name, variant in variants.items()}
-        storage.save(folder, graph_of)
+        beside = {
+            f"{name}.verified": variant.verified_as
+            for name, variant in variants.items()
+            if variant.verified_as is not None and variant.verified_as.parameters
+        }
+        progress("writing")
+        storage.save(folder, graph_of | beside)
+        if release is not None:
+            release()
         for name, content in extra_files.items():
             (folder / name).write_bytes(content)
         entries = []
@@ -106,10 +124,11 @@ def write_version(
                 with _to_verify(variants[name], folder / file) as (path, how):
                     verification = verify(
                         path,
-                        list(cases(name, np.random.default_rng(seed))),
+                        prepared.get(name) or list(cases(name, np.random.default_rng(seed))),
                         reference=reference + how,
                         seed=seed,
                         progress=report,
+                        lean=release is not None,
                     )
             except VerificationError as error:
                 raise VerificationError(f"variant {name}: {error}") from None
@@ -130,7 +149,7 @@ def write_version(
             version=description.version,
             kind=description.kind,
             dtype=description.dtype,
-            opset=graphs.opset_of(next(iter(graph_of.values()))),
+            opset=graphs.opset_of(next(iter(graph_of.values())).model),
             attention=description.attention,
             layer=description.layer,
             transformer=description.transformer,
@@ -152,9 +171,14 @@ def write_version(
 @contextlib.contextmanager
 def _to_verify(variant: Exported, path: Path) -> Iterator[tuple[Path, str]]:
     """The file to verify, and what to say of it besides the reference."""
+    how = "; the same graph in FP32, which the CPU can run"
+    beside = path.with_suffix(".verified.onnx")
     if variant.verified_as is None:
         yield path, ""
-        return
-    with tempfile.TemporaryDirectory() as name:
-        storage.save(Path(name), {"model": variant.verified_as})
-        yield Path(name) / "model.onnx", "; the same graph in FP32, which the CPU can run"
+    elif beside.exists():  # since it has the same parameters
+        yield beside, how
+        beside.unlink()
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            storage.save(Path(name), {"model": variant.verified_as})
+            yield Path(name) / "model.onnx", how

@@ -4,14 +4,18 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 import torch
 from torch import Tensor, nn
+
+_HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 # What the dimensions of an input are called, where they are dynamic; an integer is fixed.
 Dims = tuple[str | int, ...]
@@ -24,6 +28,19 @@ class Input:
     name: str
     example: Tensor
     dims: Dims
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph, and those of its tensors that lie outside of it.
+
+    Attributes:
+        model: of `parameters` it has names, types and shapes alone.
+        parameters: by the names of initializers; perhaps more than the graph has.
+    """
+
+    model: onnx.ModelProto
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def export(
@@ -53,18 +70,7 @@ def export(
     Returns:
         The graph with its weights inside.
     """
-    names = {dim for entry in inputs for dim in entry.dims if isinstance(dim, str)}
-    if ends is None:
-        dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
-    else:
-        # What PyTorch finds to be different at size 1 (which strides count) is not in a graph.
-        dynamic = {name: torch.export.Dim(name, min=2, max=ends.get(name)) for name in names}
-    by_axis = {
-        entry.name: {
-            axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)
-        }
-        for entry in inputs
-    }
+    by_axis = _dynamic(inputs, ends)
     shapes = by_axis if by_name else tuple(by_axis.values())
     positional = () if by_name else tuple(entry.example for entry in inputs)
     with _quiet(), torch.no_grad():
@@ -83,8 +89,87 @@ def export(
             verbose=False,
         )
     assert program is not None
-    model: onnx.ModelProto = program.model_proto
-    # The exporter leaves file paths and stack traces of this machine in the graph.
+    return _plain(program.model_proto)
+
+
+def export_apart(
+    module: nn.Module,
+    inputs: Sequence[Input],
+    outputs: Callable[[], Sequence[str]],
+    opset: int,
+    *,
+    ends: Mapping[str, int],
+    apart: Collection[str],
+) -> onnx.ModelProto:
+    """Export a module, and leave parameters out: nothing reads their values, or copies them.
+
+    Args:
+        module, inputs, opset, ends: as in `export`.
+        outputs: their names, in order; called once the module has been traced.
+        apart: names of parameters and buffers, as `state_dict` has them.
+
+    Returns:
+        The graph, in which these are initializers of no content; those that are not in it are none.
+    """
+    by_axis = tuple(_dynamic(inputs, ends).values())
+    positional = tuple(entry.example for entry in inputs)
+    with _quiet(), torch.no_grad():
+        traced = _traced(module.eval(), positional, by_axis)
+        program: Any = torch.onnx.export(
+            traced,
+            positional,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[entry.name for entry in inputs],
+            output_names=list(outputs()),
+            dynamic_shapes=by_axis,
+            verbose=False,
+            optimize=False,
+        )
+        # What is an input is no constant, so that nobody folds it.
+        initializers = program.model.graph.initializers
+        left_out = [name for name in initializers if name in apart]
+        for name in left_out:
+            value = initializers.pop(name)
+            value.const_value = None
+            program.model.graph.inputs.append(value)
+        program.optimize()
+    model = _plain(program.model_proto)
+    taken = {name for node in model.graph.node for name in node.input}
+    given = list(model.graph.input)
+    del model.graph.input[:]
+    for value in given:
+        if value.name not in left_out:
+            model.graph.input.append(value)
+        elif value.name in taken:
+            kind = value.type.tensor_type
+            dims = [dim.dim_value for dim in kind.shape.dim]
+            model.graph.initializer.append(
+                onnx.TensorProto(name=value.name, data_type=kind.elem_type, dims=dims)
+            )
+    return model
+
+
+def _dynamic(
+    inputs: Sequence[Input], ends: Mapping[str, int] | None
+) -> dict[str, dict[int, "torch.export.Dim"]]:
+    """The dynamic dimensions of each input, by axis."""
+    names = {dim for entry in inputs for dim in entry.dims if isinstance(dim, str)}
+    if ends is None:
+        dynamic = {name: torch.export.Dim(name) for name in sorted(names)}
+    else:
+        # What PyTorch finds to be different at size 1 (which strides count) is not in a graph.
+        dynamic = {name: torch.export.Dim(name, min=2, max=ends.get(name)) for name in names}
+    return {
+        entry.name: {
+            axis: dynamic[dim] for axis, dim in enumerate(entry.dims) if isinstance(dim, str)
+        }
+        for entry in inputs
+    }
+
+
+def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph without the file paths and stack traces that the exporter leaves in it."""
     for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -170,10 +255,18 @@ def free_heads(model: onnx.ModelProto, domain: str) -> None:
     slopes = len(node.input) > 5 and node.input[5]
     if len(model.graph.node) != 1 or (node.domain, node.op_type) != (domain, "Attention") or slopes:
         return
-    names = {"query": "heads", "key": "kv_heads", "value": "kv_heads", "output": "heads"}
+    axes = {
+        "query": (1, "heads"),
+        "key": (1, "kv_heads"),
+        "value": (1, "kv_heads"),
+        "sinks": (0, "heads"),
+        "output": (1, "heads"),
+        "log_sum_exp": (1, "heads"),
+    }
     for value in (*model.graph.input, *model.graph.output):
-        if value.name in names:
-            value.type.tensor_type.shape.dim[1].dim_param = names[value.name]
+        if value.name in axes:
+            axis, name = axes[value.name]
+            value.type.tensor_type.shape.dim[axis].dim_param = name
 
 
 def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) -> None:
@@ -181,6 +274,60 @@ def rename_dims(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) 
     for value in model.graph.output:
         for axis, name in names.get(value.name, {}).items():
             value.type.tensor_type.shape.dim[axis].dim_param = name
+
+
+def cast_outputs(model: onnx.ModelProto, names: Collection[str], dtype: int) -> None:
+    """Give outputs another type, which they are cast to at the end.
+
+    Args:
+        model: changed in place.
+        names: of outputs; those that the graph has not are passed over.
+        dtype: as ONNX numbers them.
+    """
+    for value in model.graph.output:
+        if value.name not in names or value.type.tensor_type.elem_type == dtype:
+            continue
+        name, exact = value.name, f"{value.name}.exact"
+        for node in model.graph.node:
+            for ends in (node.input, node.output):
+                for place, end in enumerate(ends):
+                    ends[place] = exact if end == name else end
+        cast = onnx.helper.make_node("Cast", [exact], [name], name=f"{name}.cast", to=dtype)
+        model.graph.node.append(cast)
+        value.type.tensor_type.elem_type = dtype
+
+
+def widened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph in FP32: all that is FP16 or BF16 in it, initializers without content too.
+
+    Args:
+        model: stays as it is.
+    """
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    del wide.graph.value_info[:]
+    for value in (*wide.graph.input, *wide.graph.output):
+        if value.type.tensor_type.elem_type in _HALVES:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for tensor in wide.graph.initializer:
+        _widen(tensor)
+    for node in wide.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i in _HALVES:
+                attribute.i = onnx.TensorProto.FLOAT
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                _widen(attribute.t)
+    return wide
+
+
+def _widen(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type not in _HALVES:
+        return
+    if not tensor.raw_data and not tensor.int32_data:
+        tensor.data_type = onnx.TensorProto.FLOAT
+        return
+    exact = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(exact, tensor.name))
 
 
 def write_out_angles(model: onnx.ModelProto) -> None:
@@ -205,6 +352,24 @@ def write_out_angles(model: onnx.ModelProto) -> None:
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def default_to_zeros(model: onnx.ModelProto, name: str, like: str) -> None:
+    """Let an input be left out: it is 0 then, at the shape of another.
+
+    Args:
+        model: changed in place.
+        name: of the input, INT64 and of two dimensions.
+        like: of an input of its shape.
+    """
+    graph, whole, shape = model.graph, f"{name}_everywhere", f"{name}_shape"
+    for node in graph.node:
+        node.input[:] = [whole if given == name else given for given in node.input]
+    make = onnx.helper.make_node
+    graph.node.insert(0, make("Expand", [name, shape], [whole], name=whole))
+    graph.node.insert(0, make("Shape", [like], [shape], name=shape))
+    # An initializer that is an input too is what the input is if it is not given.
+    graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1, 1], [0]))
 
 
 def keep_apart(model: onnx.ModelProto, op_types: Collection[str]) -> None:

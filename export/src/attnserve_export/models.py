@@ -21,6 +21,7 @@ from attnserve_export.attention.core import (
     DOMAIN,
     AttentionConfig,
     BlockedCore,
+    BlockedSinksCore,
     CudnnCore,
     FlashCore,
     NativeCore,
@@ -43,7 +44,7 @@ from attnserve_export.attention.variants import (
 )
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
-from attnserve_export.graphs import Input
+from attnserve_export.graphs import Graph, Input
 from attnserve_export.runtime import CPU
 from attnserve_export.verification import Case
 
@@ -257,6 +258,7 @@ def attention_info(config: AttentionConfig) -> Attention:
         alibi=config.alibi,
         rotary=None if config.rotary is None else RotaryEmbedding(**asdict(config.rotary)),
         chunk=config.chunk,
+        sinks=config.sinks,
         scale=config.scale,
         softcap=config.softcap,
     )
@@ -274,11 +276,11 @@ def _exported(
         progress(f"exporting {name}")
         verified = _verified(spec, dtype)
         variants[name] = Exported(
-            graph(spec, dtype),
+            Graph(graph(spec, dtype)),
             spec.memory,
             spec.providers,
             spec.native,
-            verified_as=None if verified == dtype else graph(spec, verified),
+            verified_as=None if verified == dtype else Graph(graph(spec, verified)),
         )
     return variants
 
@@ -312,6 +314,7 @@ def _graph(
             "prefix_lengths", torch.zeros(TRACED["batch"], dtype=torch.int64), ("batch",)
         ),
         "softcap": Input("softcap", torch.tensor([20.0]), (1,)),
+        "sinks": Input("sinks", torch.zeros(config.num_heads), (config.num_heads,)),
         # Objects of their own: the exporter takes one tensor given twice for one input.
         "top_k": Input("top_k", torch.ones(1, dtype=torch.int64), (1,)),
         "distances": Input("distances", torch.ones(1, dtype=torch.int64), (1,)),
@@ -334,6 +337,8 @@ def _graph(
         graphs.add_function(model, flash_attention(config))
     if spec.core is BlockedCore or (flash and config.window is not None):
         graphs.add_function(model, blocked_attention(config, opset))
+    if spec.core is BlockedSinksCore:
+        graphs.add_function(model, blocked_attention(config, opset, sinks=True))
     return model
 
 

@@ -9,7 +9,12 @@ from numpy.typing import NDArray
 
 from attnserve_export.attention.core import AttentionConfig
 from attnserve_export.reference import Scheme, diagnostics_reference, packed_reference
-from attnserve_export.verification import Case, angle_tolerance, core_tolerance
+from attnserve_export.verification import (
+    Case,
+    angle_tolerance,
+    core_tolerance,
+    log_sum_exp_magnitudes,
+)
 
 Array = NDArray[Any]
 
@@ -24,6 +29,7 @@ class Situation:
         queries, keys: tokens of each sequence; no keys: as many as queries.
         bias, mask: whether there is one, over all queries and keys.
         prefix_lengths: keys of each sequence that all its queries see; None: none.
+        sinks: whether heads have sinks of the request's.
     """
 
     name: str
@@ -33,6 +39,7 @@ class Situation:
     mask: bool = False
     prefix_lengths: Sequence[int] | None = None
     softcap: float | None = None
+    sinks: bool = False
 
 
 SITUATIONS = (
@@ -49,6 +56,7 @@ SITUATIONS = (
     Situation("a boolean mask", (40, 0, 150), mask=True),
     Situation("prefixes", (12, 30, 7), prefix_lengths=(4, 30, 0)),
     Situation("a softcap", (11, 6), softcap=20.0),
+    Situation("sinks", (33, 0, 12), (140, 3, 0), sinks=True),
 )
 
 
@@ -85,7 +93,7 @@ def packed_cases(
         keys = situation.keys or situation.queries
         feeds = _feeds(config, numpy_type, situation, keys, generator)
         softcap = config.softcap if situation.softcap is None else situation.softcap
-        output, weights = packed_reference(
+        output, weights, log_sum_exp = packed_reference(
             feeds["query"],
             feeds["key"],
             feeds["value"],
@@ -94,6 +102,7 @@ def packed_cases(
             bias=feeds["bias"],
             mask=feeds["mask"],
             prefix_lengths=feeds["prefix_lengths"],
+            sinks=feeds["sinks"],
             scheme=scheme,
             scale=config.scale,
             softcap=softcap,
@@ -104,7 +113,15 @@ def packed_cases(
             tolerance += angle_tolerance(longest)
         dims = {"sequences": len(keys), "query_len": output.shape[2], "key_len": weights.shape[3]}
         if "output" in outputs:
-            yield Case(situation.name, dims, feeds, {"output": output}, tolerance, {})
+            yield Case(
+                situation.name,
+                dims,
+                feeds,
+                {"output": output, "log_sum_exp": log_sum_exp},
+                tolerance,
+                {},
+                magnitudes={"log_sum_exp": log_sum_exp_magnitudes(log_sum_exp)},
+            )
             continue
         expected = _diagnosed(weights, feeds, mask.bottom_right)
         growth = max(8.0, float(expected["mass_per_key"].max()))
@@ -142,6 +159,9 @@ def _feeds(
         mask = generator.random((1, 1, query_len, key_len)) < 0.6
     prefixes = situation.prefix_lengths or (0,) * len(keys)
     softcap = -1 if situation.softcap is None else situation.softcap
+    sinks = np.array(config.sinks or [-np.inf] * config.num_heads, np.float32)
+    if situation.sinks:
+        sinks = (3 * generator.standard_normal(config.num_heads)).astype(np.float32)
     return {
         "query": normal(1, config.num_heads, query_len, config.head_dim),
         "key": normal(1, config.num_kv_heads, key_len, config.head_dim),
@@ -152,6 +172,7 @@ def _feeds(
         "mask": mask,
         "prefix_lengths": np.array(prefixes, np.int64),
         "softcap": np.array([softcap], np.float32),
+        "sinks": sinks,
         "top_k": np.array([min(_TOP_K, key_len)], np.int64),
         "distances": np.array([_DISTANCES], np.int64),
     }

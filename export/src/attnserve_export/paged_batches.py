@@ -130,6 +130,7 @@ class PagedBatch:
         sequences: filled in here.
         generator: of all numbers.
         scale, softcap, slopes: of the attention.
+        sinks: of each head; None: none.
         window: keys before its own that a query sees; -1: all.
         kept_first: keys that it sees in any case.
         causal: or every query sees every key.
@@ -146,6 +147,7 @@ class PagedBatch:
     scale: float
     softcap: float = 0.0
     slopes: Array | None = None
+    sinks: Array | None = None
     window: int = -1
     kept_first: int = 0
     causal: bool = True
@@ -229,10 +231,14 @@ class PagedBatch:
                     self.kept_first,
                     int(self.causal),
                     int(layout.latent),
+                    1,
                 ]
             ),
             "parents": np.array(parents if branches else [], np.int64),
             "weights_of": np.array(self.weights_of, np.int64),
+            "sinks": np.full(self.num_heads, -np.inf, np.float32)
+            if self.sinks is None
+            else self.sinks,
         }
 
     def expected(self, *, as_stored: bool) -> dict[str, Array]:
@@ -255,6 +261,7 @@ class PagedBatch:
                 softcap=self.softcap,
                 penalty=None if self.slopes is None else np.abs(apart),
                 slopes=self.slopes,
+                sinks=self.sinks,
             )
             for name, array in zip(OUTPUTS, given, strict=True):
                 if name != "weights":

@@ -32,6 +32,7 @@ class Situation:
         appends: whether new keys come with the queries, or are there before.
         first: the position of each sequence's first token, where a graph is told positions.
         latent: whether the keys hold the values.
+        sinks: whether heads have sinks of the session's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Situation:
     magnitude: float = 1.0
     first: int = 0
     latent: bool = False
+    sinks: bool = False
 
 
 SITUATIONS = (
@@ -72,6 +74,7 @@ SITUATIONS = (
         for name in CACHE_TYPES
     ),
     Situation("latent trees", ((50, 12), (7, 30)), window=11, tree=True, latent=True),
+    Situation("sinks", ((50, 12), (0, 30), (2500, 1)), sinks=True),
 )
 
 
@@ -122,6 +125,7 @@ def paged_cases(
             scale=config.scale,
             softcap=config.softcap,
             slopes=None if config.slopes is None else np.array(config.slopes, np.float32),
+            sinks=None if config.sinks is None else np.array(config.sinks, np.float32),
             window=situation.window,
             kept_first=situation.kept_first,
             causal=causal,
@@ -129,6 +133,9 @@ def paged_cases(
             magnitude=situation.magnitude,
             weights_of=range(0, len(situation.sequences), 2),
         )
+        if situation.sinks:
+            batch.sinks = (3 * generator.standard_normal(config.num_heads)).astype(np.float32)
+            batch.sinks[1::3] = -np.inf
         given = {} if layer is None else paged_sources.project(batch, layer)
         if config.rotary is not None:
             given = paged_sources.turn(batch, config, situation.first) | given

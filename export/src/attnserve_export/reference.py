@@ -50,6 +50,7 @@ def attention_reference(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     prefix_lengths: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     scheme: Scheme = BIDIRECTIONAL,
     scale: float | None = None,
     softcap: float = 0.0,
@@ -64,6 +65,8 @@ def attention_reference(
         bias: added to the scores, broadcast to [B, H, Sq, Sk]; -inf masks.
         mask: bool, broadcast likewise; true where a key may be seen.
         prefix_lengths: [B]; valid keys before that position are seen by all queries.
+        sinks: [H]; a logit of each head that takes part in the softmax and has no value (gpt-oss,
+            https://arxiv.org/abs/2508.10925); -inf or None: none.
         scheme: who sees whom, and what positions do.
         scale: multiplies query x key; None is 1/sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap); 0 is off.
@@ -72,12 +75,50 @@ def attention_reference(
         Output [B, H, Sq, Dv] and weights [B, H, Sq, Sk], float64; rows without any visible key
         are 0.
     """
+    output, weights, _ = attention_with_log_sum_exp(
+        query,
+        key,
+        value,
+        key_lengths=key_lengths,
+        bias=bias,
+        mask=mask,
+        prefix_lengths=prefix_lengths,
+        sinks=sinks,
+        scheme=scheme,
+        scale=scale,
+        softcap=softcap,
+    )
+    return output, weights
+
+
+def attention_with_log_sum_exp(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    key_lengths: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    prefix_lengths: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    scheme: Scheme = BIDIRECTIONAL,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> tuple[Float64, Float64, Float64]:
+    """As `attention_reference`, and what the softmax was divided by.
+
+    Returns:
+        Output, weights, and the logarithm of the sum of exponentials of each query's scores, its
+        sink among them, [B, H, Sq]; -inf where nothing is seen and there is no sink.
+    """
     q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
     batch, num_heads, query_len, head_dim = q.shape
     num_kv_heads, key_len = k.shape[1:3]
     used_scale = 1 / math.sqrt(head_dim) if scale is None else scale
     weights = np.zeros((batch, num_heads, query_len, key_len))
     output = np.zeros((batch, num_heads, query_len, v.shape[3]))
+    log_sum_exp = np.zeros((batch, num_heads, query_len))
+    sink = np.asarray([-np.inf] * num_heads if sinks is None else sinks, np.float64)
     lengths = (
         [key_len] * batch if key_lengths is None else [int(n) for n in np.asarray(key_lengths)]
     )
@@ -115,13 +156,15 @@ def attention_reference(
             if full_bias is not None:
                 scores = scores + full_bias[row, head]
             scores[hidden | ~full_mask[row, head]] = -np.inf
-            highest = scores.max(axis=1, keepdims=True)
+            highest = np.maximum(scores.max(axis=1, keepdims=True), sink[head])
             highest[highest == -np.inf] = 0
             exponentials = np.exp(scores - highest)
-            total = exponentials.sum(axis=1, keepdims=True)
+            total = exponentials.sum(axis=1, keepdims=True) + np.exp(sink[head] - highest)
             weights[row, head] = exponentials / np.where(total > 0, total, 1)
             output[row, head] = weights[row, head] @ v[row, kv_head]
-    return output, weights
+            with np.errstate(divide="ignore"):
+                log_sum_exp[row, head] = (highest + np.log(total))[:, 0]
+    return output, weights, log_sum_exp
 
 
 def packed_reference(
@@ -134,10 +177,11 @@ def packed_reference(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     prefix_lengths: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     scheme: Scheme = BIDIRECTIONAL,
     scale: float | None = None,
     softcap: float = 0.0,
-) -> tuple[Float64, Float64]:
+) -> tuple[Float64, Float64, Float64]:
     """Attention of N sequences that lie one after another: each computed by itself.
 
     Args:
@@ -147,10 +191,11 @@ def packed_reference(
         query_starts, key_starts: [N + 1]; sequence n has tokens [n] to [n + 1].
         prefix_lengths: [N].
         bias, mask: broadcast to [1, H, Tq, Tk].
-        scheme, scale, softcap: as in `attention_reference`.
+        sinks, scheme, scale, softcap: as in `attention_reference`.
 
     Returns:
-        Output [1, H, Tq, Dv] and weights [1, H, Tq, Tk], 0 between sequences.
+        Output [1, H, Tq, Dv], weights [1, H, Tq, Tk], 0 between sequences, and the log-sum-exp
+        [1, H, Tq].
     """
     q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
     shape = (1, q.shape[1], q.shape[2], k.shape[2])
@@ -158,11 +203,15 @@ def packed_reference(
     seen = np.broadcast_to(np.asarray(True if mask is None else mask, bool), shape)
     starts, keys_from = np.asarray(query_starts), np.asarray(key_starts)
     output, weights = np.zeros((*q.shape[:3], v.shape[3])), np.zeros(shape)
+    log_sum_exp = np.full(shape[:3], -np.inf)
+    if sinks is not None:
+        # Of what sees no key at all.
+        log_sum_exp[:] = np.asarray(sinks, np.float64)[:, None]
     for n in range(len(starts) - 1):
         rows, columns = slice(*starts[n : n + 2]), slice(*keys_from[n : n + 2])
         if rows.start == rows.stop or columns.start == columns.stop:
             continue
-        output[:, :, rows], weights[:, :, rows, columns] = attention_reference(
+        found = attention_with_log_sum_exp(
             q[:, :, rows],
             k[:, :, columns],
             v[:, :, columns],
@@ -171,11 +220,13 @@ def packed_reference(
             prefix_lengths=None
             if prefix_lengths is None
             else np.asarray(prefix_lengths)[n : n + 1],
+            sinks=sinks,
             scheme=scheme,
             scale=scale,
             softcap=softcap,
         )
-    return output, weights
+        output[:, :, rows], weights[:, :, rows, columns], log_sum_exp[:, :, rows] = found
+    return output, weights, log_sum_exp
 
 
 def paged_reference(
@@ -188,6 +239,7 @@ def paged_reference(
     softcap: float = 0.0,
     penalty: ArrayLike | None = None,
     slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
 ) -> tuple[Float64, Float64, Float64, Float64]:
     """Attention of one sequence's new tokens, in the layout of sessions.
 
@@ -199,10 +251,12 @@ def paged_reference(
         scale, softcap: as in `attention_reference`.
         penalty: [n, L], distances; with slopes [H], what they are multiplied by and scores lose.
         slopes: see there.
+        sinks: [H]; as in `attention_reference`.
 
     Returns:
-        Output [n, H, Dv]; log of the sum of exponentials of the scores [n, H]; entropy of the
-        weights [n, H] in nats; the weights [n, H, L]. Queries that see no key have 0, -inf, 0, 0.
+        Output [n, H, Dv]; log of the sum of exponentials of the scores and the sink [n, H]; entropy
+        of the weights [n, H] in nats; the weights [n, H, L]. Queries that see no key, and have no
+        sink, have 0, -inf, 0, 0.
     """
     q, k, v = (np.asarray(array, np.float64) for array in (query, key, value))
     groups = q.shape[1] // k.shape[1]
@@ -213,8 +267,11 @@ def paged_reference(
         scores -= np.asarray(slopes, np.float64)[:, None, None] * np.asarray(penalty, np.float64)
     scores = np.where(visible, scores, -np.inf)
     highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    exponentials = np.exp(scores - np.where(highest == -np.inf, 0, highest))
-    total = exponentials.sum(axis=-1, keepdims=True)
+    sink = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    highest = np.maximum(highest, sink[:, None, None])
+    finite = np.where(highest == -np.inf, 0, highest)
+    exponentials = np.exp(scores - finite)
+    total = exponentials.sum(axis=-1, keepdims=True) + np.exp(sink[:, None, None] - finite)
     weights = exponentials / np.where(total > 0, total, 1)
     output = np.einsum("hqk,khd->qhd", weights, np.repeat(v, groups, axis=1))
     with np.errstate(divide="ignore"):

@@ -31,9 +31,9 @@ _DEFAULTS: Mapping[str, Sequence[tuple[int | None, Sequence[str]]]] = {
         (None, ("native", "blocked", "fused", "reference")),
     ),
     CUDA: (
-        (8_192, ("flash", "cudnn", "fused", "blocked", "reference")),
-        (16_384, ("cudnn", "flash", "fused", "blocked", "reference")),
-        (None, ("cudnn", "flash", "blocked", "fused", "reference")),
+        (8_192, ("half", "flash", "cudnn", "fused", "blocked", "reference")),
+        (16_384, ("half", "cudnn", "flash", "fused", "blocked", "reference")),
+        (None, ("half", "cudnn", "flash", "blocked", "fused", "reference")),
     ),
 }
 
@@ -105,9 +105,9 @@ def tune(
         for entry in manifest.variants
         if provider in entry.providers
         and "output" in entry.output_names
-        # `softcap` is `reference` with one more input, `paged` is for sessions, `packed` alone is
-        # for packed sequences.
-        and entry.name not in ("softcap", "paged", "packed")
+        # `paged` is for sessions, `packed` alone is for packed sequences; the others are$
+        # slower than variants that they are like.
+        and entry.name not in ("softcap", "blocked_sinks", "reference_sinks", "paged", "packed")
     }
     opened = {
         name: sessions.open_session(folder / entry.file, tuple(dict.fromkeys((provider, CPU))))
@@ -255,6 +255,7 @@ def _times(
         "mask": np.ones((1, 1, 1, 1), bool),
         "prefix_lengths": np.zeros(batch, np.int64),
         "softcap": np.array([-1], np.float32),
+        "sinks": np.array(attention.sinks or [-np.inf] * attention.num_heads, np.float32),
     }
     shape = (batch, attention.num_heads, seq_len, attention.value_head_dim)
     until = time.monotonic() + seconds

@@ -30,7 +30,8 @@ class Case:
         looked_up: for an output of indices, in which array's last axis they count: what is found
             there must be what `expected` has, since of nearly equal elements any may come first.
         derive: makes what is compared of the graph's outputs; None: they are compared themselves.
-        magnitudes: for an output, what its error is divided by; absent: 1.
+        magnitudes: for an output, what its error is divided by, or that of each element; absent:
+            1.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Case:
     compared: Mapping[str, Array]
     looked_up: Mapping[str, Array] = field(default_factory=dict)
     derive: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None
-    magnitudes: Mapping[str, float] = field(default_factory=dict)
+    magnitudes: Mapping[str, float | Array] = field(default_factory=dict)
 
 
 def core_tolerance(dtype: str, key_len: int, largest_score: float) -> float:
@@ -68,6 +69,15 @@ def lowest_bias_tolerance(dtype: str) -> float:
     return 2**-7 if dtype == "FP16" else 0.0
 
 
+def log_sum_exp_magnitudes(expected: Array) -> Array:
+    """What errors of a log-sum-exp are divided by: 2, or an eighth of its size if that is more.
+
+    It is of the size of the scores, and FP32 rounds it as it does them; a total adds its own error.
+    """
+    sizes = np.abs(np.where(np.isinf(expected), 0.0, expected))
+    return np.maximum(2.0, sizes / 8)
+
+
 def angle_tolerance(longest: int) -> float:
     """What a rotary embedding adds in FP32: angles of up to `longest`, rounded to FP32."""
     return 2e-7 * longest
@@ -80,13 +90,14 @@ def verify(
     reference: str,
     seed: int,
     progress: Callable[[str], None],
+    lean: bool = False,
 ) -> Verification:
-    """Run all cases on the CPU.
+    """Run all cases on the CPU; `lean` as in `sessions.open_session`.
 
     Raises:
         VerificationError: an error above its tolerance, or a value that is not finite.
     """
-    session = sessions.open_session(path)
+    session = sessions.open_session(path, lean=lean)
     outputs = [entry.name for entry in session.get_outputs()]
     worst: dict[str, float] = {}
     results = []
@@ -94,28 +105,38 @@ def verify(
     for case in cases:
         answers: Mapping[str, Array]
         if case.derive is None:
-            shapes = {name: case.expected[name].shape for name in outputs}
-            answers = sessions.run(session, case.feeds, shapes)
+            answers = sessions.run(session, case.feeds, outputs)
         else:
-            answers = case.derive(sessions.run(session, case.feeds, dict.fromkeys(outputs, ())))
+            answers = case.derive(sessions.run(session, case.feeds, outputs))
         errors = errors_of(case, answers)
+        sizes = {name: _told_by(case.magnitudes.get(name, 1.0)) for name in errors}
         largest = max(errors.values())
         if not largest <= case.tolerance:
             # The first of them: what comes later differs because of it.
             name = next(key for key, error in errors.items() if not error <= case.tolerance)
             raise VerificationError(
-                f"case {case.name!r} {dict(case.dims)}: {name} is off by {errors[name]:.3g}; "
-                f"allowed: {case.tolerance:.3g}; seed {seed}"
+                f"case {case.name!r} {dict(case.dims)}: {name} is off by "
+                f"{errors[name] * sizes[name]:.3g}; allowed: {case.tolerance * sizes[name]:.3g}; "
+                f"seed {seed}"
             )
-        worst = {name: max(worst.get(name, 0.0), error) for name, error in errors.items()}
-        results.append(CaseResult(case.name, case.dims, largest, case.tolerance))
+        told = {name: error * sizes[name] for name, error in errors.items()}
+        worst = {name: max(worst.get(name, 0.0), error) for name, error in told.items()}
+        allowed = case.tolerance * max(sizes.values())
+        results.append(CaseResult(case.name, case.dims, max(told.values()), allowed))
     return Verification(
         reference=reference,
         seed=seed,
-        tolerance=max(case.tolerance for case in cases),
+        tolerance=max(result.tolerance for result in results),
         max_abs_error=worst,
         cases=tuple(results),
     )
+
+
+def _told_by(magnitude: float | Array) -> float:
+    """What an error over its magnitude is multiplied by to be told: by each element's there is no
+    one, so that it stays relative.
+    """
+    return magnitude if isinstance(magnitude, float) else 1.0
 
 
 def errors_of(case: Case, answers: Mapping[str, Array]) -> dict[str, float]:
@@ -136,7 +157,11 @@ def _error(name: str, case: Case, answer: Array) -> float:
             return math.inf
         answer = np.take_along_axis(array, answer, axis=-1)
         expected = np.take_along_axis(array, expected, axis=-1)
-    difference = np.abs(answer.astype(np.float64) - expected) / case.magnitudes.get(name, 1.0)
+    exact = answer.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        # -infinity is right where -infinity is expected, of which no difference can be taken.
+        difference = np.where(exact == expected, 0.0, np.abs(exact - expected))
+    difference = difference / case.magnitudes.get(name, 1.0)
     compared = case.compared.get(name)
     if compared is not None:
         difference = np.where(compared, difference, 0.0)

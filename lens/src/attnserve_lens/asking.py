@@ -28,6 +28,17 @@ def heads_at_once(client: AttentionClient, seq_len: int, timeout: float) -> int:
     return max(1, int(min(_SHARE * limit, _MOST_BYTES)) // (4 * seq_len * seq_len))
 
 
+def sequence_of(ids: Sequence[int], types: Sequence[int]) -> dict[str, Any]:
+    """One sequence, by the arguments of `attend_tokens`.
+
+    Args:
+        ids: of its tokens.
+        types: of each id what kind of token it is; empty: 0.
+    """
+    given: dict[str, Any] = {"inputs": [list(ids)]}
+    return given | {"token_type_ids": [list(types)]} if any(types) else given
+
+
 def layer_of(
     client: AttentionClient,
     source: Mapping[str, Any],
@@ -45,7 +56,7 @@ def layer_of(
 
     Args:
         client: connected.
-        source: the sequence, by the argument of `attend_tokens`: `inputs`, or a tensor of one row.
+        source: by the arguments of `attend_tokens`: from `sequence_of`, or a tensor of one row.
         target: ids that a decoder reads; empty where there is none.
         model: its name.
         attention: which of several; empty of one.

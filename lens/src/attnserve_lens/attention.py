@@ -158,7 +158,10 @@ def axes_of(
         sequence: which one of the batch.
     """
     queries, keys = texts.axes_of(result, sequence, attention)
-    split = texts.second_segment(queries) if queries == keys else None
+    split = None
+    if queries == keys:
+        types = [*result.token_type_ids[sequence : sequence + 1], []][0]
+        split = types.index(1) if 1 in types else texts.second_segment(queries)
     return Axes(attention or "self", queries, keys, layers, heads, split)
 
 

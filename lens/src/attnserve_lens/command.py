@@ -13,10 +13,9 @@ from attnserve_client.command_options import add_output, add_what_is_read, ids, 
 from attnserve_client.command_tensors import add_tensors, given_tensor
 from attnserve_proto.commands import Progress, values
 
-from attnserve_lens.asking import heads_at_once, layer_of
+from attnserve_lens.asking import heads_at_once, layer_of, sequence_of
 from attnserve_lens.live import Viewer
 from attnserve_lens.page import write_page
-from attnserve_lens.pairs import pair_ids
 from attnserve_lens.serve import serve
 
 # Weights of one page, all texts together: 12 layers of 12 heads at 512 tokens are 38 million and
@@ -76,7 +75,7 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
         raise ValueError("--pixel-values, ...: given with a text; allowed: one of the two")
     results = collect(
         client,
-        tensor or _inputs(client, options, texts),
+        tensor or _inputs(options, texts),
         model=options.model,
         targets=options.target_text,
         layers=options.layers,
@@ -93,13 +92,13 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
 
 def collect(
     client: AttentionClient,
-    inputs: Sequence[str] | Sequence[Sequence[int]] | Mapping[str, Any],
+    inputs: Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]] | Mapping[str, Any],
     *,
     model: str,
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    truncate: bool = False,
+    truncate: bool | None = None,
     timeout: float = 60.0,
 ) -> list[TokensResult]:
     """Weights of texts or ids, one layer of one sequence a request, so that no answer is large.
@@ -110,7 +109,7 @@ def collect(
         model: its name.
         targets: for an encoder-decoder, what its decoder reads.
         layers, heads: 0-based; None is all.
-        truncate: cut texts that are too long.
+        truncate: cut texts that are too long, or refuse them; None is as the checkpoint does.
         timeout: seconds that each request may take.
 
     Returns:
@@ -181,7 +180,7 @@ def collect(
 def _sequence(found: TokensResult, index: int) -> dict[str, Any]:
     """One sequence of a result, as `attend_tokens` takes it."""
     if found.source is None or found.given is None:
-        return {"inputs": [found.ids[index]]}
+        return sequence_of(found.ids[index], found.token_type_ids[index])
     return {found.source.name: found.given[index : index + 1]}
 
 
@@ -234,8 +233,8 @@ def _standard_input() -> str:
 
 
 def _inputs(
-    client: AttentionClient, options: argparse.Namespace, texts: list[str]
-) -> list[str] | list[list[int]]:
+    options: argparse.Namespace, texts: list[str]
+) -> list[str] | list[tuple[str, str]] | list[list[int]]:
     if options.ids is not None:
         if texts or options.pair is not None:
             raise ValueError("--ids: given with a text; allowed: one of the two")
@@ -246,15 +245,7 @@ def _inputs(
         return texts
     if len(texts) != 1:
         raise ValueError(f"--pair: given with {len(texts)} texts; allowed: 1")
-    ids_ = pair_ids(
-        client,
-        texts[0],
-        options.pair,
-        model=options.model,
-        truncate=options.truncate,
-        timeout=options.timeout,
-    )
-    return [ids_]
+    return [(texts[0], options.pair)]
 
 
 def _serve(client: AttentionClient, options: argparse.Namespace) -> int:

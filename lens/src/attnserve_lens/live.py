@@ -16,11 +16,10 @@ import numpy as np
 from attnserve_client import AttentionClient, Model
 
 from attnserve_lens import encoding
-from attnserve_lens.asking import heads_at_once, layer_of
+from attnserve_lens.asking import heads_at_once, layer_of, sequence_of
 from attnserve_lens.attention import AttentionMap, Axes, axes_of
 from attnserve_lens.measures import measure, per_head
 from attnserve_lens.page import cut, describe
-from attnserve_lens.pairs import pair_ids
 
 # Maps and packed layers that are kept: the oldest go.
 _MAPS, _BYTES = 64, 256 << 20
@@ -34,6 +33,7 @@ class _Asked:
     attention: str
     axes: Axes
     ids: tuple[int, ...]
+    types: tuple[int, ...]
     target: tuple[int, ...]
     bits: int
 
@@ -92,12 +92,8 @@ class Viewer:
             known = self._looks.get(key)
             if known is not None and all(each["name"] in self._maps for each in known["maps"]):
                 return known
-        inputs: list[str] | list[list[int]] = [text]
-        if pair:
-            options: dict[str, Any] = {"model": model, "truncate": True, "timeout": self._timeout}
-            inputs = [pair_ids(self._client, text, pair, **options)]
         found = self._client.attend_tokens(
-            inputs,
+            [(text, pair)] if pair else [text],
             model=model,
             targets=[target] if target else None,
             return_hidden=False,
@@ -114,8 +110,9 @@ class Viewer:
             name = each.name if several else ""
             axes = axes_of(found, name, tuple(range(each.num_layers)), tuple(range(each.num_heads)))
             bits = encoding.code_bits(len(axes.heads) * len(axes.queries) * len(axes.keys))
-            ids, targets = tuple(found.ids[0]), tuple(found.target_ids[0] if target else ())
-            named = self._keep(_Asked(model, name, axes, ids, targets, bits))
+            ids, types = tuple(found.ids[0]), tuple(found.token_type_ids[0])
+            targets = tuple(found.target_ids[0] if target else ())
+            named = self._keep(_Asked(model, name, axes, ids, types, targets, bits))
             maps.append(describe(axes, named, bits))
         shown = cut(text if not pair else f"{text} {pair}")
         found_there = {"name": shown, "facts": facts, "maps": maps}
@@ -169,7 +166,7 @@ class Viewer:
         axes = asked.axes
         weights, _ = layer_of(
             self._client,
-            {"inputs": [list(asked.ids)]},
+            sequence_of(asked.ids, asked.types),
             asked.target,
             model=asked.model,
             attention=asked.attention,

@@ -8,6 +8,7 @@ from attnserve_proto import commands
 from attnserve_proto.commands import (
     INTERRUPTED,
     CommandError,
+    Loading,
     Parser,
     add_missing_command,
     extension,
@@ -15,7 +16,9 @@ from attnserve_proto.commands import (
 )
 
 from attnserve_loadtest import __version__, parsing
+from attnserve_loadtest import compare_command as compare
 from attnserve_loadtest import decode_command as decode
+from attnserve_loadtest import forecast_command as forecast
 from attnserve_loadtest import load_command as load
 from attnserve_loadtest import replay_command as replay
 from attnserve_loadtest import simulate_command as simulate
@@ -67,6 +70,8 @@ def _parser() -> Parser:
     load.add_arguments(found.add_parser("load", help="offered load, up to the knee"))
     replay.add_arguments(found.add_parser("replay", help="recorded traffic, as it came"))
     simulate.add_arguments(found.add_parser("simulate", help="the same at clusters of any size"))
+    compare.add_arguments(found.add_parser("compare", help="two reports: what is faster"))
+    forecast.add_arguments(found.add_parser("forecast", help="lengths that were not measured"))
     _add_report(found.add_parser("report", help="draw a report.json or load.json again"))
     return parser
 
@@ -141,10 +146,11 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _run_scaling(parsed: argparse.Namespace) -> int:
     # The runner patches the standard library: it comes before whatever opens sockets or threads.
-    from attnserve_loadtest.runner import run_scaling  # isort: skip
-    from attnserve_loadtest.progress import make_progress
-    from attnserve_loadtest.report.files import make_folder, write_report
-    from attnserve_loadtest.report.terminal import make_console, print_report
+    with Loading():
+        from attnserve_loadtest.runner import run_scaling  # isort: skip
+        from attnserve_loadtest.progress import make_progress
+        from attnserve_loadtest.report.files import make_folder, write_report
+        from attnserve_loadtest.report.terminal import make_console, print_report
 
     by_time = parsed.duration is not None
     settings = Settings(
@@ -175,11 +181,12 @@ def _run_scaling(parsed: argparse.Namespace) -> int:
 
 
 def _run_report(parsed: argparse.Namespace) -> int:
-    from attnserve_loadtest.report.files import write_report
-    from attnserve_loadtest.report.json_file import read_json
-    from attnserve_loadtest.report.load_files import finish
-    from attnserve_loadtest.report.load_schema import LoadReport
-    from attnserve_loadtest.report.terminal import make_console, print_report
+    with Loading():
+        from attnserve_loadtest.report.files import write_report
+        from attnserve_loadtest.report.json_file import read_json
+        from attnserve_loadtest.report.load_files import finish
+        from attnserve_loadtest.report.load_schema import LoadReport
+        from attnserve_loadtest.report.terminal import make_console, print_report
 
     report = read_json(parsed.json)
     if isinstance(report, LoadReport):

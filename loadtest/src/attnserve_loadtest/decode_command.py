@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from attnserve_proto.commands import INTERRUPTED, values
+from attnserve_proto.commands import INTERRUPTED, Loading, values
 
 from attnserve_loadtest import parsing
 
@@ -39,9 +39,10 @@ def run(parsed: argparse.Namespace) -> int:
         LoadTestError: it cannot go on; the message is one line for the user.
     """
     # Imported here: matplotlib takes its time, and other commands do without.
-    from attnserve_loadtest.decode_load import DecodeSettings, run_decode
-    from attnserve_loadtest.decode_report import findings, write_decode_report
-    from attnserve_loadtest.report.files import make_folder
+    with Loading():
+        from attnserve_loadtest.decode_load import DecodeSettings, run_decode
+        from attnserve_loadtest.decode_report import findings, write_decode_report
+        from attnserve_loadtest.report.files import make_folder
 
     make_folder(parsed.out)
     settings = DecodeSettings(

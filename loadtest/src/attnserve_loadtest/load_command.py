@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attnserve_proto.commands import INTERRUPTED, values
+from attnserve_proto.commands import INTERRUPTED, Loading, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.load.arrivals import POISSON, read_arrivals
@@ -119,13 +119,14 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         LoadTestError: it cannot go on; the message is one line for the user.
     """
-    from attnserve_loadtest.load.plan import Cancel, Load
-    from attnserve_loadtest.load.requests import Mix, Span
-    from attnserve_loadtest.load.run import Steps, find_servers, run_loads
-    from attnserve_loadtest.report.files import make_folder
-    from attnserve_loadtest.report.load_files import finish
-    from attnserve_loadtest.report.load_schema import LoadSettings
-    from attnserve_loadtest.report.load_text import said
+    with Loading():
+        from attnserve_loadtest.load.plan import Cancel, Load
+        from attnserve_loadtest.load.requests import Mix, Span
+        from attnserve_loadtest.load.run import Steps, find_servers, run_loads
+        from attnserve_loadtest.report.files import make_folder
+        from attnserve_loadtest.report.load_files import finish
+        from attnserve_loadtest.report.load_schema import LoadSettings
+        from attnserve_loadtest.report.load_text import said
 
     make_folder(parsed.out)
     seq_lens, weights = parsed.seq_lens
@@ -187,10 +188,21 @@ def run(parsed: argparse.Namespace) -> int:
         settings,
         parsed.slo,
         price_per_hour=parsed.price_per_hour,
-        progress=lambda step: print(said(step), file=sys.stderr, flush=True),
+        progress=lambda step: print(f"{_clear()}{said(step)}", file=sys.stderr, flush=True),
+        tick=lambda elapsed: _tick(elapsed, parsed.warmup + parsed.duration),
     )
     finish(report, parsed.out)
     return 0 if report.complete else INTERRUPTED
+
+
+def _tick(elapsed: float, whole: float) -> None:
+    """On a terminal, how far a load is."""
+    if sys.stderr.isatty():
+        print(f"{_clear()}{elapsed:.0f} of {whole:.0f} s", end="", file=sys.stderr, flush=True)
+
+
+def _clear() -> str:
+    return "\r\x1b[K" if sys.stderr.isatty() else ""
 
 
 def _check_bounds(parsed: Any) -> None:

@@ -12,6 +12,9 @@ from attnserve_proto.commands import values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.errors import LoadTestError
+from attnserve_loadtest.load.arrivals import Arrivals, read_arrivals
+
+_rate = values.number(0, 1e6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,9 @@ class UserOptions:
         batch: sequences of each request.
         timeout: seconds that a request may take.
         seed: of the random inputs.
+        rate: requests a second that are due at each user, answered or not; 0: each user sends the
+            next one when it has its answer.
+        arrivals: of an open loop.
     """
 
     target: str
@@ -35,6 +41,8 @@ class UserOptions:
     batch: int
     timeout: float
     seed: int
+    rate: float
+    arrivals: Arrivals
 
 
 def add_to_parser(parser: Any) -> None:
@@ -80,6 +88,19 @@ def add_to_parser(parser: Any) -> None:
         help="seconds that a request may take",
     )
     add("--seed", type=parsing.count, default=0, help="of the random inputs")
+    add(
+        "--rate",
+        type=_rate,
+        default=0.0,
+        help="open loop: requests a second that are due at each user, answered or not; 0: each "
+        "user waits for its answer",
+    )
+    add(
+        "--arrivals",
+        type=_checked_arrivals,
+        default="poisson",
+        help="of an open loop: poisson, constant or bursts:N",
+    )
 
 
 def attend_options(host: str | None, options: Any) -> UserOptions:
@@ -118,6 +139,8 @@ def _user_options(
             batch=parsing.positive_int(str(options.batch)),
             timeout=parsing.seconds(str(options.request_timeout)),
             seed=parsing.count(str(options.seed)),
+            rate=_rate(str(options.rate)),
+            arrivals=read_arrivals(options.arrivals),
         )
     except ArgumentTypeError as error:
         raise LoadTestError(str(error)) from None
@@ -125,6 +148,11 @@ def _user_options(
 
 def _checked_seq_lens(text: str) -> str:
     parsing.seq_lens(text)
+    return text
+
+
+def _checked_arrivals(text: str) -> str:
+    read_arrivals(text)
     return text
 
 

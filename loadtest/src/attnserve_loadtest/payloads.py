@@ -81,7 +81,7 @@ class AttendPayload:
         Raises:
             AttnserveError: the call failed.
         """
-        return _attend_answer(self.ask(client, variant=variant, timeout=timeout))
+        return self.answer(self.ask(client, variant=variant, timeout=timeout))
 
     def ask(
         self, client: AttentionClient | AsyncAttentionClient, *, variant: str, timeout: float
@@ -97,6 +97,11 @@ class AttendPayload:
             variant=variant,
             timeout=timeout,
         )
+
+    def answer(self, result: AttendResult) -> Answer:
+        """What matters of what `ask` gave."""
+        size = 0 if result.output is None else result.output.nbytes
+        return Answer(result.variant, size, result.timings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +129,18 @@ class TokensPayload:
 
     def send(self, client: AttentionClient, *, variant: str, timeout: float) -> Answer:
         """Make the call; arguments and errors as those of `AttendPayload.send`."""
-        return _tokens_answer(self.ask(client, variant=variant, timeout=timeout))
+        return self.answer(self.ask(client, variant=variant, timeout=timeout))
 
     def ask(
         self, client: AttentionClient | AsyncAttentionClient, *, variant: str, timeout: float
     ) -> Any:
         """What `client.attend_tokens` gives; of an asyncio client, to await."""
         return client.attend_tokens(self.ids, model=self.model, variant=variant, timeout=timeout)
+
+    def answer(self, result: TokensResult) -> Answer:
+        """What matters of what `ask` gave."""
+        size = sum(hidden.nbytes for hidden in result.hidden or ())
+        return Answer(result.variant, size, result.timings)
 
 
 Payload = AttendPayload | TokensPayload
@@ -235,14 +245,3 @@ def _request_bytes(model: Model, seq_len: int, batch: int) -> int:
         math.prod(shape) for shape in _tensor_shapes(model, seq_len, batch).values()
     )
     return elements * itemsize
-
-
-def _attend_answer(result: AttendResult) -> Answer:
-    size = 0 if result.output is None else result.output.nbytes
-    return Answer(result.variant, size, result.timings)
-
-
-def _tokens_answer(result: TokensResult) -> Answer:
-    return Answer(
-        result.variant, sum(hidden.nbytes for hidden in result.hidden or ()), result.timings
-    )

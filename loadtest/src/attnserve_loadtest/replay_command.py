@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from attnserve_proto.commands import INTERRUPTED, Progress, values
+from attnserve_proto.commands import INTERRUPTED, Loading, Progress, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.load_command import add_common
@@ -50,15 +50,16 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         LoadTestError: it cannot go on; the message is one line for the user.
     """
-    from attnserve_loadtest.errors import LoadTestError
-    from attnserve_loadtest.load.plan import Load
-    from attnserve_loadtest.load.requests import Generation, Single
-    from attnserve_loadtest.load.run import Steps, find_servers, run_loads
-    from attnserve_loadtest.load.trace import read_trace
-    from attnserve_loadtest.report.files import make_folder
-    from attnserve_loadtest.report.load_files import finish
-    from attnserve_loadtest.report.load_schema import LoadSettings
-    from attnserve_loadtest.report.load_text import said
+    with Loading():
+        from attnserve_loadtest.errors import LoadTestError
+        from attnserve_loadtest.load.plan import Load
+        from attnserve_loadtest.load.requests import Generation, Single
+        from attnserve_loadtest.load.run import Steps, find_servers, run_loads
+        from attnserve_loadtest.load.trace import read_trace
+        from attnserve_loadtest.report.files import make_folder
+        from attnserve_loadtest.report.load_files import finish
+        from attnserve_loadtest.report.load_schema import LoadSettings
+        from attnserve_loadtest.report.load_text import said
 
     trace = read_trace(parsed.trace, parsed.limit)
     single = parsed.kind == "single"

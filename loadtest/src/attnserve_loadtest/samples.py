@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import grpc
 from attnserve_client import AttentionClient, AttnserveError, Timings
 
-from attnserve_loadtest.payloads import Payload
+from attnserve_loadtest.payloads import Answer, Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,9 @@ class Sample:
         model: its name.
         variant: the variant that ran; of a failed request, the one asked for, which may be empty.
         seq_len: the length.
-        end_to_end_us: from the call of the SDK to its return, microseconds: packing and unpacking
-            in the client, the network, and the server; the SDK's repeated tries, too.
+        end_to_end_us: from the call of the SDK, or in an open loop from when the request was due,
+            to the return, microseconds: packing and unpacking in the client, the network, and the
+            server; the SDK's repeated tries, too.
         response_bytes: bytes of the tensors received.
         timings: the server's own, microseconds; None of a failed request.
         failure: None of an answered request.
@@ -105,28 +106,37 @@ def measure(
         timeout: seconds.
     """
     start = time.perf_counter()
+    answer: Answer | Exception
     try:
         answer = payload.send(client, variant=variant, timeout=timeout)
-    except AttnserveError as error:
-        failure = Failure(_code_name(error.code), error.message)
     except Exception as error:  # a fault of the client is a failed request, not the end of the test
-        failure = Failure(type(error).__name__, str(error))
-    else:
-        return Sample(
-            method=payload.method,
-            model=payload.model,
-            variant=answer.variant or variant,
-            seq_len=payload.seq_len,
-            end_to_end_us=(time.perf_counter() - start) * 1e6,
-            response_bytes=answer.response_bytes,
-            timings=answer.timings,
-        )
+        answer = error
+    return sample_of(payload, variant, answer, time.perf_counter() - start)
+
+
+def sample_of(payload: Payload, variant: str, answer: Answer | Exception, seconds: float) -> Sample:
+    """One request that has ended.
+
+    Args:
+        payload: what was sent.
+        variant: what was asked for.
+        answer: what came, or what went wrong.
+        seconds: that it took, from whenever counts.
+    """
+    failure = None
+    if isinstance(answer, AttnserveError):
+        failure = Failure(_code_name(answer.code), answer.message)
+    elif isinstance(answer, Exception):
+        failure = Failure(type(answer).__name__, str(answer))
+    answered = None if isinstance(answer, Exception) else answer
     return Sample(
         method=payload.method,
         model=payload.model,
-        variant=variant,
+        variant=(answered and answered.variant) or variant,
         seq_len=payload.seq_len,
-        end_to_end_us=(time.perf_counter() - start) * 1e6,
+        end_to_end_us=seconds * 1e6,
+        response_bytes=answered.response_bytes if answered else 0,
+        timings=answered.timings if answered else None,
         failure=failure,
     )
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from attnserve_proto.commands import INTERRUPTED, Progress, values
+from attnserve_proto.commands import INTERRUPTED, Loading, Progress, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.load.slo import read_slo
@@ -60,10 +60,11 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         LoadTestError: it cannot go on; the message is one line for the user.
     """
-    from attnserve_loadtest.load.sizing import Sizing, simulate_sizes
-    from attnserve_loadtest.load.trace import read_trace
-    from attnserve_loadtest.report.files import make_folder
-    from attnserve_loadtest.report.simulation_files import finish
+    with Loading():
+        from attnserve_loadtest.load.sizing import Sizing, simulate_sizes
+        from attnserve_loadtest.load.trace import read_trace
+        from attnserve_loadtest.report.files import make_folder
+        from attnserve_loadtest.report.simulation_files import finish
 
     trace = read_trace(parsed.trace, parsed.limit)
     make_folder(parsed.out)

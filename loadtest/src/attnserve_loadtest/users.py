@@ -3,10 +3,15 @@
 Each request goes to a row of Locust's statistics named `model/variant/seq_len=N`. Its response time
 is end to end: from the call of the SDK to its return. A failed request is listed under the name of
 its gRPC status. All users of a process share one connection, as grpc's channels would anyway.
+
+With `--rate` each user is a source of requests that are due at times of their own, and the response
+time counts from then. A process beside Locust's sends them, for gevent wakes up a millisecond late
+and grpc's calls in greenlets are slow. The users of several workers are so many sources.
 """
 
 from attnserve_loadtest import gevent_grpc  # noqa: F401, I001  (patches; comes first)
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,6 +25,7 @@ from locust.runners import WorkerRunner
 
 from attnserve_loadtest import collector, options, webui
 from attnserve_loadtest.errors import LoadTestError
+from attnserve_loadtest.load.source import Source
 from attnserve_loadtest.options import UserOptions
 from attnserve_loadtest.payloads import Payload, check_request, make_payload
 from attnserve_loadtest.publish import publish
@@ -28,6 +34,7 @@ from attnserve_loadtest.samples import measure
 __all__ = ["AttendTokensUser", "AttendUser"]
 
 _preparing = RLock()
+_users = itertools.count()
 
 
 class AttentionUser(User):
@@ -55,11 +62,15 @@ class AttentionUser(User):
                 environment.process_exit_code = 1
             raise StopTest(f"{type(self).__name__}: {error}") from None
         self._variant = self._options.variant
+        self._source: Source | None = None
         self._order = _shuffled_for_ever(self._payloads)
 
     @task
     def send(self) -> None:
-        """Send the next request and tell Locust."""
+        """Send the next request and tell Locust; in an open loop, tell of what was due."""
+        if self._options.rate:
+            self._tell_of_source()
+            return
         sample = measure(
             next(self._order),
             self._client,
@@ -68,6 +79,20 @@ class AttentionUser(User):
         )
         self._variant = sample.variant or self._variant
         publish(self.environment, sample, self._variant)
+
+    def on_stop(self) -> None:
+        """End the source, if there is one."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def _tell_of_source(self) -> None:
+        if self._source is None:
+            self._source = Source(self._options, _number_of_user(self.environment))
+        for sample in self._source.samples():
+            self._variant = sample.variant or self._variant
+            publish(self.environment, sample, self._variant)
+        raise StopTest("the process that sends requests has ended: see its message above")
 
 
 class AttendUser(AttentionUser):
@@ -88,6 +113,12 @@ class AttendTokensUser(AttentionUser):
     abstract = True
     read_options = staticmethod(options.tokens_options)
     kinds = ("transformer",)
+
+
+def _number_of_user(environment: Any) -> int:
+    """Another for each user of all workers, so that no two sources are due at the same times."""
+    worker = getattr(environment.runner, "worker_index", 0)
+    return (max(0, worker) << 20) + next(_users)
 
 
 @cache

@@ -1,22 +1,27 @@
 """A whole server: the data plane, fed and asked by the control plane; built, started, drained."""
 
+import dataclasses
 import logging
 import os
+import ssl
 from functools import partial
 
 import attnserve_kernels
-from attnserve_dataplane import DataPlane, collect_logs
+from attnserve_dataplane import ADMIN, DataPlane, Known, collect_logs
 
-from attnserve_server import certificates, onnxruntime_library
+from attnserve_server import callers, certificates, exposure, onnxruntime_library, web_tokens
+from attnserve_server.files import WatchedFiles
 from attnserve_server.handlers import reflection
 from attnserve_server.handlers.attention import AttentionHandlers
 from attnserve_server.handlers.inference import InferenceHandlers
 from attnserve_server.handlers.threads import HandlerThreads
 from attnserve_server.metrics import Metrics
+from attnserve_server.metrics_http import MetricsServer
 from attnserve_server.models import providers, store
 from attnserve_server.models.catalog import Catalog
 from attnserve_server.models.store import ModelStore
 from attnserve_server.settings import MIB, Settings, usable_cores
+from attnserve_server.web_tokens import WebTokens
 
 _MOST_IO_THREADS = 4
 
@@ -32,23 +37,30 @@ class AttentionServer:
     Raises:
         LibraryError: ONNX Runtime is not there.
         ProviderError: the provider asked for does not work.
-        ManifestError: the model repository is not as it should be.
+        ManifestError: the model repository is no folder, or no model in it loads.
         CertificateError: TLS cannot be had as the settings ask.
+        CallersError: the file of callers is not as it should be.
+        WebTokenError: JSON Web Tokens cannot be checked as the settings ask.
+        ExposureError: others could reach it, unguarded.
     """
 
     def __init__(self, settings: Settings) -> None:
+        exposure.check(settings)
+        web_tokens.check_settings(settings)
         self._settings = settings
         self.providers = providers.choose(settings.provider)
         collect_logs()
         self.plane = _data_plane(settings, self.providers)
         self.store = ModelStore(self.plane)
         load = partial(store.load, plane=self.plane, providers=self.providers)
-        store.load_all(settings.repository, self.store, load)
+        failed = store.load_all(settings.repository, self.store, load)
         self.metrics = Metrics(self.plane)
-        catalog = Catalog(settings.repository, self.store, load, changeable=settings.model_control)
+        changeable = settings.model_control
+        catalog = Catalog(settings.repository, self.store, load, failed, changeable=changeable)
         attention = AttentionHandlers(
             self.plane,
             self.store,
+            catalog,
             settings.limits,
             self.providers,
             onnxruntime_library.version(),
@@ -57,9 +69,17 @@ class AttentionServer:
             self.plane, self.store, catalog, settings.limits, settings.concurrency
         )
         methods = attention.methods() | inference.methods() | reflection.methods()
+        self._files = WatchedFiles()
+        self._web_tokens: WebTokens | None = None
+        if settings.jwt_keys is not None:
+            self._web_tokens = WebTokens(self.plane, settings)
+            methods[web_tokens.PATH] = self._web_tokens.method
         self._handlers = HandlerThreads(self.plane, methods)
+        self._guard()
         self.port = 0
         self.metrics_port: int | None = None
+        self._metrics_server: MetricsServer | None = None
+        self._metrics_tls: ssl.SSLContext | None = None
 
     def start(self) -> None:
         """Listen, and say so through the health service.
@@ -70,12 +90,16 @@ class AttentionServer:
         settings = self._settings
         if settings.metrics_port is not None:
             host = _metrics_host(settings.host)
-            self.metrics_port = self.metrics.serve(host, settings.metrics_port)
+            self._metrics_server = self.metrics.serve(
+                host, settings.metrics_port, self._may_see_metrics, self._metrics_tls
+            )
+            self.metrics_port = self._metrics_server.port
         self._handlers.start()
         try:
             self.plane.start()
         except RuntimeError as error:
             raise OSError(str(error)) from None
+        self._files.start()
         address = self.plane.addresses[0]
         self.port = 0 if address.startswith("unix") else int(address.rpartition(":")[2])
         _log.info(
@@ -97,8 +121,56 @@ class AttentionServer:
         """Take no new requests, answer those that came, and stop."""
         _log.info("draining", extra={"seconds_at_most": self._settings.drain_seconds})
         answered = self.plane.drain(self._settings.drain_seconds)
+        self._files.stop()
         self._handlers.stop()
+        if self._metrics_server is not None:
+            self._metrics_server.stop()
         _log.info("stopped", extra={"all_answered": answered})
+
+    def _guard(self) -> None:
+        """Let callers be known, and read certificates and callers again when they change."""
+        settings = self._settings
+        if settings.callers is not None:
+            self._read_callers()
+            self._files.add("callers", [settings.callers], self._read_callers)
+        if settings.jwt_keys is not None:
+            self._files.add("keys of web tokens", [settings.jwt_keys], self._read_keys)
+        certified = (
+            settings.tls_certificate,
+            settings.tls_key,
+            settings.tls_client_authorities,
+        )
+        if settings.tls_certificate is not None:
+            self._metrics_tls = certificates.context_of(settings)
+            paths = [path for path in certified if path is not None]
+            self._files.add("certificates", paths, self._read_certificates)
+
+    def _may_see_metrics(self, address: str, authorization: str) -> bool:
+        if not self._settings.identified or exposure.is_loopback(address):
+            return True
+        found = self.plane.look_up(authorization)
+        return found is not None and bool(found[1] & ADMIN)
+
+    def _read_callers(self) -> None:
+        self.plane.set_callers(self._known())
+
+    def _read_keys(self) -> None:
+        assert self._web_tokens is not None
+        self._web_tokens.reload(self._known())
+
+    def _known(self) -> list[Known]:
+        settings = self._settings
+        if settings.callers is None:
+            return []
+        return callers.read(settings.callers, callers.bounds_of(settings.limits, identified=True))
+
+    def _read_certificates(self) -> None:
+        tls = certificates.read(self._settings)
+        self.plane.replace_tls(
+            tls.certificate_chain or "", tls.private_key or "", tls.client_authorities or ""
+        )
+        if self._metrics_tls is not None:  # connections that begin from now on
+            certificates.load(self._metrics_tls, self._settings)
 
 
 def _address(host: str, port: int) -> str:
@@ -118,8 +190,13 @@ def _data_plane(settings: Settings, provider: providers.Providers) -> DataPlane:
         batch_bytes = (256 if provider.on_cuda else 2) * MIB
     operators = attnserve_kernels.library_path()
     tls = certificates.read(settings)
+    bounds = callers.bounds_of(settings.limits, identified=settings.identified)
+    own = {f"caller_{name}": value for name, value in dataclasses.asdict(bounds).items()}
     return DataPlane(
-        **settings.plane_keywords,
+        **settings.plane_keywords | own,
+        identity_required=settings.identified,
+        web_tokens=settings.jwt_keys is not None,
+        certificate_roles=callers.certificate_role_bits(settings),
         addresses=[_address(settings.host, settings.port)],
         io_threads=settings.io_threads or min(usable_cores(), _MOST_IO_THREADS),
         max_batch_bytes=batch_bytes,

@@ -1,5 +1,6 @@
 """The PEM files of TLS, read before anything listens."""
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,39 @@ def read(settings: Settings) -> TlsTexts:
         if settings.tls_client_authorities
         else None,
     )
+
+
+def context_of(settings: Settings) -> ssl.SSLContext:
+    """The same certificate for what Python serves.
+
+    Raises:
+        CertificateError: the files cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load(context, settings)
+    return context
+
+
+def load(context: ssl.SSLContext, settings: Settings) -> None:
+    """Let connections that begin from now on use the files as they are now.
+
+    Raises:
+        CertificateError: they cannot be used.
+    """
+    assert settings.tls_certificate is not None
+    try:
+        # A key that needs a password is refused, as the data plane does.
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
+    except ssl.SSLError as error:
+        wrong = "given keys that differ" if "MISMATCH" in str(error.reason) else "given others"
+        chain, key = settings.tls_certificate, settings.tls_key
+        raise CertificateError(
+            f"--tls-certificate: {chain}, --tls-key: {key}: {wrong}; "
+            "allowed: a certificate and its private key, PEM, without a password"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CertificateError(f"--tls-certificate, --tls-key: {error}") from None
 
 
 def _text(option: str, path: Path) -> str:

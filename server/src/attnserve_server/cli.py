@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from attnserve_proto import commands
-from attnserve_proto.commands import CommandError
+from attnserve_proto.commands import CommandError, Loading
 from attnserve_proto.manifest import ManifestError
 
 from attnserve_server import __version__, configuration, logs
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["make-token"]:
+        from attnserve_server.callers import make_token_command
+
+        return make_token_command(words[1:])
     settings = configuration.read(words, os.environ)
     logs.configure(settings.log_format, settings.log_level)
     serve(settings)
@@ -42,21 +46,32 @@ def serve(settings: Settings) -> None:
     """
     _allow_descriptors()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
-        from attnserve_server.app import AttentionServer
-        from attnserve_server.certificates import CertificateError
-        from attnserve_server.models.providers import ProviderError
-        from attnserve_server.onnxruntime_library import LibraryError
+        with Loading():
+            from attnserve_server.app import AttentionServer
+            from attnserve_server.callers import CallersError
+            from attnserve_server.certificates import CertificateError
+            from attnserve_server.exposure import ExposureError
+            from attnserve_server.models.providers import ProviderError
+            from attnserve_server.onnxruntime_library import LibraryError
+            from attnserve_server.web_tokens import WebTokenError
     except ImportError as error:
         raise StartError(
             f"{error}; the server needs attnserve-dataplane: `pip install attnserve-dataplane`"
         ) from error
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         server = AttentionServer(settings)
         server.start()
-    except (LibraryError, ProviderError, CertificateError) as error:
+    except (
+        LibraryError,
+        ProviderError,
+        CertificateError,
+        CallersError,
+        ExposureError,
+        WebTokenError,
+    ) as error:
         raise StartError(f"{error}; see `attnserve-server --help`") from error
     except ManifestError as error:
         raise StartError(f"{error}; see `attnserve-export --help`") from error

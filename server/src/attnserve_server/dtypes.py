@@ -46,6 +46,11 @@ def to_numpy(number: int) -> np.dtype[Any]:
     return _NUMPY_BY_NUMBER[number]
 
 
+def of_data_plane(array: Array) -> Array:
+    """An array that the data plane gave: of BF16 it gives the bits, and of no other type such."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+
+
 def from_numpy(dtype: np.dtype[Any]) -> "pb.DataType.ValueType":
     """The wire dtype of a NumPy dtype."""
     return _NUMBER_BY_NUMPY[dtype.newbyteorder("<")]  # type: ignore[return-value]

@@ -15,11 +15,13 @@ class Code(IntEnum):
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class RequestError(Exception):
@@ -61,6 +63,12 @@ class UnimplementedError(RequestError):
     """This server does not have it, or has it turned off."""
 
     code = Code.UNIMPLEMENTED
+
+
+class UnauthenticatedError(RequestError):
+    """The caller has not shown who it is."""
+
+    code = Code.UNAUTHENTICATED
 
 
 class UnloadedError(RequestError):

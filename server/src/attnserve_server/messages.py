@@ -8,6 +8,7 @@ from attnserve_proto.manifest import ModelInput
 
 from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
+from attnserve_server.models.catalog import CatalogEntry
 from attnserve_server.models.store import LoadedModel
 from attnserve_server.settings import Limits
 
@@ -35,6 +36,7 @@ def model_message(model: LoadedModel) -> pb.Model:
         bottom_right=attention.alignment == "bottom-right",
         alibi=attention.alibi,
         chunk=attention.chunk or 0,
+        sinks=attention.sinks or (),
         rotary=attention.rotary.style if attention.rotary else "",
     )
     if manifest.layer is not None:
@@ -44,6 +46,8 @@ def model_message(model: LoadedModel) -> pb.Model:
         message.num_layers = manifest.transformer.num_layers
         message.vocab_size = manifest.transformer.vocab_size
         message.max_seq_len = manifest.transformer.max_seq_len
+        message.token_types = manifest.transformer.token_types
+        message.max_text_len = manifest.transformer.texts.max_len or 0
         message.takes_ids = manifest.transformer.takes_ids
         message.inputs.extend(map(input_message, manifest.transformer.inputs))
         for described in manifest.transformer.attentions:
@@ -86,6 +90,11 @@ def input_message(entry: ModelInput) -> pb.ModelInput:
     if entry.preprocessor is not None:
         message.preprocessor_json = json.dumps(entry.preprocessor)
     return message
+
+
+def unavailable_message(entry: CatalogEntry) -> pb.UnavailableModel:
+    """A version that is not served."""
+    return pb.UnavailableModel(name=entry.name, version=str(entry.version), reason=entry.reason)
 
 
 def limits_message(limits: Limits) -> pb.Limits:

@@ -1,10 +1,11 @@
 """What the server counts, for Prometheus: snapshots of the data plane's counts, made when asked."""
 
+import ssl
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from attnserve_dataplane import BATCH_BUCKETS, SECONDS_BUCKETS, DataPlane
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -12,6 +13,8 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+
+from attnserve_server.metrics_http import Allowed, MetricsServer
 
 _GAUGES = {
     "stored_bytes": ("attnserve_stored_tensor_bytes", "Bytes of tensors stored by PutTensor."),
@@ -114,17 +117,18 @@ class Metrics(Collector):
         for key, (name, text) in _KV_COUNTERS.items():
             yield CounterMetricFamily(name, text, value=held[key])
 
-    def serve(self, host: str, port: int) -> int:
-        """Serve /metrics over HTTP from a thread of its own; the port that it got.
+    def serve(
+        self, host: str, port: int, allowed: Allowed, tls: ssl.SSLContext | None
+    ) -> MetricsServer:
+        """Serve /metrics over HTTP, from threads of its own.
 
         Raises:
             OSError: the port cannot be had.
         """
         try:
-            server, _ = start_http_server(port, host, self.registry)
+            return MetricsServer(self.registry, host, port, allowed, tls)
         except OSError as error:
             raise OSError(f"/metrics on {host}, port {port}: {error.strerror}") from None
-        return int(server.server_port)
 
 
 def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:

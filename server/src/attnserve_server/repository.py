@@ -22,7 +22,10 @@ def find(repository: Path) -> Iterator[Path]:
     for model in sorted(repository.iterdir()):
         if not NAME.fullmatch(model.name) or not model.is_dir():
             continue
-        versions = [entry for entry in model.iterdir() if _VERSION.fullmatch(entry.name)]
+        try:
+            versions = [entry for entry in model.iterdir() if _VERSION.fullmatch(entry.name)]
+        except OSError:
+            continue  # it has gone meanwhile, or nobody may look
         yield from sorted(versions, key=lambda entry: int(entry.name))
 
 
@@ -53,7 +56,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare a version's files with its manifest.
 
     Raises:
-        ManifestError: a name, a size or a SHA-256 differs.
+        ManifestError: a name, a size or a SHA-256 differs, or a file lies elsewhere.
     """
     if (manifest.name, str(manifest.version)) != (folder.parent.name, folder.name):
         raise ManifestError(
@@ -62,6 +65,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         )
     for name, entry in manifest.files.items():
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ManifestError(f"{path}: leads out of its folder; allowed: files within")
         if not path.is_file():
             raise ManifestError(f"{path}: listed in {FILE}, but missing")
         if path.stat().st_size != entry.bytes:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from attnserve_proto.commands import values
-from attnserve_proto.commands.values import PORT, integer, seconds
+from attnserve_proto.commands.values import PORT, integer, number, seconds
 
 from attnserve_server.options import Option
 
 KIB, MIB = 1 << 10, 1 << 20
+ROLES = ("infer", "sessions", "admin")
 # A message's length has 32 bits; of everything else, more than any machine has.
 _MOST_MESSAGE, _MOST, _MOST_THREADS = 4095, 1 << 30, 1024
 
@@ -27,6 +28,21 @@ def _page_tokens(given: str) -> int:
     if given not in ("4", "8", "16", "32", "64"):
         values.refuse(given, "4, 8, 16, 32 or 64")
     return int(given)
+
+
+def roles(given: str) -> tuple[str, ...]:
+    """Reads roles between commas; `none`: no role."""
+    if given == "none":
+        return ()
+    names = tuple(name for name in ROLES if name in given.split(","))
+    if not names or len(names) != len(given.split(",")):
+        values.refuse(given, f"{', '.join(ROLES)}, some of them between commas, or none")
+    return names
+
+
+def _roles_text(given: str) -> str:
+    """Reads them as a text."""
+    return ",".join(roles(given)) or "none"
 
 
 def _host(given: str) -> str:
@@ -163,6 +179,49 @@ class Limits:
             unit=MIB,
         ),
     ] = 16_384 * MIB
+    caller_requests_per_second: Annotated[
+        float,
+        Option(
+            "calls and requests on streams of one caller, a second; 0: no bound of its own",
+            number(0, 1e9),
+        ),
+    ] = 0.0
+    caller_bytes_in_flight: Annotated[
+        int,
+        Option(
+            "of --max-in-flight-mib, for one caller; 0: half of it where callers are identified, "
+            "else all",
+            integer(0, _MOST),
+            "caller-in-flight-mib",
+            unit=MIB,
+        ),
+    ] = 0
+    caller_stored_bytes: Annotated[
+        int,
+        Option(
+            "of --max-stored-mib, for one caller; 0: half of it where callers are identified, "
+            "else all",
+            integer(0, _MOST),
+            "caller-stored-mib",
+            unit=MIB,
+        ),
+    ] = 0
+    caller_sessions: Annotated[
+        int,
+        Option(
+            "KV sessions of one caller, open at once; 0: 16384 where callers are identified, else "
+            "no bound of its own",
+            integer(0),
+        ),
+    ] = 0
+    caller_calls: Annotated[
+        int,
+        Option(
+            "calls of one caller, open at once, streams among them; 0: 1024 where callers are "
+            "identified, else no bound of its own",
+            integer(0),
+        ),
+    ] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +358,44 @@ class Settings(PlaneSettings):
             "PEM file: callers must show a certificate that one of these has signed", values.path
         ),
     ] = None
+    callers: Annotated[
+        Path | None,
+        Option(
+            "file of callers, their roles and credentials, one a line; read again when it changes",
+            values.path,
+        ),
+    ] = None
+    certificate_roles: Annotated[
+        str,
+        Option(
+            "what callers may do whose certificate is signed by --tls-client-authorities and in no "
+            "line of --callers",
+            _roles_text,
+        ),
+    ] = "infer,sessions"
+    jwt_keys: Annotated[
+        Path | None,
+        Option(
+            "file of public keys, PEM or a JSON Web Key Set: callers may show JSON Web Tokens "
+            "that one of them verifies; read again when it changes",
+            values.path,
+        ),
+    ] = None
+    jwt_issuer: Annotated[
+        str | None, Option("iss of every such token; needed with --jwt-keys", values.title)
+    ] = None
+    jwt_audience: Annotated[
+        str | None, Option("aud of every such token; needed with --jwt-keys", values.title)
+    ] = None
+    jwt_roles_claim: Annotated[
+        str, Option("claim with the roles: a list, or a text with blanks between", values.title)
+    ] = "roles"
+    insecure: Annotated[
+        bool,
+        Option(
+            "listen where others can reach it without TLS, or without asking callers who they are"
+        ),
+    ] = False
     drain_seconds: Annotated[
         float, Option("how long SIGTERM waits for calls under way", seconds)
     ] = 30.0
@@ -312,6 +409,12 @@ class Settings(PlaneSettings):
             "of the least important lines written", choices=("debug", "info", "warning", "error")
         ),
     ] = "info"
+
+    @property
+    def identified(self) -> bool:
+        """Whether callers must say who they are."""
+        shown = (self.callers, self.tls_client_authorities, self.jwt_keys)
+        return any(each is not None for each in shown)
 
 
 def usable_cores() -> int:

@@ -11,7 +11,7 @@ one, so that as many sizes as blocks would take as much as all scores.
 import onnx
 from onnx import FunctionProto
 
-from attnserve_export.attention.core import BLOCKED, DOMAIN, AttentionConfig
+from attnserve_export.attention.core import BLOCKED, BLOCKED_SINKS, DOMAIN, AttentionConfig
 from attnserve_export.attention.masks import Mask
 from attnserve_export.attention.text import exact, joined
 
@@ -21,13 +21,17 @@ SCORES = 4 << 20
 FEWEST, MOST = 16, 128
 CUTS = 16
 
+_ROWS = "float[batch_, heads_, block_, one_]"
 
-def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
+
+def blocked_attention(config: AttentionConfig, opset: int, *, sinks: bool = False) -> FunctionProto:
     """The body of `BlockedAttention(query, key, value, key_lengths) -> output` for a config.
 
     Args:
         config: masks, heads and positions are fixed by it; rotary embedding happened before.
         opset: of the default domain.
+        sinks: make it `BlockedSinksAttention(query, key, value, key_lengths, sinks)`, which gives
+            the log-sum-exp too.
     """
     mask = config.visibility
     heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -118,12 +122,21 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         lines.append(f"chunk = Constant <value_ints = [{mask.chunk}]> ()")
     if config.softcap:
         lines.append(f"cap = Constant <value_float = {exact(config.softcap)}> ()")
+    stacked, results = "stacked", "float[batch_, heads_, block_, dim_] block_output"
+    if sinks:
+        stacked, results = "stacked, rows_stacked", f"{results}, {_ROWS} block_log_sum_exp"
+        lines += [
+            "heads_of_sinks = Constant <value_ints = [1, -1, 1, 1]> ()",
+            "sinks4 = Reshape (sinks, heads_of_sinks)",
+            "minus_one = Constant <value_float = -1.0> ()",
+            "unseen = Div (minus_one, nothing)",
+        ]
     lines += [
         "more = Constant <value = bool {1}> ()",
         "trips = Reshape (blocks, scalar)",
-        f"""stacked = Loop (trips, more) <body = one_block (int64 i, bool going) =>
-        (bool still, float[batch_, heads_, block_, dim_] block_output) {{
-            {joined(_body(config))}
+        f"""{stacked} = Loop (trips, more) <body = one_block (int64 i, bool going) =>
+        (bool still, {results}) {{
+            {joined(_body(config, sinks=sinks))}
         }}>""",
         "in_order = Transpose <perm = [1, 2, 0, 3, 4]> (stacked)",
         "copy = Constant <value_ints = [0, 0, -1]> ()",
@@ -132,8 +145,18 @@ def blocked_attention(config: AttentionConfig, opset: int) -> FunctionProto:
         "cut = Slice (whole, zero, query_len, axis2)",
         "output = CastLike (cut, query)",
     ]
+    signature = f"{BLOCKED} (query, key, value, key_lengths) => (output)"
+    if sinks:
+        signature = f"{BLOCKED_SINKS} (query, key, value, key_lengths, sinks)"
+        signature += " => (output, log_sum_exp)"
+        lines += [
+            "rows_in_order = Transpose <perm = [1, 2, 0, 3, 4]> (rows_stacked)",
+            "rows_shape = Constant <value_ints = [0, 0, -1]> ()",
+            "whole_rows = Reshape (rows_in_order, rows_shape)",
+            "log_sum_exp = Slice (whole_rows, zero, query_len, axis2)",
+        ]
     text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
-        {BLOCKED} (query, key, value, key_lengths) => (output) {{ {joined(lines)} }}"""
+        {signature} {{ {joined(lines)} }}"""
     return onnx.parser.parse_function(text)
 
 
@@ -181,7 +204,7 @@ def _chunk_lines() -> list[str]:
     ]
 
 
-def _body(config: AttentionConfig) -> list[str]:
+def _body(config: AttentionConfig, *, sinks: bool) -> list[str]:
     mask = config.visibility
     lines = [
         "still = Identity (going)",
@@ -270,15 +293,45 @@ def _body(config: AttentionConfig) -> list[str]:
         f"not_before_first = GreaterOrEqual (numbers4, {first})",
         f"before_end = Less (numbers4, {end})",
         "visible = And (not_before_first, before_end)",
-        f"masked = Where (visible, {scores}, lowest)",
-        "weights = Softmax <axis = -1> (masked)",
+        *(_sinking(scores) if sinks else _softmaxed(scores)),
         "products_shape = Shape (products)",
         "grouped_weights = Reshape (weights, products_shape)",
         "sums = MatMul (grouped_weights, values)",
         "sums_by_head = Reshape (sums, heads_shape)",
+    ]
+    if sinks:
+        return [*lines, "block_output = Div (sums_by_head, some_total)"]
+    return [
+        *lines,
         # A query that sees no key.
         f"some = Less ({first}, {end})",
         "some_or_none = Cast <to = 1> (some)",
         "block_output = Mul (sums_by_head, some_or_none)",
     ]
-    return lines
+
+
+def _softmaxed(scores: str) -> list[str]:
+    return [f"masked = Where (visible, {scores}, lowest)", "weights = Softmax <axis = -1> (masked)"]
+
+
+def _sinking(scores: str) -> list[str]:
+    """Weights that are yet to be divided by `some_total`, where it is not 0, and log-sum-exp."""
+    return [
+        f"masked = Where (visible, {scores}, unseen)",
+        "last_axis = Constant <value_ints = [-1]> ()",
+        "highest_score = ReduceMax <keepdims = 1> (masked, last_axis)",
+        "highest = Max (highest_score, sinks4)",
+        # Any number serves a query that sees nothing.
+        "sees_nothing = Equal (highest, unseen)",
+        "finite = Where (sees_nothing, nothing, highest)",
+        "below = Sub (masked, finite)",
+        "weights = Exp (below)",
+        "total_of_keys = ReduceSum <keepdims = 1> (weights, last_axis)",
+        "sink_below = Sub (sinks4, finite)",
+        "of_sink = Exp (sink_below)",
+        "total = Add (total_of_keys, of_sink)",
+        "unit = Constant <value_float = 1.0> ()",
+        "some_total = Where (sees_nothing, unit, total)",
+        "log_total = Log (total)",
+        "block_log_sum_exp = Add (finite, log_total)",
+    ]

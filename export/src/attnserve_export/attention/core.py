@@ -1,7 +1,7 @@
 """Core attention: query, key and value in, attention out; no weights of its own."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from attnserve_export.attention.positions import Rotary, alibi_slopes
 # The operators of attnserve-kernels, and the one that graphs bring as a function of their own.
 DOMAIN = "attnserve"
 BLOCKED = "BlockedAttention"
+BLOCKED_SINKS = "BlockedSinksAttention"
 FLASH = "FlashAttention"
 CUDNN = "CudnnAttention"
 
@@ -44,6 +45,8 @@ class AttentionConfig:
         alibi: whether scores fall with distance, by a slope per head.
         rotary: how query and key are turned by their positions first; None: not at all.
         chunk: positions of a chunk, of which a query sees its own alone (Llama 4); None: all.
+        sinks: of each head, a logit that takes part in the softmax and has no value (gpt-oss,
+            https://arxiv.org/abs/2508.10925); None: none.
     """
 
     num_heads: int
@@ -59,6 +62,7 @@ class AttentionConfig:
     alibi: bool = False
     rotary: Rotary | None = None
     chunk: int | None = None
+    sinks: tuple[float, ...] | None = None
 
     @property
     def visibility(self) -> Mask:
@@ -91,6 +95,13 @@ class Core(nn.Module):
         self.slopes: Tensor | None = None
         if config.slopes is not None:
             self.slopes = torch.tensor(config.slopes)
+        self.own_sinks: Tensor | None = None
+        if config.sinks is not None:
+            self.own_sinks = torch.tensor(config.sinks)
+
+    def sinks(self, given: Tensor | None) -> Tensor | None:
+        """Those of a request, otherwise the config's, [H] FP32; None: there are none."""
+        return self.own_sinks if given is None else given
 
     def turned(self, query: Tensor, key: Tensor, key_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key, turned by their positions if the config asks for it."""
@@ -163,8 +174,9 @@ class NativeCore(Core):
         mask: Tensor,
         prefix_lengths: Tensor | None = None,
         softcap: Tensor | None = None,
-    ) -> Tensor:
-        """As `FusedCore.forward`, with a bias, masks and a softcap.
+        sinks: Tensor | None = None,
+    ) -> Sequence[Tensor]:
+        """As `FusedCore.forward`, with a bias, masks, a softcap and sinks.
 
         Args:
             query, key, value, key_lengths: as there.
@@ -172,13 +184,18 @@ class NativeCore(Core):
             mask: BOOL, broadcast likewise; true where a key may be seen.
             prefix_lengths: [B] INT64; valid keys before that position are seen by all queries.
             softcap: [1] FP32; replaces the config's unless it is negative.
+            sinks: [H] FP32, logits that take part in the softmax and have no value; -inf: none.
+
+        Returns:
+            The output, and the log-sum-exp of the scores, [B, H, Sq] FP32, sinks among them; -inf
+            for queries that see nothing.
         """
         dtype = query.dtype
         query, key = self.turned(query, key, key_lengths)
         batch, num_heads, query_len, _ = query.shape
         # The operator takes one type; turned heads are FP32.
-        return _operator(
-            "Attention",
+        output, log_sum_exp = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::Attention",
             (
                 query,
                 key,
@@ -189,11 +206,19 @@ class NativeCore(Core):
                 softcap,
                 mask,
                 prefix_lengths,
+                None,  # packed sequences
+                None,
+                self.sinks(sinks),
             ),
             self.attributes(),
-            query.dtype,
-            (batch, num_heads, query_len, value.shape[3]),
-        ).to(dtype)
+            dtypes=(query.dtype, torch.float32),
+            shapes=(
+                (batch, num_heads, query_len, value.shape[3]),
+                (batch, num_heads, query_len),
+            ),
+            version=1,
+        )
+        return output.to(dtype), log_sum_exp
 
 
 class BlockedCore(Core):
@@ -210,6 +235,43 @@ class BlockedCore(Core):
         shape = (batch, num_heads, query_len, value.shape[3])
         inputs = (query, key, value.to(query.dtype), key_lengths)
         return _operator(BLOCKED, inputs, {}, query.dtype, shape).to(dtype)
+
+
+class BlockedSinksCore(Core):
+    """As `BlockedCore`, with sinks, giving the log-sum-exp too."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_lengths: Tensor,
+        sinks: Tensor | None = None,
+    ) -> Sequence[Tensor]:
+        """See `FusedCore.forward`.
+
+        Args:
+            query, key, value, key_lengths: as there.
+            sinks: as in `NativeCore.forward`; None: the config's.
+
+        Returns:
+            Output and log-sum-exp, as in `NativeCore.forward`.
+        """
+        dtype = query.dtype
+        query, key = self.turned(query, key, key_lengths)
+        batch, num_heads, query_len, _ = query.shape
+        output, log_sum_exp = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{BLOCKED_SINKS}",
+            (query, key, value.to(query.dtype), key_lengths, self.sinks(sinks)),
+            {},
+            dtypes=(query.dtype, torch.float32),
+            shapes=(
+                (batch, num_heads, query_len, value.shape[3]),
+                (batch, num_heads, query_len),
+            ),
+            version=1,
+        )
+        return output.to(dtype), log_sum_exp
 
 
 class FlashCore(Core):
@@ -260,11 +322,12 @@ class DiagnosticsCore(Core):
         mask: Tensor,
         prefix_lengths: Tensor | None = None,
         softcap: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Sequence[Tensor]:
         """Entropy and masses of the weights.
 
         Args:
-            query, key, key_lengths, bias, mask, prefix_lengths, softcap: as in
+            query, key, key_lengths, bias, mask, prefix_lengths, softcap, sinks: as in
                 `NativeCore.forward`.
             top_k: [1] INT64, keys to name per query; 0: none.
             distances: [1] INT64, N: distances to tell apart, the last one gathers all beyond.
@@ -291,6 +354,9 @@ class DiagnosticsCore(Core):
                 softcap,
                 mask,
                 prefix_lengths,
+                None,  # packed sequences
+                None,
+                self.sinks(sinks),
             ),
             self.attributes(),
             dtypes=(floats, floats, floats, torch.int64, floats),
@@ -330,56 +396,60 @@ class ReferenceCore(Core):
         Returns:
             [B, H, Sq, Dv] and [B, H, Sq, Sk]; rows without any visible key are 0.
         """
-        return self._attend(query, key, value, key_lengths, bias, prefix_lengths, self._cap)
+        scores = self._scores(query, key, key_lengths, bias, prefix_lengths, None)
+        # The softmax of a row of -inf is no number. Any finite bias is a number, the lowest too.
+        unseeing = scores.amax(dim=-1, keepdim=True) == -torch.inf
+        weights = torch.where(unseeing, torch.zeros(()), torch.softmax(scores, dim=-1))
+        output = self._mixed(weights, value, key_lengths)
+        return output.to(value.dtype), weights.to(value.dtype)
 
-    def _cap(self, scores: Tensor) -> Tensor:
+    def _cap(self, scores: Tensor, softcap: Tensor | None) -> Tensor:
         return scores
 
-    def _attend(
+    def _scores(
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
         key_lengths: Tensor,
         bias: Tensor,
         prefix_lengths: Tensor | None,
-        cap: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        dtype = query.dtype
+        softcap: Tensor | None,
+    ) -> Tensor:
+        """[B, H, Sq, Sk] FP32, -inf where a key is not seen."""
         query, key = self.turned(query, key, key_lengths)
         batch, num_heads, query_len, head_dim = query.shape
         num_kv_heads, key_len = key.shape[1], key.shape[2]
         # Heads that share keys become rows of one product: (B, Hkv, G * Sq, D).
         q = query.float().reshape(batch, num_kv_heads, -1, head_dim) * self.config.scale
         scores = q @ key.float().transpose(2, 3)  # (B, Hkv, G * Sq, Sk)
-        scores = cap(scores.reshape(batch, num_heads, -1, key_len)) + bias.float()
+        scores = scores.reshape(batch, num_heads, -1, key_len)
+        scores = self._cap(scores, softcap) + bias.float()
         if self.slopes is not None:
             positions = self.mask.positions(query_len, key_lengths)[:, None, :, None]
             apart = (positions - torch.arange(key_len)).abs().float()  # (B, 1, Sq, Sk)
             scores = scores - self.slopes[:, None, None] * apart
-        hidden = torch.full((), -torch.inf)
         visible = self.mask.visible(query_len, key_len, key_lengths, prefix_lengths)
-        scores = torch.where(visible, scores, hidden)
-        # The softmax of a row of -inf is no number. Any finite bias is a number, the lowest too.
-        unseeing = scores.amax(dim=-1, keepdim=True) == hidden
-        weights = torch.where(unseeing, torch.zeros(()), torch.softmax(scores, dim=-1))
+        return torch.where(visible, scores, torch.full((), -torch.inf))
+
+    def _mixed(self, weights: Tensor, value: Tensor, key_lengths: Tensor) -> Tensor:
+        """[B, H, Sq, Dv] FP32: the values by their weights."""
+        batch, num_heads, _, key_len = weights.shape
         values = self.mask.unpadded(value.float(), key_lengths)
-        output = weights.reshape(batch, num_kv_heads, -1, key_len) @ values
-        output = output.reshape(batch, num_heads, -1, value.shape[3])
-        return output.to(dtype), weights.to(dtype)
+        output = weights.reshape(batch, value.shape[1], -1, key_len) @ values
+        return output.reshape(batch, num_heads, -1, value.shape[3])
 
 
 class CappedCore(ReferenceCore):
     """As the reference, for a config that has a softcap."""
 
-    def _cap(self, scores: Tensor) -> Tensor:
+    def _cap(self, scores: Tensor, softcap: Tensor | None) -> Tensor:
         return self.config.softcap * torch.tanh(scores / self.config.softcap)
 
 
-class SoftcapCore(ReferenceCore):
-    """As the reference, with the softcap as an input, [1] FP32 > 0."""
+class SinksCore(ReferenceCore):
+    """As the reference, with sinks, giving the log-sum-exp too."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: Tensor,
         key: Tensor,
@@ -387,16 +457,51 @@ class SoftcapCore(ReferenceCore):
         key_lengths: Tensor,
         bias: Tensor,
         prefix_lengths: Tensor | None = None,
+        sinks: Tensor | None = None,
         softcap: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `ReferenceCore.forward`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ReferenceCore.forward`.
 
+        Args:
+            query, key, value, key_lengths, bias, prefix_lengths: as there.
+            sinks: as in `NativeCore.forward`; None: the config's.
+            softcap: [1] FP32 > 0, where the class takes one.
+
+        Returns:
+            Output, weights, whose rows sum to 1 less what the sink takes, and log-sum-exp as in
+            `NativeCore.forward`.
+        """
+        scores = self._scores(query, key, key_lengths, bias, prefix_lengths, softcap)
+        highest = scores.amax(dim=-1, keepdim=True)  # (B, H, Sq, 1)
+        used = self.sinks(sinks)
+        if used is not None:
+            used = used[:, None, None]
+            highest = torch.maximum(highest, used)
+        # Any number serves a row that sees nothing.
+        finite = torch.where(highest == -torch.inf, torch.zeros(()), highest)
+        weights = torch.exp(scores - finite)
+        total = weights.sum(dim=-1, keepdim=True)
+        if used is not None:
+            total = total + torch.exp(used - finite)
+        weights = weights / torch.where(total == 0, torch.ones(()), total)
+        output = self._mixed(weights, value, key_lengths)
+        log_sum_exp = (finite + torch.log(total)).squeeze(-1)
+        return output.to(value.dtype), weights.to(value.dtype), log_sum_exp
+
+
+class CappedSinksCore(SinksCore):
+    """As that, for a config that has a softcap."""
+
+    def _cap(self, scores: Tensor, softcap: Tensor | None) -> Tensor:
+        return self.config.softcap * torch.tanh(scores / self.config.softcap)
+
+
+class SoftcapCore(SinksCore):
+    """As that, with the softcap as an input."""
+
+    def _cap(self, scores: Tensor, softcap: Tensor | None) -> Tensor:
         assert softcap is not None
-
-        def cap(scores: Tensor) -> Tensor:
-            return softcap * torch.tanh(scores / softcap)
-
-        return self._attend(query, key, value, key_lengths, bias, prefix_lengths, cap)
+        return softcap * torch.tanh(scores / softcap)
 
 
 def default_scale(head_dim: int) -> float:

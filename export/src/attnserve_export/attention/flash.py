@@ -21,7 +21,7 @@ from attnserve_export.attention.text import exact, joined
 # The first with nonpad_kv_seqlen.
 OPSET = 24
 _CONTRIB = "com.microsoft"
-_WIDEST = 256  # head_dim of FlashAttention's kernels
+WIDEST = 256  # head_dim of FlashAttention's kernels
 
 
 def has_flash(config: AttentionConfig, dtype: str) -> bool:
@@ -32,11 +32,11 @@ def has_flash(config: AttentionConfig, dtype: str) -> bool:
         dtype: "FP32", "FP16" or "BF16". FP32 has no FlashAttention, but without a mask ONNX Runtime
             takes another kernel of linear memory; windows have none.
     """
-    plain = not (config.softcap or config.alibi or config.chunk is not None)
+    plain = not (config.softcap or config.alibi or config.chunk is not None or config.sinks)
     regular = config.head_dim == config.value_head_dim and config.head_dim % 8 == 0
     causal_window = config.mask == "causal" and dtype != "FP32"
     return (
-        plain and regular and config.head_dim <= _WIDEST and (not config.windowed or causal_window)
+        plain and regular and config.head_dim <= WIDEST and (not config.windowed or causal_window)
     )
 
 

@@ -101,10 +101,17 @@ class SelfLayer(nn.Module):
         self.layer = layer
         self.core = core
 
-    def forward(self, hidden_states: Tensor, key_lengths: Tensor) -> Tensor:
-        """[B, S, E] and [B] to [B, S, E]."""
+    def forward(self, hidden_states: Tensor, key_lengths: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """[B, S, E] and [B] to [B, S, E], and what else the core gives."""
         heads = self.layer.heads(hidden_states, hidden_states)
-        return self.layer.merge(self.core(*heads, key_lengths))
+        return self._merged(self.core(*heads, key_lengths))
+
+    def _merged(self, result: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """What a core gives, its output first, with the layer's output in its place."""
+        if isinstance(result, Tensor):
+            return self.layer.merge(result)
+        output, *others = result
+        return self.layer.merge(output), *others
 
 
 class CrossLayer(SelfLayer):
@@ -112,13 +119,13 @@ class CrossLayer(SelfLayer):
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: Tensor, key_lengths: Tensor
-    ) -> Tensor:
-        """[B, Sq, E], [B, Sk, Ec] and [B] to [B, Sq, E]."""
-        return self.layer.merge(self.core(*self.layer.heads(hidden_states, context), key_lengths))
+    ) -> Tensor | tuple[Tensor, ...]:
+        """[B, Sq, E], [B, Sk, Ec] and [B] to [B, Sq, E], and what else the core gives."""
+        return self._merged(self.core(*self.layer.heads(hidden_states, context), key_lengths))
 
 
 class BiasedSelfLayer(SelfLayer):
-    """Self-attention over a core that takes a bias, and may give weights."""
+    """Self-attention over a core that takes a bias, and may give weights and log-sum-exp."""
 
     def forward(  # type: ignore[override]
         self,
@@ -127,27 +134,14 @@ class BiasedSelfLayer(SelfLayer):
         bias: Tensor,
         mask: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, S, E], [B] and a bias to [B, S, E], and [B, H, S, S] if the core gives them."""
+    ) -> Tensor | tuple[Tensor, ...]:
+        """[B, S, E], [B] and a bias to [B, S, E], and what else the core gives."""
         heads = self.layer.heads(hidden_states, hidden_states)
-        return self._merged(heads, key_lengths, bias, _given(mask, prefix_lengths))
-
-    def _merged(
-        self,
-        heads: tuple[Tensor, Tensor, Tensor],
-        key_lengths: Tensor,
-        bias: Tensor,
-        masks: dict[str, Tensor],
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        result = self.core(*heads, key_lengths, bias, **masks)
-        if isinstance(result, Tensor):
-            return self.layer.merge(result)
-        output, weights = result
-        return self.layer.merge(output), weights
+        return self._merged(self.core(*heads, key_lengths, bias, **_given(mask, prefix_lengths)))
 
 
 class BiasedCrossLayer(BiasedSelfLayer):
-    """Cross-attention over a core that takes a bias, and may give weights."""
+    """Cross-attention over a core that takes a bias, and may give weights and log-sum-exp."""
 
     def forward(  # type: ignore[override]
         self,
@@ -157,10 +151,10 @@ class BiasedCrossLayer(BiasedSelfLayer):
         bias: Tensor,
         mask: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, Sq, E], [B, Sk, Ec], [B] and a bias to [B, Sq, E], perhaps [B, H, Sq, Sk]."""
+    ) -> Tensor | tuple[Tensor, ...]:
+        """[B, Sq, E], [B, Sk, Ec], [B] and a bias to [B, Sq, E], and what else the core gives."""
         heads = self.layer.heads(hidden_states, context)
-        return self._merged(heads, key_lengths, bias, _given(mask, prefix_lengths))
+        return self._merged(self.core(*heads, key_lengths, bias, **_given(mask, prefix_lengths)))
 
 
 class DiagnosticsSelfLayer(SelfLayer):

@@ -15,7 +15,7 @@ from attnserve_export.attention.paged import TYPES, nodes, turning
 
 _STARTS = ("cu_seqlens_q", "cu_seqlens_k")
 # Inputs of both operators after those that carry the heads, where they are for packed sequences.
-_LAST = ("bias", "slopes", "softcap", "mask", "prefix_lengths", *_STARTS)
+_LAST = ("bias", "slopes", "softcap", "mask", "prefix_lengths", *_STARTS, "sinks")
 
 
 def packed_inputs(others: Sequence[str]) -> tuple[str, ...]:
@@ -31,12 +31,12 @@ def packed_attention(
     Args:
         config: the attention.
         inputs: as `packed_inputs`.
-        outputs: `output` alone, or those of a diagnosis.
+        outputs: `output` and `log_sum_exp`, or those of a diagnosis.
         dtype: of query, key and value: "FP32", "FP16" or "BF16".
         opset: of the default domain.
     """
     kind = TYPES[dtype]
-    diagnosis = tuple(outputs) != ("output",)
+    diagnosis = "output" not in outputs
     own: dict[str, tuple[int, tuple[str | int, ...]]] = {
         "query": (kind, (1, config.num_heads, "query_len", config.head_dim)),
         "key": (kind, (1, config.num_kv_heads, "key_len", config.head_dim)),
@@ -65,7 +65,7 @@ def packed_attention(
     node = helper.make_node(
         "AttentionDiagnostics" if diagnosis else "Attention",
         [given.get(name, "") for name in (*first, *_LAST)],
-        ["exact_output"] if rounded else list(outputs),
+        ["exact_output", *outputs[1:]] if rounded else list(outputs),
         name="packed",
         domain=DOMAIN,
     )
@@ -79,9 +79,11 @@ def packed_attention(
         "bias": (kind, (1, "bias_heads", "bias_queries", "bias_keys")),
         "mask": (TensorProto.BOOL, (1, "mask_heads", "mask_queries", "mask_keys")),
         "softcap": (TensorProto.FLOAT, (1,)),
+        "sinks": (TensorProto.FLOAT, (config.num_heads,)),
         "top_k": (TensorProto.INT64, (1,)),
         "distances": (TensorProto.INT64, (1,)),
         "output": (kind, (1, config.num_heads, "query_len", config.value_head_dim)),
+        "log_sum_exp": (TensorProto.FLOAT, (1, config.num_heads, "query_len")),
         **_diagnostics_shapes(config.num_heads),
     }
 

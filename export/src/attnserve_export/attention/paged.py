@@ -19,7 +19,7 @@ from attnserve_export.attention.text import joined
 # Outputs of the graph; its inputs after those that carry the tokens.
 OUTPUTS = ("output", "log_sum_exp", "entropy", "weights")
 OF_OPERATOR = ("cache", "starts", "lengths", "table_starts", "table", "spec", "parents")
-INPUTS = (*OF_OPERATOR, "weights_of")
+INPUTS = (*OF_OPERATOR, "weights_of", "sinks")
 # Of each new token, where query and key are turned by it.
 POSITIONS = "positions"
 
@@ -110,9 +110,10 @@ def paged_model(
         "lengths": (TensorProto.INT64, ("sequences",)),
         "table_starts": (TensorProto.INT64, ("sequences_and_end",)),
         "table": (TensorProto.INT64, ("pages",)),
-        "spec": (TensorProto.INT64, (6,)),
+        "spec": (TensorProto.INT64, (7,)),
         "parents": (TensorProto.INT64, ("parents",)),
         "weights_of": (TensorProto.INT64, ("weighed_sequences",)),
+        "sinks": (TensorProto.FLOAT, (config.num_heads,)),
         "output": output,
         "log_sum_exp": (TensorProto.FLOAT, ("tokens", config.num_heads)),
         "entropy": (TensorProto.FLOAT, ("tokens", config.num_heads)),
@@ -121,7 +122,7 @@ def paged_model(
     slopes = "" if config.slopes is None else "slopes"
     node = helper.make_node(
         "PagedAttention",
-        [*heads, *OF_OPERATOR, slopes, "weights_of"],
+        [*heads, *OF_OPERATOR, slopes, "weights_of", "sinks"],
         ["heads" if after else "output", *OUTPUTS[1:]],
         name="paged",
         domain=DOMAIN,

@@ -8,7 +8,9 @@ from torch import nn
 from attnserve_export.attention.core import (
     AttentionConfig,
     BlockedCore,
+    BlockedSinksCore,
     CappedCore,
+    CappedSinksCore,
     Core,
     CudnnCore,
     DiagnosticsCore,
@@ -19,6 +21,7 @@ from attnserve_export.attention.core import (
     PackedDiagnosticsCore,
     PagedCore,
     ReferenceCore,
+    SinksCore,
     SoftcapCore,
 )
 from attnserve_export.attention.flash import has_cudnn, has_flash
@@ -29,7 +32,9 @@ from attnserve_export.attention.paged import has_paged, has_paged_layer, paged_i
 from attnserve_export.runtime import CPU, CUDA
 
 OUTPUT = ("output",)
+ROWS = ("output", "log_sum_exp")
 WEIGHTS = ("output", "weights")
+WEIGHTS_AND_ROWS = ("output", "weights", "log_sum_exp")
 DIAGNOSTICS = (
     "entropy",
     "mass_per_key",
@@ -67,13 +72,20 @@ class VariantSpec:
 _LENGTHS = ("key_lengths",)
 FUSED = VariantSpec(FusedCore, _LENGTHS, OUTPUT, "quadratic")
 BLOCKED = VariantSpec(BlockedCore, _LENGTHS, OUTPUT, "linear")
+# Of plain operators too, and so on any provider; apart from the others, since a log-sum-exp is
+# another pass over the scores.
+BLOCKED_SINKS = VariantSpec(BlockedSinksCore, (*_LENGTHS, "sinks"), ROWS, "linear")
 FLASH = VariantSpec(FlashCore, _LENGTHS, OUTPUT, "linear", (CUDA,))
 CUDNN = VariantSpec(CudnnCore, _LENGTHS, OUTPUT, "linear", (CUDA,))
 REFERENCE = VariantSpec(ReferenceCore, (*_LENGTHS, "bias", "prefix_lengths"), WEIGHTS, "quadratic")
 CAPPED = replace(REFERENCE, core=CappedCore)
-SOFTCAP = replace(REFERENCE, core=SoftcapCore, inputs=(*REFERENCE.inputs, "softcap"))
-_MASKS = ("bias", "mask", "prefix_lengths", "softcap")
-NATIVE = VariantSpec(NativeCore, (*_LENGTHS, *_MASKS), OUTPUT, "linear", (CPU,), native=True)
+REFERENCE_SINKS = VariantSpec(
+    SinksCore, (*REFERENCE.inputs, "sinks"), WEIGHTS_AND_ROWS, "quadratic"
+)
+CAPPED_SINKS = replace(REFERENCE_SINKS, core=CappedSinksCore)
+SOFTCAP = replace(REFERENCE_SINKS, core=SoftcapCore, inputs=(*REFERENCE_SINKS.inputs, "softcap"))
+_MASKS = ("bias", "mask", "prefix_lengths", "softcap", "sinks")
+NATIVE = VariantSpec(NativeCore, (*_LENGTHS, *_MASKS), ROWS, "linear", (CPU,), native=True)
 DIAGNOSTICS_SPEC = VariantSpec(
     DiagnosticsCore,
     (*_LENGTHS, "top_k", "distances", *_MASKS),
@@ -101,15 +113,22 @@ def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str
         dtype: "FP32", "FP16" or "BF16".
         native: whether attnserve-kernels is there to verify its variants with.
     """
-    plain = not config.softcap and not config.alibi
+    plain = not config.softcap and not config.alibi and config.sinks is None
     specs = {"fused": FUSED} if plain else {}
-    specs["blocked"] = BLOCKED
+    capped = bool(config.softcap)
+    sinks = CAPPED_SINKS if capped else REFERENCE_SINKS
+    if config.sinks is None:
+        specs["blocked"], reference = BLOCKED, CAPPED if capped else REFERENCE
+    else:
+        specs["blocked"], reference = _without(BLOCKED_SINKS, "sinks"), _without(sinks, "sinks")
     if has_flash(config, dtype):
         specs["flash"] = FLASH
     if has_cudnn(config, dtype):
         specs["cudnn"] = CUDNN
     specs |= {
-        "reference": CAPPED if config.softcap else REFERENCE,
+        "reference": reference,
+        "blocked_sinks": BLOCKED_SINKS,
+        "reference_sinks": sinks,
         "softcap": SOFTCAP,
         "native": NATIVE,
         "diagnostics": DIAGNOSTICS_SPEC,
@@ -124,13 +143,20 @@ def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str
 
 
 def layer_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str, VariantSpec]:
-    """The variants of a layer model: as a core's, but for softcap as an input; pages if causal."""
+    """The variants of a layer model: as a core's, but for softcap and sinks as inputs; pages if
+    causal."""
 
     specs = core_specs(config, dtype, native=native)
-    left_out = {"softcap", "packed", "packed_diagnostics"}
+    left_out = {"softcap", "blocked_sinks", "packed", "packed_diagnostics"}
+    if config.sinks is not None:
+        left_out.add("reference_sinks")  # what `reference` is too
     if not has_paged_layer(config):
         left_out.add("paged")
-    return {name: _without(spec, "softcap") for name, spec in specs.items() if name not in left_out}
+    return {
+        name: _without(_without(spec, "softcap"), "sinks")
+        for name, spec in specs.items()
+        if name not in left_out
+    }
 
 
 def _without(spec: VariantSpec, left_out: str) -> VariantSpec:

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, last_hidden_state
+from attnserve_export.checkpoints.modules import (
+    ENCODER_HIDDEN,
+    HIDDEN,
+    TYPES,
+    last_hidden_state,
+)
+from attnserve_export.checkpoints.parameters import Eager
 from attnserve_export.checkpoints.plans import (
     CROSS,
     DECODER,
@@ -41,6 +47,9 @@ _LARGE, _LARGE_SCORE = 10.0, 64.0
 # some length on. Nor has any more weights than this in all layers and heads together.
 _LONGEST, _LONGEST_WITHOUT_TABLE = 1024, 320
 _MOST_WEIGHTS = 1 << 26
+
+# Half of a unit in the last place of numbers from 1 to 2: what an output is rounded by.
+_ROUNDED = {"FP32": 0.0, "FP16": 2.0**-11, "BF16": 2.0**-8}
 
 # Scores of this size are masked ones.
 _MASKED = 1e30
@@ -78,6 +87,15 @@ _WHOLE_CASES = (
 _FIRST_WHOLE = _Lengths("two", (1, 1), (7, 19))
 
 
+# Of large models, whose parameters are cast anew for each sequence.
+_FEW_CASES = (
+    _Lengths("one sequence", (24,), (9,)),
+    _Lengths("ragged", (5, 67), (33, 7)),
+    _Lengths("long", (160,), (130,)),
+)
+_FEW_FIRST = _Lengths("ragged", (5, 19), (19, 7))
+
+
 @dataclass(frozen=True)
 class Exact:
     """The reference.
@@ -86,18 +104,23 @@ class Exact:
         model: the checkpoint with eager attention, in float64.
         plan: whose each call of its attention is.
         info: for the manifest.
+        dtype: of hidden states in the answer.
+        few: whether the model is so large that it is compared on fewer tokens.
         embeds_size: of the numbers of its token embeddings: their standard deviation.
     """
 
-    model: nn.Module
+    model: nn.Module | Eager
     plan: Plan
     info: Transformer
+    dtype: str = "FP32"
+    few: bool = False
     embeds_size: float = 1.0
 
 
 def first_case(exact: Exact, generator: np.random.Generator) -> Case:
     """One ragged batch, to find out what a model must be given."""
-    case = _FIRST if exact.plan.source.ragged else _FIRST_WHOLE
+    first = _FEW_FIRST if exact.few else _FIRST
+    case = first if exact.plan.source.ragged else _FIRST_WHOLE
     return _of(exact, case, _longest(exact), generator)
 
 
@@ -109,7 +132,8 @@ def transformer_cases(exact: Exact, generator: np.random.Generator) -> Iterator[
         generator: of the ids.
     """
     most, plan = _longest(exact), exact.plan
-    cases: Sequence[_Lengths] = _CASES if plan.source.ragged else _WHOLE_CASES
+    ragged = _FEW_CASES if exact.few else _CASES
+    cases: Sequence[_Lengths] = ragged if plan.source.ragged else _WHOLE_CASES
     if not plan.source.ragged and plan.kind != ENCODER_DECODER:
         cases = cases[:-1]
     for case in cases:
@@ -120,6 +144,9 @@ def _of(exact: Exact, case: _Lengths, most: int, generator: np.random.Generator)
     source, vocab_size = exact.plan.source, exact.info.vocab_size
     if source.name == IDS:
         feeds = _feeds("", case.source, most, vocab_size, generator)
+        if exact.plan.token_types:
+            shape = feeds[IDS].shape
+            feeds[TYPES] = generator.integers(0, exact.plan.token_types, shape)
     else:
         sizes = np.minimum(case.source, most)
         rows = random_source(source, len(sizes), int(sizes.max()), generator)
@@ -191,11 +218,16 @@ def _case(name: str, exact: Exact, feeds: Mapping[str, Array]) -> Case:
         compared,
         derive=_deriver(exact.info, {ENCODER: source, DECODER: target, CROSS: source}, step),
         magnitudes={
-            state: max(1.0, float(np.abs(expected[state]).max()) / _LARGE)
+            state: _magnitude(float(np.abs(expected[state]).max()), exact.dtype)
             for state in (HIDDEN, ENCODER_HIDDEN)
             if state in expected
         },
     )
+
+
+def _magnitude(largest: float, dtype: str) -> float:
+    """What the error of hidden states is divided by, before it is compared with the tolerance."""
+    return max(1.0, largest / _LARGE) + _ROUNDED[dtype] * largest / TOLERANCE
 
 
 def _source_mask(plan: Plan, feeds: Mapping[str, Array]) -> Array:
@@ -371,6 +403,7 @@ def _weights(
         np.zeros((*key.shape[:3], 1)),
         key_lengths=lengths,
         bias=bias,
+        sinks=entry.sinks,
         scheme=Scheme(
             left=None if entry.window is None else entry.window - 1, right=0 if causal else None
         ),

@@ -1,20 +1,24 @@
-"""A checkpoint's folder, read: configuration, parameters, tokenizer, pooling."""
+"""A checkpoint's folder, read: configuration and parameters."""
 
+import contextlib
+import copy
 import hashlib
 import inspect
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from attnserve_export.checkpoints.experts import every_expert
 from attnserve_export.checkpoints.families import Family, check_rules, family_of
+from attnserve_export.checkpoints.files import read_json
 from attnserve_export.checkpoints.masks import make_mask
 from attnserve_export.checkpoints.plans import IDS
+from attnserve_export.checkpoints.sentences import Sentences, read_sentences
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, attention
 from attnserve_export.errors import ExportError
 
@@ -23,33 +27,24 @@ NOT_THROUGH = "--checkpoint: its attention does not go through AttentionInterfac
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# What sentence-transformers calls the ways to pool, and what manifests call them.
-_POOLINGS = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "last",
-}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that can be exported.
 
     Attributes:
-        folder: where it is.
+        folder: where the files of transformers are: of sentence-transformers, within its own.
         name: as its config.json has it, or its family's.
         family: of the checkpoint.
         config: as transformers reads it.
-        pooling: "mean", "cls", "last", or None: the checkpoint says nothing.
-        normalize_pooled: whether the pooled vector is scaled to length 1.
+        sentences: what sentence-transformers' files say of it; None: there are none.
     """
 
     folder: Path
     name: str
     family: Family
     config: Any
-    pooling: str | None
-    normalize_pooled: bool
+    sentences: Sentences | None
 
     @property
     def vocab_size(self) -> int:
@@ -74,11 +69,17 @@ class Checkpoint:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's configuration.
 
+    Args:
+        folder: of transformers, or of sentence-transformers.
+
     Raises:
         ExportError: it cannot be read, or is of a kind that is not supported; says which field of
-            config.json, what it is and what is allowed.
+            which file, what it is and what is allowed.
     """
-    content = _json(folder / "config.json")
+    sentences = read_sentences(folder)
+    if sentences is not None:
+        folder = sentences.inner
+    content = read_json(folder / "config.json")
     if not isinstance(content, dict):
         raise ExportError(f"--checkpoint: {folder}: config.json: allowed: a JSON object")
     check_rules(content, str(folder))
@@ -99,15 +100,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     name = str(content.get("_name_or_path") or family.name)
     # Trained from a folder, it would say where that was.
     name = Path(name).name if Path(name).is_absolute() else name
-    return Checkpoint(folder, name, family, config, *_pooling(folder))
+    return Checkpoint(folder, name, family, config, sentences)
 
 
-def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
-    """The model with its parameters in FP32, in evaluation mode.
+def load_model(
+    checkpoint: Checkpoint, implementation: str, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model with its parameters, in evaluation mode.
+
+    They are read one by one: no more than a few are in memory besides those that are read already.
 
     Args:
         checkpoint: to load.
         implementation: of its attention: "eager", or `tracing.IMPLEMENTATION`.
+        dtype: of its parameters, but for those that transformers keeps in FP32.
 
     Raises:
         ExportError: the parameters do not fit the configuration.
@@ -121,17 +127,17 @@ def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         arguments["add_pooling_layer"] = False
     try:
-        model, info = model_class.from_pretrained(
-            checkpoint.folder,
-            config=checkpoint.config,
-            attn_implementation=implementation,
-            experts_implementation=implementation,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **arguments,
-        )
+        with _parameters(checkpoint.folder) as parameters:
+            model, info = model_class.from_pretrained(
+                None,
+                config=copy.deepcopy(checkpoint.config),
+                state_dict=parameters,
+                attn_implementation=implementation,
+                experts_implementation=implementation,
+                dtype=dtype,
+                output_loading_info=True,
+                **arguments,
+            )
     except Exception as error:  # transformers and safetensors raise many kinds
         if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
             raise ExportError(NOT_THROUGH) from None
@@ -152,6 +158,23 @@ def load_model(checkpoint: Checkpoint, implementation: str) -> nn.Module:
     return module
 
 
+@contextlib.contextmanager
+def _parameters(folder: Path) -> Iterator[dict[str, Any]]:
+    """All parameters in a folder, by name, each of which is read when it is asked for."""
+    if (folder / WEIGHTS).is_file():
+        shards = [WEIGHTS]
+    else:
+        shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    with contextlib.ExitStack() as stack:
+        slices: dict[str, Any] = {}
+        for shard in shards:
+            # Not mapped: what has been read would count as this process's memory.
+            opened = safe_open(folder / shard, framework="pt", backend="pread")
+            file = stack.enter_context(opened)
+            slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        yield slices
+
+
 def weights_sha256(folder: Path) -> str:
     """The SHA-256 of the safetensors files, in hex: of all of them in order of their names."""
     digest = hashlib.sha256()
@@ -160,16 +183,6 @@ def weights_sha256(folder: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def tokenizer_json(folder: Path) -> bytes | None:
-    """tokenizer.json without truncation and padding, which are the server's to decide."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    content = _json(path)
-    content["truncation"] = content["padding"] = None
-    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _check_numbers(config: Any, where: str, *, has_tokens: bool) -> None:
@@ -204,28 +217,6 @@ def _experts_interface() -> Any:
     return ALL_EXPERTS_FUNCTIONS
 
 
-def _pooling(folder: Path) -> tuple[str | None, bool]:
-    """How a sentence-transformers folder makes one vector of a sequence, and if it normalises."""
-    if not (folder / "modules.json").is_file():
-        return None, False
-    modules = [(str(module.get("type", "")).rsplit(".", 1)[-1], module)
-               for module in _json(folder / "modules.json")]  # fmt: skip
-    kinds = [kind for kind, _ in modules]
-    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"} or kinds.count("Pooling") != 1:
-        return None, False  # something of its own is made of the vector
-    path = folder / str(dict(modules)["Pooling"].get("path", "")) / "config.json"
-    return _pooling_mode(_json(path) if path.is_file() else {}), "Normalize" in kinds
-
-
-def _pooling_mode(config: Mapping[str, Any]) -> str | None:
-    """The one way to pool that is on; None if there is none, or another, or several."""
-    if isinstance(config.get("pooling_mode"), str):
-        mode = config["pooling_mode"]
-        return {"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(mode)
-    on = [name for name, value in config.items() if name.startswith("pooling_mode_") and value]
-    return _POOLINGS.get(on[0]) if len(on) == 1 else None
-
-
 def _transformers() -> Any:
     # Imported here: core and layer exports do without transformers.
     try:
@@ -239,12 +230,3 @@ def _transformers() -> Any:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExportError(f"--checkpoint: {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"--checkpoint: {path}: not JSON: {error}") from None

@@ -18,17 +18,25 @@ from attnserve_proto.manifest import (
     TransformerLayer,
 )
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from attnserve_export import graphs
+from attnserve_export import apart, graphs
+from attnserve_export.attention.flash import OPSET as LENGTHS_OPSET
+from attnserve_export.checkpoints import parameters
 from attnserve_export.checkpoints.cases import Exact, first_case, transformer_cases
 from attnserve_export.checkpoints.checkpoint import (
     Checkpoint,
     load_model,
-    tokenizer_json,
     weights_sha256,
 )
-from attnserve_export.checkpoints.modules import ENCODER_HIDDEN, HIDDEN, TARGET, module_for
+from attnserve_export.checkpoints.modules import (
+    ENCODER_HIDDEN,
+    HIDDEN,
+    PREFIX,
+    TARGET,
+    TYPES,
+    module_for,
+)
 from attnserve_export.checkpoints.observing import observe
 from attnserve_export.checkpoints.plans import (
     CROSS,
@@ -40,11 +48,13 @@ from attnserve_export.checkpoints.plans import (
     Plan,
 )
 from attnserve_export.checkpoints.sources import embeds_of, model_input, preprocessor_of
+from attnserve_export.checkpoints.texts import FILE as TOKENIZER
+from attnserve_export.checkpoints.texts import TextError, TextReader, text_reader
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, Call, Tracer
 from attnserve_export.errors import ExportError
 from attnserve_export.exporting import TRACED, Description, Exported, Progress, write_version
-from attnserve_export.graphs import Input
-from attnserve_export.runtime import CPU
+from attnserve_export.graphs import Graph, Input
+from attnserve_export.runtime import CPU, CUDA
 from attnserve_export.verification import Case, errors_of
 
 Array = NDArray[Any]
@@ -60,6 +70,16 @@ _SLOW_WHEN_FUSED = ("LayerNormalization", "Gelu")
 # Largest absolute error in PyTorch of what is then exported; of a graph, less is allowed.
 ADMITTED = 1e-3
 
+# Parameters from which on a model has them in memory only once while it is exported.
+LARGE = 1 << 25
+
+TORCH = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+ONNX = {
+    "FP32": onnx.TensorProto.FLOAT,
+    "FP16": onnx.TensorProto.FLOAT16,
+    "BF16": onnx.TensorProto.BFLOAT16,
+}
+
 _MASKS = {ENCODER: "bidirectional", DECODER: "causal", CROSS: "cross"}
 
 
@@ -70,19 +90,23 @@ def export_transformer(
     name: str,
     version: int,
     opset: int,
+    dtype: str = "FP32",
     native: bool = True,
     embeds: bool = False,
+    large: bool | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Export a whole checkpoint, FP32.
+    """Export a whole checkpoint.
 
     Args:
         checkpoint: from `read_checkpoint`.
         target: the version's folder.
         name, version: of the model.
         opset: 23 or newer.
+        dtype: "FP32", "FP16" or "BF16": of parameters as they are stored, and of hidden states.
         native: whether to make the variant that needs the operators of attnserve-kernels.
         embeds: whether to make variants, too, that take token embeddings in the place of ids.
+        large: whether to have its parameters in memory only once; None: from `LARGE` on.
         progress: told what is going on.
 
     Raises:
@@ -90,36 +114,63 @@ def export_transformer(
         VerificationError: a graph missed its tolerance; nothing is written.
     """
     progress("loading the checkpoint")
-    model = load_model(checkpoint, IMPLEMENTATION)
+    model = load_model(checkpoint, IMPLEMENTATION, TORCH[dtype])
+    large = parameters.count_of(model) >= LARGE if large is None else large
     progress("comparing its modules with transformers")
-    exact = _admitted(checkpoint, model, load_model(checkpoint, "eager").double())
-    plan = exact.plan
-    read = {"": exact}
-    if embeds:
-        read[f"_{_EMBEDS}"] = _embeds_admitted(model, exact)
-    linear = not plan.biased and all(reach is not None for _, reach in plan.calls)
+    read = _admitted(checkpoint, model, dtype, large=large, embeds=embeds)
+    plan = read[""].plan
+    has_texts = plan.source.name == IDS or plan.kind == ENCODER_DECODER
+    reader = _reader(checkpoint, progress) if has_texts else None
+    computing = model if dtype == "FP32" else parameters.in_fp32(model, values=False)
+    stored = {f"{PREFIX}{name}": tensor for name, tensor in parameters.stored(model).items()}
+
+    def exported(tracer: Tracer) -> Graph:
+        graph = _graph(tracer, opset, stored)
+        graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
+        if tracer.native:
+            graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
+        return apart.bind(graph, stored, late=large)
+
     variants = {}
     for suffix, of in read.items():
         progress(f"exporting fused{suffix}")
-        variants[f"fused{suffix}"] = Exported(_graph(Tracer(model, of.plan, native=False), opset))
+        variants[f"fused{suffix}"] = Exported(exported(Tracer(computing, of.plan)))
     if not native:
         progress("variant native is left out, as was asked for")
     elif attnserve_kernels.library_path() is None:
         progress("attnserve-kernels has no library here: variant native is left out")
-    elif plan.sinks:
-        progress("it has sinks, which the operator does not take: variant native is left out")
     else:
+        # A bias is a matrix over all queries and keys.
+        linear = not plan.biased and all(reach is not None for _, reach in plan.calls)
         for suffix, of in read.items():
             progress(f"exporting native{suffix}")
-            graph = _graph(Tracer(model, of.plan, native=True), opset)
-            graphs.keep_apart(graph, _SLOW_WHEN_FUSED)
             variants[f"native{suffix}"] = Exported(
-                graph,
-                # A bias is a matrix over all queries and keys.
+                exported(Tracer(computing, of.plan, native=True)),
                 memory="linear" if linear else "quadratic",
                 providers=(CPU,),
                 native=True,
             )
+
+    if dtype != "FP32":
+        progress("exporting half")
+        by_lengths = Tracer(model, plan, by_lengths=True)
+        graph = _graph(by_lengths, max(opset, LENGTHS_OPSET), stored)
+        graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
+        wide = graphs.widened(graph)
+        variants["half"] = Exported(
+            apart.bind(graph, stored, late=False),
+            memory="quadratic" if by_lengths.matrices else "linear",
+            providers=(CUDA,),
+            verified_as=apart.bind(wide, stored, late=large),
+        )
+
+    def release() -> None:
+        stored.clear()
+        for variant in variants.values():
+            for graph in (variant.graph, variant.verified_as):
+                if graph is not None:
+                    graph.parameters.clear()
+        parameters.release(model)
 
     made: dict[str, list[Case]] = {}
 
@@ -131,38 +182,91 @@ def export_transformer(
         return made[suffix]
 
     info = list(read.values())[-1].info
-    tokenizer = tokenizer_json(checkpoint.folder)
-    if tokenizer is None:
-        progress("tokenizer.json is not there: the model will take ids, but no texts")
+    if info.pooling_refused:
+        progress(f"{info.pooling_refused}: the model will give no pooled vectors")
     return write_version(
         Description(
             name=name,
             version=version,
             kind="transformer",
-            dtype="FP32",
+            dtype=dtype,
             attention=_attention_info(info.attentions[0]),
             source={
                 "description": f"checkpoint {checkpoint.name}",
                 "sha256": weights_sha256(checkpoint.folder),
             },
-            transformer=info,
-            tokenizer=None if tokenizer is None else "tokenizer.json",
+            transformer=_with_texts(info, reader),
+            tokenizer=None if reader is None else TOKENIZER,
         ),
         variants,
         target,
         cases=make,
         reference="Hugging Face transformers, eager attention, float64",
-        extra_files={} if tokenizer is None else {"tokenizer.json": tokenizer},
+        extra_files={} if reader is None else {TOKENIZER: reader.file},
         progress=progress,
+        release=release if large else None,
     )
 
 
-def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exact:
+def _reader(checkpoint: Checkpoint, progress: Progress) -> TextReader | None:
+    """How texts become tokens; None where the model takes ids alone, which is said."""
+    try:
+        reader = text_reader(checkpoint.folder, checkpoint.config, checkpoint.sentences)
+        reason = "there is no tokenizer"
+    except TextError as error:
+        reader, reason = None, str(error)
+    if reader is None:
+        progress(f"{reason}: the model will take ids, but no texts")
+    if checkpoint.sentences is not None and checkpoint.sentences.other_prompts:
+        names = ", ".join(checkpoint.sentences.other_prompts)
+        progress(f"its prompts {names} are the caller's to put before texts")
+    return reader
+
+
+def _with_texts(info: Transformer, reader: TextReader | None) -> Transformer:
+    if reader is None:
+        return info
+    # Where no file says whether the tokenizer tells texts apart, it does for whom it is of use.
+    types = bool(info.token_types) if reader.types_unknown else reader.texts.types
+    return replace(info, texts=replace(reader.texts, types=types))
+
+
+def _admitted(
+    checkpoint: Checkpoint, model: nn.Module, dtype: str, *, large: bool, embeds: bool
+) -> dict[str, Exact]:
     """The first plan by which PyTorch makes of a ragged batch what transformers does.
+
+    Args:
+        checkpoint: to export.
+        model: with parameters in the type in which they are stored.
+        dtype: of that.
+        large: whether it is the only one that there is room for.
+        embeds: whether it is to read token embeddings, too.
+
+    Returns:
+        By what is added to the names of variants: nothing, or what tells that they read embeddings.
 
     Raises:
         ExportError: there is none; says why not, and at which layer it first differs.
     """
+    if large:
+        with parameters.widened(model, torch.float32):
+            eager = parameters.Eager(model)
+            return _compared(checkpoint, model, eager, dtype, few=True, embeds=embeds)
+    computing = model if dtype == "FP32" else parameters.in_fp32(model, values=True)
+    exact = load_model(checkpoint, "eager", TORCH[dtype]).double()
+    return _compared(checkpoint, computing, exact, dtype, few=False, embeds=embeds)
+
+
+def _compared(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    eager: nn.Module | parameters.Eager,
+    dtype: str,
+    *,
+    few: bool,
+    embeds: bool,
+) -> dict[str, Exact]:
     failures = []
     try:
         plans = observe(
@@ -177,12 +281,15 @@ def _admitted(checkpoint: Checkpoint, model: nn.Module, eager: nn.Module) -> Exa
     except Exception as error:  # whatever a model may raise
         raise ExportError(f"--checkpoint: it cannot be run: {first_line(error)}") from None
     for plan in plans:
-        tracer = Tracer(model, plan, native=False)
+        tracer = Tracer(model, plan)
         try:
-            exact = Exact(eager, plan, _info(checkpoint, tracer))
+            exact = Exact(eager, plan, _info(checkpoint, tracer), dtype, few)
             difference = _difference(exact, tracer)
             if difference is None:
-                return exact
+                read = {"": exact}
+                if embeds:
+                    read[f"_{_EMBEDS}"] = _embeds_admitted(model, exact)
+                return read
             failures.append(difference)
         except ExportError:
             raise
@@ -211,12 +318,12 @@ def _embeds_admitted(model: nn.Module, exact: Exact) -> Exact:
     where = "--inputs-embeds: given"
     if exact.plan.source.name != IDS or EMBEDS not in inspect.signature(model.forward).parameters:
         raise ExportError(f"{where} for a model that takes {exact.plan.source.name}; {allowed}")
-    table = exact.model.get_input_embeddings().weight  # type: ignore[operator]
-    plan = replace(exact.plan, source=embeds_of(int(table.shape[1])))
+    table = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    plan = replace(exact.plan, source=embeds_of(int(table.shape[1])), token_types=0)
     info = replace(exact.info, inputs=(model_input(plan.source, None),))
-    embedded = Exact(exact.model, plan, info, float(table.detach().std()))
+    embedded = replace(exact, plan=plan, info=info, embeds_size=float(table.float().std()))
     try:
-        difference = _difference(embedded, Tracer(model, plan, native=False))
+        difference = _difference(embedded, Tracer(model, plan))
     except Exception as error:  # whatever a model may raise
         difference = f"it cannot be run: {first_line(error)}"
     if difference is not None:
@@ -244,15 +351,20 @@ def _info(checkpoint: Checkpoint, tracer: Tracer) -> Transformer:
     plan, module = tracer.plan, module_for(tracer)
     found = run_in_torch(tracer, {n: _input(n, plan).example.numpy() for n in module.inputs})
     source = plan.source
+    hidden_size, sentences = found[HIDDEN].shape[2], checkpoint.sentences
+    refused = "" if sentences is None else sentences.refused_of(hidden_size)
+    pooled = None if refused else sentences
     return Transformer(
         family=checkpoint.family.name,
         num_layers=len(tracer.calls[plan.attentions[0]]),
-        hidden_size=found[HIDDEN].shape[2],
+        hidden_size=hidden_size,
         vocab_size=checkpoint.vocab_size,
         max_seq_len=plan.max_seq_len,
         pad_token_id=checkpoint.pad_token_id,
-        pooling=checkpoint.pooling,
-        normalize_pooled=checkpoint.normalize_pooled,
+        token_types=plan.token_types,
+        pooling=None if pooled is None else pooled.pooling,
+        pooling_refused=refused,
+        normalize_pooled=pooled is not None and pooled.normalize,
         decoder_start_token_id=checkpoint.decoder_start_token_id,
         attentions=tuple(_described(name, calls) for name, calls in tracer.calls.items()),
         takes_ids=source.name == IDS,
@@ -271,8 +383,12 @@ def _described(name: str, calls: Sequence[Call]) -> TransformerAttention:
         head_dim=head_dim,
         mask=_MASKS[name],
         position_bias=calls[0].bias is not None,
-        layers=tuple(TransformerLayer(call.scale, _window(call)) for call in calls),
+        layers=tuple(TransformerLayer(call.scale, _window(call), _sinks(call)) for call in calls),
     )
+
+
+def _sinks(call: Call) -> tuple[float, ...] | None:
+    return None if call.sinks is None else tuple(call.sinks.detach().float().tolist())
 
 
 def _window(call: Call) -> int | None:
@@ -280,19 +396,27 @@ def _window(call: Call) -> int | None:
     return None if call.reach is None or call.reach.left is None else call.reach.left + 1
 
 
-def _graph(tracer: Tracer, opset: int) -> onnx.ModelProto:
+def _graph(tracer: Tracer, opset: int, stored: Mapping[str, Tensor]) -> onnx.ModelProto:
     module, plan = module_for(tracer), tracer.plan
-    run_in_torch(tracer, {n: _input(n, plan).example.numpy() for n in module.inputs})
-    names = [*module.hidden, *tracer.outputs()]
+    inputs = [_input(name, plan) for name in module.inputs]
+    most = plan.max_seq_len
+    ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
     try:
-        inputs = [_input(name, plan) for name in module.inputs]
-        most = plan.max_seq_len
-        ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
-        model = graphs.export(module, inputs, names, opset, ends=ends)
+        model = graphs.export_apart(
+            module,
+            inputs,
+            lambda: [*module.hidden, *tracer.named],
+            opset,
+            ends=ends,
+            apart=stored,
+        )
     except Exception as error:  # whatever PyTorch's exporter may raise
         raise ExportError(f"--checkpoint: it cannot be traced: {first_line(error)}") from None
     if not plan.convention.positions:
         graphs.write_out_angles(model)
+    if TYPES in module.inputs:
+        graphs.default_to_zeros(model, TYPES, IDS)
+    names = [*module.hidden, *tracer.named]
     graphs.rename_dims(model, {name: _dims(name, plan) for name in names})
     return model
 

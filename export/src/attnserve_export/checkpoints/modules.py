@@ -13,6 +13,10 @@ from attnserve_export.checkpoints.tracing import Tracer
 
 HIDDEN, ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
 MASK, TARGET = "attention_mask", ("decoder_input_ids", "decoder_attention_mask")
+TYPES = "token_type_ids"
+
+# Before the names of a model's parameters, in the modules that have it inside.
+PREFIX = "model."
 
 
 class _Traced(nn.Module):
@@ -34,6 +38,10 @@ class _Traced(nn.Module):
 
     def _read(self, given: Mapping[str, Tensor], lengths: Mapping[str, Tensor | None]) -> Any:
         more = {"use_cache": False} if self.tracer.plan.convention.no_cache else {}
+        source = given[self.source]
+        if self.tracer.by_lengths and source.is_floating_point():
+            computed: Any = self.model.dtype
+            given = {**given, self.source: source.to(computed)}
         with self.tracer.tracing(lengths):
             # Of keys and values that are cached nobody would read any.
             return self.model(**given, **more)
@@ -42,15 +50,25 @@ class _Traced(nn.Module):
 class OneStack(_Traced):
     """An encoder or a decoder over sequences that may be padded."""
 
-    def forward(self, source: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        if tracer.plan.token_types:
+            self.inputs = (*self.inputs, TYPES)
+
+    def forward(
+        self, source: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Hidden states, then `Tracer.outputs`.
 
         Args:
             source: [B, S] ids, or [B, S, E].
             attention_mask: [B, S], 1 valid, 0 padding, which comes last.
+            token_type_ids: [B, S], of models that have several kinds of token.
         """
         convention, kind = self.tracer.plan.convention, self.tracer.plan.kind
         given = {self.source: source}
+        if token_type_ids is not None:
+            given[TYPES] = token_type_ids
         if convention.mask:
             given[MASK] = attention_mask
         if convention.positions:

@@ -79,11 +79,12 @@ def observe(
     """
     taken = inspect.signature(model.forward).parameters
     source = source_of(model, config, takes)
+    padding = getattr(config.get_text_config(), "pad_token_id", None)
     tables: list[int] = []
     for target in (_TARGET, _OTHER_TARGET):
         sizes, tables = _Sizes(_SOURCE, target), []
         looked_for = ((_SOURCE,) if source.ragged else ()) + ((target,) if two_stacks else ())
-        feeds = _feeds(source, taken, two_stacks, target, vocab_size)
+        feeds = _feeds(source, taken, two_stacks, target, vocab_size, padding)
         watched = _run(model, feeds, looked_for, tables)
         if not watched:
             raise ExportError("--checkpoint: its attention does not go through AttentionInterface")
@@ -106,8 +107,8 @@ def observe(
     for name in names:
         if two_stacks and not described[name]:
             raise ExportError(
-                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap, sinks or "
-                "a mask of its own, or heads that differ from layer to layer"
+                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap or a mask "
+                "of its own, or heads that differ from layer to layer"
             )
         if len({call.query.shape[1] for call in by_name[name]}) > 1:
             raise ExportError("--checkpoint: its layers have different numbers of heads")
@@ -123,9 +124,9 @@ def observe(
             tuple((name, call.reach) for name, call in calls),
             described,
             biased,
-            any(call.sinks is not None for _, call in calls),
             max(0, longest),
             bool(tables),
+            _token_types(text, taken, two_stacks) if source.name == IDS else 0,
             source,
         )
         for convention in _conventions(kind, taken, source)
@@ -141,12 +142,21 @@ class _Sizes:
 
 
 def _feeds(
-    source: Source, taken: Any, two_stacks: bool, target: int, vocab_size: int
+    source: Source,
+    taken: Any,
+    two_stacks: bool,
+    target: int,
+    vocab_size: int,
+    padding: int | None,
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> Tensor:
-        return torch.randint(0, vocab_size, (_BATCH, length), generator=generator)
+        made = torch.randint(0, vocab_size, (_BATCH, length), generator=generator)
+        if padding is None:
+            return made
+        # Some models leave padding out of their positions, which are looked for here.
+        return torch.where(made == padding, (made + 1) % vocab_size, made)
 
     if source.name == IDS:
         feeds = {IDS: ids(_SOURCE)}
@@ -184,6 +194,14 @@ def _run(
             rows = max(len(each) for each in feeds.values())
             model(**{n: each.expand(rows, *each.shape[1:]) for n, each in feeds.items()}, **more)
     return watcher.calls
+
+
+def _token_types(config: Any, taken: Any, two_stacks: bool) -> int:
+    """How many kinds of token there are: of one alone nothing need be said."""
+    types = getattr(config, "type_vocab_size", None)
+    if two_stacks or "token_type_ids" not in taken or type(types) is not int or types < 2:
+        return 0
+    return types
 
 
 def _whose(call: Call, two_stacks: bool, sizes: _Sizes) -> str:
@@ -230,7 +248,7 @@ def _described(name: str, calls: Sequence[Call]) -> bool:
         windowed = name == DECODER and call.reach is not None and call.reach.causal
         if call.reach != wanted and not windowed:
             return False
-        if call.softcap or call.sinks is not None or call.key.shape[1] != first.key.shape[1]:
+        if call.softcap or call.key.shape[1] != first.key.shape[1]:
             return False
         if name != CROSS and not _same_bias(call.bias, first.bias):
             return False

@@ -60,12 +60,12 @@ class Plan:
         convention: what the model is given.
         calls: of its attention, in order: whose it is, and who sees whom (None: as the model's own
             mask says).
-        described: by attention: whether scale, window and position bias say all that is to be said
-            of its weights, given query and key.
+        described: by attention: whether scale, window, sinks and position bias say all that is to
+            be said of its weights, given query and key.
         biased: attentions that a position bias is added to.
-        sinks: whether any has sinks.
         max_seq_len: tokens of the longest sequence; 0: no end.
         table: whether positions are in a table, so that there is a longest sequence.
+        token_types: how many kinds of token `token_type_ids` tell apart; 0: it takes none.
         source: what the model reads.
     """
 
@@ -74,9 +74,9 @@ class Plan:
     calls: tuple[tuple[str, Reach | None], ...]
     described: Mapping[str, bool]
     biased: frozenset[str]
-    sinks: bool
     max_seq_len: int
     table: bool
+    token_types: int
     source: Source = Source()
 
     @property

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnserve_export.attention.core import DOMAIN
+from attnserve_export.attention.core import DOMAIN, Attributes
+from attnserve_export.attention.flash import WIDEST
 from attnserve_export.checkpoints.masks import EVERYTHING, Reach
 from attnserve_export.checkpoints.plans import Plan
 from attnserve_export.errors import ExportError
@@ -66,15 +67,22 @@ class Tracer:
         model: from transformers, loaded with `IMPLEMENTATION`.
         plan: what was observed of it.
         native: whether to use the operator of attnserve-kernels.
+        by_lengths: whether to use nodes that ONNX Runtime runs by FlashAttention on CUDA, which
+            take lengths and no masks; opset 24.
         calls: what each attention's layers were given, once the model has been traced.
         weights: of the layers whose weights the graph gives itself.
+        matrices: whether any attention holds a matrix over all queries and keys.
+        named: the outputs besides hidden states, by name, once the model has been traced.
     """
 
     model: nn.Module
     plan: Plan
-    native: bool
+    native: bool = False
+    by_lengths: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    matrices: bool = False
+    named: tuple[str, ...] = ()
     _lengths: Mapping[str, Tensor | None] = field(default_factory=dict)
     _masks: dict[tuple[str, Reach], Tensor] = field(default_factory=dict)
     _called: int = 0
@@ -110,6 +118,7 @@ class Tracer:
             if bias is not None:
                 last, first = bias[0, :, -1, :], bias[0, :, 0, 1:]
                 found[f"{name}_position_bias"] = torch.cat((last, first), dim=-1)
+        self.named = tuple(found)
         return found
 
     def attend(self, call: Call, value: Tensor) -> Tensor:
@@ -133,6 +142,11 @@ class Tracer:
         self.calls[name].append(call)
         if self.native:
             return self._native(name, call, value)
+        if self.by_lengths and _has_kernel(call, value):
+            if call.reach == EVERYTHING:
+                return self._padded(name, call, value)
+            return self._grouped(call, value)
+        self.matrices = True
         if self.plan.described[name] and not call.softcap and call.sinks is None:
             return self._fused(name, call, value)
         output, weights = self._plain(name, call, value)
@@ -157,7 +171,8 @@ class Tracer:
         """Output and weights, node by node."""
         sharing = call.query.shape[1] // call.key.shape[1]
         key, value = (each.repeat_interleave(sharing, dim=1) for each in (call.key, value))
-        scores = call.query @ key.transpose(2, 3) * call.scale
+        # In FP32 from here to the weights, as transformers has it.
+        scores = (call.query @ key.transpose(2, 3) * call.scale).float()
         if call.softcap:
             scores = torch.tanh(scores / call.softcap) * call.softcap
         mask = self._mask(name, call)
@@ -167,8 +182,8 @@ class Tracer:
             weights = scores.softmax(dim=-1)
         else:
             sinks = call.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-            weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
-        return weights @ value, weights
+            weights = torch.cat((scores, sinks.float()), dim=-1).softmax(dim=-1)[..., :-1]
+        return weights.to(value.dtype) @ value, weights
 
     def _mask(self, name: str, call: Call) -> Tensor:
         """Who sees whom; one for all layers that are alike, so that the graph has it once.
@@ -189,7 +204,7 @@ class Tracer:
             visible = torch.where(visible, call.bias, lowest)
         elif not call.reach.causal and call.reach.left is not None:
             # A query of the padding may see no key at all: what it gets must still be a number.
-            visible = torch.where(visible, 0.0, lowest)
+            visible = torch.where(visible, 0.0, lowest).to(call.query.dtype)
         self._masks[cached] = visible
         return visible
 
@@ -226,16 +241,66 @@ class Tracer:
             mask = (mask + call.bias).clamp(min=lowest)
         return mask.expand(call.query.shape[0], -1, call.query.shape[2], -1)
 
+    def _padded(self, name: str, call: Call, value: Tensor) -> Tensor:
+        """All keys but padding, whose number is given for each sequence."""
+        output: Tensor = torch.onnx.ops.symbolic(
+            "Attention",
+            (call.query, call.key, value, None, None, None, self._valid(name, call)),
+            {"scale": call.scale},
+            dtype=call.query.dtype,
+            shape=(*call.query.shape[:3], value.shape[3]),
+        )
+        return output
+
+    def _valid(self, name: str, call: Call) -> Tensor:
+        """Of each sequence the number of keys, [B]."""
+        lengths = self._lengths[name]
+        if lengths is None:
+            lengths = torch.full((call.query.shape[0],), call.key.shape[2], dtype=torch.int64)
+        return lengths
+
+    def _grouped(self, call: Call, value: Tensor) -> Tensor:
+        """Causal attention, of which padding that comes last needs no mask."""
+        assert call.reach is not None
+        batch, num_heads, length, head_dim = call.query.shape
+        num_kv_heads = call.key.shape[1]
+        rows = [
+            each.transpose(1, 2).reshape(batch, length, each.shape[1] * head_dim)
+            for each in (call.query, call.key, value)
+        ]
+        last = torch.zeros(batch, dtype=torch.int32) + (length - 1)
+        total = torch.scalar_tensor(length, dtype=torch.int32)
+        none = [None] * 4
+        attributes: Attributes = {
+            "num_heads": num_heads,
+            "kv_num_heads": num_kv_heads,
+            "scale": call.scale,
+            "softcap": call.softcap,
+            "local_window_size": -1 if call.reach.left is None else call.reach.left + 1,
+        }
+        kept = (batch, num_kv_heads, length, head_dim)
+        output, _, _ = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (*rows, None, None, last, total, *none, call.sinks),
+            attributes,
+            dtypes=(value.dtype,) * 3,
+            shapes=((batch, length, num_heads * head_dim), kept, kept),
+            version=1,
+        )
+        return output.reshape(batch, length, num_heads, head_dim).transpose(1, 2)
+
     def _native(self, name: str, call: Call, value: Tensor) -> Tensor:
         query, reach, bias = call.query, call.reach, call.bias
         if reach is None:
             reach, bias = Reach(None, None), self._own_mask(name, call)
-        lengths = self._lengths[name]
-        if lengths is None:
-            lengths = torch.full((query.shape[0],), call.key.shape[2], dtype=torch.int64)
+        lengths = self._valid(name, call)
+        inputs = [query, call.key, value, lengths, bias, None, None]
+        if call.sinks is not None:
+            # Between them a mask, prefixes and packed sequences.
+            inputs += [None, None, None, None, call.sinks.float()]
         output: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::Attention",
-            (query, call.key, value, lengths, bias, None, None),
+            inputs,
             {
                 "scale": call.scale,
                 "softcap": call.softcap,
@@ -248,6 +313,15 @@ class Tracer:
             version=1,
         )
         return output
+
+
+def _has_kernel(call: Call, value: Tensor) -> bool:
+    """Whether a node on CUDA computes an attention without any matrix of masks."""
+    head_dim = call.query.shape[3]
+    plain = call.reach == EVERYTHING and not call.softcap and call.sinks is None
+    causal = call.reach is not None and call.reach.causal
+    same = head_dim == value.shape[3] and head_dim % 8 == 0 and head_dim <= WIDEST
+    return call.bias is None and same and (plain or causal)
 
 
 _current: Any = None

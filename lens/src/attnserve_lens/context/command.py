@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.errors import LoadTestError
-from attnserve_proto.commands import INTERRUPTED, Progress, values
+from attnserve_proto.commands import INTERRUPTED, Loading, Progress, values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +60,12 @@ def run(parsed: argparse.Namespace) -> int:
         LoadTestError: it cannot go on; the message is one line for the user.
     """
     # Imported here: matplotlib takes its time, and other commands do without.
-    from attnserve_loadtest.report.files import make_folder
+    with Loading():
+        from attnserve_loadtest.report.files import make_folder
 
-    from attnserve_lens.context.measure import run_context
-    from attnserve_lens.context.report import findings, write_context_report
-    from attnserve_lens.context.schema import ContextSettings
+        from attnserve_lens.context.measure import run_context
+        from attnserve_lens.context.report import findings, write_context_report
+        from attnserve_lens.context.schema import ContextSettings
 
     settings = ContextSettings(
         seq_lens=parsed.seq_lens,

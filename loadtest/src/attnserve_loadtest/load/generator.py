@@ -21,11 +21,14 @@ import asyncio
 import gc
 import multiprocessing
 import selectors
+import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, Protocol
 
@@ -38,6 +41,8 @@ from attnserve_loadtest.load.record import Record
 
 DRAIN_SECONDS = 20.0
 _START_DELAY = 0.1
+# Requests that are begun before the loop looks at answers again.
+_AT_ONCE = 8
 _MEMORY_SECONDS, _TICK_SECONDS = 0.25, 0.5
 
 
@@ -121,7 +126,8 @@ def clients(count: int) -> Iterator[Clients]:
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_client, args=(theirs,), daemon=True)
-            process.start()
+            with _interruption_held():
+                process.start()
             theirs.close()
             started.append((process, ours))
         yield Clients([pipe for _, pipe in started])
@@ -129,6 +135,17 @@ def clients(count: int) -> Iterator[Clients]:
         for process, pipe in started:
             pipe.close()
             process.join(DRAIN_SECONDS)
+
+
+@contextmanager
+def _interruption_held() -> Iterator[None]:
+    """Ctrl-C waits, in a process that is started now until it can answer: see `_client`."""
+    resource_tracker.ensure_running()  # it would be started now, and let Ctrl-C through after that
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -141,6 +158,10 @@ def new_loop() -> asyncio.AbstractEventLoop:
 
 def _client(pipe: Connection) -> None:
     """A client process: loads come in, times go out, until the pipe closes."""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:  # it came while modules were loaded
+        return
     keep_freed_memory()
     # Whatever is imported by now stays: collections need not look at it again.
     gc.freeze()
@@ -210,14 +231,29 @@ async def open_loop(arrivals: Sequence[Arrival], record: Record, start: float) -
         record: sends them and keeps their times.
         start: monotonic seconds that due times count from.
     """
+    loop = asyncio.get_running_loop()
     under_way: set[asyncio.Task[None]] = set()
-    for each in arrivals:
-        due = start + each.due
-        # Even if late: answers must be taken in between.
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        task = asyncio.create_task(record.timed(each.request, due=due, cancel=each.cancel))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
+    all_sent = loop.create_future()
+    upcoming = deque(arrivals)
+
+    def send_due() -> None:
+        for _ in range(_AT_ONCE):
+            if not upcoming:
+                all_sent.set_result(None)
+                return
+            due = start + upcoming[0].due
+            if due > time.monotonic():
+                loop.call_at(due, send_due)
+                return
+            each = upcoming.popleft()
+            task = loop.create_task(record.timed(each.request, due=due, cancel=each.cancel))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+        # However late: answers must be taken in between.
+        loop.call_soon(send_due)
+
+    send_due()
+    await all_sent
     late = (await asyncio.wait(under_way, timeout=DRAIN_SECONDS))[1] if under_way else set()
     for task in late:
         task.cancel()

@@ -78,7 +78,8 @@ def _points(lengths: NDArray[np.int32], seconds: NDArray[np.float64]) -> list[Se
     for group in groups:
         median = float(np.median(seconds[group])) if len(group) >= _FEWEST_IN_A_POINT else 0.0
         if median > 0:
-            points.append(ServicePoint(float(np.mean(lengths[group])), median, len(group)))
+            # Time grows with length, so that the median of one is at the median of the other.
+            points.append(ServicePoint(float(np.median(lengths[group])), median, len(group)))
     return points if len({point.length for point in points}) > 1 else []
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 from attnserve_loadtest.report import load_plot, page
 from attnserve_loadtest.report.load_schema import LoadReport, ServiceTime, Step
-from attnserve_loadtest.report.load_text import COLUMNS, cells, findings, load_name, title
+from attnserve_loadtest.report.load_text import (
+    COLUMNS,
+    cells,
+    findings,
+    load_name,
+    shown_knee,
+    title,
+)
 from attnserve_loadtest.report.svg import inline_svg
 from attnserve_loadtest.report.terminal import counted
 
@@ -51,7 +58,7 @@ def _figures(report: LoadReport) -> str:
 
 def _loads(report: LoadReport) -> str:
     rows = [
-        page.row([escape(cell) for cell in cells(step, knee=number == report.capacity.knee)])
+        page.row([escape(cell) for cell in cells(step, knee=number == shown_knee(report))])
         for number, step in enumerate(report.steps)
     ]
     bounds = [

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from attnserve_loadtest.report import palette
 from attnserve_loadtest.report.load_schema import LoadReport, Step
-from attnserve_loadtest.report.load_text import title
+from attnserve_loadtest.report.load_text import shown_knee, title
 from attnserve_loadtest.report.plot import STYLE
 from attnserve_loadtest.report.schema import Distribution
 
@@ -67,9 +67,9 @@ def _draw_latency(axes: Axes, report: LoadReport) -> None:
         colour, _ = palette.series_style(index + 3)
         axes.axhline(milliseconds, color=colour, lw=1.2, ls=":", label=f"bound {bound}")
     found = report.capacity
-    if found.knee is not None and len(report.steps) > 2:
-        axes.axvline(report.steps[found.knee].load, color=palette.MUTED, lw=1.4, label="knee")
-    if found.best is not None and found.best != found.knee:
+    if (knee := shown_knee(report)) is not None:
+        axes.axvline(report.steps[knee].load, color=palette.MUTED, lw=1.4, label="knee")
+    if found.best is not None and found.best != knee:
         best = report.steps[found.best].load
         axes.axvline(best, color=palette.MUTED, lw=1.4, ls="--", label="most that was kept up with")
     axes.set_yscale("log")

@@ -173,7 +173,7 @@ class ServicePoint:
     """Requests of about one length at the lowest load.
 
     Attributes:
-        length: mean seq_len, tokens of the prompt, or tokens of the session.
+        length: median seq_len, tokens of the prompt, or tokens of the session.
         seconds: median of computing in the server.
         count: requests or tokens.
     """

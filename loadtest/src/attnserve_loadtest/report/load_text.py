@@ -55,8 +55,8 @@ def findings(report: LoadReport) -> list[str]:
             f"{best.goodput:,.1f} answers/s, {best.context_tokens_per_second:,.0f} tokens of "
             "context/s"
         )
-    if found.knee is not None and len(steps) > 2:
-        step = steps[found.knee]
+    if (knee := shown_knee(report)) is not None:
+        step = steps[knee]
         sentences.append(
             f"the knee, the most throughput for its latency: {load_name(step)}"
             + (f", p50 {format_ms(step.first.p50)} ms" if step.first is not None else "")
@@ -88,7 +88,7 @@ def print_load(report: LoadReport, console: Console) -> None:
     for n in shown:
         table.add_column(COLUMNS[n], justify="right")
     for number, step in enumerate(report.steps):
-        row = cells(step, knee=number == report.capacity.knee)
+        row = cells(step, knee=number == shown_knee(report))
         table.add_row(*(row[n] for n in shown), style="" if step.keeps_up else "dim")
     console.print()
     console.print(table)
@@ -125,6 +125,11 @@ def cells(step: Step, *, knee: bool) -> list[str]:
         *_ms(step.late, ("p99",)),
         "yes" if step.keeps_up else "no",
     ]
+
+
+def shown_knee(report: LoadReport) -> int | None:
+    """The knee, if there are loads enough for a curve to bend."""
+    return report.capacity.knee if len(report.steps) > 2 else None
 
 
 def title(report: LoadReport) -> str:

@@ -10,11 +10,13 @@ extensions what a distribution adds to another's commands, if it is installed
 from attnserve_proto.commands.extensions import add_missing_command, extension
 from attnserve_proto.commands.files import check_file, check_folder, replacing
 from attnserve_proto.commands.progress import Progress
-from attnserve_proto.commands.running import INTERRUPTED, CommandError, Parser, run
+from attnserve_proto.commands.running import CommandError, Parser, run
+from attnserve_proto.starting import INTERRUPTED, Loading
 
 __all__ = [
     "INTERRUPTED",
     "CommandError",
+    "Loading",
     "Parser",
     "Progress",
     "add_missing_command",

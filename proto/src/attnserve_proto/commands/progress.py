@@ -40,13 +40,14 @@ class Progress:
         if self._live and self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def step(self, note: str = "") -> None:
-        """One more is done.
+    def step(self, note: str = "", count: int = 1) -> None:
+        """One more is done, or several.
 
         Args:
             note: what the step was of.
+            count: how many steps it was.
         """
-        self._done += 1
+        self._done += count
         now = time.monotonic()
         if now < self._next:
             return

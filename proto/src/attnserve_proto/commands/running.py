@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+from attnserve_proto.starting import INTERRUPTED, MESSAGE, Interruptible
+
 _ARGUMENTS = 2
 
 
@@ -42,13 +43,14 @@ def run(program: str, work: Callable[[], int]) -> int:
         of the output has gone; 130 after an interruption.
     """
     try:
-        code = work()
-        sys.stdout.flush()
+        with Interruptible():
+            code = work()
+            sys.stdout.flush()
     except CommandError as error:
         _say(program, str(error))
         return error.code
     except KeyboardInterrupt:
-        _say(program, "interrupted; nothing was left half written")
+        _say(program, MESSAGE)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read has gone; the interpreter would try to write again as it ends.

@@ -3,7 +3,7 @@
 import math
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -89,6 +89,17 @@ def ascending(read: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]
         return tuple(sorted(listed(read)(given)))  # type: ignore[type-var]
 
     return read_all
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """Reads one of some names."""
+
+    def read(given: str) -> str:
+        if given not in names:
+            refuse(given, ", ".join(names))
+        return given
+
+    return read
 
 
 def name(given: str) -> str:

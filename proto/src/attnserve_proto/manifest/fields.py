@@ -7,6 +7,7 @@ what is missing; TypeError for what is of another type altogether.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar, get_type_hints
 
@@ -56,6 +57,11 @@ def integer(lowest: int = 1, highest: int = 2**31 - 1) -> Reader:
 def number(field: str, value: Any) -> float:
     """Any number."""
     return float(value)
+
+
+def finite(field: str, value: Any) -> float:
+    """A finite number."""
+    return _finite(field, value, math.isfinite(float(value)), "of either sign")
 
 
 def above_zero(field: str, value: Any) -> float:

@@ -11,6 +11,7 @@ from attnserve_proto.manifest.fields import (
     above_zero,
     anything,
     by_name,
+    finite,
     integer,
     listed,
     number,
@@ -32,7 +33,8 @@ MASKS = ("bidirectional", "causal", "cross")
 ALIGNMENTS = ("top-left", "bottom-right")
 STYLES = ("half", "interleaved")
 MEMORY = ("linear", "quadratic")
-POOLINGS = ("mean", "cls", "last")
+POOLINGS = ("mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean")
+SIDES = ("right", "left")
 ATTENTIONS = ("encoder", "decoder", "cross")
 
 # What a transformer takes that is no token ids.
@@ -53,7 +55,11 @@ class RotaryEmbedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """The attention that a model computes; of a transformer, its first one."""
+    """The attention that a model computes; of a transformer, its first one.
+
+    Attributes:
+        sinks: of each head, a logit that takes part in the softmax and has no value; None: none.
+    """
 
     num_heads: Size
     num_kv_heads: Size
@@ -68,6 +74,7 @@ class Attention:
     rotary: Annotated[RotaryEmbedding | None, optional(record(RotaryEmbedding))] = None
     scale: Annotated[float, above_zero]
     softcap: Annotated[float, zero_or_more] = 0.0
+    sinks: Annotated[tuple[float, ...] | None, optional(listed(finite))] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +87,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class TransformerLayer:
-    """What may differ from layer to layer: the scale, and keys that a query sees (None: all)."""
+    """What may differ from layer to layer: the scale, keys that a query sees (None: all), sinks."""
 
     scale: Annotated[float, above_zero]
     window: Annotated[int | None, optional(integer())] = None
+    sinks: Annotated[tuple[float, ...] | None, optional(listed(finite))] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +163,29 @@ def _model_input(where: str, content: Any) -> ModelInput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """How texts become tokens, beyond what the tokenizer's file says.
+
+    Attributes:
+        max_len: tokens that a text is cut to, where it is; None: as many as the model takes.
+        cut: whether longer ones are cut, unless the request says otherwise.
+        side: the end that is cut off.
+        prompt: what comes before every text, of a pair before the first.
+        prompt_pooled: whether the prompt's tokens count for the pooled vector.
+        split_special: whether special tokens that a text spells are plain text.
+        types: whether the tokenizer says which tokens are of a pair's second text.
+    """
+
+    max_len: Annotated[int | None, optional(integer())] = None
+    cut: Annotated[bool, yes_or_no] = False
+    side: Annotated[str, one_of(*SIDES)] = "right"
+    prompt: Text = ""
+    prompt_pooled: Annotated[bool, yes_or_no] = True
+    split_special: Annotated[bool, yes_or_no] = False
+    types: Annotated[bool, yes_or_no] = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transformer:
     """What a transformer model has besides.
 
@@ -162,7 +193,10 @@ class Transformer:
         num_layers: of its first attention.
         vocab_size: 0 of a model that takes no token ids.
         max_seq_len: 0 where positions have no end; of tokens, which a picture or a sound is not.
-        pooling: None: its checkpoint says nothing.
+        token_types: how many `token_type_ids` tell apart; 0: the graphs take none.
+        pooling: None: there is none.
+        pooling_refused: what its checkpoint says of pooling, where that is not supported; empty:
+            it says nothing.
         decoder_start_token_id: what a target starts with; None: the model has no targets.
         attentions: one or, of an encoder-decoder, three.
         takes_ids: whether its source may be token ids.
@@ -175,9 +209,12 @@ class Transformer:
     vocab_size: Annotated[int, integer(0)]
     max_seq_len: Annotated[int, integer(0)]
     pad_token_id: Annotated[int, lambda where, value: integer(0)(where, value or 0)]
+    token_types: Annotated[int, integer(0)] = 0
     pooling: Annotated[str | None, optional(one_of(*POOLINGS))] = None
+    pooling_refused: Text = ""
     normalize_pooled: Annotated[bool, lambda _, value: bool(value)] = False
     decoder_start_token_id: Annotated[int | None, optional(integer(0))] = None
+    texts: Annotated[Texts, record(Texts)] = Texts()
     attentions: Annotated[tuple[TransformerAttention, ...], listed(_transformer_attention)]
     takes_ids: Annotated[bool, yes_or_no] = True
     inputs: Annotated[tuple[ModelInput, ...], listed(_model_input)] = ()

@@ -107,6 +107,9 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("layer: goes with kind layer")
     if (manifest.kind == "transformer") != (manifest.transformer is not None):
         raise ValueError("transformer: goes with kind transformer")
+    sinks, num_heads = manifest.attention.sinks, manifest.attention.num_heads
+    if sinks is not None and len(sinks) != num_heads:
+        raise ValueError(f"attention.sinks: {len(sinks)}; allowed: {num_heads}, one for each head")
     if manifest.transformer is not None:
         _check_transformer(manifest.transformer)
     named = [variant.file for variant in manifest.variants]
@@ -131,6 +134,11 @@ def _check_transformer(transformer: Transformer) -> None:
             raise ValueError(f"{where}.layers: none")
         if attention.num_heads % attention.num_kv_heads:
             raise ValueError(f"{where}.num_kv_heads: {attention.num_kv_heads}; allowed: a divisor")
+        for layer in attention.layers:
+            if layer.sinks is not None and len(layer.sinks) != attention.num_heads:
+                raise ValueError(
+                    f"{where}.sinks: {len(layer.sinks)}; allowed: {attention.num_heads}"
+                )
         if attention.name in seen:
             raise ValueError(f"{where}: twice")
         seen.add(attention.name)

@@ -6,6 +6,7 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_server import __version__, messages
 from attnserve_server.errors import InvalidRequestError
 from attnserve_server.handlers.threads import Method
+from attnserve_server.models.catalog import Catalog
 from attnserve_server.models.providers import Providers
 from attnserve_server.models.store import ModelStore
 from attnserve_server.settings import Limits
@@ -23,12 +24,14 @@ class AttentionHandlers:
         self,
         plane: DataPlane,
         store: ModelStore,
+        catalog: Catalog,
         limits: Limits,
         providers: Providers,
         onnxruntime_version: str,
     ) -> None:
         self._plane = plane
         self._store = store
+        self._catalog = catalog
         self._limits = limits
         self._providers = providers
         self._onnxruntime_version = onnxruntime_version
@@ -75,4 +78,5 @@ class AttentionHandlers:
             providers=self._providers.names,
             limits=messages.limits_message(self._limits),
             state="draining" if self._plane.draining else "serving",
+            unavailable=map(messages.unavailable_message, self._catalog.unavailable()),
         ).SerializeToString()

@@ -102,12 +102,13 @@ class InferenceHandlers:
     def model_ready(
         self, message: oip.ModelReadyRequest, request: Request
     ) -> oip.ModelReadyResponse:
-        """Whether a model can be called."""
+        """Whether a version can be called; without one, whether the highest there is can."""
         try:
             self._store.get(message.name, message.version)
         except RequestError:
             return oip.ModelReadyResponse(ready=False)
-        return oip.ModelReadyResponse(ready=not self._plane.draining)
+        ready = bool(message.version) or self._catalog.ready(message.name)
+        return oip.ModelReadyResponse(ready=ready and not self._plane.draining)
 
     def server_metadata(
         self, message: oip.ServerMetadataRequest, request: Request

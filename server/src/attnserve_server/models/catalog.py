@@ -1,14 +1,20 @@
 """What the repository holds, and loading and unloading it while the server runs."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from attnserve_proto.manifest import ManifestError
 
 from attnserve_server.errors import NotFoundError, PreconditionError, UnimplementedError
-from attnserve_server.models.store import LoadedModel, ModelStore
+from attnserve_server.models.store import (
+    CannotRunError,
+    LoadedModel,
+    Loader,
+    ModelStore,
+    loaded,
+)
 from attnserve_server.repository import find
 
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"
@@ -31,6 +37,7 @@ class Catalog:
         repository: the folder of models.
         store: what is loaded.
         load: loads one version's folder; None if nothing of it can run here.
+        failed: by name and version: why what is not loaded yet did not load.
         changeable: whether models may be loaded and unloaded.
     """
 
@@ -38,7 +45,8 @@ class Catalog:
         self,
         repository: Path,
         store: ModelStore,
-        load: Callable[[Path], LoadedModel | None],
+        load: Loader,
+        failed: Mapping[tuple[str, int], str],
         *,
         changeable: bool,
     ) -> None:
@@ -46,15 +54,29 @@ class Catalog:
         self._store = store
         self._load = load
         self._changeable = changeable
-        self._reasons: dict[str, str] = {}
+        self._failed = dict(failed)
+        self._unloaded: set[str] = set()
         self._loading: str | None = None
         self._lock = threading.Lock()
 
     def entries(self) -> list[CatalogEntry]:
         """Every version in the repository or loaded, by name and version."""
-        loaded = {(model.manifest.name, model.manifest.version) for model in self._store}
+        served = self._served()
         there = {(folder.parent.name, int(folder.name)) for folder in self._all_folders()}
-        return [self._entry(name, version, loaded) for name, version in sorted(loaded | there)]
+        return [self._entry(name, version, served) for name, version in sorted(served | there)]
+
+    def unavailable(self) -> list[CatalogEntry]:
+        """Every version that did not load, by name and version. Does not look at the repository."""
+        served = self._served()
+        failed = sorted(self._failed.items())
+        return [CatalogEntry(*at, UNAVAILABLE, why) for at, why in failed if at not in served]
+
+    def ready(self, name: str) -> bool:
+        """Whether the highest version of a model is served: lower ones are not what is meant by its
+        name, though they answer to it."""
+        versions = self._store.versions(name)
+        failed = [version for other, version in self._failed if other == name]
+        return bool(versions) and versions[-1] >= max(failed, default=0)
 
     def load(self, name: str) -> None:
         """Load all versions of a model as they are in the repository now.
@@ -73,20 +95,25 @@ class Catalog:
             if not folders:
                 raise NotFoundError(f"model_name: given {name[:128]!r}; the repository has none")
             self._loading = name
+            models: list[LoadedModel] = []
+            failed: dict[tuple[str, int], str] = {}
+            damaged: list[str] = []
             try:
-                found = [self._load(folder) for folder in folders]
-            except ManifestError as error:
-                # The caller need not know where the repository is.
-                self._reasons[name] = str(error).replace(f"{self._repository}/", "")
-                raise PreconditionError(f"model_name: {self._reasons[name]}") from None
+                for folder in folders:
+                    try:
+                        models.append(loaded(folder, self._repository, self._load))
+                    except ManifestError as error:
+                        failed[name, int(folder.name)] = str(error)
+                        damaged += [] if isinstance(error, CannotRunError) else [str(error)]
             finally:
                 self._loading = None
-            models = [model for model in found if model is not None]
-            if not models:
-                self._reasons[name] = "no variant can run on this server"
-                raise PreconditionError(f"model_name: {name}: {self._reasons[name]}")
+            others = {at: why for at, why in self._failed.items() if at[0] != name}
+            self._failed = others | failed
+            if damaged or not models:
+                reason = [*damaged, *failed.values()][0]
+                raise PreconditionError(f"model_name: {reason}")
             self._store.put(name, models)
-            self._reasons.pop(name, None)
+            self._unloaded.discard(name)
 
     def unload(self, name: str) -> None:
         """Unload all versions of a model; requests that run or wait end as if it were there.
@@ -100,7 +127,7 @@ class Catalog:
             if not self._store.versions(name) and not self._folders(name):
                 raise NotFoundError(f"model_name: given {name[:128]!r}; there is no such model")
             self._store.put(name, ())
-            self._reasons[name] = "unloaded"
+            self._unloaded.add(name)
 
     def _check_changeable(self) -> None:
         if not self._changeable:
@@ -118,9 +145,14 @@ class Catalog:
         except ManifestError:  # the repository is gone; what is loaded serves on
             return []
 
-    def _entry(self, name: str, version: int, loaded: set[tuple[str, int]]) -> CatalogEntry:
-        if (name, version) in loaded:
+    def _served(self) -> set[tuple[str, int]]:
+        return {(model.manifest.name, model.manifest.version) for model in self._store}
+
+    def _entry(self, name: str, version: int, served: set[tuple[str, int]]) -> CatalogEntry:
+        if (name, version) in served:
             return CatalogEntry(name, version, READY, "")
         if name == self._loading:
             return CatalogEntry(name, version, LOADING, "")
-        return CatalogEntry(name, version, UNAVAILABLE, self._reasons.get(name, "not loaded"))
+        otherwise = "unloaded" if name in self._unloaded else "not loaded"
+        reason = self._failed.get((name, version), otherwise)
+        return CatalogEntry(name, version, UNAVAILABLE, reason)

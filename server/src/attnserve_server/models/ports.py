@@ -22,10 +22,13 @@ def inputs(model: LoadedModel) -> list[Port]:
     manifest = model.manifest
     attention, dtype = manifest.attention, manifest.dtype
     if manifest.transformer is not None:
-        return [
+        ports = [
             Port("input_ids", "INT64", (-1, -1)),
             Port("attention_mask", "INT64", (-1, -1), optional=True),
         ]
+        if manifest.transformer.token_types:
+            ports.append(Port("token_type_ids", "INT64", (-1, -1), optional=True))
+        return ports
     if manifest.layer is None:
         kv_heads = attention.num_kv_heads
         ports = [
@@ -42,6 +45,8 @@ def inputs(model: LoadedModel) -> list[Port]:
         ports.append(Port("key_lengths", "INT64", (-1,), optional=True))
     if "bias" in taken:
         ports.append(Port("bias", dtype, (-1, -1, -1, -1), optional=True))
+    if "sinks" in taken:
+        ports.append(Port("sinks", "FP32", (attention.num_heads,), optional=True))
     ports += [
         Port(name, "INT64", (-1,), optional=True)
         for name in ("prefix_lengths", "cu_seqlens_q", "cu_seqlens_k")
@@ -72,6 +77,8 @@ def outputs(model: LoadedModel) -> list[Port]:
             Port("mass_per_key", "FP32", (-1, heads, -1)),
             Port("mass_by_distance", "FP32", (-1, heads, -1)),
         ]
+    if "log_sum_exp" in given:
+        ports.append(Port("log_sum_exp", "FP32", (-1, heads, -1)))
     return ports
 
 
@@ -86,7 +93,7 @@ def _of_transformer(manifest: Manifest, given: set[str]) -> list[Port]:
     attention = transformer.attentions[0]
     shape = (-1, attention.num_heads, -1, -1)
     return ports + [
-        Port(f"weights_{layer}", manifest.dtype, shape)
+        Port(f"weights_{layer}", "FP32", shape)
         for layer in range(transformer.num_layers)
         if given & {f"weights_{layer}", f"{attention.name}_query_{layer}"}
     ]

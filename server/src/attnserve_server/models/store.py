@@ -11,6 +11,7 @@ import attnserve_kernels
 from attnserve_dataplane import DataPlane, Model, ModelFacts, Pick, VariantFacts
 from attnserve_proto.manifest import Manifest, ManifestError, VariantEntry, parse, read_text
 
+from attnserve_server.models import graphs
 from attnserve_server.models.providers import Providers
 from attnserve_server.models.tokenizer import TextTokenizer
 from attnserve_server.repository import check_files, explain_empty, find
@@ -19,6 +20,11 @@ _log = logging.getLogger(__name__)
 
 PAGED = "paged"
 """The variant that Decode runs, and nothing else."""
+
+
+class CannotRunError(ManifestError):
+    """None of a version's variants suits this server."""
+
 
 Loader = Callable[[Path], "LoadedModel | None"]
 
@@ -92,32 +98,74 @@ class ModelStore:
             if model := self._loaded.get((core.name, core.version)):
                 return model  # else it was unloaded meanwhile, and the data plane says so
 
-    def put(self, name: str, models: Iterable[LoadedModel]) -> None:
-        """Have these versions of a model and no others; with none, it is unloaded."""
+    def put(self, name: str, models: Iterable[LoadedModel], reason: str = "") -> None:
+        """Have these versions of a model and no others.
+
+        With none, requests for it are told the reason; without one, that it is unloaded.
+        """
         versions = {(name, model.manifest.version): model for model in models}
         with self._lock:
             others = {at: model for at, model in self._loaded.items() if at[0] != name}
             # The data plane's models are always here too.
             self._loaded = self._loaded | versions
-            self._plane.put_models(name, [model.core for model in versions.values()])
+            cores = [model.core for model in versions.values()]
+            self._plane.put_models(name, cores, reason)
             self._loaded = others | versions
 
 
-def load_all(repository: Path, store: ModelStore, load: Loader) -> None:
-    """Load every version of every model.
+def load_all(repository: Path, store: ModelStore, load: Loader) -> dict[tuple[str, int], str]:
+    """Load every version of every model, but those that do not load.
+
+    Returns:
+        By name and version, why those do not.
 
     Raises:
-        ManifestError: a version's files are not what its manifest says, or do not load.
+        ManifestError: `repository` is not a folder, or all that is in it is damaged.
     """
     models: dict[str, list[LoadedModel]] = {}
+    failed: dict[tuple[str, int], str] = {}
+    damaged: list[str] = []
     for folder in find(repository):
-        model = load(folder)
-        if model is not None:
-            models.setdefault(model.manifest.name, []).append(model)
+        name, version = folder.parent.name, int(folder.name)
+        found = models.setdefault(name, [])
+        try:
+            found.append(loaded(folder, repository, load))
+        except ManifestError as error:
+            failed[name, version] = str(error)
+            damaged += [] if isinstance(error, CannotRunError) else [str(error)]
+            _log.error(
+                "model not loaded",
+                extra={"model": name, "version": version, "reason": str(error)},
+            )
+    if damaged and not any(models.values()):
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise ManifestError(f"no model loads: {damaged[0]}{more}")
     for name, versions in models.items():
-        store.put(name, versions)
-    if not any(find(repository)):
+        reasons = [why for (other, _), why in failed.items() if other == name]
+        store.put(name, versions, reasons[-1] if reasons else "")
+    if not models:
         _log.warning("no model found", extra={"reason": explain_empty(repository)})
+    return failed
+
+
+def loaded(folder: Path, repository: Path, load: Loader) -> LoadedModel:
+    """One version of a model.
+
+    Raises:
+        CannotRunError: its files are as they should be, but none of it can run here.
+        ManifestError: it does not load; says why, with paths within the repository: callers need
+            not know where that is.
+    """
+    try:
+        model = load(folder)
+    except MemoryError:
+        raise ManifestError(f"{folder.relative_to(repository)}: no memory is left for it") from None
+    except (ManifestError, OSError) as error:
+        raise ManifestError(str(error).replace(f"{repository}/", "")) from None
+    if model is None:
+        where = folder.relative_to(repository)
+        raise CannotRunError(f"{where}: no variant can run on this server")
+    return model
 
 
 def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | None:
@@ -152,11 +200,12 @@ def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | 
         )
     except RuntimeError as error:
         raise ManifestError(str(error)) from None
+    graphs.check(folder, manifest, entries, core)
     variants = tuple(
         Variant(entry, frozenset(core.inputs(entry.name)), tuple(core.outputs(entry.name)))
         for entry in entries
     )
-    tokenizer = _tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
+    tokenizer = _tokenizer(folder, manifest)
     _log.info(
         "model loaded",
         extra={
@@ -195,6 +244,7 @@ def _facts(manifest: Manifest) -> ModelFacts:
     facts.window, facts.window_right = attention.window, attention.window_right
     facts.bottom_right = attention.alignment == "bottom-right"
     facts.scale, facts.softcap = attention.scale, attention.softcap
+    facts.sinks = list(attention.sinks or ())
     if manifest.layer is not None:
         facts.embed_dim = manifest.layer.embed_dim
         facts.context_dim = manifest.layer.context_dim
@@ -204,8 +254,11 @@ def _facts(manifest: Manifest) -> ModelFacts:
     return facts
 
 
-def _tokenizer(path: Path) -> TextTokenizer:
+def _tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer | None:
+    if manifest.tokenizer is None or manifest.transformer is None:
+        return None
+    path = folder / manifest.tokenizer
     try:
-        return TextTokenizer(path)
+        return TextTokenizer(path, manifest.transformer.texts)
     except Exception as error:  # tokenizers raises plain ones
         raise ManifestError(f"{path}: does not load: {error}") from None

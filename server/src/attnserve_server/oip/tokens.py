@@ -15,6 +15,7 @@ from attnserve_server.models import ports
 from attnserve_server.models.store import LoadedModel
 from attnserve_server.oip.tensors import InputTensor, Output, check_answer_size, value
 from attnserve_server.settings import Limits
+from attnserve_server.tokens.bounds import max_len
 from attnserve_server.tokens.checks import complete, tokens_wanted
 from attnserve_server.tokens.work import SequenceOutput, TokenBatch, TokensWork
 
@@ -115,7 +116,7 @@ def tokens_call(
     for name in ("scale", "softcap", "top_k", "mass_by_distance"):
         if getattr(given, name):
             raise _wrong(name, getattr(given, name), "nothing for transformer models")
-    ids, places = _sequences(model, tensors, limits)
+    ids, types, places = _sequences(model, tensors, limits)
     names = {output.name for output in asked}
     there = {port.name for port in ports.outputs(model)}
     if not names <= there:
@@ -129,14 +130,19 @@ def tokens_call(
     )
     padded_len = ids.shape[1]
     item = dtypes.item_bytes(dtypes.number_of(model.manifest.dtype)) or 4
-    rows = ids.size * item
-    size = rows * transformer.hidden_size if "last_hidden_state" in names else 0
-    size += rows * padded_len * transformer.attentions[0].num_heads * len(layers)
+    size = ids.size * item * transformer.hidden_size if "last_hidden_state" in names else 0
+    rows = ids.size * transformer.attentions[0].num_heads
+    size += rows * padded_len * 4 * len(layers)  # weights are FP32
     check_answer_size(size, min(limits.max_message_bytes, limits.max_response_bytes))
-    sequences = [row[place].tolist() for row, place in zip(ids, places, strict=True)]
     work = complete(
         model,
-        TokenBatch(sequences, [False] * len(sequences)),
+        TokenBatch(
+            [row[place].tolist() for row, place in zip(ids, places, strict=True)],
+            [False] * len(ids),
+            [row[place].tolist() for row, place in zip(types, places, strict=True)]
+            if types.any()
+            else None,
+        ),
         None,
         tokens_wanted(returns, model, transformer, limits),
         variant=given.variant,
@@ -177,43 +183,56 @@ def padded(call: TokensCall, sequences: Sequence[SequenceOutput]) -> dict[str, A
 
 def _sequences(
     model: LoadedModel, tensors: Mapping[str, InputTensor], limits: Limits
-) -> tuple[Array, list[slice]]:
-    """Ids [B, S], and where in each row the tokens are."""
+) -> tuple[Array, Array, list[slice]]:
+    """Ids [B, S], what kind of token each is, and where in each row the tokens are."""
     transformer = model.manifest.transformer
     assert transformer is not None
+    allowed = {port.name for port in ports.inputs(model)}
     for name in tensors:
-        if name not in ("input_ids", "attention_mask"):
+        if name not in allowed:
             raise _no_input(model, name)
     if "input_ids" not in tensors:
         raise InvalidRequestError.of("input_ids", "nothing", "[B, S] INT64")
     ids = _integers(tensors["input_ids"])
     batch, padded_len = ids.shape
-    most = min(transformer.max_seq_len or limits.max_seq_len, limits.max_seq_len)
+    most = max_len(transformer, limits)
     if batch > limits.max_batch or padded_len > most:
         raise InvalidRequestError.of(
             "input_ids.shape", list(ids.shape), f"up to [{limits.max_batch}, {most}]"
         )
-    real = np.ones(ids.shape, bool)
+    real, types = np.ones(ids.shape, bool), np.zeros_like(ids)
     if "attention_mask" in tensors:
-        mask = _integers(tensors["attention_mask"])
-        if mask.shape != ids.shape:
-            raise InvalidRequestError.of(
-                "attention_mask.shape", list(mask.shape), f"{list(ids.shape)}, as input_ids has"
-            )
-        real = _checked_mask(mask)
-    wrong = real & ((ids < 0) | (ids >= transformer.vocab_size))
-    if wrong.any():
-        row, position = (int(index) for index in np.argwhere(wrong)[0])
-        raise InvalidRequestError.of(
-            f"input_ids[{row}, {position}]",
-            int(ids[row, position]),
-            f"0..{transformer.vocab_size - 1}, the vocabulary",
-        )
+        real = _checked_mask(_beside(ids, tensors["attention_mask"]))
+    _check(ids, real, "input_ids", transformer.vocab_size, "the vocabulary")
+    if "token_type_ids" in tensors:
+        types = _beside(ids, tensors["token_type_ids"])
+        _check(types, real, "token_type_ids", transformer.token_types, "its token types")
     firsts, lengths = real.argmax(axis=1), real.sum(axis=1)
-    return ids, [
+    places = [
         slice(int(first), int(first + length))
         for first, length in zip(firsts, lengths, strict=True)
     ]
+    return ids, types, places
+
+
+def _beside(ids: Array, tensor: InputTensor) -> Array:
+    """Integers [B, S], one for each id."""
+    numbers = _integers(tensor)
+    if numbers.shape != ids.shape:
+        raise InvalidRequestError.of(
+            f"{tensor.name}.shape", list(numbers.shape), f"{list(ids.shape)}, as input_ids has"
+        )
+    return numbers
+
+
+def _check(numbers: Array, real: Array, name: str, count: int, what: str) -> None:
+    """See that those which are of tokens are from 0 to `count` - 1."""
+    wrong = real & ((numbers < 0) | (numbers >= count))
+    if wrong.any():
+        row, position = (int(index) for index in np.argwhere(wrong)[0])
+        raise InvalidRequestError.of(
+            f"{name}[{row}, {position}]", int(numbers[row, position]), f"0..{count - 1}, {what}"
+        )
 
 
 def _checked_mask(mask: Array) -> Array:

@@ -34,6 +34,8 @@ def tokens_response(work: TokensWork, run: Run) -> pb.AttendTokensResponse:
             tokens=places,
             length=source.lengths[row],
         )
+        if work.source.types is not None:
+            sequence.token_type_ids.extend(work.source.types[row])
         if work.target is not None:
             sequence.target_ids.extend(work.target.sequences[row])
             sequence.target_truncated = work.target.truncated[row]

@@ -10,8 +10,10 @@ from attnserve_server import dtypes
 from attnserve_server.errors import ExhaustedError, InvalidRequestError, PreconditionError
 from attnserve_server.models.store import LoadedModel, ModelStore
 from attnserve_server.settings import Limits
+from attnserve_server.tokens import texts
+from attnserve_server.tokens.bounds import check_ids, check_lengths, max_len
 from attnserve_server.tokens.run import needed_outputs
-from attnserve_server.tokens.tensors import check_batch, max_len, tensor_batch
+from attnserve_server.tokens.tensors import check_batch, tensor_batch
 from attnserve_server.tokens.work import (
     HeadsWanted,
     TensorBatch,
@@ -22,9 +24,9 @@ from attnserve_server.tokens.work import (
 
 HIGH, NORMAL, LOW = 1, 2, 3
 
-# Bytes of a text for each token that a model takes: a longer text is cut, or refused, before its
-# tokens are counted. Longer words than that are rare, and tokenizers have their bounds for those.
-_BYTES_A_TOKEN = 64
+
+# What is said of attention is FP32, whatever the model's dtype.
+_WEIGHT_BYTES = 4
 
 
 def tokens_work(message: pb.AttendTokensRequest, store: ModelStore, limits: Limits) -> TokensWork:
@@ -97,9 +99,9 @@ def tokens_wanted(
         RequestError: with the field, what was given and what is allowed.
     """
     if returns.pooled and transformer.pooling is None:
-        raise PreconditionError(
-            f"returns.pooled: checkpoint {model.manifest.name} says nothing about pooling"
-        )
+        said = transformer.pooling_refused
+        reason = f": {said}" if said else " says nothing about pooling"
+        raise PreconditionError(f"returns.pooled: checkpoint {model.manifest.name}{reason}")
     names = [attention.name for attention in transformer.attentions]
     if returns.attention not in ("", *names):
         raise InvalidRequestError.of("returns.attention", returns.attention, ", ".join(names))
@@ -152,9 +154,9 @@ def _source(
         raise InvalidRequestError.of("input", "nothing", f"text or tokens{also}")
     if kind == "text":
         check_batch("text.texts", len(message.text.texts), limits)
-        return _encoded("text", message.text, model, transformer, limits)
+        return texts.encoded("text", message.text, model, limits)
     check_batch("tokens.sequences", len(message.tokens.sequences), limits)
-    return _given("tokens", message.tokens, transformer, limits)
+    return _given("tokens", message.tokens, model, transformer, limits)
 
 
 def _target(
@@ -177,9 +179,14 @@ def _target(
         return TokenBatch([[start]] * count, [False] * count)
     if kind == "target_text":
         _check_targets("target_text.texts", len(message.target_text.texts), count)
-        return _encoded("target_text", message.target_text, model, transformer, limits, start)
+        return texts.encoded("target_text", message.target_text, model, limits, start)
     _check_targets("target_tokens.sequences", len(message.target_tokens.sequences), count)
-    return _given("target_tokens", message.target_tokens, transformer, limits)
+    target = _given("target_tokens", message.target_tokens, model, transformer, limits)
+    if target.types is not None:
+        raise InvalidRequestError.of(
+            "target_tokens.sequences", "token_type_ids", "none: decoders take no such ids"
+        )
+    return target
 
 
 def _check_targets(field: str, count: int, expected: int) -> None:
@@ -189,84 +196,51 @@ def _check_targets(field: str, count: int, expected: int) -> None:
         )
 
 
-def _encoded(
+def _given(
     field: str,
-    batch: pb.TextBatch,
+    batch: pb.TokenBatch,
     model: LoadedModel,
     transformer: Transformer,
     limits: Limits,
-    start: int | None = None,
-) -> TokenBatch:
-    """Token ids of texts.
-
-    Args:
-        field: of the request.
-        batch: its content.
-        model, transformer: to run.
-        limits: of the server.
-        start: for targets: the token to put first; the last one then goes, since a decoder is to
-            tell each token from those before it.
-    """
-    if model.tokenizer is None:
-        instead = "tokens" if start is None else "target_tokens"
-        raise PreconditionError(
-            f"{field}: model {model.manifest.name} has no tokenizer; allowed: {instead}"
-        )
-    most = max_len(transformer, limits)
-    cut_at = most if batch.truncate else None
-    texts = [
-        _bounded(f"{field}.texts[{row}]", text, most * _BYTES_A_TOKEN, cut=batch.truncate)
-        for row, text in enumerate(batch.texts)
-    ]
-    encoded = [model.tokenizer.encode(text, cut_at) for text in texts]
-    sequences = [ids if start is None else [start, *ids[:-1]] for ids, _ in encoded]
-    _check_lengths(f"{field}.texts", sequences, most)
-    # A tokenizer may know more tokens than its model.
-    _check_ids(f"{field}.texts", "token", sequences, transformer)
-    return TokenBatch(sequences, [cut for _, cut in encoded])
-
-
-def _bounded(field: str, text: str, most: int, *, cut: bool) -> str:
-    """A text that takes no longer to tokenize than the model could make use of.
-
-    Raises:
-        InvalidRequestError: it is longer and may not be cut.
-    """
-    if len(text) <= most:
-        return text
-    if not cut:
-        raise InvalidRequestError.of(field, f"{len(text)} characters", f"up to {most}")
-    return text[:most]
-
-
-def _given(
-    field: str, batch: pb.TokenBatch, transformer: Transformer, limits: Limits
 ) -> TokenBatch:
     sequences = [list(sequence.ids) for sequence in batch.sequences]
-    _check_ids(f"{field}.sequences", "ids", sequences, transformer)
-    _check_lengths(f"{field}.sequences", sequences, max_len(transformer, limits))
-    return TokenBatch(sequences, [False] * len(sequences))
+    check_ids(f"{field}.sequences", "ids", sequences, transformer.vocab_size, "the vocabulary")
+    check_lengths(f"{field}.sequences", sequences, max_len(transformer, limits))
+    types = [
+        list(sequence.token_type_ids) or [0] * len(sequence.ids) for sequence in batch.sequences
+    ]
+    return TokenBatch(
+        sequences, [False] * len(sequences), _checked_types(field, types, sequences, model)
+    )
 
 
-def _check_lengths(field: str, sequences: Sequence[Sequence[int]], max_len: int) -> None:
-    for row, sequence in enumerate(sequences):
-        if not 1 <= len(sequence) <= max_len:
+def _checked_types(
+    field: str,
+    types: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
+    model: LoadedModel,
+) -> Sequence[Sequence[int]] | None:
+    """Kinds of tokens; None: all are 0."""
+    transformer = model.manifest.transformer
+    assert transformer is not None
+    for row, (own, ids) in enumerate(zip(types, sequences, strict=True)):
+        if len(own) != len(ids):
             raise InvalidRequestError.of(
-                f"{field}[{row}]", f"{len(sequence)} tokens", f"1..{max_len} tokens"
+                f"{field}.sequences[{row}].token_type_ids",
+                f"{len(own)} numbers",
+                f"{len(ids)}, one for each id, or none",
             )
-
-
-def _check_ids(
-    field: str, part: str, sequences: Sequence[Sequence[int]], transformer: Transformer
-) -> None:
-    for row, sequence in enumerate(sequences):
-        for position, token_id in enumerate(sequence):
-            if not 0 <= token_id < transformer.vocab_size:
-                raise InvalidRequestError.of(
-                    f"{field}[{row}].{part}[{position}]",
-                    token_id,
-                    f"0..{transformer.vocab_size - 1}, the vocabulary",
-                )
+    if not any(map(any, types)):
+        return None
+    if not transformer.token_types:
+        raise PreconditionError(
+            f"{field}.sequences: model {model.manifest.name} takes no token_type_ids; "
+            "allowed: none, or 0 for each id"
+        )
+    check_ids(
+        f"{field}.sequences", "token_type_ids", types, transformer.token_types, "its token types"
+    )
+    return types
 
 
 def _chosen(field: str, given: Sequence[int], count: int) -> list[int]:
@@ -299,7 +273,7 @@ def _check_sizes(work: TokensWork, transformer: Transformer, limits: Limits) -> 
         work.variant.name, count, num_heads, longest, longest, 0
     )
     if wanted.heads is not None and "weights_0" in work.variant.outputs:
-        needed += len(wanted.heads.layers) * count * num_heads * longest * longest * item
+        needed += len(wanted.heads.layers) * count * num_heads * longest * longest * _WEIGHT_BYTES
     # The widest of a block's intermediate results is about four times the hidden states. Query and
     # key of all layers are kept until the run ends.
     kept = sum(
@@ -336,4 +310,4 @@ def _response_bytes(
     key_len = target_len if heads.attention.name == "decoder" else source_len
     by_query = heads.entropy + heads.effective_context + bool(heads.mass_on_first)
     each = query_len * (by_query + heads.weights * key_len) + heads.mass_by_distance
-    return size + len(heads.layers) * len(heads.heads) * each * item
+    return size + len(heads.layers) * len(heads.heads) * each * _WEIGHT_BYTES

@@ -55,6 +55,7 @@ def blocks(
     scale: float,
     reach: Reach,
     bias: Array | None,
+    sinks: Array | None = None,
     *,
     with_entropy: bool,
 ) -> Iterator[Block]:
@@ -66,6 +67,7 @@ def blocks(
         scale: multiplies query x key.
         reach: who sees whom.
         bias: [H, Sq + Sk - 1], added to the scores by key - query + Sq - 1; None: nothing.
+        sinks: [H], logits that take part in the softmax and are no keys; None: there are none.
         with_entropy: of the blocks.
     """
     num_heads, query_len, _ = query.shape
@@ -84,13 +86,19 @@ def blocks(
             if reach.window is not None:
                 unseen |= apart <= -reach.window
             np.copyto(scores, _UNSEEN, where=unseen)
-        scores -= scores.max(axis=-1, keepdims=True)
+        highest = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            np.maximum(highest, sinks[:, None, None], out=highest)
+        scores -= highest
         weights = np.exp(scores, out=None if with_entropy else scores)
-        total = weights.sum(axis=-1, keepdims=True)
+        seen = weights.sum(axis=-1, keepdims=True)
+        total = seen if sinks is None else seen + np.exp(sinks[:, None, None] - highest)
         entropy = None
         if with_entropy:  # ln(total) less the mean score: no logarithm of each weight
             mean = np.einsum("hqk,hqk->hq", weights, scores) / total[..., 0]
-            entropy = np.maximum(np.log(total[..., 0]) - mean, np.float32(0))
+            # Of what a sink takes there is no term.
+            log_total = np.log(total) * (seen / total)
+            entropy = np.maximum(log_total[..., 0] - mean, np.float32(0))
         weights /= total
         yield Block(start, first, weights, entropy)
 

@@ -1,6 +1,7 @@
 """Runs validated token requests through a transformer's graph."""
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ import numpy as np
 from attnserve_dataplane import DataPlane, Request
 from attnserve_proto.manifest import Transformer
 
+from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
 from attnserve_server.settings import usable_cores
 from attnserve_server.tokens import heads
@@ -71,6 +73,7 @@ def attend(plane: DataPlane, request: Request, work: TokensWork, timeout: int = 
         model=work.model.core,
         variant=work.variant.name,
         source=[] if isinstance(work.source, TensorBatch) else work.source.sequences,
+        source_types=() if isinstance(work.source, TensorBatch) else work.source.types or (),
         given=given_tensor(work.source) if isinstance(work.source, TensorBatch) else {},
         target=[] if work.target is None else work.target.sequences,
         outputs=outputs,
@@ -78,7 +81,7 @@ def attend(plane: DataPlane, request: Request, work: TokensWork, timeout: int = 
         timeout=timeout,
         working_bytes=work.working_bytes,
     )
-    arrays = ran["arrays"]
+    arrays = {name: dtypes.of_data_plane(array) for name, array in ran["arrays"].items()}
     return Run(
         [_share(work, transformer, arrays, row) for row in range(work.count)],
         ran["arrived"],
@@ -154,7 +157,8 @@ def _share(
             arrays["encoder_hidden"] = results[_ENCODER_HIDDEN][row, :source_len]
     if wanted.pooled:
         states = results[_ENCODER_HIDDEN if transformer.has_target else _HIDDEN]
-        arrays["pooled"] = _pool(transformer, states[row, :source_len])
+        first = min(work.source.prompt_len, source_len)
+        arrays["pooled"] = pool(transformer, states[row, :source_len], first)
     if wanted.heads is not None:
         name = wanted.heads.attention.name
         query_len = source_len if name == "encoder" else target_len
@@ -193,32 +197,54 @@ def _blocks(
     queries = results.get(f"{attention.name}_query_{layer}")
     if queries is None:
         weights = results[f"weights_{layer}"][row, chosen, :query_len, :key_len]
-        return [heads.Block(0, 0, weights)]
+        return [heads.Block(0, 0, weights.astype(np.float32, copy=False))]
     sharing = attention.num_heads // attention.num_kv_heads
     bias = None
     if attention.position_bias:
         # Of the padded batch: distance 0 is at the last query.
         longest = results[f"{attention.name}_position_bias"]
         zero = queries.shape[2] - 1
-        bias = longest[chosen, zero - query_len + 1 : zero + key_len]
+        bias = longest[chosen, zero - query_len + 1 : zero + key_len].astype(np.float32)
     entry = attention.layers[layer]
     return heads.blocks(
-        queries[row, chosen, :query_len],
-        results[f"{attention.name}_key_{layer}"][row, chosen // sharing, :key_len],
+        queries[row, chosen, :query_len].astype(np.float32, copy=False),
+        results[f"{attention.name}_key_{layer}"][row, chosen // sharing, :key_len].astype(
+            np.float32, copy=False
+        ),
         entry.scale,
         heads.Reach(attention.mask == "causal", entry.window),
         bias,
+        None if entry.sinks is None else np.asarray(entry.sinks, np.float32)[chosen],
         with_entropy=wanted.entropy or wanted.effective_context,
     )
 
 
-def _pool(transformer: Transformer, hidden: Array) -> Array:
-    """One vector for a sequence, as its checkpoint does it: [S, E] to [E] FP32."""
-    exact = hidden.astype(np.float32)
-    if transformer.pooling == "mean":
-        pooled = exact.mean(axis=0, dtype=np.float64)
-    else:
-        pooled = exact[0 if transformer.pooling == "cls" else -1]
+def pool(transformer: Transformer, hidden: Array, first: int = 0) -> Array:
+    """One vector for a sequence, as its checkpoint does it.
+
+    Args:
+        transformer: that it went through.
+        hidden: [S, E].
+        first: tokens at its beginning that do not count.
+
+    Returns:
+        [E] FP32. As in sentence-transformers' `Pooling`, and 0 where no token counts.
+    """
+    rows = hidden[first:].astype(np.float64)
+    if not len(rows):
+        return np.zeros(hidden.shape[1], np.float32)
+    pooled = _POOLINGS[transformer.pooling or "mean"](rows, np.arange(first, len(hidden)) + 1.0)
     if transformer.normalize_pooled:
         pooled = pooled / max(float(np.linalg.norm(pooled)), 1e-12)
     return np.asarray(pooled, np.float32)
+
+
+# Of rows [S, E] and their positions from 1 on, [S].
+_POOLINGS: Mapping[str, Callable[[Array, Array], Array]] = {
+    "mean": lambda rows, _: rows.mean(axis=0),
+    "cls": lambda rows, _: rows[0],
+    "last": lambda rows, _: rows[-1],
+    "max": lambda rows, _: rows.max(axis=0),
+    "mean_sqrt_len": lambda rows, _: rows.sum(axis=0) / math.sqrt(len(rows)),
+    "weightedmean": lambda rows, positions: positions @ rows / positions.sum(),
+}

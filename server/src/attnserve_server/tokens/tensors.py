@@ -12,6 +12,7 @@ from attnserve_server.dtypes import Array
 from attnserve_server.errors import InvalidRequestError, PreconditionError
 from attnserve_server.models.store import LoadedModel
 from attnserve_server.settings import Limits
+from attnserve_server.tokens.bounds import max_len
 from attnserve_server.tokens.work import TensorBatch
 
 # BF16 is not among NumPy's types: its bits.
@@ -45,11 +46,6 @@ def check_batch(field: str, count: int, limits: Limits) -> None:
     """Refuse a request without sequences, or with more than the server takes."""
     if not 1 <= count <= limits.max_batch:
         raise InvalidRequestError.of(field, f"{count} sequences", f"1..{limits.max_batch}")
-
-
-def max_len(transformer: Transformer, limits: Limits) -> int:
-    """Tokens of the longest sequence that the model and the server take."""
-    return min(transformer.max_seq_len or limits.max_seq_len, limits.max_seq_len)
 
 
 def _checked(

@@ -53,10 +53,18 @@ class TokensWanted:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Sequences of token ids, and whether each was cut."""
+    """Sequences of token ids.
+
+    Attributes:
+        truncated: of each sequence, whether it was cut.
+        types: of each id what kind of token it is; None: 0.
+        prompt_len: ids at the beginning of each that do not count for its vector.
+    """
 
     sequences: Sequence[Sequence[int]]
     truncated: Sequence[bool]
+    types: Sequence[Sequence[int]] | None = None
+    prompt_len: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -97,6 +105,15 @@ class TensorBatch:
     def truncated(self) -> Sequence[bool]:
         """Nothing was cut."""
         return [False] * len(self.lengths)
+
+    @property
+    def types(self) -> None:
+        """Nothing is said of kinds of token."""
+
+    @property
+    def prompt_len(self) -> int:
+        """All tokens count for the vector."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
