@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_steps_of_both_kinds_of_models_and_a_shared_prefix(tmp_path: Path) -> None:
     causal = attention(8, 64, mask="causal", alignment="bottom-right")
     write_core(tmp_path, "causal", causal)

@@ -24,6 +24,7 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_all_sections_and_plots(models: Path, tmp_path: Path) -> None:
     report, plots = tmp_path / "kernels.json", tmp_path / "plots"
     command = [sys.executable, BENCHMARK, "--quick", "--models", models]

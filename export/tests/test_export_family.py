@@ -88,7 +88,7 @@ NOT_RUN = ("softcap", "paged", "packed")
 lengths = st.integers(1, 24) | st.sampled_from([127, 128, 129, 150, 260])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_at_any_shape(

@@ -136,7 +136,10 @@ def test_whisper_is_an_encoder_over_frames_and_a_decoder_over_ids(tmp_path: Path
         )
 
 
-@pytest.mark.parametrize("model_type", ["bert", "qwen3", "t5"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["bert", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3", "t5"))],
+)
 def test_text_models_take_embeddings_too_if_they_are_asked_to(
     model_type: str, tmp_path: Path
 ) -> None:

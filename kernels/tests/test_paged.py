@@ -211,7 +211,7 @@ def plain(*sequences: PagedSequence, seed: int = 0, **others: Any) -> PagedBatch
     )
 
 
-@settings(deadline=None, max_examples=200 // SHARE)
+@settings(deadline=None, max_examples=100 // SHARE)
 @given(batch=batches())
 def test_any_batch_is_within_tolerance(batch: PagedBatch) -> None:
     check(batch, run(batch))

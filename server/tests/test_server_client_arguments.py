@@ -175,9 +175,11 @@ TOKENS: dict[str, list[Any]] = {
     "return_effective_context": FLAGS,
     "mass_by_distance": [*INTEGERS, 2**32 - 1],
     "mass_on_first": [*INTEGERS, 2**32 - 1],
-    "truncate": FLAGS,
+    "truncate": [each for each in FLAGS if each is not None],
     "timeout": TIMEOUTS,
 }
+TYPES = ["x", 5, NAN, [], {}, [[0]], [[0, "a"]], [[0, 1.5]], [[-1, 0]], [[0, HUGE]], [[0, 0]] * 2]
+READ = dict.fromkeys(("pixel_values", "input_features", "inputs_embeds"), ARRAYS)
 TENSOR = {"tensor": ["handle", 5, None, NAN, {}], "timeout": TIMEOUTS}
 OPTIONS: dict[str, list[Any]] = {
     "target": [5, None, b"127.0.0.1:1", "", [], NAN],
@@ -243,7 +245,9 @@ CLIENT_CALLS: list[Row] = [
             "timeout": TIMEOUTS,
         },
     ),
-    ("attend_tokens", {"inputs": ["w1 w2"], "model": "bert"}, TOKENS),
+    ("attend_tokens", {"inputs": ["w1 w2"], "model": "bert"}, TOKENS | {"token_type_ids": TYPES}),
+    ("attend_tokens", {"inputs": [[1, 2]], "model": "bert"}, {"token_type_ids": TYPES}),
+    ("attend_tokens", {"model": "bert"}, READ),
     ("list_models", {}, {"timeout": TIMEOUTS}),
     ("get_model", {"name": "causal"}, {"name": NAMES, "version": VERSIONS, "timeout": TIMEOUTS}),
     ("server_info", {}, {"timeout": TIMEOUTS}),
@@ -315,6 +319,9 @@ SERVERS_NAMES = {
     "inputs": ("tokens.sequences", "text.texts"),
     "targets": ("target_text", "target_tokens"),
     "name": ("model: given",),
+    "pixel_values": ("tensors",),
+    "input_features": ("tensors",),
+    "inputs_embeds": ("tensors",),
     "return_weights_of": ("returns.weights_of",),
 }
 

@@ -85,7 +85,11 @@ class MetricsServer:
             thread = threading.Thread(
                 target=self._serve, args=(connection, str(address[0])), name="metrics", daemon=True
             )
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives no thread now; later callers may have one
+                connection.close()
+                self._places.release()
 
     def _serve(self, connection: socket.socket, address: str) -> None:
         deadline = time.monotonic() + _SECONDS
