@@ -61,7 +61,8 @@ struct Recognized {
   Roles roles = 0;
 };
 
-// A JSON Web Token that has not been seen before: somebody has to check it, then `admit` it.
+// A JSON Web Token that has not been seen before: somebody has to check it, then `admit` it. It
+// lives as long as the text that `recognize` was given.
 struct Unchecked {
   std::string_view token;
 };
