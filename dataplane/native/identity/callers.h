@@ -49,7 +49,7 @@ struct CallersOptions {
   bool required = false;        // whether callers must say who they are
   bool web_tokens = false;      // whether JSON Web Tokens may be shown, which others check
   Roles certificate_roles = 0;  // of certificates that no line names
-  Bounds bounds;                // of callers for whom no line says otherwise
+  Bounds bounds{};              // of callers for whom no line says otherwise
 };
 
 // "authorization: given GIVEN; allowed: ...", UNAUTHENTICATED.

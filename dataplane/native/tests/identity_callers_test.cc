@@ -234,7 +234,8 @@ TEST_CASE("so many calls are open at once, from whichever threads") {
 TEST_CASE("a web token is for others to check, then known until it runs out") {
   Fixture it({.required = true, .web_tokens = true});
   const std::string token = "aGVhZGVy.Y2xhaW1z.c2lnbmF0dXJl";
-  const Verdict verdict = it.callers.recognize("Bearer " + token, {});
+  const std::string header = "Bearer " + token;  // which the verdict is a view into
+  const Verdict verdict = it.callers.recognize(header, {});
   REQUIRE(std::holds_alternative<Unchecked>(verdict));
   CHECK(std::get<Unchecked>(verdict).token == token);
   const double now =
