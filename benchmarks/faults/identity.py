@@ -4,7 +4,7 @@
 
 `cost`: Attend at S=32 by h2load, on a server that asks nobody and on one that wants a token, in
 turns. `flood`: a caller with a token sends requests at a steady rate, while h2load sends calls with
-bodies of 1 MB and a wrong token as fast as it can; and how many of their bytes the server has read
+bodies of 1 MB and a wrong token, 10,000 a second; and how many of their bytes the server has read
 (`ss`).
 """
 
@@ -149,7 +149,16 @@ def flood(repository: Path, seconds: float) -> dict[str, float]:
         body.write_bytes(framed(bytes(1_000_000)))
         alone = latencies(address, token, seconds, 50)
         command = h2load(
-            address, body, "wrong", "-c", "10", "-m", "10", "-D", str(int(seconds) + 2)
+            address,
+            body,
+            "wrong",
+            "-c",
+            "10",
+            "-m",
+            "10",
+            "-D",
+            str(int(seconds) + 2),
+            "--rps=1000",
         )
         with (
             BytesRead(address.rpartition(":")[2]) as read,
