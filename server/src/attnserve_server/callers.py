@@ -22,6 +22,7 @@ from attnserve_dataplane import ADMIN, INFER, SESSIONS, Known
 from attnserve_proto import commands
 from attnserve_proto.commands import CommandError, Parser, values
 
+from attnserve_server.files import read_text
 from attnserve_server.options import fields_of
 from attnserve_server.settings import Limits, Settings, roles
 
@@ -94,13 +95,9 @@ def read(path: Path, bounds: Bounds) -> list[Known]:
         CallersError: it cannot be read, or a line is not as it should be.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise CallersError(f"--callers: {path}: larger than {_MOST_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CallersError(f"--callers: {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CallersError(f"--callers: {path}: given bytes; allowed: text in UTF-8") from None
+        text = read_text(path, "text in UTF-8", _MOST_BYTES)
+    except ValueError as error:
+        raise CallersError(f"--callers: {path}: {error}") from None
     known, seen = [], set()
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.partition("#")[0].split()

@@ -4,6 +4,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
+from attnserve_server.files import read_text
 from attnserve_server.settings import Settings
 
 
@@ -77,8 +78,6 @@ def load(context: ssl.SSLContext, settings: Settings) -> None:
 
 def _text(option: str, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CertificateError(f"{option}: {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CertificateError(f"{option}: {path}: given bytes; allowed: a PEM file") from None
+        return read_text(path, "a PEM file")
+    except ValueError as error:
+        raise CertificateError(f"{option}: {path}: {error}") from None

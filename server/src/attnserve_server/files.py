@@ -1,4 +1,4 @@
-"""Files that are read again when they change: certificates, callers."""
+"""Files that settings name: read, and read again when they change."""
 
 import logging
 import os
@@ -20,6 +20,27 @@ class _Watched:
     paths: tuple[Path, ...]
     reload: Callable[[], None]
     state: _State = field(default=())
+
+
+def read_text(path: Path, allowed: str, most_bytes: int | None = None) -> str:
+    """The text of a file.
+
+    Args:
+        path: of it.
+        allowed: what it should be, for the error.
+        most_bytes: that it may have; None: any number.
+
+    Raises:
+        ValueError: it cannot be read, is larger, or is no text in UTF-8; does not name it.
+    """
+    try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            raise ValueError(f"larger than {most_bytes} bytes")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"given bytes; allowed: {allowed}") from None
 
 
 class WatchedFiles:

@@ -15,6 +15,7 @@ from attnserve_dataplane import DataPlane, Known, Request
 
 from attnserve_server.callers import role_bits
 from attnserve_server.errors import UnauthenticatedError
+from attnserve_server.files import read_text
 from attnserve_server.settings import ROLES, Settings
 
 PATH = "/attnserve/CheckWebToken"
@@ -72,14 +73,7 @@ def read_keys(path: Path) -> tuple[PublicKey, ...]:
         WebTokenError: it cannot be read, or a key in it is of no use.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise WebTokenError(f"--jwt-keys: {path}: larger than {_MOST_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise WebTokenError(f"--jwt-keys: {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise WebTokenError(f"--jwt-keys: {path}: given bytes; allowed: PEM or JSON") from None
-    try:
+        text = read_text(path, "PEM or JSON", _MOST_BYTES)
         keys = _of_json(text) if text.lstrip().startswith("{") else _of_pem(text)
     except Exception as error:  # of three libraries
         raise WebTokenError(f"--jwt-keys: {path}: {error}") from None
