@@ -24,7 +24,7 @@ from attnserve_proto.commands import CommandError, Parser, values
 
 from attnserve_server.files import read_text
 from attnserve_server.options import fields_of
-from attnserve_server.settings import Limits, Settings, roles
+from attnserve_server.settings import Limits, Settings, SettingsError, roles
 
 _BITS = {"infer": INFER, "sessions": SESSIONS, "admin": ADMIN}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -42,7 +42,7 @@ _BOUNDS = {
 _CALLS, _SESSIONS = 1024, 16_384
 
 
-class CallersError(Exception):
+class CallersError(SettingsError):
     """The file of callers cannot be used; the message says where and why, and nothing secret."""
 
 

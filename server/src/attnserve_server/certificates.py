@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnserve_server.files import read_text
-from attnserve_server.settings import Settings
+from attnserve_server.settings import Settings, SettingsError
 
 
-class CertificateError(Exception):
+class CertificateError(SettingsError):
     """TLS cannot be had as it was asked for; the message names the option."""
 
 

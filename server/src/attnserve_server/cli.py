@@ -12,7 +12,7 @@ from attnserve_proto.commands import CommandError, Loading
 from attnserve_proto.manifest import ManifestError
 
 from attnserve_server import __version__, configuration, logs
-from attnserve_server.settings import Settings
+from attnserve_server.settings import Settings, SettingsError
 
 _DESCRIPTORS = 65_536
 
@@ -50,12 +50,6 @@ def serve(settings: Settings) -> None:
     try:
         with Loading():
             from attnserve_server.app import AttentionServer
-            from attnserve_server.callers import CallersError
-            from attnserve_server.certificates import CertificateError
-            from attnserve_server.exposure import ExposureError
-            from attnserve_server.models.providers import ProviderError
-            from attnserve_server.onnxruntime_library import LibraryError
-            from attnserve_server.web_tokens import WebTokenError
     except ImportError as error:
         raise StartError(
             f"{error}; the server needs attnserve-dataplane: `pip install attnserve-dataplane`"
@@ -64,14 +58,7 @@ def serve(settings: Settings) -> None:
     try:
         server = AttentionServer(settings)
         server.start()
-    except (
-        LibraryError,
-        ProviderError,
-        CertificateError,
-        CallersError,
-        ExposureError,
-        WebTokenError,
-    ) as error:
+    except SettingsError as error:
         raise StartError(f"{error}; see `attnserve-server --help`") from error
     except ManifestError as error:
         raise StartError(f"{error}; see `attnserve-export --help`") from error

@@ -3,10 +3,10 @@
 import ipaddress
 import socket
 
-from attnserve_server.settings import Settings
+from attnserve_server.settings import Settings, SettingsError
 
 
-class ExposureError(Exception):
+class ExposureError(SettingsError):
     """It would be reached by others, unguarded, and was not told that this is meant."""
 
 

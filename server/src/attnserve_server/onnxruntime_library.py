@@ -7,8 +7,10 @@ import importlib.metadata
 import importlib.util
 from pathlib import Path
 
+from attnserve_server.settings import SettingsError
 
-class LibraryError(Exception):
+
+class LibraryError(SettingsError):
     """ONNX Runtime is not installed as the data plane needs it; the message says what to do."""
 
 

@@ -23,6 +23,10 @@ _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
 _HOSTS = "a host name, an IPv4 or IPv6 address, unix:PATH or unix-abstract:NAME"
 
 
+class SettingsError(Exception):
+    """What settings ask for cannot be had here; the message says what, and what is missing."""
+
+
 def _page_tokens(given: str) -> int:
     """Reads the size of a page."""
     if given not in ("4", "8", "16", "32", "64"):

@@ -16,7 +16,7 @@ from attnserve_dataplane import DataPlane, Known, Request
 from attnserve_server.callers import role_bits
 from attnserve_server.errors import UnauthenticatedError
 from attnserve_server.files import read_text
-from attnserve_server.settings import ROLES, Settings
+from attnserve_server.settings import ROLES, Settings, SettingsError
 
 PATH = "/attnserve/CheckWebToken"
 _LEEWAY = 30.0  # seconds by which clocks may differ
@@ -29,7 +29,7 @@ _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": ("ES256",), "secp384r1": ("ES384",), "secp521r1": ("ES512",)}
 
 
-class WebTokenError(Exception):
+class WebTokenError(SettingsError):
     """JSON Web Tokens cannot be checked as the settings ask; the message says why."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnserve_server import onnxruntime_library
+from attnserve_server.settings import SettingsError
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -18,7 +19,7 @@ _INSTALL = (
 _log = logging.getLogger(__name__)
 
 
-class ProviderError(Exception):
+class ProviderError(SettingsError):
     """The provider asked for does not work here; the message says what is missing."""
 
 
