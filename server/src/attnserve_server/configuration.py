@@ -47,7 +47,12 @@ def parser(given: Mapping[str, Any] | None = None) -> Parser:
         allow_abbrev=False,
     )
     made.add_argument("--version", action="version", version=f"attnserve-server {__version__}")
-    _add_file(made)
+    made.add_argument(
+        "--config",
+        type=values.path,
+        metavar="CONFIG",
+        help="TOML file: options by their names, without the dashes before them",
+    )
     for title, kind in SECTIONS:
         options.add(made, title, kind, given or {})
     return made
@@ -124,15 +129,6 @@ def all_fields() -> Iterator[Field]:
     """Every option that there is."""
     for _, kind in SECTIONS:
         yield from options.fields_of(kind)
-
-
-def _add_file(to: argparse.ArgumentParser) -> None:
-    to.add_argument(
-        "--config",
-        type=values.path,
-        metavar="CONFIG",
-        help="TOML file: options by their names, without the dashes before them",
-    )
 
 
 def _file_of(arguments: Sequence[str], environment: Mapping[str, str]) -> Path | None:

@@ -13,6 +13,12 @@ def max_len(transformer: Transformer, limits: Limits) -> int:
     return min(transformer.max_seq_len or limits.max_seq_len, limits.max_seq_len)
 
 
+def check_batch(field: str, count: int, limits: Limits) -> None:
+    """Refuse a request without sequences, or with more than the server takes."""
+    if not 1 <= count <= limits.max_batch:
+        raise InvalidRequestError.of(field, f"{count} sequences", f"1..{limits.max_batch}")
+
+
 def check_lengths(field: str, sequences: Sequence[Sequence[int]], most: int) -> None:
     """See that each sequence has 1 to `most` tokens.
 

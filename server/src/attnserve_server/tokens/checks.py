@@ -11,9 +11,9 @@ from attnserve_server.errors import ExhaustedError, InvalidRequestError, Precond
 from attnserve_server.models.store import LoadedModel, ModelStore
 from attnserve_server.settings import Limits
 from attnserve_server.tokens import texts
-from attnserve_server.tokens.bounds import check_ids, check_lengths, max_len
+from attnserve_server.tokens.bounds import check_batch, check_ids, check_lengths, max_len
 from attnserve_server.tokens.run import needed_outputs
-from attnserve_server.tokens.tensors import check_batch, tensor_batch
+from attnserve_server.tokens.tensors import tensor_batch
 from attnserve_server.tokens.work import (
     HeadsWanted,
     TensorBatch,

@@ -12,7 +12,7 @@ from attnserve_server.dtypes import Array
 from attnserve_server.errors import InvalidRequestError, PreconditionError
 from attnserve_server.models.store import LoadedModel
 from attnserve_server.settings import Limits
-from attnserve_server.tokens.bounds import max_len
+from attnserve_server.tokens.bounds import check_batch, max_len
 from attnserve_server.tokens.work import TensorBatch
 
 # BF16 is not among NumPy's types: its bits.
@@ -40,12 +40,6 @@ def tensor_batch(
     if entry is None:
         raise InvalidRequestError.of("tensors[0].name", repr(given.name[:80]), allowed)
     return _checked(given, entry, transformer, limits)
-
-
-def check_batch(field: str, count: int, limits: Limits) -> None:
-    """Refuse a request without sequences, or with more than the server takes."""
-    if not 1 <= count <= limits.max_batch:
-        raise InvalidRequestError.of(field, f"{count} sequences", f"1..{limits.max_batch}")
 
 
 def _checked(
