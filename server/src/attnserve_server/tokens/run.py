@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attnserve_dataplane import DataPlane, Request
@@ -69,7 +69,9 @@ def attend(plane: DataPlane, request: Request, work: TokensWork, timeout: int = 
     transformer = _transformer(work)
     outputs = needed_outputs(work.wanted, transformer, work.variant.outputs)
     source = work.source
-    given = given_tensor(source) if isinstance(source, TensorBatch) else {}
+    given: GivenTensor | dict[str, Any] = {}
+    if isinstance(source, TensorBatch):
+        given = given_tensor(source)
     ran = plane.attend_tokens(
         request=request,
         model=work.model.core,
