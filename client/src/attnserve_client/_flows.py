@@ -120,13 +120,16 @@ class AsyncRunner:
 def blocking(flow: Callable[Concatenate[F, P], Flow[T]]) -> Callable[Concatenate[Any, P], T]:
     """The method that waits for a flow, with its arguments and its description.
 
-    Its object has the flow's as `_flows`, and a `Runner` as `_runner`.
+    Its object has as `_flows` the flow's, or another one that has a flow of that name and those
+    arguments; and a `Runner` as `_runner`.
     """
+    name = flow.__name__
 
     @functools.wraps(flow)
     def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         runner: Runner = self._runner
-        return runner.run(flow(self._flows, *args, **kwargs))
+        wanted: Flow[T] = getattr(self._flows, name)(*args, **kwargs)
+        return runner.run(wanted)
 
     return _with_signature_of(flow, method)
 
@@ -135,11 +138,13 @@ def awaited(
     flow: Callable[Concatenate[F, P], Flow[T]],
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """The method whose result is awaited; else as `blocking`, with an `AsyncRunner`."""
+    name = flow.__name__
 
     @functools.wraps(flow)
     async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         runner: AsyncRunner = self._runner
-        return await runner.run(flow(self._flows, *args, **kwargs))
+        wanted: Flow[T] = getattr(self._flows, name)(*args, **kwargs)
+        return await runner.run(wanted)
 
     return _with_signature_of(flow, method)
 

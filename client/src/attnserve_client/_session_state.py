@@ -1,8 +1,9 @@
 """What the sessions of a client have in common, and what is known of each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from attnserve_proto import attention_pb2 as pb
 
@@ -52,17 +53,19 @@ class Streams(Protocol):
         """One that can be used, as far as is known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Connection:
     """What the sessions of one client share.
 
     Attributes:
         memory: shared with the server, if any is.
+        held: the sessions that are open on it, and the streams.
     """
 
     streams: Streams
     runner: Any
     memory: SharingFlows | None = None
+    held: WeakSet[Any] = field(default_factory=WeakSet)
 
     def ask(
         self, request: pb.DecodeRequest, timeout: float | None, *, again: bool = True
@@ -100,6 +103,7 @@ class SessionState:
         self.model = model
         self.num_layers = num_layers
         self._take(state)
+        connection.held.add(self)
 
     def _take(self, state: pb.SessionState) -> None:
         """What the server says of it."""

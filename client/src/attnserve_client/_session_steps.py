@@ -76,15 +76,8 @@ class BatchFlows:
     """
 
     def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
-        allowed = "a list of sessions, one or more"
         self._connection = connection
-        self._sessions: tuple[SessionState, ...] = tuple(
-            arguments.items("sessions", sessions, allowed)
-        )
-        for session in self._sessions:
-            arguments.kind("sessions", session, SessionState, allowed)
-        if not self._sessions:
-            raise ValueError("sessions: none; allowed: one or more")
+        self._sessions = tuple(sessions)
         self._step: _Step | None = None
         self._beginnings = Beginnings(self._sessions)
         self._early: dict[int, _Early] = {}
@@ -449,6 +442,24 @@ class BatchFlows:
             except _errors.NotFoundError:
                 lost.append(session.id)
         return lost
+
+
+def batch_flows(sessions: Sequence[SessionState]) -> BatchFlows:
+    """The steps of some sessions.
+
+    Raises:
+        TypeError, ValueError: they are none, or not of one server.
+    """
+    allowed = "a list of sessions, one or more"
+    given: list[SessionState] = arguments.items("sessions", sessions, allowed)
+    for session in given:
+        arguments.kind("sessions", session, SessionState, allowed)
+    if not given:
+        raise ValueError("sessions: none; allowed: one or more")
+    connection = given[0]._connection
+    if any(each._connection is not connection for each in given):
+        raise ValueError("sessions: of several servers; allowed: of one")
+    return BatchFlows(connection, given)
 
 
 def _plan(options: bytes, tensors: dict[str, Rows]) -> LayerPlan:
