@@ -16,9 +16,12 @@ from attnserve_client import (
     AsyncAttentionClient,
     AttentionClient,
     AttnserveError,
+    InvalidArgumentError,
     NotFoundError,
+    ResourceExhaustedError,
     Session,
 )
+from plain_sessions import PlainLayer, PlainSession
 from serving import DIM, HEADS, ServerProcess, eventually, process, serving, write_causal
 
 Array = np.ndarray[Any, Any]
@@ -168,6 +171,132 @@ def cluster_server(client: AttentionClient, connection: Any) -> str:
     member = client._cluster.of(lambda server: server.connection is connection)
     assert member is not None
     return member.server.address
+
+
+def spread(client: AttentionClient, count: int, num_layers: int) -> list[Session]:
+    """Sessions of several servers, not in the order of these."""
+    assert all_serve(client)
+    sessions = [
+        client.session("causal", num_layers=num_layers, max_tokens=64) for _ in range(count)
+    ]
+    assert len({each._connection for each in sessions}) > 1
+    return sessions
+
+
+def ragged(generator: np.random.Generator, counts: list[int]) -> list[list[Array]]:
+    """Query, key and value of each session."""
+    return [
+        [generator.standard_normal((count, HEADS, DIM)).astype(np.float32) for count in counts]
+        for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_of_several_servers_is_split_and_joined_in_order(
+    servers: Servers, packed: bool
+) -> None:
+    generator = np.random.default_rng(7)
+    with AttentionClient(servers.addresses) as client:
+        sessions = spread(client, 7, 2)
+        plains = [PlainSession([PlainLayer(), PlainLayer()]) for _ in sessions]
+        with client.batch(sessions) as batch:
+            for counts in ([1, 4, 2, 3, 1, 5, 2], [1] * 7, [2, 1, 1, 1, 2, 1, 1]):
+                for plain, count in zip(plains, counts, strict=True):
+                    plain.begin(count)
+                for layer in range(2):
+                    lists = ragged(generator, counts)
+                    given = [np.concatenate(each) for each in lists] if packed else lists
+                    result = batch.attend(
+                        layer,
+                        *given,
+                        new_tokens=counts if packed and layer == 0 else None,
+                        return_log_sum_exp=True,
+                        return_weights_of=[1, 4, 6],
+                    )
+                    assert result.starts == (0, *np.cumsum(counts))
+                    assert result.step_ended == (layer == 1)
+                    wanted = [
+                        plain.attend(layer, *each)
+                        for plain, *each in zip(plains, *lists, strict=True)
+                    ]
+                    for index, (output, (expected_output, log, _)) in enumerate(
+                        zip(result.outputs, wanted, strict=True)
+                    ):
+                        np.testing.assert_allclose(output, expected_output, rtol=2e-4, atol=2e-5)
+                        assert result.log_sum_exp is not None
+                        rows = slice(result.starts[index], result.starts[index + 1])
+                        np.testing.assert_allclose(result.log_sum_exp[rows], log, rtol=1e-4)
+                    for index, weights in zip([1, 4, 6], result.weights, strict=True):
+                        np.testing.assert_allclose(weights, plains[index].weights, atol=2e-5)
+                for plain in plains:
+                    plain.end()
+        assert [each.length for each in sessions] == [each.length for each in plains]
+        for session in sessions:
+            session.close()
+
+
+def test_a_step_that_one_server_fails_is_given_up_at_all(servers: Servers) -> None:
+    generator = np.random.default_rng(8)
+    with AttentionClient(servers.addresses) as client:
+        sessions = spread(client, 5, 1)
+        with client.batch(sessions) as batch:
+            batch.attend(0, *ragged(generator, [2] * 5))
+            sessions[2].truncate(0)
+            sessions[2].attend(0, *(each[0] for each in ragged(generator, [60])))
+            with pytest.raises(ResourceExhaustedError, match="max_tokens"):
+                batch.attend(0, *ragged(generator, [5] * 5))
+            for session in sessions:
+                session.renew()
+            assert [each.length for each in sessions] == [2, 2, 60, 2, 2]
+            with pytest.raises(InvalidArgumentError):  # of all of them
+                batch.attend(0, *(np.ones((5, HEADS + 1, DIM), np.float32) for _ in range(3)))
+            batch.attend(0, *ragged(generator, [1] * 5))
+            with pytest.raises(ValueError, match="rows in"):
+                batch.attend(0, np.ones((5, HEADS, DIM)), np.ones((4, HEADS, DIM)))
+        for session in sessions:
+            session.close()
+
+
+def test_queries_sent_ahead_of_several_servers(servers: Servers) -> None:
+    generator = np.random.default_rng(9)
+    with AttentionClient(servers.addresses) as client:
+        sessions = spread(client, 4, 1)
+        plains = [PlainSession([PlainLayer()]) for _ in sessions]
+        with client.batch(sessions) as batch:
+            for counts in ([3, 1, 2, 2], [1, 1, 1, 1]):
+                queries, keys, values = ragged(generator, counts)
+                batch.send_query(0, queries)
+                outputs = batch.attend_sent(0, keys, values).outputs
+                for plain, count, output, *each in zip(
+                    plains, counts, outputs, queries, keys, values, strict=True
+                ):
+                    plain.begin(count)
+                    np.testing.assert_allclose(
+                        output, plain.attend(0, *each)[0], rtol=2e-4, atol=2e-5
+                    )
+                    plain.end()
+        for session in sessions:
+            session.close()
+
+
+def test_an_asyncio_batch_of_several_servers(servers: Servers) -> None:
+    async def work() -> None:
+        generator = np.random.default_rng(10)
+        async with AsyncAttentionClient(servers.addresses) as client:
+            sessions = [
+                await client.session("causal", num_layers=1, max_tokens=64) for _ in range(6)
+            ]
+            async with client.batch(sessions) as batch:
+                lists = ragged(generator, [2] * 6)
+                result = await batch.attend(0, *lists)
+            for output, *each in zip(result.outputs, *lists, strict=True):
+                plain = PlainSession([PlainLayer()])
+                plain.begin(2)
+                np.testing.assert_allclose(output, plain.attend(0, *each)[0], rtol=2e-4, atol=2e-5)
+            for session in sessions:
+                await session.close()
+
+    asyncio.run(work())
 
 
 def test_a_saved_session_moves_to_another_server(servers: Servers, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from attnserve_client._flows import Call, Flow
 from attnserve_client._session_messages import METHOD
 from attnserve_client._sharing_flows import SharingFlows
 
+_FORGETTING_SECONDS = 10.0
+
 
 class Stream(Protocol):
     """One Decode call; `exchange` answers, or in asyncio gives what does when it is awaited."""
@@ -31,7 +33,10 @@ class Stream(Protocol):
         """Send a request, and wait for what answers it."""
 
     def begin(self, make: Callable[[int], bytes]) -> Any:
-        """Send the first part of a request; gives what `finish` and `drop` know it by."""
+        """Send a request, or its first part; gives what the three below know it by."""
+
+    def answer(self, begun: Any, read: Callable[[bytes], Any], timeout: float | None) -> Any:
+        """Wait for what answers a request that was begun whole."""
 
     def finish(
         self,
@@ -116,4 +121,14 @@ class SessionState:
         """Start its lease anew, and take its state."""
         renew = pb.RenewSession(session_id=self.id, lease=arguments.microseconds("lease", lease))
         answer = yield from self._connection.ask(pb.DecodeRequest(renew=renew), timeout)
+        self._take(answer.session)
+
+    def _forgetting(self, length: int) -> Flow[None]:
+        """Forget the step that has ended: its tree, if it waits for `commit`, or its tokens."""
+        action = (
+            pb.DecodeRequest(commit=pb.CommitTree(session_id=self.id))
+            if self.length == length
+            else pb.DecodeRequest(truncate=pb.TruncateSession(session_id=self.id, length=length))
+        )
+        answer = yield from self._connection.ask(action, _FORGETTING_SECONDS, again=False)
         self._take(answer.session)

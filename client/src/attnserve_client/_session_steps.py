@@ -14,7 +14,7 @@ from attnserve_client import _session_layers as layers
 from attnserve_client import _session_messages as messages
 from attnserve_client import _shared_layers as shared_layers
 from attnserve_client._errors import AttnserveError
-from attnserve_client._flows import Call, Flow
+from attnserve_client._flows import Call, Exchange, Flow
 from attnserve_client._results import LayerResult
 from attnserve_client._session_beginnings import Beginning, Beginnings
 from attnserve_client._session_layers import Attended, LayerPlan, Rows
@@ -82,6 +82,11 @@ class BatchFlows:
         self._beginnings = Beginnings(self._sessions)
         self._early: dict[int, _Early] = {}
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is under way."""
+        return self._step is not None
+
     def attend(
         self,
         layer: int,
@@ -137,7 +142,7 @@ class BatchFlows:
         """
         arguments.integer("layer", layer)
         timeout = arguments.seconds("timeout", timeout)
-        tensors = _given(query, key, value, hidden_states)
+        tensors = given_rows(query, key, value, hidden_states)
         if layer in self._early:
             raise ValueError(
                 f"layer: {layer}, whose query was sent ahead; allowed: attend_sent with its key "
@@ -368,12 +373,9 @@ class BatchFlows:
         def make(request_id: int) -> bytes:
             return plan.message(request_id, step.step_id, wanted.layer, options, tensors)
 
-        def send(left: float | None) -> Any:
-            return step.stream.exchange(make, plan.read, left)
+        return self._answered(step, Exchange(step.stream, make, plan.read, wanted.timeout))
 
-        return self._answered(step, Call(send, wanted.timeout))
-
-    def _answered(self, step: _Step, call: Call) -> Flow[Attended]:
+    def _answered(self, step: _Step, call: Call | Exchange) -> Flow[Attended]:
         try:
             attended: Attended = yield call
         except AttnserveError:
@@ -398,10 +400,8 @@ class BatchFlows:
                 options=options,
                 placed=placed,
             )
-            call = Call(
-                partial(step.stream.exchange, make, partial(shared_layers.read, placed=placed)),
-                wanted.timeout,
-            )
+            read = partial(shared_layers.read, placed=placed)
+            call = Exchange(step.stream, make, read, wanted.timeout)
             try:
                 return (yield from self._answered(step, call))
             except BaseException as error:
@@ -444,30 +444,12 @@ class BatchFlows:
         return lost
 
 
-def batch_flows(sessions: Sequence[SessionState]) -> BatchFlows:
-    """The steps of some sessions.
-
-    Raises:
-        TypeError, ValueError: they are none, or not of one server.
-    """
-    allowed = "a list of sessions, one or more"
-    given: list[SessionState] = arguments.items("sessions", sessions, allowed)
-    for session in given:
-        arguments.kind("sessions", session, SessionState, allowed)
-    if not given:
-        raise ValueError("sessions: none; allowed: one or more")
-    connection = given[0]._connection
-    if any(each._connection is not connection for each in given):
-        raise ValueError("sessions: of several servers; allowed: of one")
-    return BatchFlows(connection, given)
-
-
 def _plan(options: bytes, tensors: dict[str, Rows]) -> LayerPlan:
     kinds = tuple([(name, each.parts[0].dtype, each.shape) for name, each in tensors.items()])
     return layers.plan_of(options, kinds)
 
 
-def _given(query: Any, key: Any, value: Any, hidden_states: Any) -> dict[str, Rows]:
+def given_rows(query: Any, key: Any, value: Any, hidden_states: Any) -> dict[str, Rows]:
     """The tensors of a layer that were given."""
     tensors = {}
     if hidden_states is not None:

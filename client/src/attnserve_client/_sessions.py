@@ -8,8 +8,9 @@ from attnserve_proto import attention_pb2 as pb
 
 from attnserve_client._flows import awaited, blocking
 from attnserve_client._session_flows import SessionFlows
+from attnserve_client._session_splits import batch_flows
 from attnserve_client._session_state import Connection, SessionState
-from attnserve_client._session_steps import BatchFlows, batch_flows
+from attnserve_client._session_steps import BatchFlows
 
 
 class _Session(SessionState):
