@@ -157,6 +157,12 @@ class Cluster(Generic[S]):
         with self._lock:
             return {name: each.trouble or "serving" for name, each in self._members.items()}
 
+    @property
+    def begins(self) -> bool:
+        """Whether some servers have yet to say for the first time how they are."""
+        with self._lock:
+            return any(each.trouble == _NOT_ASKED for each in self._members.values())
+
     def begin(self) -> None:
         """Look at the servers from now on. It is called with the first use, not before."""
         if self._started:

@@ -238,19 +238,21 @@ class ClusterFlows(Generic[S]):
                 tried[member] = failure
                 continue
             said = _said(tried)
-            if said is not None:
+            begins = cluster.begins
+            if said is not None and not begins:
                 raise said
-            refusal = cluster.earliest(kind, tried)
+            refusal = None if begins else cluster.earliest(kind, tried)
             wait = _LOOK_SECONDS
             if refusal is not None:
                 wait = max(0.0, refusal.until - time.monotonic())
             if not clock.allows(wait):
                 if refusal is not None:
                     raise refusal.error
-                raise next(iter(tried.values()), None) or cluster.nobody(kind[0])
+                raise said or next(iter(tried.values()), None) or cluster.nobody(kind[0])
             if (yield Pause(wait)):
                 raise _errors.CancelledError("the client was closed", method=kind[0])
-            tried.clear()
+            if not begins:
+                tried.clear()
 
     def _keeper(self, method: str, tensors: list[Any]) -> Server[S] | None:
         """The server that keeps the stored ones among some tensors; None: there are none."""
