@@ -18,7 +18,8 @@ KINDS_OF = {
     "name": "--model",
     "number": "--layers --sequences --new-tokens --seed --branches --depth --seconds --deadline "
     "--clients --good-within --batch --seq-len --rounds --num-heads --head-dim --window --threads "
-    "--budget-seconds --transformer-seconds --processes",
+    "--budget-seconds --transformer-seconds --processes --calls --callers --minutes "
+    "--terminated --killed",
     "numbers": "--lengths",
     "path": "--json --markdown --repository --plots --venvs --models --checkpoint --results "
     "--table --folder figures folder",
@@ -38,15 +39,24 @@ PLACES = {
 
 def scripts() -> list[Path]:
     """Those that take arguments; what peers take is the benchmark's to give."""
-    found = [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]
-    return sorted(path for path in found if "def _parser(" in path.read_text())
+    return sorted(path for path in every_script() if "def _parser(" in path.read_text())
+
+
+def every_script() -> list[Path]:
+    """Whether it takes any or not."""
+    folders = ("examples", "benchmarks", "benchmarks/faults")
+    return [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
 
 
 @pytest.fixture(scope="module")
 def parsers() -> Iterator[dict[str, argparse.ArgumentParser]]:
     """Those of all scripts, whose settings for a process of their own are undone."""
     environment, path = dict(os.environ), list(sys.path)
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+    sys.path[:0] = [
+        str(ROOT / "examples"),
+        str(ROOT / "benchmarks"),
+        str(ROOT / "benchmarks/faults"),
+    ]
     yield {script.stem: loaded(script)._parser() for script in scripts()}
     sys.path[:] = path
     os.environ.clear()
@@ -65,11 +75,11 @@ def loaded(script: Path) -> ModuleType:
 
 
 def test_every_script_that_takes_arguments_is_looked_at() -> None:
-    for path in [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in every_script():
         text = path.read_text()
         assert "ArgumentParser(" not in text, f"{path}: use attnserve_proto.commands.Parser"
         assert "parse_args(" not in text or path in scripts(), path
-    assert len(scripts()) == 14
+    assert len(scripts()) == 18
 
 
 def test_every_option_refuses_what_it_does_not_take(

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
+from attnserve_proto.commands import Parser, values
 
 HEADS, DIM, LENGTH = 8, 64, 32
 ATTEND = "/attnserve.v1.AttentionService/Attend"
@@ -186,11 +187,7 @@ def flood(repository: Path, seconds: float) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, and write the figures."""
-    parser = common.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=10)
-    parsed = parser.parse_args()
+    parsed = _parser().parse_args()
     with common.causal_core(HEADS, DIM) as repository, tempfile.TemporaryDirectory() as folder:
         body = Path(folder) / "body"
         body.write_bytes(framed(request().SerializeToString()))
@@ -198,10 +195,18 @@ def main() -> None:
             "cost": cost(repository, body, parsed.rounds, parsed.calls),
             "flood": flood(repository, parsed.seconds),
         }
-    for name, values in figures.items():
+    for name, row in figures.items():
         print(name)
-        print(common.table([values]))
+        print(common.table([row]))
     common.write_json(parsed.json, figures)
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=values.integer(1), default=7)
+    parser.add_argument("--calls", type=values.integer(1), default=10_000)
+    parser.add_argument("--seconds", type=values.number(1, 1e5), default=10)
+    return parser
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class StoredTensor:
     """A tensor that the server keeps; `attend` takes it wherever it takes an array.
 
     Attributes:
-        handle: the server's name for it. It cannot be guessed: whoever knows it may use it.
+        handle: the server's name for it. It cannot be guessed: whoever knows it
+            (and is the same caller, where callers are identified) may use it.
         lease: seconds that the server keeps it after its last use.
         shape, dtype: of the array that was put.
         server: which of a client's several servers keeps it; empty: the client has one.
