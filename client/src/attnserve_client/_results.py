@@ -214,7 +214,7 @@ class ModelInput:
     """A tensor that a transformer takes in the place of token ids.
 
     Attributes:
-        name: "inputs_embeds", "pixel_values" or "input_features".
+        name: "inputs_embeds", "pixel_values", "input_features" or "encoder_hidden_states".
         dtype: "FP32", "FP16" or "BF16".
         shape: of one sequence, without the batch; None is its length, of any size.
         tokens: what one sequence is read as; None: as many as its length.

@@ -64,7 +64,7 @@ class Viewer:
         return [
             {"name": name, "target": _takes_target(model)}
             for name, model in sorted(named.items())
-            if model.takes_text
+            if model.takes_text and (model.takes_ids or not model.inputs)
         ]
 
     def look(self, model: str, text: str, pair: str = "", target: str = "") -> dict[str, Any]:
