@@ -148,12 +148,12 @@ def test_documents_are_blocks_that_do_not_see_each_other(
         "[...document.querySelectorAll('#grid .number')].map(e => +e.textContent)"
     )
     assert numbers == pytest.approx(effective.tolist(), abs=0.06)
+    assert browser.errors == []
     browser.run("document.getElementById('ask-pair').value = 'w9';")
     browser.run("document.getElementById('ask').requestSubmit(); 0")
     wait(browser, "document.getElementById('ask-status').classList.contains('warning')")
     said = browser.run("document.getElementById('ask-status').textContent")
     assert said == "text: 3 documents; allowed: one, as one of a pair"
-    assert browser.errors == []
 
 
 def test_layers_come_when_they_are_looked_at(browser: "Browser", page: str) -> None:

@@ -134,7 +134,8 @@ def family_of(config: Any, content: Mapping[str, Any], where: str, part: str = "
         )
     if part:
         path, module = part_of(model_class, config, part)
-        takes = STATES if part == DECODER else input_of(type(module))
+        crossed = part == DECODER and _takes_states(type(module))
+        takes = STATES if crossed else input_of(type(module))
         family = Family(name, model_class, False, takes, path, module.config)
     else:
         family = _as_said(name, model_class, config, content, where)
@@ -171,13 +172,17 @@ def _as_said(
         else:
             path, module = part_of(model_class, config, ENCODER)
             return Family(name, model_class, False, input_of(type(module)), path, module.config)
-    if crossed and STATES not in inspect.signature(model_class.forward).parameters:
+    if crossed and not _takes_states(model_class):
         raise ExportError(
             f"--checkpoint: {where}: config.json: add_cross_attention is True; allowed: not there, "
             f"for a {model_class.__name__}, which takes no {STATES}"
         )
     takes = STATES if crossed else input_of(model_class)
     return Family(name, model_class, two_stacks, takes, "", config)
+
+
+def _takes_states(model_class: Any) -> bool:
+    return STATES in inspect.signature(model_class.forward).parameters
 
 
 def input_of(model_class: Any) -> str:
