@@ -47,7 +47,8 @@ def test_amid_work_it_is_an_exception_that_the_work_may_answer() -> None:
 
 
 def test_an_error_that_a_library_makes_of_it_is_none() -> None:
-    lines = ("def loads():", "  try: ctrl_c()", "  except KeyboardInterrupt: raise ImportError('a')",
+    lines = ("def loads():", "  try: ctrl_c()",
+             "  except KeyboardInterrupt: raise ImportError('a')",
              "def work():", "  try: loads()",
              "  except ImportError as error: raise RuntimeError('b') from error",
              "starting.start('p')", "sys.exit(commands.run('p', work))")  # fmt: skip
