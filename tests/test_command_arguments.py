@@ -39,6 +39,7 @@ OF = {
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
     "--tls-certificate --tls-key --tls-client-authorities --config --callers --jwt-keys "
+    "--ca --certificate --key --token-file "
     "report.json TRACE --report A B --pixel-values --input-features --inputs-embeds --processor",
     "text": "TEXT --query --pair --target-text",
     "title": "--title --jwt-issuer --jwt-audience --jwt-roles-claim",

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from attnserve_client import AsyncAttentionClient, AttentionClient, UnavailableError, _channel
+from attnserve_client import AsyncAttentionClient, AttentionClient, UnavailableError
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
+from attnserve_proto import targets
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def test_other_hosts_are_reached_through_the_proxy(proxied: list[bytes]) -> None
      "2001:db8::1", "attnserve", ""],
 )  # fmt: skip
 def test_what_is_not_this_hosts_own_address(target: str) -> None:
-    assert not _channel.is_local(target)
+    assert not targets.is_local(target)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_what_is_not_this_hosts_own_address(target: str) -> None:
      "dns://8.8.8.8/localhost:80"],
 )  # fmt: skip
 def test_what_is_this_hosts_own_address(target: str) -> None:
-    assert _channel.is_local(target)
+    assert targets.is_local(target)
 
 
 def test_the_command_and_the_health_check_reach_this_host_without_the_proxy(

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 import grpc
 from attnserve_proto import commands
-from attnserve_proto.commands import CommandError, Parser, add_missing_command, extension, values
+from attnserve_proto.commands import (
+    CommandError,
+    Parser,
+    access_of,
+    add_access,
+    add_missing_command,
+    extension,
+    values,
+)
 
 from attnserve_client import AttentionClient, AttnserveError, __version__, _cli_calls, _cli_tokens
 
@@ -27,11 +35,13 @@ attnserve-server (serve them) and attnserve-loadtest (measure them).
 
 _WHAT_TO_DO = {
     grpc.StatusCode.UNAVAILABLE: "start one with `attnserve-server --repository DIR`, or say where "
-    "one is with --target",
+    "one is with --target, and with --ca if it wants TLS",
     grpc.StatusCode.DEADLINE_EXCEEDED: "give it more time with --timeout, or less to do",
     grpc.StatusCode.NOT_FOUND: "`attnserve info` lists what there is",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "ask for less at once, or try again later",
     grpc.StatusCode.UNIMPLEMENTED: "--target must name an attnserve server of this version",
+    grpc.StatusCode.UNAUTHENTICATED: "say who calls with --token-file, or --certificate and --key",
+    grpc.StatusCode.PERMISSION_DENIED: "ask whoever runs the server for the role",
 }
 
 
@@ -46,7 +56,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         if getattr(options, "output", None) is not None:
             commands.check_file(options.output_option, options.output)
-        with AttentionClient(options.target) as client:
+        access = access_of(options, [options.target])
+        with AttentionClient(options.target, **access.of_client()) as client:
             code: int = options.run(client, options)
             return code
     except AttnserveError as error:
@@ -58,12 +69,13 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="attnserve",
-        usage="attnserve [--target HOST:PORT] [--timeout SECONDS] COMMAND ...",
+        usage="attnserve [--target HOST:PORT] [--timeout SECONDS] [--ca FILE] COMMAND ...",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"attnserve {__version__}")
     _add_common(parser, "127.0.0.1:8001", 60.0)
+    add_access(parser, shown=False)
     found = parser.add_subparsers(
         required=True, dest="command", metavar="COMMAND", help=argparse.SUPPRESS
     )
@@ -80,6 +92,7 @@ def _parser() -> Parser:
         add(one)
         # In both places: the one after the command, if it is given, wins.
         _add_common(one, argparse.SUPPRESS, argparse.SUPPRESS)
+        add_access(one, default=argparse.SUPPRESS)
     return parser
 
 

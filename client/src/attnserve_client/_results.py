@@ -55,12 +55,14 @@ class StoredTensor:
         handle: the server's name for it. It cannot be guessed: whoever knows it may use it.
         lease: seconds that the server keeps it after its last use.
         shape, dtype: of the array that was put.
+        server: which of a client's several servers keeps it; empty: the client has one.
     """
 
     handle: str
     lease: float
     shape: tuple[int, ...]
     dtype: "np.dtype[Any]"
+    server: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,8 @@ from attnserve_proto.commands import (
     CommandError,
     Loading,
     Parser,
+    access_of,
+    add_access,
     add_missing_command,
     extension,
     values,
@@ -84,6 +86,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--target", type=parsing.target, default="127.0.0.1:8001", metavar="HOST:PORT")
+    add_access(parser)
     add("--model", type=parsing.names, required=True, metavar="NAME[,NAME...]")
     add(
         "--variant",
@@ -165,6 +168,7 @@ def _run_scaling(parsed: argparse.Namespace) -> int:
         timeout_seconds=parsed.timeout,
         seed=parsed.seed,
     )
+    access = access_of(parsed, [parsed.target])
     make_folder(parsed.out)
     errors, console = make_console(stderr=True), make_console()
     report = run_scaling(
@@ -172,6 +176,7 @@ def _run_scaling(parsed: argparse.Namespace) -> int:
         parsed.model,
         parsed.variant,
         settings,
+        access,
         lambda lanes, its: make_progress(lanes, its, errors),
     )
     paths = write_report(report, parsed.out)

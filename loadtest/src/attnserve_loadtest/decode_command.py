@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from attnserve_proto.commands import INTERRUPTED, Loading, values
+from attnserve_proto.commands import INTERRUPTED, Loading, access_of, add_access, values
 
 from attnserve_loadtest import parsing
 
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--target", type=parsing.target, default="127.0.0.1:8001", metavar="HOST:PORT")
+    add_access(parser)
     add("--model", type=values.name, required=True, metavar="NAME", help="a causal core model")
     add("--rate", type=parsing.positive_float, default=2.0, help="sessions a second; 2")
     add("--duration", type=parsing.seconds, default=30.0, help="seconds of arrivals; 30")
@@ -44,6 +45,7 @@ def run(parsed: argparse.Namespace) -> int:
         from attnserve_loadtest.decode_report import findings, write_decode_report
         from attnserve_loadtest.report.files import make_folder
 
+    access = access_of(parsed, [parsed.target])
     make_folder(parsed.out)
     settings = DecodeSettings(
         rate=parsed.rate,
@@ -56,7 +58,7 @@ def run(parsed: argparse.Namespace) -> int:
         seed=parsed.seed,
     )
     report = run_decode(
-        parsed.target, parsed.model, settings, timeout=parsed.timeout, progress=_progress
+        parsed.target, parsed.model, settings, access, timeout=parsed.timeout, progress=_progress
     )
     for sentence in findings(report):
         print(f"- {sentence}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from attnserve_client import AttentionClient, AttnserveError
+from attnserve_proto.commands import PLAIN, Access
 from numpy.typing import NDArray
 
 from attnserve_loadtest.errors import LoadTestError
@@ -97,6 +98,7 @@ def run_decode(
     target: str,
     model: str,
     settings: DecodeSettings,
+    access: Access = PLAIN,
     *,
     timeout: float,
     progress: Callable[[int, float], None],
@@ -107,6 +109,7 @@ def run_decode(
         target: host:port.
         model: a causal core with the variant `paged`.
         settings: what to offer.
+        access: how the server is reached.
         timeout: seconds that a request may take.
         progress: called with the number of sessions and the seconds left at each arrival.
 
@@ -117,7 +120,7 @@ def run_decode(
         KeyboardInterrupt: before any token came.
     """
     generator = np.random.default_rng(settings.seed)
-    with AttentionClient(target) as client:
+    with AttentionClient(target, **access.of_client()) as client:
         try:
             served = client.get_model(model, timeout=timeout)
         except AttnserveError as error:

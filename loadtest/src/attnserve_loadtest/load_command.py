@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attnserve_proto.commands import INTERRUPTED, Loading, values
+from attnserve_proto.commands import INTERRUPTED, Loading, access_of, add_access, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.load.arrivals import POISSON, read_arrivals
@@ -92,6 +92,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT[,...]",
         help="several share the load; 127.0.0.1:8001",
     )
+    add_access(parser)
     add("--model", type=values.name, required=True, metavar="NAME")
     add("--variant", type=values.name, metavar="NAME", help="default: the server picks")
     add("--layers", type=parsing.positive_int, default=4, help="of the sessions; 4")
@@ -128,6 +129,7 @@ def run(parsed: argparse.Namespace) -> int:
         from attnserve_loadtest.report.load_schema import LoadSettings
         from attnserve_loadtest.report.load_text import said
 
+    access = access_of(parsed, parsed.target)
     make_folder(parsed.out)
     seq_lens, weights = parsed.seq_lens
     mix = Mix(seq_lens, weights, parsed.sessions, Span(*parsed.prompt), Span(*parsed.tokens),
@@ -142,6 +144,7 @@ def run(parsed: argparse.Namespace) -> int:
         num_layers=parsed.layers,
         timeout=parsed.timeout,
         seed=parsed.seed,
+        access=access,
     )
     load = Load(
         found.servers,

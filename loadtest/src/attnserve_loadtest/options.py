@@ -8,7 +8,7 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from typing import Any
 
-from attnserve_proto.commands import values
+from attnserve_proto.commands import Access, CommandError, access_of, add_access, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.errors import LoadTestError
@@ -32,6 +32,7 @@ class UserOptions:
         rate: requests a second that are due at each user, answered or not; 0: each user sends the
             next one when it has its answer.
         arrivals: of an open loop.
+        access: how the server is reached.
     """
 
     target: str
@@ -43,6 +44,7 @@ class UserOptions:
     seed: int
     rate: float
     arrivals: Arrivals
+    access: Access
 
 
 def add_to_parser(parser: Any) -> None:
@@ -101,6 +103,8 @@ def add_to_parser(parser: Any) -> None:
         default="poisson",
         help="of an open loop: poisson, constant or bursts:N",
     )
+    # Which files of this machine are read is not for whoever opens the web UI to say.
+    add_access(parser.add_argument_group("how the server is reached"))
 
 
 def attend_options(host: str | None, options: Any) -> UserOptions:
@@ -131,8 +135,9 @@ def _user_options(
     if not model:
         raise LoadTestError("no model given: use --model (AttendUser), --tokens-model (tokens)")
     try:
+        target = parsing.target(host)
         return UserOptions(
-            target=parsing.target(host),
+            target=target,
             model=model,
             variant=variant,
             seq_lens=parsing.seq_lens(seq_lens),
@@ -141,8 +146,9 @@ def _user_options(
             seed=parsing.count(str(options.seed)),
             rate=_rate(str(options.rate)),
             arrivals=read_arrivals(options.arrivals),
+            access=access_of(options, [target]),
         )
-    except ArgumentTypeError as error:
+    except (ArgumentTypeError, CommandError) as error:
         raise LoadTestError(str(error)) from None
 
 

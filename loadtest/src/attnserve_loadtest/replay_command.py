@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from attnserve_proto.commands import INTERRUPTED, Loading, Progress, values
+from attnserve_proto.commands import INTERRUPTED, Loading, Progress, access_of, values
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.load_command import add_common
@@ -68,6 +68,7 @@ def run(parsed: argparse.Namespace) -> int:
         if bound.quantity == ("between" if single else "latency"):
             allowed = "latency: or first:" if single else "first: or between:"
             raise LoadTestError(f"--slo: given {bound}, which these requests have not: {allowed}")
+    access = access_of(parsed, parsed.target)
     make_folder(parsed.out)
     requests = [each.request for each in arrivals]
     lengths = sorted({each.seq_len for each in requests if isinstance(each, Single)})
@@ -81,6 +82,7 @@ def run(parsed: argparse.Namespace) -> int:
         num_layers=parsed.layers,
         timeout=parsed.timeout,
         seed=parsed.seed,
+        access=access,
     )
     # The last request counts, too.
     seconds = max(arrivals[-1].due, 1e-3) * (1 + 1e-9)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import gevent
 from attnserve_client import AttentionClient, AttnserveError, Model
+from attnserve_proto.commands import Access
 from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
@@ -59,6 +60,7 @@ def run_scaling(
     models: Sequence[str],
     variants: Sequence[str],
     settings: Settings,
+    access: Access,
     make_progress: Callable[[Sequence[tuple[str, int]], Settings], Progress],
 ) -> Report:
     """Measure every model and variant at every length.
@@ -70,13 +72,14 @@ def run_scaling(
         models: names.
         variants: of each model; ("",) lets the server pick.
         settings: lengths, users, requests.
+        access: how the server is reached.
         make_progress: given (series, seq_len) of each lane, what shows the progress.
 
     Raises:
         LoadTestError: the run cannot start, or no request was answered.
     """
     logging.getLogger("locust").setLevel(logging.ERROR)
-    with AttentionClient(target) as client:
+    with AttentionClient(target, **access.of_client()) as client:
         lanes, server = _prepare(client, target, models, variants, settings)
         progress = make_progress([(lane.label, lane.payload.seq_len) for lane in lanes], settings)
         date = datetime.now(UTC).isoformat(timespec="seconds")

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from attnserve_client import AttentionClient, AttnserveError
+from attnserve_proto.commands import Access
 from gevent.lock import RLock
 from locust import User, events, task
 from locust.exception import StopTest
@@ -55,7 +56,7 @@ class AttentionUser(User):
                 environment.host or self.host, environment.parsed_options
             )
             with _preparing:
-                self._client = _client(self._options.target)
+                self._client = _client(self._options.target, self._options.access)
                 self._payloads = _payloads(self._options, self.kinds)
         except (LoadTestError, AttnserveError) as error:
             if getattr(environment.parsed_options, "headless", False):
@@ -122,13 +123,13 @@ def _number_of_user(environment: Any) -> int:
 
 
 @cache
-def _client(target: str) -> AttentionClient:
-    return AttentionClient(target)
+def _client(target: str, access: Access) -> AttentionClient:
+    return AttentionClient(target, **access.of_client())
 
 
 @cache
 def _payloads(wanted: UserOptions, kinds: tuple[str, ...]) -> tuple[Payload, ...]:
-    client = _client(wanted.target)
+    client = _client(wanted.target, wanted.access)
     model = client.get_model(wanted.model)
     if model.kind not in kinds:
         raise LoadTestError(

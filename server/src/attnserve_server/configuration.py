@@ -29,7 +29,9 @@ SECTIONS = (
 )
 
 # Variables of other programs: the commands, the health check, kernels and tests.
-_OTHERS = re.compile(r"ATTNSERVE_(TARGET|HEALTH_\w+|KERNELS_ISA|ONNXRUNTIME|OPERATORS|TEST_\w+)")
+_OTHERS = re.compile(
+    r"ATTNSERVE_(TARGET|TOKEN|HEALTH_\w+|KERNELS_ISA|ONNXRUNTIME|OPERATORS|TEST_\w+)"
+)
 # What Kubernetes sets in every pod for a service whose name begins with "attnserve".
 _LINKS = re.compile(r"ATTNSERVE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_\w+)?)")
 _LINK = re.compile(r"(tcp|udp|sctp)://\S+")

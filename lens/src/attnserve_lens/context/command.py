@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnserve_loadtest import parsing
 from attnserve_loadtest.errors import LoadTestError
-from attnserve_proto.commands import INTERRUPTED, Loading, Progress, values
+from attnserve_proto.commands import INTERRUPTED, Loading, Progress, access_of, add_access, values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--target", type=parsing.target, default="127.0.0.1:8001", metavar="HOST:PORT")
+    add_access(parser)
     add("--model", type=values.name, required=True, metavar="NAME", help="a transformer model")
     add(
         "--seq-lens",
@@ -74,6 +75,7 @@ def run(parsed: argparse.Namespace) -> int:
         seed=parsed.seed,
         filler=parsed.filler.name if parsed.filler else "grammar",
     )
+    access = access_of(parsed, [parsed.target])
     make_folder(parsed.out)
     total = len(settings.seq_lens) * len(settings.depths) * settings.trials
     with Progress(total, "contexts") as progress:
@@ -81,6 +83,7 @@ def run(parsed: argparse.Namespace) -> int:
             parsed.target,
             parsed.model,
             settings,
+            access,
             layers=parsed.layers,
             heads=parsed.heads,
             filler=_sentences(parsed.filler) if parsed.filler else (),

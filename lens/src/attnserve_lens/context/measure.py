@@ -9,6 +9,7 @@ from attnserve_client import AttentionClient, AttnserveError, Model, TokensResul
 from attnserve_loadtest.environment import client_facts, server_facts
 from attnserve_loadtest.errors import LoadTestError
 from attnserve_loadtest.report.schema import Server
+from attnserve_proto.commands import PLAIN, Access
 from numpy.typing import NDArray
 
 from attnserve_lens.context.growth import best, by_length, growth, of_heads
@@ -45,6 +46,7 @@ def run_context(
     target: str,
     name: str,
     settings: ContextSettings,
+    access: Access = PLAIN,
     *,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -58,6 +60,7 @@ def run_context(
         target: `host:port` of the server.
         name: a transformer model.
         settings: lengths, depths, trials.
+        access: how the server is reached.
         layers, heads: 0-based; None is all.
         filler: sentences to take instead of the grammar's.
         timeout: seconds a request.
@@ -71,7 +74,7 @@ def run_context(
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        with AttentionClient(target) as client:
+        with AttentionClient(target, **access.of_client()) as client:
             model = client.get_model(name)
             if model.kind != "transformer":
                 raise LoadTestError(f"model {name} is a {model.kind}; allowed: transformer models")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from attnserve_client import AsyncAttentionClient
+from attnserve_proto.commands import Access
 
 from attnserve_loadtest.load.arrivals import Arrivals
 from attnserve_loadtest.load.generator import new_loop
@@ -34,7 +35,8 @@ def main() -> int:
 
 
 async def _run(asked: dict[str, Any]) -> None:
-    async with AsyncAttentionClient(asked["target"]) as client:
+    access = Access(**asked["access"])
+    async with AsyncAttentionClient(asked["target"], **access.of_client()) as client:
         model = await client.get_model(asked["model"])
         payloads = [
             make_payload(model, seq_len, batch=asked["batch"], seed=asked["seed"])

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 from attnserve_client import AsyncAttentionClient, Model, ResourceExhaustedError, Timings
+from attnserve_proto.commands import PLAIN, Access
 from numpy.typing import NDArray
 
 from attnserve_loadtest.load.plan import Caller, Heard
@@ -35,6 +36,7 @@ class Servers:
         page_tokens: tokens of a page of the servers' KV cache, as they say it.
         timeout: seconds that a request, or a layer of a session, may take.
         seed: of the random inputs.
+        access: how they are reached.
     """
 
     addresses: tuple[str, ...]
@@ -45,6 +47,7 @@ class Servers:
     page_tokens: int = 16
     timeout: float = 30.0
     seed: int = 0
+    access: Access = PLAIN
 
     def connect(self) -> Caller:
         """A caller with a connection to each server."""
@@ -54,7 +57,8 @@ class Servers:
 class _SdkCaller:
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
-        self._clients = [AsyncAttentionClient(address) for address in servers.addresses]
+        access = servers.access.of_client()
+        self._clients = [AsyncAttentionClient(each, **access) for each in servers.addresses]
         self._outstanding = [0] * len(self._clients)
         self._random = random.Random(servers.seed)
         self._payload = lru_cache(_KEPT_PAYLOADS)(self._make_payload)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from attnserve_client import AttentionClient, AttnserveError, Model
+from attnserve_proto.commands import PLAIN, Access
 
 from attnserve_loadtest.environment import client_facts, server_facts
 from attnserve_loadtest.errors import LoadTestError
@@ -56,6 +57,7 @@ def find_servers(
     num_layers: int = 1,
     timeout: float = 30.0,
     seed: int = 0,
+    access: Access = PLAIN,
 ) -> Found:
     """Ask all servers for the models; everything that would be refused is refused here.
 
@@ -68,6 +70,7 @@ def find_servers(
         num_layers: of sessions.
         timeout: seconds that a request may take.
         seed: of the inputs.
+        access: how the servers are reached.
 
     Raises:
         LoadTestError: a server is not there, or does not have such models.
@@ -75,7 +78,7 @@ def find_servers(
     models: list[tuple[Model | None, Model | None]] = []
     facts, pages = [], 16
     for address in addresses:
-        with AttentionClient(address) as client:
+        with AttentionClient(address, **access.of_client()) as client:
             try:
                 within = min(_PREPARING_SECONDS, timeout)
                 info = client.server_info(timeout=within)
@@ -99,7 +102,8 @@ def find_servers(
         facts.append(server_facts(address, info))
     _check_alike(addresses, models)
     single, kept = models[0]
-    servers = Servers(tuple(addresses), single, kept, variant, num_layers, pages, timeout, seed)
+    servers = Servers(tuple(addresses), single, kept, variant, num_layers, pages, timeout, seed,
+                      access)  # fmt: skip
     return Found(servers, tuple(facts))
 
 

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from attnserve_client import Timings
 
@@ -36,6 +37,7 @@ class Source:
             "kind": wanted.arrivals.kind,
             "size": wanted.arrivals.size,
             "number": number,
+            "access": asdict(wanted.access),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "attnserve_loadtest.load.beside"],

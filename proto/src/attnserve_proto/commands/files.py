@@ -6,6 +6,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from attnserve_proto.commands.running import CommandError
 
@@ -48,7 +49,7 @@ def check_file(option: str, path: Path) -> None:
             with tempfile.NamedTemporaryFile(dir=os.path.realpath(path.parent), prefix="."):
                 pass
     except OSError as error:
-        _refuse(option, path, error, "a file in a folder that can be written")
+        refuse_file(option, path, error, "a file in a folder that can be written")
 
 
 def check_folder(option: str, path: Path) -> None:
@@ -64,9 +65,14 @@ def check_folder(option: str, path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=there, prefix="."):
             pass
     except OSError as error:
-        _refuse(option, path, error, "a folder that can be written, or made")
+        refuse_file(option, path, error, "a folder that can be written, or made")
 
 
-def _refuse(option: str, path: Path, error: OSError, allowed: str) -> None:
+def refuse_file(option: str, path: Path, error: OSError, allowed: str) -> NoReturn:
+    """Say which file it is that the system refuses, and what is allowed.
+
+    Raises:
+        CommandError: code 2.
+    """
     reason = error.strerror or str(error)
     raise CommandError(f"{option}: given {path}: {reason}; allowed: {allowed}", 2) from None
