@@ -54,7 +54,10 @@ class AttentionServer:
         self.store = ModelStore(self.plane)
         load = partial(store.load, plane=self.plane, providers=self.providers)
         failed = store.load_all(settings.repository, self.store, load)
-        self.metrics = Metrics(self.plane)
+        self.metrics = Metrics(
+            self.plane,
+            lambda: [(model.manifest.name, model.manifest.version) for model in self.store],
+        )
         changeable = settings.model_control
         catalog = Catalog(settings.repository, self.store, load, failed, changeable=changeable)
         attention = AttentionHandlers(
