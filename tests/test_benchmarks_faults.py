@@ -16,7 +16,7 @@ def run(name: str, tmp_path: Path, *options: str) -> dict[str, Any]:
     """The figures of one, which found nothing wrong."""
     figures = tmp_path / "figures.json"
     command = [sys.executable, str(FAULTS / f"{name}.py"), "--json", str(figures), *options]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     read: dict[str, Any] = json.loads(figures.read_text())
     return read

@@ -6,7 +6,9 @@ given up: by their deadline, or by a cancellation at any moment.
 """
 
 import contextlib
+import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -348,6 +350,14 @@ def export(repository: Path, name: str, *, mask: str = "causal", version: int = 
     command += ["--name", name, "--mask", mask, "--version", str(version)]
     command += ["--num-heads", str(HEADS), "--head-dim", str(DIM)]
     subprocess.run(command, check=True, capture_output=True)
+
+
+def copy_as(version: Path, repository: Path, name: str, number: int) -> None:
+    """Put a version that was exported into a repository, by another name or number."""
+    place = repository / name / str(number)
+    shutil.copytree(version, place)
+    manifest = json.loads((place / "model.json").read_text())
+    (place / "model.json").write_text(json.dumps(manifest | {"name": name, "version": number}))
 
 
 def outcome(tally: Tally) -> dict[str, Any]:

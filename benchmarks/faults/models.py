@@ -122,11 +122,10 @@ def main() -> int:
     tally = mixed.Tally()
     with tempfile.TemporaryDirectory() as folder:
         repository, sources = Path(folder) / "models", Path(folder) / "sources"
-        for name in ("steady", "gone"):
-            mixed.export(repository, name)
         for version, mask in MASKS.items():
             mixed.export(sources, "replaced", mask=mask, version=int(version))
-        shutil.copytree(sources / "replaced" / "1", repository / "replaced" / "1")
+        for name in ("steady", "gone", "replaced"):
+            mixed.copy_as(sources / "replaced" / "1", repository, name, 1)
         plan = [
             (STEADY, mixed.STEADY),
             (REPLACED, (mixed.Caller.attend, mixed.Caller.stream)),
