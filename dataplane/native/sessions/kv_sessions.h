@@ -111,7 +111,8 @@ class KvSessions {
   // Sessions of equal spec, each once: at least one, as requests::plan_step checks what needs no
   // session. Takes their lease anew, as every use does, layers included.
   // Fields in messages: sessions[i].
-  std::shared_ptr<KvStep> begin_step(std::span<const SessionStep> sessions, std::string_view owner);
+  std::shared_ptr<KvStep> begin_step(std::span<const SessionStep> sessions, std::string_view owner,
+                                     bool queries_only = false);
   // A layer that there is. INVALID_ARGUMENT: computed already, or being computed. NOT_FOUND: a
   // session of the step was closed or expired meanwhile; the others are unharmed, and the step to
   // be given up.

@@ -67,7 +67,7 @@ bool same(const OpenSessions& ours, const pb::OpenSessions& theirs) {
 
 bool same(const BeginStep& ours, const pb::BeginStep& theirs) {
   return ours.step_id == theirs.step_id() && same_each(ours.sessions, theirs.sessions()) &&
-         ours.priority == theirs.priority();
+         ours.priority == theirs.priority() && ours.queries_only == theirs.queries_only();
 }
 
 bool same(const AttendLayer& ours, const pb::AttendLayer& theirs) {
