@@ -348,6 +348,39 @@ def test_keys_are_read_again_when_they_change(channel: grpc.Channel, key_file: P
     assert attend(channel, new) is Code.OK
 
 
+def test_a_stream_ends_with_its_token_and_with_the_key_that_signed_it(
+    channel: grpc.Channel, key_file: Path
+) -> None:
+    over = threading.Event()
+
+    def waiting() -> Iterator[pb.AttendStreamRequest]:
+        yield pb.AttendStreamRequest(request_id=1, request=serving.attend_request())
+        over.wait(60)
+
+    def opened(given: str) -> Any:
+        stub = pb_grpc.AttentionServiceStub(channel)
+        call = stub.AttendStream(waiting(), metadata=metadata(given), timeout=60)
+        assert next(call).request_id == 1
+        return call
+
+    key_file.write_text(pem(SIGNERS["ES256"], STRANGER))
+    assert serving.eventually(lambda: attend(channel, token(key=STRANGER)) is Code.OK)
+    try:
+        stays, short = opened(token(jti="stays")), opened(token(exp=int(time.time()) - 28))
+        revoked = opened(token(key=STRANGER, jti="revoked"))
+        assert serving.eventually(lambda: short.done())
+        assert short.code() is Code.UNAUTHENTICATED
+        assert not revoked.done()
+        key_file.write_text(pem(SIGNERS["ES256"]))
+        assert serving.eventually(lambda: revoked.done())
+        assert revoked.code() is Code.UNAUTHENTICATED
+        assert not stays.done()
+    finally:
+        over.set()
+    list(stays)
+    assert stays.code() is Code.OK
+
+
 def test_a_token_that_runs_out_is_good_no_longer(channel: grpc.Channel) -> None:
     # Clocks may differ by 30 s.
     short = token(exp=int(time.time()) - 28)
