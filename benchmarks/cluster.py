@@ -68,7 +68,7 @@ def goodput(seconds: float, rounds: int) -> Section:
     return Section("goodput", rows, [bar], [note])
 
 
-def shards(steps: int, rounds: int) -> Section:
+def shards(repository: Path, steps: int, rounds: int) -> Section:
     """Steps of one token, after 256 of context."""
     generator = np.random.default_rng(0)
     kinds: dict[str, tuple[str, Shards | None]] = {
@@ -78,7 +78,7 @@ def shards(steps: int, rounds: int) -> Section:
         "two servers, by context": ("whole", Shards(2, "context")),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    with _models(whole=HEADS, half=HEADS // 2) as repository, ExitStack() as stack:
+    with ExitStack() as stack:
         servers = [stack.enter_context(attnserve(repository)) for _ in range(2)]
         client = stack.enter_context(AttentionClient([each.address for each in servers]))
         sessions: dict[str, tuple[Session, int]] = {}
@@ -111,12 +111,11 @@ def shards(steps: int, rounds: int) -> Section:
     return Section("shards", rows, bars, notes)
 
 
-def kills(count: int) -> Section:
+def kills(repository: Path, count: int) -> Section:
     """Kill one of three servers under load, start it anew, `count` times."""
     rows: list[Row] = []
     tally = _Tally()
     with (
-        _models(causal=HEADS) as repository,
         _Three(repository) as servers,
         AttentionClient(servers.addresses) as client,
         ThreadPoolExecutor(2 * STEADY_CALLERS) as pool,
@@ -242,7 +241,7 @@ def _call(client: AttentionClient, tally: _Tally, number: int) -> None:
         with tally.lock:
             tally.calls += 1
         try:
-            output = client.attend(*batch, model="causal", timeout=30.0).output
+            output = client.attend(*batch, model="whole", timeout=30.0).output
         except AttnserveError:
             with tally.lock:
                 tally.lost += 1
@@ -261,7 +260,7 @@ def _decode(client: AttentionClient, tally: _Tally, number: int) -> None:
     generator = np.random.default_rng(1000 + number)
     while not tally.stop.is_set():
         try:
-            session = client.session("causal", num_layers=1, max_tokens=512)
+            session = client.session("whole", num_layers=1, max_tokens=512)
         except AttnserveError:
             continue
         tally.sessions[number] = session
@@ -291,14 +290,14 @@ def _closed_loop(client: AttentionClient, seconds: float) -> float:
     query, key, value = (
         each.swapaxes(0, 1)[None] for each in _tensors(generator, HEADS, POSITIONS)
     )
-    client.attend(query, key, value, model="causal")
+    client.attend(query, key, value, model="whole")
     time.sleep(0.5)  # until all servers have said how they are
     end = time.monotonic() + seconds
 
     def call() -> int:
         good = 0
         while (start := time.monotonic()) < end:
-            client.attend(query, key, value, model="causal")
+            client.attend(query, key, value, model="whole")
             good += time.monotonic() - start <= IN_TIME_SECONDS
         return good
 
@@ -328,12 +327,15 @@ def _causal(query: Array, key: Array, value: Array) -> Array:
 
 
 @contextmanager
-def _models(**heads: int) -> Iterator[Path]:
-    """A repository with causal cores of so many heads."""
+def _models(given: Path | None) -> Iterator[Path]:
+    """A repository with causal cores of all heads, `whole`, and of half of them, `half`."""
+    if given is not None:
+        yield given
+        return
     from attnserve_export.cli import main as export
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, count in heads.items():
+        for name, count in (("whole", HEADS), ("half", HEADS // 2)):
             arguments = ["core", "--out", folder, "--name", name, "--mask", "causal"]
             if export([*arguments, "--num-heads", str(count), "--head-dim", str(DIM)]) != 0:
                 raise RuntimeError(f"{name} could not be exported")
@@ -348,19 +350,24 @@ def main() -> int:
     """Run the benchmark; 1 if a section could not be measured."""
     options = _parser().parse_args()
     seconds, rounds, steps = (0.5, 1, 20) if options.quick else (5.0, 3, 200)
-    done, failed = serving_sections.measured(
-        options.sections,
-        {
-            "goodput": lambda: goodput(seconds, rounds),
-            "shards": lambda: shards(steps, 1 if options.quick else 20),
-            "kills": lambda: kills(1 if options.quick else options.kills),
-        },
-    )
+    with _models(options.repository) as models:
+        done, failed = serving_sections.measured(
+            options.sections,
+            {
+                "goodput": lambda: goodput(seconds, rounds),
+                "shards": lambda: shards(models, steps, 1 if options.quick else 20),
+                "kills": lambda: kills(models, 1 if options.quick else options.kills),
+            },
+        )
     return serving_sections.write("cluster", options, done, failed)
 
 
 def _parser() -> Parser:
-    parser = serving_sections.arguments(__doc__ or "", ["goodput", "shards", "kills"])
+    parser = serving_sections.arguments(
+        __doc__ or "",
+        ["goodput", "shards", "kills"],
+        repository="take `whole` and `half` from there, of 8 and of 4 heads of 64",
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help="in seconds: figures say little")
     add("--kills", type=values.integer(1, 10_000), default=50, help="how often (default 50)")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from handmade import attention, write_core
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks/cluster.py"
 
@@ -13,7 +14,11 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks/cluster.py"
 @pytest.mark.slow
 def test_all_sections(tmp_path: Path) -> None:
     report = tmp_path / "cluster.json"
+    repository = tmp_path / "models"
+    for name, num_heads in (("whole", 8), ("half", 4)):
+        write_core(repository, name, attention(num_heads, 64, mask="causal"))
     command = [sys.executable, str(BENCHMARK), "--quick", "--json", str(report)]
+    command += ["--repository", str(repository)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
