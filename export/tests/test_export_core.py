@@ -144,7 +144,7 @@ def test_the_manifest_says_what_is_there(version: Callable[[str], Path]) -> None
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
     names = ["fused", "blocked", "reference", "blocked_sinks", "reference_sinks", "softcap"]
-    names += ["native", "diagnostics", "packed", "packed_diagnostics", "paged"]
+    names += ["native", "diagnostics", "packed", "packed_diagnostics", "packed_weights", "paged"]
     assert [v["name"] for v in manifest["variants"]] == names
     assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
         "blocked", "blocked_sinks", "native", "diagnostics", "packed", "packed_diagnostics",

@@ -84,7 +84,7 @@ def config_of(name: str) -> AttentionConfig:
 
 
 # One has another softcap, the others are for other requests.
-NOT_RUN = ("softcap", "paged", "packed")
+NOT_RUN = ("softcap", "paged", "packed", "packed_weights")
 
 # On both sides of blocks (16 to 128 queries) and of the windows.
 lengths = st.integers(1, 24) | st.sampled_from([127, 128, 129, 150, 260])
@@ -155,7 +155,13 @@ def test_no_variant_of_the_family_is_missing(family: Callable[[str], Path], name
     manifest = json.loads((family(name) / "model.json").read_text())
     config = config_of(name)
     expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
-    expected |= {"packed", "packed_diagnostics", "blocked_sinks", "reference_sinks"}
+    expected |= {
+        "packed",
+        "packed_diagnostics",
+        "packed_weights",
+        "blocked_sinks",
+        "reference_sinks",
+    }
     if not config.softcap and not config.alibi:
         expected.add("fused")
     if has_paged(config):

@@ -1,6 +1,7 @@
 """The calls of a client, whoever waits for them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, Unpack
 
 import grpc
@@ -86,6 +87,13 @@ class ClientFlows(OpeningFlows[S]):
             MemoryError: not enough of the memory shared with the server is free.
         """
         call = _attend.attend_call(query, key, value, **options)
+        result = yield from self._attended(call, timeout)
+        if call.starts is None:
+            return result
+        queries, keys = call.starts
+        return replace(result, cu_seqlens_q=queries, cu_seqlens_k=keys)
+
+    def _attended(self, call: AttendCall, timeout: float | None) -> Flow[AttendResult]:
         if self._memory is not None:
             answer_bytes = self._memory.sharing.answer_bytes(call)
             if answer_bytes is not None:
