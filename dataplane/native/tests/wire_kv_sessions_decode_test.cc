@@ -243,7 +243,7 @@ TEST_CASE("a step of a thousand sessions is taken, and what is far beyond is ref
 
   for (const std::string& part : {field(3, field(2, "")), std::string("\xf8\x07\0", 3)}) {
     std::string why;
-    check_ends_early(part, [&](const std::string& message) { why = refusal_of(message); });
+    check_ends_early(part, [&](const std::string& large) { why = refusal_of(large); });
     CHECK(why.find("of Decode (more than 16384 fields)") != std::string::npos);
   }
   // However they are spread over its lists.
