@@ -46,6 +46,7 @@ LONGEST = (
     "test_loadtest_generator.py",
     "test_loadtest_open_locust.py",
     "test_transformers.py",
+    "test_cluster.py",
     "test_kernels.py",
 )
 

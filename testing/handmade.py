@@ -23,6 +23,7 @@ from attnserve_export.attention.core import (
     CUDNN,
     DOMAIN,
     FLASH,
+    PACKED_CORES,
     AttentionConfig,
     BlockedCore,
     BlockedSinksCore,
@@ -31,8 +32,6 @@ from attnserve_export.attention.core import (
     CudnnCore,
     FlashCore,
     FusedCore,
-    PackedCore,
-    PackedDiagnosticsCore,
     PagedCore,
     SinksCore,
     SoftcapCore,
@@ -42,6 +41,7 @@ from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.packed import packed_attention
+from attnserve_export.attention.packed_layer import packed_layer
 from attnserve_export.attention.paged import paged_attention
 from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.text import exact, joined
@@ -176,7 +176,7 @@ def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.M
     """The graph of one variant of a core model."""
     if spec.core is PagedCore:
         return paged_attention(config, dtype, runtime.MIN_OPSET)
-    if spec.core in (PackedCore, PackedDiagnosticsCore):
+    if spec.core in PACKED_CORES:
         return packed_attention(config, spec.inputs, spec.outputs, dtype, runtime.MIN_OPSET)
     kind, c = _TYPES[dtype], config
     own = [
@@ -196,6 +196,8 @@ def core_graph(config: AttentionConfig, spec: VariantSpec, dtype: str) -> onnx.M
 def _layer_graph(layer: AttentionLayer, spec: VariantSpec) -> onnx.ModelProto:
     if spec.core is PagedCore:
         return paged_layer(layer, "FP32", runtime.MIN_OPSET)
+    if spec.core in PACKED_CORES:
+        return packed_layer(layer, spec.inputs, spec.outputs, "FP32", runtime.MIN_OPSET)
     config, c = layer.config, layer.config.attention
     cross = config.context_dim is not None
     own = [f"float[batch, query_len, {config.embed_dim}] hidden_states"]

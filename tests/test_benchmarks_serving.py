@@ -22,6 +22,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_sections(repository: Path, tmp_path: Path) -> None:
     report, tables, plots = tmp_path / "s.json", tmp_path / "s.md", tmp_path / "plots"
     command = [sys.executable, BENCHMARKS / "serving.py", "--quick", "--repository", repository]

@@ -21,8 +21,9 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
 KNOWN_KEYS = {
-    "build", "command", "deploy", "depends_on", "entrypoint", "environment", "image", "networks",
-    "ports", "profiles", "restart", "stop_grace_period", "volumes",
+    "build", "cap_drop", "command", "deploy", "depends_on", "entrypoint", "environment", "image",
+    "networks", "ports", "profiles", "read_only", "restart", "security_opt", "stop_grace_period",
+    "tmpfs", "volumes",
 }  # fmt: skip
 
 
@@ -68,7 +69,37 @@ def test_what_is_mounted_exists_or_is_made_here() -> None:
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert source in ("./models", "./reports") or (ROOT / source).is_file(), source
+            here = source in ("./models", "./reports") or source in COMPOSE["volumes"]
+            assert here or (ROOT / source).exists(), source
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_no_process_may_do_more_than_it_needs(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_grafana_finds_its_dashboards_and_prometheus() -> None:
+    folder = ROOT / "deploy/grafana"
+    (source,) = yaml.safe_load((folder / "provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "http://prometheus:9090"
+    mounted = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
+    (provider,) = yaml.safe_load((folder / "provisioning/dashboards/attnserve.yml").read_text())[
+        "providers"
+    ]
+    assert provider["options"]["path"] == mounted["./deploy/grafana/dashboards"]
+    first = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (folder / "dashboards" / Path(first).name).is_file()
+    for path in (folder / "dashboards").iterdir():
+        for panel in json.loads(path.read_text())["panels"]:
+            assert {target["datasource"]["uid"] for target in panel["targets"]} == {source["uid"]}
+    rules = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["rule_files"]
+    there = [Path(volume.split(":")[1]).name for volume in SERVICES["prometheus"]["volumes"]]
+    assert set(rules) <= set(there)
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)

@@ -248,7 +248,7 @@ def test_long_inputs_take_no_matrix_unless_weights_are_asked_for(
                     [ids], model="long", return_entropy=True, mass_by_distance=64, mass_on_first=4
                 )
                 assert peak_mib(server.pid) - before < 250
-                assert result.entropy[0].shape == (1, 4, length)
+                assert result.entropy[0].shape == (2, 4, length)
                 np.testing.assert_allclose(result.mass_by_distance[0].sum(-1), length, rtol=1e-4)
                 with pytest.raises(ResourceExhaustedError, match="ask for fewer layers, heads"):
                     client.attend_tokens([ids], model="long", heads=[0])

@@ -60,9 +60,11 @@ def test_both_clients_have_the_same_calls_with_the_same_arguments() -> None:
         assert names == {name for name in dir(other) if not name.startswith("_")}
         for name in names - {"batch", "stream"}:
             each, awaited = getattr(one, name), getattr(other, name)
+            assert each.__doc__
+            if isinstance(each, property):
+                continue
             parameters = inspect.signature(each).parameters
             assert list(parameters) == list(inspect.signature(awaited).parameters)
-            assert each.__doc__
     assert inspect.signature(AttentionClient) == inspect.signature(AsyncAttentionClient)
 
 

@@ -24,6 +24,7 @@ from attnserve_client import (
 )
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
+from plain_server import served, start
 
 Q = np.ones((1, 2, 3, 4), np.float32)
 STORED = StoredTensor("handle", 60.0, Q.shape, Q.dtype)
@@ -42,58 +43,6 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 # Bytes of tensors that "attend" is not above and "chunked" is.
 THRESHOLD = 4 * Q.nbytes
-
-
-class Service(pb_grpc.AttentionServiceServicer):
-    """Answers everything; each call begins with `before`, given the method and its context."""
-
-    def __init__(self, before: Callable[[str, grpc.ServicerContext], None]) -> None:
-        for method, answer in (
-            ("Attend", lambda request: pb.AttendResponse(model=request.model)),
-            ("AttendTokens", lambda request: pb.AttendTokensResponse()),
-            ("PutTensor", lambda requests: pb.StoredTensor(handle=str(len(list(requests))))),
-            ("RenewTensor", lambda request: pb.StoredTensor()),
-            ("DropTensor", lambda request: pb.DropTensorResponse()),
-            ("ListModels", lambda request: pb.ListModelsResponse()),
-            ("GetModel", lambda request: pb.GetModelResponse()),
-            ("ServerInfo", lambda request: pb.ServerInfoResponse()),
-        ):
-            setattr(self, method, self._method(method, before, answer))
-        self._before = before
-
-    @staticmethod
-    def _method(
-        name: str, before: Callable[[str, grpc.ServicerContext], None], answer: Callable[[Any], Any]
-    ) -> Callable[[Any, grpc.ServicerContext], Any]:
-        def method(request: Any, context: grpc.ServicerContext) -> Any:
-            before(name, context)
-            return answer(request)
-
-        return method
-
-    def AttendStream(  # noqa: N802
-        self, requests: Iterator[pb.AttendStreamRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.AttendStreamResponse]:
-        first = next(requests)
-        self._before("AttendStream", context)
-        for _ in requests:
-            pass
-        yield pb.AttendStreamResponse(request_id=first.request_id, response=pb.AttendResponse())
-
-
-def start(before: Callable[[str, Any], None] = lambda *_: None, port: int = 0) -> tuple[Any, int]:
-    server = grpc.server(ThreadPoolExecutor(20))
-    pb_grpc.add_AttentionServiceServicer_to_server(Service(before), server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    return server, bound
-
-
-@contextmanager
-def served(before: Callable[[str, Any], None] = lambda *_: None) -> Iterator[str]:
-    server, port = start(before)
-    yield f"127.0.0.1:{port}"
-    server.stop(0).wait()
 
 
 @contextmanager

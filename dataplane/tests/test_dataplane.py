@@ -75,6 +75,7 @@ def options() -> dict[str, Any]:
         "caller_bytes_in_flight": 0,
         "caller_stored_bytes": 0,
         "caller_sessions": 0,
+        "caller_session_bytes": 0,
         "caller_calls": 0,
         "tls_certificate_chain": None,
         "tls_private_key": None,

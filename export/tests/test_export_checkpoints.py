@@ -74,7 +74,10 @@ def test_minilm_is_what_transformers_makes_of_it(minilm: Path, tmp_path: Path) -
             {"model_type": "bert", "position_embedding_type": "relative_key"},
             "position_embedding_type is 'relative_key'; allowed: 'absolute'",
         ),
-        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention is True"),
+        (
+            {"model_type": "llama", "add_cross_attention": True},
+            "add_cross_attention is True; allowed: not there, for a LlamaModel, which takes no enc",
+        ),
         (
             {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope_scaling.type is 'dynamic'; allowed: 'default' or 'linear' or 'llama3' or 'yarn'",

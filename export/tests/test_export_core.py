@@ -21,6 +21,7 @@ from attnserve_export.attention.variants import FUSED, VariantSpec, core_specs, 
 from attnserve_export.cli import main
 from attnserve_export.reference import BIDIRECTIONAL, CAUSAL, attention_reference
 from attnserve_export.verification import lowest_bias_tolerance
+from handmade import attention, write_core
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -50,32 +51,37 @@ def test_the_reference_is_torchs_attention(
         np.testing.assert_allclose(output, expected.numpy(), atol=1e-12)
 
 
+# Options of `attnserve-export core`.
+CORES = {
+    "wide": "--num-heads 96 --num-kv-heads 32 --head-dim 4 --value-head-dim 5 --mask causal",
+    "half": "--num-heads 6 --num-kv-heads 1 --head-dim 8 --dtype fp16",
+    "one": "--num-heads 6 --num-kv-heads 1 --head-dim 8 --value-head-dim 5",
+}
+
+
 @pytest.fixture(scope="module")
-def repository(
+def version(
     tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
-) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    out = ["--out", str(folder)]
-    wide = ["--num-heads", "96", "--num-kv-heads", "32", "--head-dim", "4"]
-    multi_query = ["--num-heads", "6", "--num-kv-heads", "1", "--head-dim", "8"]
-    export_all(
-        [
-            ["core", *out, "--name", "wide", *wide, "--mask", "causal"],
-            ["core", *out, "--name", "half", *multi_query, "--dtype", "fp16"],
-            ["core", *out, "--name", "one", *multi_query, "--value-head-dim", "5"],
-        ]
-    )
+) -> Callable[[str], Path]:
+    """Where a model is, which is exported when it is first asked for."""
+    out = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        if not (out / name).exists():
+            export_all([["core", "--out", str(out), "--name", name, *CORES[name].split()]])
+        return out / name / "1"
+
     return folder
 
 
 @relaxed
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-@pytest.mark.parametrize("name", ["wide", "one", "half"])
+@pytest.mark.parametrize("name", ["wide", pytest.param("one", marks=pytest.mark.slow), "half"])
 @pytest.mark.parametrize("variant", ["fused", "reference"])
 def test_any_shape_is_within_tolerance(
-    repository: Path, name: str, variant: str, data: st.DataObject, seed: int
+    version: Callable[[str], Path], name: str, variant: str, data: st.DataObject, seed: int
 ) -> None:
-    manifest = json.loads((repository / name / "1/model.json").read_text())
+    manifest = json.loads((version(name) / "model.json").read_text())
     attention = manifest["attention"]
     generator = np.random.default_rng(seed)
     batch, sq, sk = data.draw(st.integers(1, 3)), data.draw(sizes), data.draw(sizes)
@@ -105,7 +111,7 @@ def test_any_shape_is_within_tolerance(
     output, weights = attention_reference(
         **feeds, scheme=CAUSAL if attention["mask"] == "causal" else BIDIRECTIONAL
     )
-    session = _session(repository / name / "1" / _file(manifest, variant))
+    session = _session(version(name) / _file(manifest, variant))
     answers = session.run(None, feeds)
     tolerance = 2e-3 if name == "half" else 2e-6 * np.sqrt(sk)
     tolerance += lowest * lowest_bias_tolerance(manifest["dtype"])
@@ -128,8 +134,8 @@ def _file(manifest: dict, variant: str) -> str:
 
 
 @pytest.mark.needs_library
-def test_the_manifest_says_what_is_there(repository: Path) -> None:
-    folder = repository / "one/1"
+def test_the_manifest_says_what_is_there(version: Callable[[str], Path]) -> None:
+    folder = version("wide")
     manifest = json.loads((folder / "model.json").read_text())
     assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"model.json"}
     for name, entry in manifest["files"].items():
@@ -138,7 +144,7 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
     names = ["fused", "blocked", "reference", "blocked_sinks", "reference_sinks", "softcap"]
-    names += ["native", "diagnostics", "packed", "packed_diagnostics", "paged"]
+    names += ["native", "diagnostics", "packed", "packed_diagnostics", "packed_weights", "paged"]
     assert [v["name"] for v in manifest["variants"]] == names
     assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
         "blocked", "blocked_sinks", "native", "diagnostics", "packed", "packed_diagnostics",
@@ -157,8 +163,8 @@ def test_the_manifest_says_what_is_there(repository: Path) -> None:
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_fused_is_a_single_attention_node(repository: Path) -> None:
-    graph = onnx.load(repository / "one/1/model.onnx").graph
+def test_fused_is_a_single_attention_node(version: Callable[[str], Path]) -> None:
+    graph = onnx.load(version("wide") / "model.onnx").graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("Attention") == 1
     assert "Softmax" not in operators
@@ -185,6 +191,17 @@ def test_a_wrong_graph_is_not_written(
     assert "not written: variant fused: case" in message
     assert "allowed:" in message
     assert not list((tmp_path / "m").rglob("*"))
+
+
+@pytest.fixture
+def fused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports have one variant, where a test is about something else."""
+    for specs in (core_specs, layer_specs):
+
+        def fused(*told: Any, specs: Any = specs, **options: Any) -> dict[str, VariantSpec]:
+            return {"fused": specs(*told, **options)["fused"]}
+
+        monkeypatch.setattr(models, specs.__name__, fused)
 
 
 def _paged_layers_alone(
@@ -254,18 +271,22 @@ def test_which_models_have_pages(config: dict[str, Any], core: bool, layer: bool
     assert ("paged" in layer_specs(attention, "FP32", native=True)) == layer
 
 
+@pytest.mark.usefixtures("fused_alone")
 def test_a_version_is_replaced_only_when_told_to(
-    repository: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["core", "--out", str(repository), "--name", "one", "--num-heads", "2"]
+    for version in (1, 2):
+        write_core(tmp_path, "one", attention(2, 4), version=version)
+    first = (tmp_path / "one/1/model.json").read_bytes()
+    arguments = ["core", "--out", str(tmp_path), "--name", "one", "--num-heads", "2"]
     arguments += ["--head-dim", "4"]
     assert main(arguments) == 2
     assert "is there already" in capsys.readouterr().err
-    assert main([*arguments, "--version", "2"]) == 0
-    assert main([*arguments, "--version", "2", "--overwrite", "--softcap", "3"]) == 0
-    manifest = json.loads((repository / "one/2/model.json").read_text())
-    assert manifest["attention"]["softcap"] == 3
-    assert sorted(path.name for path in (repository / "one").iterdir()) == ["1", "2"]
+    assert main([*arguments, "--version", "2", "--overwrite", "--scale", "3"]) == 0
+    manifest = json.loads((tmp_path / "one/2/model.json").read_text())
+    assert manifest["attention"]["scale"] == 3
+    assert (tmp_path / "one/1/model.json").read_bytes() == first
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +309,7 @@ def test_wrong_arguments_are_named(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("fused_alone")
 def test_a_layers_parameters_come_from_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

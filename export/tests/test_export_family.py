@@ -42,12 +42,14 @@ FAMILY: dict[str, tuple[str, dict]] = {
         "mask": "causal", "softcap": 3.0, "window": 6, "scale": 0.5}),
     "brain": ("--mask causal --alibi --dtype bf16 --window 20", {
         "mask": "causal", "alibi": True, "window": 20}),
-    "half": ("--rotary half --dtype fp16", {"rotary": Rotary("half", 8)}),
-    "sunk": ("--mask causal --window 9 --softcap 4 --sinks=-2,0,1.5,3,0.25,-7", {
-        "mask": "causal", "window": 9, "softcap": 4.0, "sinks": (-2.0, 0.0, 1.5, 3.0, 0.25, -7.0)}),
+    "half": ("--rotary interleaved --rotary-dims 4 --rotary-base 500 --dtype fp16", {
+        "rotary": Rotary("interleaved", 4, 500.0)}),
+    "sunk": ("--mask causal --window 9 --softcap 4 --scale 0.5 --sinks=-2,0,1.5,3,0.25,-7", {
+        "mask": "causal", "window": 9, "softcap": 4.0, "scale": 0.5,
+        "sinks": (-2.0, 0.0, 1.5, 3.0, 0.25, -7.0)}),
 }  # fmt: skip
 # What they have, another has too; `-m slow` has them all.
-SLOW = ("bottom", "both", "alibi")
+SLOW = ("bottom", "window", "both", "ahead", "alibi", "gptj", "gemma")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILY]
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 8, 5
 DTYPES = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -82,7 +84,7 @@ def config_of(name: str) -> AttentionConfig:
 
 
 # One has another softcap, the others are for other requests.
-NOT_RUN = ("softcap", "paged", "packed")
+NOT_RUN = ("softcap", "paged", "packed", "packed_weights")
 
 # On both sides of blocks (16 to 128 queries) and of the windows.
 lengths = st.integers(1, 24) | st.sampled_from([127, 128, 129, 150, 260])
@@ -153,7 +155,13 @@ def test_no_variant_of_the_family_is_missing(family: Callable[[str], Path], name
     manifest = json.loads((family(name) / "model.json").read_text())
     config = config_of(name)
     expected = {"blocked", "reference", "softcap", "native", "diagnostics"}
-    expected |= {"packed", "packed_diagnostics", "blocked_sinks", "reference_sinks"}
+    expected |= {
+        "packed",
+        "packed_diagnostics",
+        "packed_weights",
+        "blocked_sinks",
+        "reference_sinks",
+    }
     if not config.softcap and not config.alibi:
         expected.add("fused")
     if has_paged(config):
@@ -220,12 +228,12 @@ def test_bottom_right_is_torchs_causal_lower_right() -> None:
 def test_tuning_measures_and_the_manifest_says_so(
     family: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = family("window").parents[1]
-    arguments = ["tune", "--out", str(out), "--name", "window", "--seq-lens", "8,64"]
+    out = family("turned").parents[1]
+    arguments = ["tune", "--out", str(out), "--name", "turned", "--seq-lens", "8,64"]
     assert main([*arguments, "--seconds", "0.3"]) == 0
     printed = capsys.readouterr()
     assert "64 positions: " in printed.err
-    manifest = json.loads((family("window") / "model.json").read_text())
+    manifest = json.loads((family("turned") / "model.json").read_text())
     tuned = manifest["tuned"]["CPUExecutionProvider"]
     assert {m["seq_len"] for m in tuned["measurements"]} == {8, 64}
     assert all(m["milliseconds"] > 0 for m in tuned["measurements"])
@@ -240,7 +248,7 @@ def test_tuning_measures_and_the_manifest_says_so(
 def test_tuning_that_is_interrupted_keeps_what_it_measured(
     family: Callable[[str], Path],
 ) -> None:
-    folder = family("window")
+    folder = family("turned")
     before = json.loads((folder / "model.json").read_text())["picks"]["CPUExecutionProvider"]
 
     def interrupt(said: str) -> None:

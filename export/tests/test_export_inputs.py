@@ -3,26 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import transformers
+import typed_inputs
 from architectures import randomize
 from attnserve_export.cli import main
 from attnserve_proto import manifest
 
 Make = Callable[..., Path]
-
-
-def vit(**changed: Any) -> torch.nn.Module:
-    sizes = {"image_size": [24, 16], "patch_size": 8, "num_channels": 3} | changed
-    return transformers.ViTModel(
-        transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                               intermediate_size=24, **sizes), add_pooling_layer=False,
-    )  # fmt: skip
 
 
 def clip_vision() -> torch.nn.Module:
@@ -41,18 +33,6 @@ def dinov2_with_registers() -> torch.nn.Module:
     )  # fmt: skip
 
 
-def whisper() -> torch.nn.Module:
-    return transformers.WhisperModel(
-        transformers.WhisperConfig(
-            vocab_size=50, num_mel_bins=8, d_model=16, encoder_layers=2, decoder_layers=1,
-            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
-            decoder_ffn_dim=24, max_source_positions=14, max_target_positions=24, pad_token_id=0,
-            bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, suppress_tokens=None,
-            begin_suppress_tokens=None,
-        )
-    )  # fmt: skip
-
-
 def export(model: torch.nn.Module, folder: Path, *options: str) -> manifest.Manifest:
     """Random parameters of a size at which each matters, exported."""
     torch.manual_seed(0)
@@ -66,7 +46,7 @@ def export(model: torch.nn.Module, folder: Path, *options: str) -> manifest.Mani
 @pytest.mark.parametrize(
     ("make", "shape", "patches"),
     [
-        (vit, (3, 24, 16), (1, 3, 2)),
+        (typed_inputs.vit, (3, 24, 16), (1, 3, 2)),
         (clip_vision, (3, 24, 24), (1, 3, 3)),
         (dinov2_with_registers, (3, 24, 24), (4, 3, 3)),
     ],
@@ -105,20 +85,18 @@ def test_a_picture_s_patches_are_its_tokens(
     np.testing.assert_allclose(scores.softmax(-1), expected.attentions[1], atol=1e-4)
 
 
-def test_whisper_is_an_encoder_over_frames_and_a_decoder_over_ids(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    model = whisper()
-    (tmp_path / "checkpoint").mkdir()
-    said = {"feature_extractor_type": "WhisperFeatureExtractor", "hop_length": 160}
-    (tmp_path / "checkpoint/preprocessor_config.json").write_text(
-        json.dumps(said | {"mel_filters": [[0.5]]})
-    )
-    found = export(model, tmp_path)
+def test_whisper_is_an_encoder_over_frames_and_a_decoder_over_ids(
+    tmp_path: Path, export_all: Callable[[list[list[str]]], None]
+) -> None:
+    typed_inputs.export(tmp_path, export_all, ["whisper"])
+    said = json.loads((tmp_path / "checkpoints/whisper/preprocessor_config.json").read_text())
+    assert said.pop("mel_filters")
+    found = manifest.read(tmp_path / "models/whisper/1")
     transformer = found.transformer
     assert transformer is not None
     [entry] = transformer.inputs
-    assert (entry.name, entry.shape) == ("input_features", (8, 28))
-    assert (entry.tokens, entry.frames_per_token, entry.patches) == (14, 2, None)
+    assert (entry.name, entry.shape) == ("input_features", (8, 20))
+    assert (entry.tokens, entry.frames_per_token, entry.patches) == (10, 2, None)
     assert entry.preprocessor == said  # filters are computed from the rest
     assert transformer.takes_ids is False
     assert (transformer.vocab_size, transformer.max_seq_len) == (50, 24)
@@ -141,14 +119,10 @@ def test_whisper_is_an_encoder_over_frames_and_a_decoder_over_ids(tmp_path: Path
     ["bert", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3", "t5"))],
 )
 def test_text_models_take_embeddings_too_if_they_are_asked_to(
-    model_type: str, tmp_path: Path
+    model_type: str, tmp_path: Path, export_all: Callable[[list[list[str]]], None]
 ) -> None:
-    import architectures
-
-    architectures.write_checkpoint(model_type, tmp_path / "checkpoint")
-    arguments = ["transformer", "--out", str(tmp_path), "--name", "m", "--inputs-embeds"]
-    assert main([*arguments, "--checkpoint", str(tmp_path / "checkpoint")]) == 0
-    found = manifest.read(tmp_path / "m/1")
+    typed_inputs.export(tmp_path, export_all, [model_type])
+    found = manifest.read(tmp_path / "models" / model_type / "1")
     assert found.transformer is not None
     [entry] = found.transformer.inputs
     assert (entry.name, entry.shape, entry.tokens) == ("inputs_embeds", ("seq_len", 32), None)
@@ -161,8 +135,8 @@ def test_text_models_take_embeddings_too_if_they_are_asked_to(
         "native_embeds": "inputs_embeds",
     }
     # The parameters are there once.
-    sizes = [path.stat().st_size for path in (tmp_path / "m/1").iterdir()]
-    parameters = (tmp_path / "checkpoint/model.safetensors").stat().st_size
+    sizes = [path.stat().st_size for path in (tmp_path / "models" / model_type / "1").iterdir()]
+    parameters = (tmp_path / "checkpoints" / model_type / "model.safetensors").stat().st_size
     assert max(sizes) < 1.5 * parameters + 100_000
 
 
@@ -170,7 +144,7 @@ def test_what_has_no_embeddings_or_no_size_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoint"
-    vit().save_pretrained(folder)
+    typed_inputs.vit().save_pretrained(folder)
     arguments = ["transformer", "--out", str(tmp_path), "--name", "m", "--checkpoint", str(folder)]
     assert main([*arguments, "--inputs-embeds"]) == 2
     assert "--inputs-embeds: given for a model that takes pixel_values" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_a_copy_without_values_shares_none_and_has_all_shapes() -> None:
     assert parameters.count_of(tied) == 12 + 4 + 6
 
 
-@pytest.mark.parametrize("dtype", ["FP32", "FP16"])
+@pytest.mark.parametrize("dtype", ["FP32", pytest.param("FP16", marks=pytest.mark.slow)])
 def test_a_large_model_is_exported_as_a_small_one_is(dtype: str, tmp_path: Path) -> None:
     """Matrices are cast late from 2^18 numbers on: the feed-forward part has such."""
     sizes = {"intermediate_size": 8200, "num_hidden_layers": 1}

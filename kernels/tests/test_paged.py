@@ -433,7 +433,7 @@ def test_a_stop_flag_ends_what_begins_on_its_thread() -> None:
         np.testing.assert_array_equal(array, before[name])
 
 
-@pytest.mark.parametrize("share", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [10, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
 def test_other_instruction_sets_compute_the_same(instruction_set: str, share: int) -> None:
     """The tests above, once more, in a process told to use another implementation."""

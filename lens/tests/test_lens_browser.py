@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from attnserve_client import Timings, TokensResult
+from attnserve_client import AttendResult, Timings, TokensResult
 from attnserve_lens import write_page
 from attnserve_lens.plot import SCALE
 
@@ -44,6 +44,21 @@ CONTRAST = """(() => {
     if (ratio < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) bad.push([ratio, node.data]);
   }
   return JSON.stringify({ count, bad });
+})()"""
+
+
+# What the map frames, as [x, y, width, height], each once.
+FRAMES = """(() => {
+  const frames = new Set(), drawn = CanvasRenderingContext2D.prototype, original = drawn.strokeRect;
+  drawn.strokeRect = function (...box) {
+    if (this.canvas.id === "heatmap") frames.add(JSON.stringify(box.map(Math.round)));
+    original.apply(this, box);
+  };
+  document.getElementById("zoom-all").click();
+  return new Promise((done) => setTimeout(() => {
+    drawn.strokeRect = original;
+    done([...frames].map(JSON.parse));
+  }, 200));
 })()"""
 
 
@@ -369,3 +384,39 @@ def cielab(colours: np.ndarray) -> np.ndarray:
     cubic = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     x, y, z = cubic.T
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+def test_packed_documents_are_framed_and_zoomed_to(browser: "Browser", tmp_path: Path) -> None:
+    size, starts = 30, np.array([0, 9, 9, 30])
+    weights = np.zeros((1, 2, size, size), np.float32)
+    for first, after in ((0, 9), (9, 30)):
+        weights[:, :, first:after, first:after] = 1 / (after - first)
+    packed = AttendResult(
+        "m", "1", "packed_weights", Timings(1, 2, 3, 4, 1), weights=weights,
+        cu_seqlens_q=starts, cu_seqlens_k=starts,
+    )  # fmt: skip
+    browser.open(write_page(packed, tmp_path / "page.html"))
+    drawn(browser)
+    assert "30 keys in 2 documents" in text(browser, ".summary")
+    options = "[...document.querySelectorAll('#document option')].map(each => each.textContent)"
+    assert browser.run(options) == ["all", "0: 9 queries", "1: 21 queries"]
+    browser.run("document.getElementById('heatmap').scrollIntoView()")
+    drawn(browser)
+    # Beside the frames of the whole and of the cross, one around each document: 9 and 21 of 30.
+    frames = browser.run(FRAMES)
+    whole = max(frames, key=lambda frame: frame[2])
+    first, second = (
+        next(frame for frame in frames if abs(frame[2] - share * whole[2]) < 3)
+        for share in (9 / 30, 21 / 30)
+    )
+    assert first[2] == first[3]
+    assert second[2] == second[3]
+    assert (second[0], second[1]) == pytest.approx(
+        (first[0] + first[2], first[1] + first[3]), abs=1
+    )
+    choose(browser, "document", "1")
+    drawn(browser)
+    assert "query 9 “1:0” → key 9 “1:0”" in text(browser, "#map-readout")
+    browser.run("document.getElementById('zoom-all').click()")
+    assert browser.run("document.getElementById('document').value") == "-1"
+    assert browser.errors == []

@@ -46,6 +46,20 @@ def test_amid_work_it_is_an_exception_that_the_work_may_answer() -> None:
     assert run(*lines) == (3, "kept\n", "")
 
 
+def test_an_error_that_a_library_makes_of_it_is_none() -> None:
+    lines = ("def loads():", "  try: ctrl_c()",
+             "  except KeyboardInterrupt: raise ImportError('a')",
+             "def work():", "  try: loads()",
+             "  except ImportError as error: raise RuntimeError('b') from error",
+             "starting.start('p')", "sys.exit(commands.run('p', work))")  # fmt: skip
+    assert run(*lines) == (130, "", SAID)
+    lines = ("def work(): raise RuntimeError('b')", "starting.start('p')",
+             "commands.run('p', work)")  # fmt: skip
+    code, _, said = run(*lines)
+    assert code == 1
+    assert said.endswith("RuntimeError: b\n")
+
+
 def test_a_handler_of_the_works_own_stays() -> None:
     lines = ("def work():", "  signal.signal(signal.SIGINT, lambda *_: print('mine'))",
              "  with commands.Loading(): ctrl_c()", "  return 0",

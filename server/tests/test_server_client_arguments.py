@@ -179,7 +179,9 @@ TOKENS: dict[str, list[Any]] = {
     "timeout": TIMEOUTS,
 }
 TYPES = ["x", 5, NAN, [], {}, [[0]], [[0, "a"]], [[0, 1.5]], [[-1, 0]], [[0, HUGE]], [[0, 0]] * 2]
-READ = dict.fromkeys(("pixel_values", "input_features", "inputs_embeds"), ARRAYS)
+READ = dict.fromkeys(
+    ("pixel_values", "input_features", "inputs_embeds", "encoder_hidden_states"), ARRAYS
+)
 TENSOR = {"tensor": ["handle", 5, None, NAN, {}], "timeout": TIMEOUTS}
 OPTIONS: dict[str, list[Any]] = {
     "target": [5, None, b"127.0.0.1:1", "", [], NAN],
@@ -322,6 +324,7 @@ SERVERS_NAMES = {
     "pixel_values": ("tensors",),
     "input_features": ("tensors",),
     "inputs_embeds": ("tensors",),
+    "encoder_hidden_states": ("tensors",),
     "return_weights_of": ("returns.weights_of",),
 }
 

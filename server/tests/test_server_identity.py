@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import certificates
 import grpc
@@ -19,6 +20,7 @@ import pytest
 import serving
 from attnserve_client import (
     AttentionClient,
+    NotFoundError,
     PermissionDeniedError,
     ResourceExhaustedError,
     UnauthenticatedError,
@@ -324,6 +326,100 @@ def test_make_token_makes_a_token_and_its_line(
         cli.main(["make-token", "a", "--roles", "root"])
 
 
+# Credentials that are withdrawn
+
+
+class _Open:
+    """Streams that have been answered once and wait."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def attend(self, channel: grpc.Channel, metadata: tuple = ()) -> Any:
+        def requests() -> Iterator[pb.AttendStreamRequest]:
+            yield pb.AttendStreamRequest(request_id=1, request=serving.attend_request())
+            self.over.wait(60)
+            yield pb.AttendStreamRequest(request_id=2, request=serving.attend_request())
+
+        stub = pb_grpc.AttentionServiceStub(channel)
+        call = stub.AttendStream(requests(), metadata=metadata, timeout=60)
+        assert next(call).request_id == 1
+        return call
+
+    def decode(self, channel: grpc.Channel, metadata: tuple = ()) -> Any:
+        def requests() -> Iterator[pb.DecodeRequest]:
+            new = pb.OpenSessions(
+                model="causal", num_layers=1, sessions=[pb.NewSession(max_tokens=64)]
+            )
+            yield pb.DecodeRequest(request_id=1, open=new)
+            self.over.wait(60)
+
+        stub = pb_grpc.AttentionServiceStub(channel)
+        call = stub.Decode(requests(), metadata=metadata, timeout=60)
+        assert next(call).opened.sessions
+        return call
+
+
+def test_a_token_that_is_withdrawn_ends_what_it_has_open(repository: Path, tmp_path: Path) -> None:
+    book, streams = Book(tmp_path / "callers"), _Open()
+    for name, roles in (("gone", "infer,sessions"), ("less", "infer,sessions"), ("stays", "infer")):
+        book.add(name, roles)
+    with (
+        serving.serving(repository, callers=book.path) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        gone = book.metadata("gone")
+        ended = [streams.attend(channel, gone), streams.decode(channel, gone)]
+        less = streams.decode(channel, book.metadata("less"))
+        stays = streams.attend(channel, book.metadata("stays"))
+        lines = [line for line in book.path.read_text().splitlines() if "gone" not in line]
+        book.path.write_text("\n".join(lines).replace("less infer,sessions", "less infer"))
+        began = time.monotonic()
+        assert serving.eventually(lambda: all(call.done() for call in [*ended, less]), 20)
+        assert time.monotonic() - began < 5
+        assert [call.code() for call in ended] == [Code.UNAUTHENTICATED] * 2
+        assert "withdrawn" in ended[0].details()
+        assert less.code() is Code.PERMISSION_DENIED
+        assert attend(channel, gone) is Code.UNAUTHENTICATED
+        assert not stays.done()
+        streams.over.set()
+        assert next(stays).request_id == 2
+        assert server.plane.gauges()["inside"] == 0
+
+
+def test_a_certificate_that_is_trusted_no_more_ends_what_it_has_open(
+    repository: Path, tmp_path: Path
+) -> None:
+    first = certificates.Authority(_folder(tmp_path / "first"))
+    second = certificates.Authority(_folder(tmp_path / "second"))
+    own, trusted, streams = first.issue("server"), tmp_path / "trusted.pem", _Open()
+    trusted.write_bytes(first.certificate.read_bytes() + second.certificate.read_bytes())
+    tls = {"tls_certificate": own.certificate, "tls_key": own.key}
+
+    def channel(authority: certificates.Authority, name: str) -> grpc.Channel:
+        shown = grpc.ssl_channel_credentials(
+            first.certificate.read_bytes(), *authority.issue(name).pem()
+        )
+        return grpc.secure_channel(f"127.0.0.1:{server.port}", shown)
+
+    with (
+        serving.serving(repository, tls_client_authorities=trusted, **tls) as server,
+        channel(first, "old") as old,
+        channel(second, "new") as new,
+    ):
+        ended = [streams.attend(old), streams.decode(old)]
+        stays = streams.attend(new)
+        trusted.write_bytes(second.certificate.read_bytes())
+        assert serving.eventually(lambda: all(call.done() for call in ended), 20)
+        assert [call.code() for call in ended] == [Code.UNAUTHENTICATED] * 2
+        assert "trusted" in ended[0].details()
+        assert attend(old) in (Code.UNAVAILABLE, Code.UNAUTHENTICATED)
+        assert not stays.done()
+        assert attend(new) is Code.OK
+        streams.over.set()
+        assert next(stays).request_id == 2
+
+
 # Identity and what is kept
 
 
@@ -346,6 +442,33 @@ def test_sessions_belong_to_the_caller_wherever_it_calls_from(
     close = pb.DecodeRequest(request_id=1, close=pb.CloseSession(session_id=session.session_id))
     assert ask("chat", close).error.code == Code.NOT_FOUND.value[0]
     assert ask("trainer", close).WhichOneof("result") == "done"
+
+
+def test_stored_tensors_belong_to_the_caller_that_stored_them(
+    server: AttentionServer, book: Book
+) -> None:
+    address = f"127.0.0.1:{server.port}"
+    elements = np.ones((1, serving.HEADS, 8, serving.DIM), np.float32)
+
+    def client(name: str) -> AttentionClient:
+        return AttentionClient(address, metadata=dict(book.metadata(name)))
+
+    with client("trainer") as own, client("trainer") as again, client("reader") as foreign:
+        kept = own.put_tensor(elements)
+        calls: list[Callable[[AttentionClient], object]] = [
+            lambda who: who.attend(elements, kept, kept, model="causal"),
+            lambda who: who.renew_tensor(kept),
+            lambda who: who.drop_tensor(kept),
+        ]
+        for call in calls:
+            with pytest.raises(NotFoundError, match="no such tensor is kept"):
+                call(foreign)
+        with foreign.stream() as stream:
+            late = stream.submit(elements, kept, kept, model="causal")
+            with pytest.raises(NotFoundError, match="no such tensor is kept"):
+                late.result(20)
+        for call in calls:
+            call(again)
 
 
 # Certificates
@@ -496,7 +619,7 @@ def bounded(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     book = Book(tmp_path_factory.mktemp("bounded") / "callers")
     book.add("slow", "infer", "requests-per-second=2")
     book.add("few", "infer,sessions", "calls=2", "sessions=3")
-    book.add("small", "infer", "in-flight-mib=1", "stored-mib=1")
+    book.add("small", "infer,sessions", "in-flight-mib=1", "stored-mib=1", "kv-mib=1")
     book.add("free", "infer,sessions")
     with serving.serving(repository, callers=book.path) as running:
         yield running, book
@@ -600,3 +723,42 @@ def test_sessions_at_once(bounded: tuple[AttentionServer, Book]) -> None:
         for session in opened:
             session.close()
         client.session("causal", num_layers=1, max_tokens=16).close()
+
+
+def test_bytes_of_sessions(bounded: tuple[AttentionServer, Book]) -> None:
+    server, book = bounded
+    address = f"127.0.0.1:{server.port}"
+    most = (1 << 20) // (serving.HEADS * serving.DIM * 4 * 2)  # tokens
+    row = np.ones((1, serving.HEADS, serving.DIM), np.float32)
+    with (
+        AttentionClient(address, metadata=dict(book.metadata("small"))) as client,
+        AttentionClient(address, metadata=dict(book.metadata("free"))) as other,
+    ):
+        with pytest.raises(ResourceExhaustedError, match=r"1048576 \(--caller-kv-mib\)") as never:
+            client.session("causal", num_layers=1, max_tokens=most + 1)
+        assert never.value.retry_after is None
+        half = client.session("causal", num_layers=1, max_tokens=most // 2)
+        # Not reserved, it is claimed step by step.
+        growing = client.session(
+            "causal", num_layers=1, max_tokens=most, reserved_tokens=most // 2 - 16
+        )
+        rows = np.repeat(row, most // 2 - 16, 0)
+        growing.attend(0, rows, rows, rows)
+        few = np.repeat(row, 16, 0)
+        growing.attend(0, few, few, few)
+        with pytest.raises(
+            ResourceExhaustedError, match=r"sessions: .* \(--caller-kv-mib\)"
+        ) as full:
+            growing.attend(0, row, row, row, timeout=1)
+        assert full.value.retry_after is not None
+        with other.session("causal", num_layers=1, max_tokens=2 * most):
+            pass
+        half.close()
+        growing.attend(0, row, row, row)
+        growing.close()
+        client.session("causal", num_layers=1, max_tokens=most, lease=0.2)
+        with pytest.raises(ResourceExhaustedError):
+            client.session("causal", num_layers=1, max_tokens=most, timeout=0.05)
+        # Back when the lease has run out.
+        time.sleep(0.25)
+        client.session("causal", num_layers=1, max_tokens=most).close()

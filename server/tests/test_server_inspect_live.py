@@ -123,6 +123,39 @@ def test_another_text_and_a_pair_follow_on_the_same_page(browser: "Browser", pag
     assert browser.errors == []
 
 
+def test_documents_are_blocks_that_do_not_see_each_other(
+    browser: "Browser", page: str, client: AttentionClient
+) -> None:
+    opened(browser, page)
+    ready(browser, "w1 w2 w3\n---\nw5\n--- \n\n---\nw7 w8")
+    shown = browser.run("[...document.querySelectorAll('#queries li')].map(e => e.textContent)")
+    texts = ["w1 w2 w3", "w5", "w7 w8"]
+    found = client.attend_tokens(texts, model="bert", return_weights=True)
+    assert [text.strip() for text in shown] == [each for row in found.tokens for each in row]
+    options = "[...document.querySelectorAll('#document option')].map(each => each.textContent)"
+    sizes = [len(tokens) for tokens in found.tokens]
+    assert browser.run(options) == [
+        "all",
+        *(f"{n}: {size} queries" for n, size in enumerate(sizes)),
+    ]
+    # Each head's number is the mean over the queries of all documents.
+    by_query = []
+    for weights in found.weights:
+        logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+        by_query.append(np.exp(-(weights * logs).sum(-1)))
+    effective = np.concatenate(by_query, axis=-1).mean(-1).ravel()
+    numbers = browser.run(
+        "[...document.querySelectorAll('#grid .number')].map(e => +e.textContent)"
+    )
+    assert numbers == pytest.approx(effective.tolist(), abs=0.06)
+    assert browser.errors == []
+    browser.run("document.getElementById('ask-pair').value = 'w9';")
+    browser.run("document.getElementById('ask').requestSubmit(); 0")
+    wait(browser, "document.getElementById('ask-status').classList.contains('warning')")
+    said = browser.run("document.getElementById('ask-status').textContent")
+    assert said == "text: 3 documents; allowed: one, as one of a pair"
+
+
 def test_layers_come_when_they_are_looked_at(browser: "Browser", page: str) -> None:
     opened(browser, page)
     ready(browser, "w1 w2 w3")

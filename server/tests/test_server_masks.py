@@ -9,9 +9,17 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 from attnserve_client import AsyncAttentionClient, AttentionClient, InvalidArgumentError
-from attnserve_export.reference import CAUSAL, attention_reference, packed_reference
+from attnserve_export.attention.layer import AttentionLayer, LayerConfig
+from attnserve_export.models import seeded, seeded_multihead
+from attnserve_export.reference import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    attention_reference,
+    packed_reference,
+)
 from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import attention_pb2_grpc as pb_grpc
+from handmade import attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
@@ -182,6 +190,71 @@ def test_packed_sequences_are_diagnosed_one_by_one(client: AttentionClient) -> N
 
 
 @pytest.mark.needs_library
+def test_weights_of_packed_sequences_are_those_of_each(client: AttentionClient) -> None:
+    q, k, v = tensors(1, 30, 30, 9)
+    starts = [0, 11, 11, 30]
+    output, weights, log_sum_exp = packed_reference(q, k, v, starts, starts, scheme=CAUSAL)
+    said = client.attend(
+        q, k, v, model="causal", cu_seqlens_q=starts, return_weights=True, return_entropy=True,
+        return_log_sum_exp=True, mass_by_distance=4,
+    )  # fmt: skip
+    assert said.variant == "packed_weights"
+    np.testing.assert_array_equal(said.cu_seqlens_k, starts)
+    for found, expected in ((said.output, output), (said.weights, weights)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(said.log_sum_exp, log_sum_exp, atol=1e-5)
+    assert said.mass_by_distance.shape == (3, HEADS, 4)
+    logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    np.testing.assert_allclose(said.entropy, -(weights * logs).sum(axis=-1), atol=1e-5)
+    np.testing.assert_allclose(
+        said.mass_by_distance.sum(axis=-1), np.array([[11, 0, 19]] * HEADS).T, rtol=1e-5
+    )
+    forced = client.attend(
+        q, k, v, model="causal", cu_seqlens_q=starts, variant="packed_weights", mass_by_distance=4
+    )
+    np.testing.assert_array_equal(forced.mass_by_distance, said.mass_by_distance)
+
+
+@relaxed
+@given(
+    count=st.integers(1, 5),
+    query_len=st.integers(1, 60),
+    key_len=st.integers(1, 60),
+    model=st.sampled_from(["self", "cross"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@pytest.mark.needs_library
+def test_layers_take_packed_sequences(
+    client: AttentionClient, count: int, query_len: int, key_len: int, model: str, seed: int
+) -> None:
+    cross, generator = model == "cross", np.random.default_rng(seed)
+    hidden = generator.standard_normal((1, query_len, 32), np.float32)
+    context = generator.standard_normal((1, key_len, 24), np.float32)
+    queries = keys = starts(generator, count, query_len)
+    given: dict[str, Any] = {"hidden_states": hidden, "cu_seqlens_q": queries}
+    if cross:
+        keys = starts(generator, count, key_len)
+        given |= {"context": context, "cu_seqlens_k": keys}
+    said = client.attend(model=model, return_weights=True, **given)
+    # What conftest.py writes.
+    if cross:
+        multihead = seeded_multihead(32, 4, 24, bias_terms=True, seed=3)
+        layer = AttentionLayer.of_multihead(multihead, "cross").double()
+    else:
+        config = LayerConfig(attention(4, 8, mask="causal"), embed_dim=32, context_dim=None)
+        layer = seeded(AttentionLayer, config, 3).double()
+    with torch.no_grad():
+        exact = [torch.from_numpy(each).double() for each in (hidden, context if cross else hidden)]
+        q, k, v = (heads.numpy() for heads in layer.heads(*exact))
+        output, weights, _ = packed_reference(
+            q, k, v, queries, keys, scheme=BIDIRECTIONAL if cross else CAUSAL
+        )
+        merged = layer.merge(torch.from_numpy(output)).numpy()
+    np.testing.assert_allclose(said.output, merged, atol=1e-4)
+    np.testing.assert_allclose(said.weights, weights, atol=1e-5)
+
+
+@pytest.mark.needs_library
 def test_streams_and_asyncio_take_them_too(client: AttentionClient, address: str) -> None:
     q, k, v = tensors(1, 40, 40, 7)
     given: dict[str, Any] = {"cu_seqlens_q": [0, 3, 40], "prefix_lengths": [2, 20]}
@@ -276,9 +349,6 @@ def test_a_byte_that_is_no_truth_value_is_refused(channel: grpc.Channel) -> None
 
 UNABLE: dict[str, tuple[str, dict, str]] = {
     "no prefixes": ("grouped", {"prefix_lengths": [1]}, "it takes no prefix_lengths"),
-    "no weights": (
-        "causal", {"cu_seqlens_q": [0, 9], "return_weights": True}, "no single variant",
-    ),
     "not packed": ("causal", {"variant": "packed"}, "it needs cu_seqlens_q"),
     "not for packed": (
         "causal", {"variant": "native", "cu_seqlens_q": [0, 9]}, "it takes no cu_seqlens_q",

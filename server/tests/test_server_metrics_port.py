@@ -9,12 +9,16 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import serving
+import tritonclient.grpc as triton
 from attnserve_server import callers, metrics_http
 from attnserve_server.app import AttentionServer
 from attnserve_server.metrics_http import MetricsServer
 from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,16 @@ def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int,
         return answer.status, answer.read()
     finally:
         connection.close()
+
+
+def samples(port: int) -> dict[tuple[str, ...], float]:
+    """What is counted now, by name and values of labels."""
+    families = text_string_to_metric_families(ask(port, "/metrics")[1].decode())
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def raw(port: int, sent: bytes) -> bytes:
@@ -162,3 +176,37 @@ def test_where_callers_are_identified_metrics_are_for_this_machine_and_for_admin
             assert ask(elsewhere.port, "/metrics", Authorization=said)[0] == status
         assert ask(elsewhere.port, "/metrics", Authorization="Bearer x")[0] == 401
         elsewhere.stop()
+
+
+def test_what_tritons_users_look_for_is_what_its_statistics_say(server: AttentionServer) -> None:
+    port = server.metrics_port
+    assert port is not None
+    with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        _, num_heads, _, head_dim = client.get_model_metadata("causal").inputs[0].shape
+        inputs = [
+            triton.InferInput(name, [2, num_heads, 5, head_dim], "FP32")
+            for name in ("query", "key", "value")
+        ]
+        for each in inputs:
+            each.set_data_from_numpy(np.ones(each.shape(), np.float32))
+        for _ in range(3):
+            client.infer("causal", inputs)
+        with pytest.raises(InferenceServerException):
+            client.infer("causal", inputs[:2])
+        (counted,) = client.get_inference_statistics("causal").model_stats
+    found = samples(port)
+    told = counted.inference_stats
+    for name, expected in {
+        "nv_inference_request_success": 3,
+        "nv_inference_request_failure": 1,
+        "nv_inference_count": 6,
+        "nv_inference_exec_count": counted.execution_count,
+        "nv_inference_request_duration_us": told.success.ns / 1000,
+        "nv_inference_queue_duration_us": told.queue.ns / 1000,
+        "nv_inference_compute_input_duration_us": told.compute_input.ns / 1000,
+        "nv_inference_compute_infer_duration_us": told.compute_infer.ns / 1000,
+        "nv_inference_compute_output_duration_us": told.compute_output.ns / 1000,
+    }.items():
+        assert found[name, "causal", "1"] == pytest.approx(expected, rel=1e-9), name
+    assert found["process_resident_memory_bytes",] > 1e6
+    assert found["process_open_fds",] > 3

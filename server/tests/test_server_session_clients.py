@@ -193,8 +193,8 @@ def test_asyncio_has_sessions_streams_and_shared_memory(server: AttentionServer)
                 refused = stream.submit(query, key, value, model="nope")
                 with pytest.raises(LookupError):
                     await refused
-            assert client._sharing is not None
-            assert client._sharing.arena.offset_of(shared.output) is not None
+            assert client._sharing_now() is not None
+            assert client._sharing_now().arena.offset_of(shared.output) is not None
             for result in results:
                 np.testing.assert_array_equal(result.output, shared.output)
             with pytest.raises((RuntimeError, CancelledError)):
@@ -212,8 +212,8 @@ def test_long_chunks_of_a_session_lie_in_shared_memory(server: AttentionServer) 
         one, other = (
             client.sessions(2, "core", num_layers=1, max_tokens=4096) for client in (plain, sharing)
         )
-        assert sharing._sharing is not None
-        arena = sharing._sharing.arena
+        assert sharing._sharing_now() is not None
+        arena = sharing._sharing_now().arena
         with plain.batch(one) as sent, sharing.batch(other) as shared:
             for counts in ((700, 500), (1, 2), (600, 900)):
                 lists = [list(each) for each in zip(*map(heads_of, counts), strict=True)]
@@ -238,7 +238,7 @@ def test_long_chunks_of_a_session_lie_in_shared_memory(server: AttentionServer) 
                         assert array.flags.writeable
                         assert (arena.offset_of(array) is not None) == (sum(counts) > 100)
                 # What a server knows no more is registered again.
-                _, region = sharing._sharing.known()
+                _, region = sharing._sharing_now().known()
                 if region is not None:
-                    sharing._transport.unregister_now(region)
+                    sharing._server_to_stay().transport.unregister_now(region)
         assert [session.length for session in other] == [1301, 1402]

@@ -367,7 +367,7 @@ def test_a_lost_connection_costs_the_step_and_not_the_session(client: AttentionC
     with client.session("llama", num_layers=2, max_tokens=64) as session:
         step(session, plain, 5)
         session.attend(0, *random(3))
-        client._streams.get()._call.cancel()
+        session._connection.streams.get()._call.cancel()
         with pytest.raises(AttnserveError, match=r"its sessions are there, of lengths \[5\]"):
             session.attend(1, *random(3))
         step(session, plain, 2)

@@ -76,7 +76,7 @@ def test_layers_and_stored_tensors_work_beside_it(
 
 
 def test_arrays_in_shared_memory_are_not_copied(sharing: AttentionClient) -> None:
-    arena = sharing._sharing.arena
+    arena = sharing._sharing_now().arena
     made = sharing.shared_empty((1, 4, 64, 8))
     made[...] = 1
     offset = arena.offset_of(made)
@@ -135,7 +135,7 @@ def test_an_answer_that_comes_too_late_overwrites_nothing(
             time.sleep(0.01)
         assert all((other == 1).all() for other in others)
         # What was made before can still be used.
-        assert sharing._sharing.arena.offset_of(query) is None
+        assert sharing._sharing_now().arena.offset_of(query) is None
         np.testing.assert_array_equal(sharing.attend(*small, model="causal").output, before)
         sharing.attend(query[:1], key[:1], value[:1], model="causal")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import randomize, write_checkpoint
+import typed_inputs
 from attnserve_client import (
     AsyncAttentionClient,
     AttentionClient,
@@ -35,42 +35,7 @@ ExportAll = Callable[[list[list[str]]], None]
 def folder(tmp_path_factory: pytest.TempPathFactory, export_all: ExportAll) -> Path:
     """A ViT, a Whisper and a BERT that takes embeddings, each tiny and random."""
     folder = tmp_path_factory.mktemp("tensors")
-    torch.manual_seed(2)
-    vit = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        image_size=[24, 16], patch_size=8,
-    )  # fmt: skip
-    whisper = transformers.WhisperConfig(
-        vocab_size=50, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
-        decoder_ffn_dim=24, max_source_positions=10, max_target_positions=24, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )  # fmt: skip
-    for name, model in (
-        ("vit", transformers.ViTModel(vit, add_pooling_layer=False)),
-        ("whisper", transformers.WhisperModel(whisper)),
-    ):
-        randomize(model)
-        model.save_pretrained(folder / "checkpoints" / name)
-    made_by = {
-        "vit": transformers.ViTImageProcessor(size={"height": 24, "width": 16}),
-        "whisper": transformers.WhisperFeatureExtractor(
-            feature_size=8, hop_length=800, chunk_length=1, n_fft=1600
-        ),
-    }
-    for name, processor in made_by.items():
-        processor.save_pretrained(folder / "checkpoints" / name)
-    write_checkpoint("bert", folder / "checkpoints/bert")
-    export_all(
-        [
-            [
-                "transformer", "--out", str(folder / "models"), "--name", name,
-                "--checkpoint", str(folder / "checkpoints" / name), *more,
-            ]
-            for name, more in (("vit", []), ("whisper", []), ("bert", ["--inputs-embeds"]))
-        ]
-    )  # fmt: skip
+    typed_inputs.export(folder, export_all)
     return folder
 
 

@@ -37,6 +37,7 @@ SIGNERS: dict[str, Any] = {
 }
 SIGNERS["PS256"] = SIGNERS["RS256"]
 STRANGER = ec.generate_private_key(ec.SECP256R1())
+YEAR_2000, YEAR_2100 = 946_684_800, 4_102_444_800
 Code = grpc.StatusCode
 
 
@@ -96,9 +97,9 @@ def test_good_tokens(algorithm: str, keys: tuple[web_tokens.PublicKey, ...]) -> 
 @pytest.mark.parametrize(
     ("others", "said"),
     [
-        ({"exp": int(time.time()) - 60}, "has run out"),
-        ({"nbf": int(time.time()) + 600}, "is not good yet"),
-        ({"iat": int(time.time()) + 600}, "is not good yet"),
+        ({"exp": YEAR_2000}, "has run out"),
+        ({"nbf": YEAR_2100}, "is not good yet"),
+        ({"iat": YEAR_2100}, "is not good yet"),
         ({"aud": "others"}, "another audience"),
         ({"iss": "https://others.example"}, "another issuer"),
         ({"exp": None}, "lacks one of"),
@@ -345,6 +346,39 @@ def test_keys_are_read_again_when_they_change(channel: grpc.Channel, key_file: P
     key_file.write_text(pem(SIGNERS["ES256"], STRANGER))
     assert serving.eventually(lambda: attend(channel, old) is Code.OK)
     assert attend(channel, new) is Code.OK
+
+
+def test_a_stream_ends_with_its_token_and_with_the_key_that_signed_it(
+    channel: grpc.Channel, key_file: Path
+) -> None:
+    over = threading.Event()
+
+    def waiting() -> Iterator[pb.AttendStreamRequest]:
+        yield pb.AttendStreamRequest(request_id=1, request=serving.attend_request())
+        over.wait(60)
+
+    def opened(given: str) -> Any:
+        stub = pb_grpc.AttentionServiceStub(channel)
+        call = stub.AttendStream(waiting(), metadata=metadata(given), timeout=60)
+        assert next(call).request_id == 1
+        return call
+
+    key_file.write_text(pem(SIGNERS["ES256"], STRANGER))
+    assert serving.eventually(lambda: attend(channel, token(key=STRANGER)) is Code.OK)
+    try:
+        stays, short = opened(token(jti="stays")), opened(token(exp=int(time.time()) - 28))
+        revoked = opened(token(key=STRANGER, jti="revoked"))
+        assert serving.eventually(lambda: short.done())
+        assert short.code() is Code.UNAUTHENTICATED
+        assert not revoked.done()
+        key_file.write_text(pem(SIGNERS["ES256"]))
+        assert serving.eventually(lambda: revoked.done())
+        assert revoked.code() is Code.UNAUTHENTICATED
+        assert not stays.done()
+    finally:
+        over.set()
+    list(stays)
+    assert stays.code() is Code.OK
 
 
 def test_a_token_that_runs_out_is_good_no_longer(channel: grpc.Channel) -> None:

@@ -1,5 +1,6 @@
 """The asyncio client."""
 
+import asyncio
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, Unpack
@@ -11,43 +12,41 @@ from attnserve_client._async_session_stream import AsyncSessionStream
 from attnserve_client._async_stream import AsyncAttendStream
 from attnserve_client._async_transport import AsyncTransport
 from attnserve_client._client_flows import ClientFlows
-from attnserve_client._flows import AsyncRunner, awaited
+from attnserve_client._cluster_watch import addresses_of
+from attnserve_client._flows import AsyncRunner, Flow, awaited
+from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStreams
 from attnserve_client._sessions import AsyncBatch, AsyncSession
-from attnserve_client._settings import ClientOptions, settings
-from attnserve_client._sharing import SharedArrays, Sharing
+from attnserve_client._settings import ClientOptions, ClientSettings, settings
+from attnserve_client._sharing import Sharing
 from attnserve_client._sharing_flows import SharingFlows
+from attnserve_client._targets import Target, Targeted
 
 
-class AsyncAttentionClient(SharedArrays):
+class AsyncAttentionClient(Targeted[AsyncSession]):
     """Calls an attnserve server from asyncio; many calls may be under way at once.
 
     Its arguments are those of `AttentionClient`, and so are its calls, which are awaited.
     """
 
-    def __init__(self, target: str, **options: Unpack[ClientOptions]) -> None:
-        given = settings(target, **options)
-        channel_options = given.channel_options
-        self._channel = (
-            grpc.aio.secure_channel(target, given.credentials, channel_options, given.compression)
-            if given.credentials
-            else grpc.aio.insecure_channel(target, channel_options, given.compression)
-        )
-        self._runner = AsyncRunner()
-        self._transport = AsyncTransport(self._channel, given.metadata)
-        self._streams = SessionStreams(lambda: AsyncSessionStream(self._transport.decode_call))
-        shared = given.shared_memory_bytes
-        super().__init__(None if shared is None else Sharing(shared))
-        memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
-        self._connection = Connection(self._streams, self._runner, memory)
-        self._flows = ClientFlows(
-            self._transport,
-            given.stream_threshold_bytes,
-            memory,
-            self._connection,
-            AsyncSession,
-        )
+    def __init__(self, target: Target, **options: Unpack[ClientOptions]) -> None:
+        given = settings(**options)
+        self._runner = runner = AsyncRunner()
+        self._tasks: set[asyncio.Task[None]] = set()  # that nobody else holds
+
+        def reach(address: str, *, authority: str | None = None) -> Server[AsyncSession]:
+            return _server(address, authority, given, runner)
+
+        def start(flow: Flow[None]) -> None:
+            task = asyncio.ensure_future(runner.run(flow))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        async def look_up(host: str, port: int) -> list[str]:
+            return await asyncio.to_thread(addresses_of, host, port)
+
+        super().__init__(target, reach, start, look_up)
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,10 +62,8 @@ class AsyncAttentionClient(SharedArrays):
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled. Arrays live on."""
         self._runner.close()
-        self._streams.close()
-        if self._sharing is not None and (region := self._sharing.close()) is not None:
-            await self._transport.unregister_now(region)
-        await self._channel.close(None)
+        for server in self._to_close():
+            await server.close()
 
     attend = awaited(ClientFlows.attend)
 
@@ -79,7 +76,10 @@ class AsyncAttentionClient(SharedArrays):
             timeout: seconds that the whole stream may last; None is unlimited.
         """
         lasting = arguments.seconds("timeout", timeout)
-        return AsyncAttendStream(self._transport.attend_stream, timeout=lasting)
+        server = self._server_to_stay()
+        stream = AsyncAttendStream(server.transport.attend_stream, timeout=lasting)
+        server.connection.held.add(stream)
+        return stream
 
     put_tensor = awaited(ClientFlows.put_tensor)
     renew_tensor = awaited(ClientFlows.renew_tensor)
@@ -93,7 +93,7 @@ class AsyncAttentionClient(SharedArrays):
 
         Use it in `async with`: a step that has not ended then is abandoned.
         """
-        return AsyncBatch(self._connection, sessions)
+        return AsyncBatch(self._runner, sessions)
 
     save = awaited(ClientFlows[AsyncSession].save)
     load = awaited(ClientFlows[AsyncSession].load)
@@ -102,3 +102,34 @@ class AsyncAttentionClient(SharedArrays):
     list_models = awaited(ClientFlows.list_models)
     get_model = awaited(ClientFlows.get_model)
     server_info = awaited(ClientFlows.server_info)
+
+
+def _server(
+    address: str, authority: str | None, given: ClientSettings, runner: AsyncRunner
+) -> Server[AsyncSession]:
+    """What reaches a server; `authority`: the name that it goes by, None: the address."""
+    channel_options = given.channel_options(address, authority)
+    channel = (
+        grpc.aio.secure_channel(address, given.credentials, channel_options, given.compression)
+        if given.credentials
+        else grpc.aio.insecure_channel(address, channel_options, given.compression)
+    )
+    transport = AsyncTransport(channel, given.metadata)
+    streams = SessionStreams(lambda: AsyncSessionStream(transport.decode_call))
+    shared = given.shared_memory_bytes
+    sharing = None if shared is None else Sharing(shared)
+    memory = None if sharing is None else SharingFlows(sharing, transport)
+    connection = Connection(streams, runner, memory)
+    threshold = given.stream_threshold_bytes
+    flows, once = (
+        ClientFlows(transport, threshold, memory, connection, AsyncSession, patient=patient)
+        for patient in (True, False)
+    )
+
+    async def close() -> None:
+        streams.close()
+        if sharing is not None and (region := sharing.close()) is not None:
+            await transport.unregister_now(region)
+        await channel.close(None)
+
+    return Server(address, transport, connection, sharing, flows, once, close)

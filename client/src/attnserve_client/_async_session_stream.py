@@ -47,7 +47,7 @@ class AsyncSessionStream:
         return await self._answer(await self.begin(make), read, timeout)
 
     async def begin(self, make: Callable[[int], bytes]) -> int:
-        """Send the first part of a request; as `SessionStream.begin`."""
+        """Send a request, or its first part; as `SessionStream.begin`."""
         if self._failure is not None:
             raise self._failure
         request_id = self._last_id + 1
@@ -71,6 +71,10 @@ class AsyncSessionStream:
             self.drop(begun)
             raise
         self._outgoing.put_nowait(message)
+        return await self._answer(begun, read, timeout)
+
+    async def answer(self, begun: int, read: Callable[[bytes], T], timeout: float | None) -> T:
+        """Await what answers a request that `begin` sent whole; as `exchange`."""
         return await self._answer(begun, read, timeout)
 
     def drop(self, begun: int) -> None:

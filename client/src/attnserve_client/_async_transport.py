@@ -35,6 +35,7 @@ class AsyncTransport:
         self._attend_stream = channel.stream_stream(
             _channel.method_path("AttendStream"), None, None
         )
+        self._health = channel.unary_unary(_channel.HEALTH_CHECK, None, None)
         self._put_tensor = channel.stream_unary(_channel.method_path("PutTensor"), None, None)
         self._decode = channel.stream_stream(_channel.method_path(METHOD), None, None)
         self._tasks: set[asyncio.Task[None]] = set()  # that nobody else holds
@@ -42,6 +43,10 @@ class AsyncTransport:
     def unary(self, method: str, request: Any, left: float | None) -> Any:
         """Call a method of one request and one answer."""
         return getattr(self._stub, method)(request, timeout=left, metadata=self._metadata)
+
+    def health(self, left: float | None) -> Any:
+        """Ask whether the server serves; gives a HealthCheckResponse, as bytes."""
+        return self._health(b"", timeout=left, metadata=self._metadata)
 
     def attend(self, request: bytes, left: float | None) -> Any:
         """Call Attend, with and for bytes."""

@@ -136,6 +136,14 @@ class AttendCall:
         every: dict[str, Array | StoredTensor] = {**self.tensors, **self.stored}
         return {name: (tensor.shape, tensor.dtype.itemsize) for name, tensor in every.items()}
 
+    @property
+    def starts(self) -> "tuple[Array, Array] | None":
+        """Where each packed sequence begins, in queries and in keys; None: it is not known."""
+        queries = self.tensors.get("cu_seqlens_q")
+        if queries is None or "cu_seqlens_k" in self.stored:
+            return None
+        return queries, self.tensors.get("cu_seqlens_k", queries)
+
     def to_bytes(self) -> bytes:
         """The whole request as one message."""
         return self.plan.message.fill(list(self.tensors.values()))

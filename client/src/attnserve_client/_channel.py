@@ -12,6 +12,9 @@ CHUNK_BYTES = 1 << 20
 # Memory to share with a server on the same host, unless told otherwise.
 SHARED_MEMORY_BYTES = 1 << 30
 
+# https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+
 SERVICE = "attnserve.v1.AttentionService"
 
 CHANNEL_OPTIONS: list[tuple[str, str | int]] = [

@@ -1,5 +1,6 @@
 """The blocking client."""
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, Unpack
@@ -9,14 +10,17 @@ import grpc.experimental
 
 from attnserve_client import _arguments as arguments
 from attnserve_client._client_flows import ClientFlows
-from attnserve_client._flows import Runner, blocking
+from attnserve_client._cluster_watch import addresses_of
+from attnserve_client._flows import Flow, Runner, blocking
+from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStream, SessionStreams
 from attnserve_client._sessions import Batch, Session
-from attnserve_client._settings import ClientOptions, settings
-from attnserve_client._sharing import SharedArrays, Sharing
+from attnserve_client._settings import ClientOptions, ClientSettings, settings
+from attnserve_client._sharing import Sharing
 from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._stream import AttendStream
+from attnserve_client._targets import Target, Targeted
 from attnserve_client._transport import BlockingTransport
 
 # The answers to a single message are read by the thread that sent it, not by one that wakes it.
@@ -25,11 +29,12 @@ _ANSWERS_READ_BY_CALLER: list[tuple[str, str | int]] = [
 ]
 
 
-class AttentionClient(SharedArrays):
+class AttentionClient(Targeted[Session]):
     """Calls an attnserve server. Safe to share between threads; close it, or use it in `with`.
 
     Args:
-        target: `host:port`, or any target that grpc understands.
+        target: `host:port`, or any target that grpc understands. A list of them: several servers
+            (docs/cluster.md), as are all addresses behind the name of `dns:///name:port`.
         options: credentials, metadata, shared memory and more: see `ClientOptions`.
 
     All calls but those of a stream are repeated, with growing pauses, while no server answers them
@@ -40,24 +45,19 @@ class AttentionClient(SharedArrays):
     every target but those on this host's loopback and Unix sockets.
     """
 
-    def __init__(self, target: str, **options: Unpack[ClientOptions]) -> None:
-        given = settings(target, **options)
-        channel_options = [*given.channel_options, *_ANSWERS_READ_BY_CALLER]
-        self._channel = (
-            grpc.secure_channel(target, given.credentials, channel_options, given.compression)
-            if given.credentials
-            else grpc.insecure_channel(target, channel_options, given.compression)
-        )
-        self._runner = Runner()
-        self._transport = BlockingTransport(self._channel, given.metadata)
-        self._streams = SessionStreams(lambda: SessionStream(self._transport.decode_call))
-        shared = given.shared_memory_bytes
-        super().__init__(None if shared is None else Sharing(shared))
-        memory = None if self._sharing is None else SharingFlows(self._sharing, self._transport)
-        self._connection = Connection(self._streams, self._runner, memory)
-        self._flows = ClientFlows(
-            self._transport, given.stream_threshold_bytes, memory, self._connection, Session
-        )
+    def __init__(self, target: Target, **options: Unpack[ClientOptions]) -> None:
+        given = settings(**options)
+        self._runner = runner = Runner()
+
+        def reach(address: str, *, authority: str | None = None) -> Server[Session]:
+            return _server(address, authority, given, runner)
+
+        def start(flow: Flow[None]) -> None:
+            threading.Thread(
+                target=runner.run, args=(flow,), name="attnserve-servers", daemon=True
+            ).start()
+
+        super().__init__(target, reach, start, addresses_of)
 
     def __enter__(self) -> Self:
         return self
@@ -73,10 +73,8 @@ class AttentionClient(SharedArrays):
     def close(self) -> None:
         """Close the connection; calls under way are cancelled. Arrays live on."""
         self._runner.close()
-        self._streams.close()
-        if self._sharing is not None and (region := self._sharing.close()) is not None:
-            self._transport.unregister_now(region)
-        self._channel.close()
+        for server in self._to_close():
+            server.close()
 
     attend = blocking(ClientFlows.attend)
 
@@ -89,7 +87,10 @@ class AttentionClient(SharedArrays):
             timeout: seconds that the whole stream may last; None is unlimited.
         """
         lasting = arguments.seconds("timeout", timeout)
-        return AttendStream(self._transport.attend_stream, timeout=lasting)
+        server = self._server_to_stay()
+        stream = AttendStream(server.transport.attend_stream, timeout=lasting)
+        server.connection.held.add(stream)
+        return stream
 
     put_tensor = blocking(ClientFlows.put_tensor)
     renew_tensor = blocking(ClientFlows.renew_tensor)
@@ -103,7 +104,7 @@ class AttentionClient(SharedArrays):
 
         Use it in `with`: a step that has not ended then is abandoned.
         """
-        return Batch(self._connection, sessions)
+        return Batch(self._runner, sessions)
 
     save = blocking(ClientFlows[Session].save)
     load = blocking(ClientFlows[Session].load)
@@ -112,3 +113,37 @@ class AttentionClient(SharedArrays):
     list_models = blocking(ClientFlows.list_models)
     get_model = blocking(ClientFlows.get_model)
     server_info = blocking(ClientFlows.server_info)
+
+
+def _server(
+    address: str, authority: str | None, given: ClientSettings, runner: Runner
+) -> Server[Session]:
+    """What reaches a server; `authority`: the name that it goes by, None: the address."""
+    channel_options = [
+        *given.channel_options(address, authority),
+        *_ANSWERS_READ_BY_CALLER,
+    ]
+    channel = (
+        grpc.secure_channel(address, given.credentials, channel_options, given.compression)
+        if given.credentials
+        else grpc.insecure_channel(address, channel_options, given.compression)
+    )
+    transport = BlockingTransport(channel, given.metadata)
+    streams = SessionStreams(lambda: SessionStream(transport.decode_call))
+    shared = given.shared_memory_bytes
+    sharing = None if shared is None else Sharing(shared)
+    memory = None if sharing is None else SharingFlows(sharing, transport)
+    connection = Connection(streams, runner, memory)
+    threshold = given.stream_threshold_bytes
+    flows, once = (
+        ClientFlows(transport, threshold, memory, connection, Session, patient=patient)
+        for patient in (True, False)
+    )
+
+    def close() -> None:
+        streams.close()
+        if sharing is not None and (region := sharing.close()) is not None:
+            transport.unregister_now(region)
+        channel.close()
+
+    return Server(address, transport, connection, sharing, flows, once, close)

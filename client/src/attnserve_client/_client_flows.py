@@ -1,6 +1,7 @@
 """The calls of a client, whoever waits for them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, Unpack
 
 import grpc
@@ -20,7 +21,7 @@ from attnserve_client._results import (
     StoredTensor,
     TokensResult,
 )
-from attnserve_client._retries import again, all_again
+from attnserve_client._retries import again, all_again, once
 from attnserve_client._session_files import PathOrFile
 from attnserve_client._session_messages import METHOD, MOST_TOKENS
 from attnserve_client._session_opening import OpeningFlows
@@ -41,6 +42,7 @@ class ClientFlows(OpeningFlows[S]):
         memory: shared with the server, if any is.
         connection: what sessions share.
         make: a session of the client.
+        patient: whether calls are tried until their time is up; else once.
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class ClientFlows(OpeningFlows[S]):
         memory: SharingFlows | None,
         connection: Connection,
         make: Callable[[Connection, pb.SessionState, str, int], S],
+        *,
+        patient: bool = True,
     ) -> None:
-        super().__init__(connection, make)
+        super().__init__(connection, make, patient=patient)
+        self._tries = all_again if patient else once
         self._transport = transport
         self._threshold = threshold
         self._memory = memory
@@ -82,6 +87,13 @@ class ClientFlows(OpeningFlows[S]):
             MemoryError: not enough of the memory shared with the server is free.
         """
         call = _attend.attend_call(query, key, value, **options)
+        result = yield from self._attended(call, timeout)
+        if call.starts is None:
+            return result
+        queries, keys = call.starts
+        return replace(result, cu_seqlens_q=queries, cu_seqlens_k=keys)
+
+    def _attended(self, call: AttendCall, timeout: float | None) -> Flow[AttendResult]:
         if self._memory is not None:
             answer_bytes = self._memory.sharing.answer_bytes(call)
             if answer_bytes is not None:
@@ -89,11 +101,14 @@ class ClientFlows(OpeningFlows[S]):
         plan, transport = call.plan, self._transport
         if plan.request_bytes + plan.response_bytes > self._threshold:
             result: AttendResult = yield from again(
-                "AttendStream", lambda left: transport.attend_streamed(call, left), timeout
+                "AttendStream",
+                lambda left: transport.attend_streamed(call, left),
+                timeout,
+                self._tries,
             )
             return result
         answer = yield from again(
-            "Attend", lambda left: transport.attend(call.to_bytes(), left), timeout
+            "Attend", lambda left: transport.attend(call.to_bytes(), left), timeout, self._tries
         )
         return plan.answers.read(answer)[0]
 
@@ -132,7 +147,7 @@ class ClientFlows(OpeningFlows[S]):
             return (yield from attempt(left))
 
         return sharing.result(
-            *(yield from all_again("Attend", attempt_again_if_forgotten, timeout))
+            *(yield from self._tries("Attend", attempt_again_if_forgotten, timeout))
         )
 
     def put_tensor(
@@ -157,7 +172,7 @@ class ClientFlows(OpeningFlows[S]):
         def send(left: float | None) -> Any:
             return self._transport.put(_messages.put_messages(elements, kept, CHUNK_BYTES), left)
 
-        answer = yield from again("PutTensor", send, timeout)
+        answer = yield from again("PutTensor", send, timeout, self._tries)
         stored = pb.StoredTensor.FromString(answer)
         return _messages.stored_from(stored, elements.shape, elements.dtype)
 
@@ -235,7 +250,10 @@ class ClientFlows(OpeningFlows[S]):
         return _messages.server_info_from(answer)
 
     def _unary(self, method: str, request: Any, timeout: float | None) -> Flow[Any]:
-        return again(method, lambda left: self._transport.unary(method, request, left), timeout)
+        def send(left: float | None) -> Any:
+            return self._transport.unary(method, request, left)
+
+        return again(method, send, timeout, self._tries)
 
     def save(self, session: S, to: PathOrFile, *, timeout: float | None = None) -> Flow[None]:
         """Write a copy of a session into a file, for `load` here or at another server.

@@ -19,7 +19,7 @@ import inspect
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, get_args
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -41,6 +41,43 @@ class Call:
     left: float | None
 
 
+class Answering(Protocol):
+    """What takes requests, and answers them in any order; in asyncio all of it is awaited."""
+
+    def exchange(self, make: Any, read: Any, timeout: float | None) -> Any:
+        """Send a request, and wait for what answers it."""
+
+    def begin(self, make: Any) -> Any:
+        """Send a request without waiting; gives what it is known by."""
+
+    def answer(self, begun: Any, read: Any, timeout: float | None) -> Any:
+        """Wait for what answers a request that was begun."""
+
+    def drop(self, begun: Any) -> None:
+        """Wait for no answer to it."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A call that can be begun before its answer is waited for, as `together` does.
+
+    Attributes:
+        stream: makes it.
+        make: the request, given its id.
+        read: what is answered.
+        left: seconds that it may take; None: any.
+    """
+
+    stream: Answering
+    make: Callable[[int], bytes]
+    read: Callable[[bytes], Any]
+    left: float | None
+
+    def send(self, left: float | None) -> Any:
+        """As `Call.send`."""
+        return self.stream.exchange(self.make, self.read, left)
+
+
 @dataclass(slots=True)
 class Pause:
     """Wait for so many seconds; answered by whether the client was closed meanwhile."""
@@ -48,7 +85,7 @@ class Pause:
     seconds: float
 
 
-Flow = Generator[Call | Pause, Any, T]
+Flow = Generator[Call | Exchange | Pause, Any, T]
 
 
 class Runner:
@@ -68,9 +105,9 @@ class Runner:
             while True:
                 try:
                     answer = (
-                        wanted.send(wanted.left)
-                        if isinstance(wanted, Call)
-                        else self._closed.wait(wanted.seconds)
+                        self._closed.wait(wanted.seconds)
+                        if isinstance(wanted, Pause)
+                        else wanted.send(wanted.left)
                     )
                 except BaseException as error:
                     wanted = flow.throw(error)
@@ -98,9 +135,9 @@ class AsyncRunner:
             while True:
                 try:
                     answer = await (
-                        wanted.send(wanted.left)
-                        if isinstance(wanted, Call)
-                        else self._pause(wanted.seconds)
+                        self._pause(wanted.seconds)
+                        if isinstance(wanted, Pause)
+                        else wanted.send(wanted.left)
                     )
                 except BaseException as error:
                     wanted = flow.throw(error)
@@ -120,13 +157,16 @@ class AsyncRunner:
 def blocking(flow: Callable[Concatenate[F, P], Flow[T]]) -> Callable[Concatenate[Any, P], T]:
     """The method that waits for a flow, with its arguments and its description.
 
-    Its object has the flow's as `_flows`, and a `Runner` as `_runner`.
+    Its object has as `_flows` the flow's, or another one that has a flow of that name and those
+    arguments; and a `Runner` as `_runner`.
     """
+    name = flow.__name__
 
     @functools.wraps(flow)
     def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         runner: Runner = self._runner
-        return runner.run(flow(self._flows, *args, **kwargs))
+        wanted: Flow[T] = getattr(self._flows, name)(*args, **kwargs)
+        return runner.run(wanted)
 
     return _with_signature_of(flow, method)
 
@@ -135,11 +175,13 @@ def awaited(
     flow: Callable[Concatenate[F, P], Flow[T]],
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """The method whose result is awaited; else as `blocking`, with an `AsyncRunner`."""
+    name = flow.__name__
 
     @functools.wraps(flow)
     async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         runner: AsyncRunner = self._runner
-        return await runner.run(flow(self._flows, *args, **kwargs))
+        wanted: Flow[T] = getattr(self._flows, name)(*args, **kwargs)
+        return await runner.run(wanted)
 
     return _with_signature_of(flow, method)
 

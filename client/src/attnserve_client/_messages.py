@@ -30,6 +30,9 @@ Tokens = (
     Sequence[str] | Sequence[tuple[str, str]] | Sequence[Sequence[int]] | Array | Mapping[str, Any]
 )
 
+# Tensors of which sequences may have several lengths.
+RAGGED = ("inputs_embeds", "encoder_hidden_states")
+
 
 def put_messages(array: Array, lease: int, chunk_bytes: int) -> Iterator[bytes]:
     """The messages of PutTensor: the header, then the elements in chunks; `lease` as it travels."""
@@ -58,8 +61,9 @@ class TokensOptions(TypedDict, total=False):
         variant: force one; empty lets the server pick.
         token_type_ids: of ids: what kind of token each is, a list for each sequence; None is what
             the inputs say, if a tokenizer of transformers gave them, or else 0.
-        targets: for an encoder-decoder, what its decoder reads: a list of texts, or of id sequences
-            (start token included), one for each of the inputs; None is the start token alone.
+        targets: for models with a decoder beside a source, what it reads: a list of texts, or of id
+            sequences (start token included), one for each of the inputs; None is the start token
+            alone.
         attention: "encoder", "decoder" or "cross"; empty is the first that the model has.
         layers: 0-based, for weights and all that is said of them; None is all.
         heads: 0-based, likewise; None is all.
@@ -80,6 +84,8 @@ class TokensOptions(TypedDict, total=False):
             ready as the model was trained (`attnserve_client.transformers.attend_images` does so).
         input_features: [B, mel bins, frames], likewise: sounds.
         inputs_embeds: [B, S, E], likewise: token embeddings; or a list of [S, E] of any lengths.
+        encoder_hidden_states: [B, S, E], likewise, or such a list: what some encoder has made, for
+            a decoder to attend to that was exported without one.
     """
 
     model: Required[str]
@@ -101,6 +107,7 @@ class TokensOptions(TypedDict, total=False):
     pixel_values: Any
     input_features: Any
     inputs_embeds: Any
+    encoder_hidden_states: Any
 
 
 def tokens_request(
@@ -125,12 +132,14 @@ def tokens_request(
     pixel_values: Any = None,
     input_features: Any = None,
     inputs_embeds: Any = None,
+    encoder_hidden_states: Any = None,
 ) -> pb.AttendTokensRequest:
     """Build a request from the arguments of `attend_tokens`."""
     tensors = {
         "pixel_values": pixel_values,
         "input_features": input_features,
         "inputs_embeds": inputs_embeds,
+        "encoder_hidden_states": encoder_hidden_states,
     }
     given_tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if isinstance(inputs, Mapping) and "input_ids" not in inputs:  # of transformers' processors
@@ -192,7 +201,7 @@ def _tensor_input(name: str, given: Any) -> pb.InputTensor:
     lengths: list[int] = []
     if isinstance(given, list | tuple) and given and all(np.ndim(each) == 2 for each in given):
         rows = [_tensors.as_array(each, f"{name}[{row}]") for row, each in enumerate(given)]
-        if name == "inputs_embeds":
+        if name in RAGGED:
             lengths = [len(row) for row in rows]
             given = _padded(name, rows)
     array = _tensors.as_array(given, name)

@@ -55,12 +55,14 @@ class StoredTensor:
         handle: the server's name for it. It cannot be guessed: whoever knows it may use it.
         lease: seconds that the server keeps it after its last use.
         shape, dtype: of the array that was put.
+        server: which of a client's several servers keeps it; empty: the client has one.
     """
 
     handle: str
     lease: float
     shape: tuple[int, ...]
     dtype: "np.dtype[Any]"
+    server: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +139,8 @@ class AttendResult:
         mass_by_distance: [B, H, N] FP32.
         log_sum_exp: [B, H, Sq] FP32, natural logarithm, of each query's scores and its head's sink,
             if there is one; -inf where it saw nothing.
+        cu_seqlens_q, cu_seqlens_k: [N + 1] INT64: of packed sequences, where each begins, as the
+            request gave it; None of streams, and where they were stored in the server.
         timings: the server's own.
     """
 
@@ -152,6 +156,8 @@ class AttendResult:
     mass_per_key: Array | None = None
     mass_by_distance: Array | None = None
     log_sum_exp: Array | None = None
+    cu_seqlens_q: Array | None = None
+    cu_seqlens_k: Array | None = None
 
     def sink_mass(self, sinks: Sequence[float] | Array) -> Array:
         """What sinks take of the weight of each query: the rows of the weights sum to the rest.
@@ -214,7 +220,7 @@ class ModelInput:
     """A tensor that a transformer takes in the place of token ids.
 
     Attributes:
-        name: "inputs_embeds", "pixel_values" or "input_features".
+        name: "inputs_embeds", "pixel_values", "input_features" or "encoder_hidden_states".
         dtype: "FP32", "FP16" or "BF16".
         shape: of one sequence, without the batch; None is its length, of any size.
         tokens: what one sequence is read as; None: as many as its length.

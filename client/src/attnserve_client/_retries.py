@@ -12,7 +12,7 @@ Only calls that can be repeated safely come here: all but those of a stream.
 import random
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -32,7 +32,21 @@ _AGAIN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 _FIRST_SECONDS, _MULTIPLIER, _LONGEST_SECONDS, _JITTER = 0.05, 2.0, 1.0, 0.25
 
 
-def again(method: str, send: Callable[[float | None], Any], timeout: float | None) -> Flow[Any]:
+class Tries(Protocol):
+    """`all_again`, or `once`."""
+
+    def __call__(
+        self, method: str, attempt: Callable[[float | None], Flow[T]], timeout: float | None
+    ) -> Flow[T]:
+        """Try a call."""
+
+
+def again(
+    method: str,
+    send: Callable[[float | None], Any],
+    timeout: float | None,
+    tries: Tries | None = None,
+) -> Flow[Any]:
     """Call a method that can be repeated safely, until it answers or the time is up.
 
     Args:
@@ -40,6 +54,7 @@ def again(method: str, send: Callable[[float | None], Any], timeout: float | Non
         send: as `Call` has it.
         timeout: seconds for all tries together; None waits for an answer for ever, and for a
             server that can be reached `UNTIMED_SECONDS`.
+        tries: how often; None: until the time is up.
 
     Raises:
         AttnserveError: how the last try failed.
@@ -48,7 +63,7 @@ def again(method: str, send: Callable[[float | None], Any], timeout: float | Non
     def attempt(left: float | None) -> Flow[Any]:
         return (yield Call(send, left))
 
-    return all_again(method, attempt, timeout)
+    return (tries or all_again)(method, attempt, timeout)
 
 
 def all_again(
@@ -70,6 +85,14 @@ def all_again(
         if (yield Pause(delay)):
             raise _errors.CancelledError("the client was closed", method=method)
         left = tries.left()
+
+
+def once(method: str, attempt: Callable[[float | None], Flow[T]], timeout: float | None) -> Flow[T]:
+    """As `all_again`, but not again: for whoever then asks another server."""
+    try:
+        return (yield from attempt(arguments.seconds("timeout", timeout)))
+    except grpc.RpcError as error:
+        raise _errors.from_rpc_error(error, method) from None
 
 
 class _Tries:

@@ -53,7 +53,7 @@ class Beginnings:
         Raises:
             TypeError, ValueError: as `attend`.
         """
-        counts = self._counts(first, new_tokens)
+        counts = tokens_of_each(len(self._sessions), first, new_tokens)
         plain = parents is None and prefix_hashes is None and (cross_tokens, priority) == (0, 0)
         if plain and counts in self._plain:
             return self._plain[counts]
@@ -80,24 +80,6 @@ class Beginnings:
             self._plain = {counts: beginning}  # the next step is most often like this one
         return beginning
 
-    def _counts(self, first: Rows, new_tokens: Sequence[int] | None) -> tuple[int, ...]:
-        """The new tokens of each session."""
-        count = len(self._sessions)
-        if new_tokens is None and len(first.parts) == count:
-            return tuple(first.lengths)
-        total = first.shape[0]
-        lengths = (
-            (total // count,) * count
-            if new_tokens is None
-            else tuple(arguments.integers("new_tokens", new_tokens))
-        )
-        if len(lengths) != count or sum(lengths) != total:
-            raise ValueError(
-                f"new_tokens: {list(lengths)} for {count} sessions and a query of {total} tokens; "
-                "allowed: one number for each session, which add up to the query's tokens"
-            )
-        return lengths
-
     def _each(self, name: str, given: Any, nothing: Any) -> list[Any]:
         """What is given for each session; None: nothing for any."""
         count = len(self._sessions)
@@ -107,3 +89,25 @@ class Beginnings:
         if len(each) != count:
             raise arguments.refused(name, given, f"a list of {count}, one for each session")
         return each
+
+
+def tokens_of_each(count: int, first: Rows, new_tokens: Sequence[int] | None) -> tuple[int, ...]:
+    """The new tokens of each of `count` sessions, in a step with this tensor.
+
+    Raises:
+        TypeError, ValueError: they do not go together.
+    """
+    if new_tokens is None and len(first.parts) == count:
+        return tuple(first.lengths)
+    total = first.shape[0]
+    lengths = (
+        (total // count,) * count
+        if new_tokens is None
+        else tuple(arguments.integers("new_tokens", new_tokens))
+    )
+    if len(lengths) != count or sum(lengths) != total:
+        raise ValueError(
+            f"new_tokens: {list(lengths)} for {count} sessions and a query of {total} tokens; "
+            "allowed: one number for each session, which add up to the query's tokens"
+        )
+    return lengths

@@ -212,6 +212,7 @@ class SessionFlows(Generic[S]):
         if self._closed:
             return
         self._closed = True
+        self._session._connection.held.discard(self._session)
         close = pb.CloseSession(session_id=self._session.id)
         with contextlib.suppress(*_GONE):
             yield from self._ask(pb.DecodeRequest(close=close), timeout)

@@ -19,13 +19,19 @@ class OpeningFlows(Generic[S]):
     Args:
         connection: what they share.
         make: a session of the client.
+        patient: whether opening is tried until its time is up; else once.
     """
 
     def __init__(
-        self, connection: Connection, make: Callable[[Connection, pb.SessionState, str, int], S]
+        self,
+        connection: Connection,
+        make: Callable[[Connection, pb.SessionState, str, int], S],
+        *,
+        patient: bool = True,
     ) -> None:
         self._connection = connection
         self._make = make
+        self._patient = patient
 
     def session(
         self, model: str = "", *, timeout: float | None = 60.0, **options: Unpack[SessionOptions]
@@ -54,7 +60,9 @@ class OpeningFlows(Generic[S]):
         """Open `count` equal KV sessions, all or none; else as `session`."""
         opening = messages.open_sessions(count, model, **options)
         # Repeated after a lost connection too: what was opened then ends with its lease.
-        answer = yield from self._connection.ask(pb.DecodeRequest(open=opening), timeout)
+        answer = yield from self._connection.ask(
+            pb.DecodeRequest(open=opening), timeout, again=self._patient
+        )
         return [
             self._make(self._connection, state, opening.model, opening.num_layers)
             for state in answer.opened.sessions

@@ -1,8 +1,9 @@
 """What the sessions of a client have in common, and what is known of each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from attnserve_proto import attention_pb2 as pb
 
@@ -12,6 +13,8 @@ from attnserve_client import _session_messages as messages
 from attnserve_client._flows import Call, Flow
 from attnserve_client._session_messages import METHOD
 from attnserve_client._sharing_flows import SharingFlows
+
+_FORGETTING_SECONDS = 10.0
 
 
 class Stream(Protocol):
@@ -30,7 +33,10 @@ class Stream(Protocol):
         """Send a request, and wait for what answers it."""
 
     def begin(self, make: Callable[[int], bytes]) -> Any:
-        """Send the first part of a request; gives what `finish` and `drop` know it by."""
+        """Send a request, or its first part; gives what the three below know it by."""
+
+    def answer(self, begun: Any, read: Callable[[bytes], Any], timeout: float | None) -> Any:
+        """Wait for what answers a request that was begun whole."""
 
     def finish(
         self,
@@ -52,17 +58,19 @@ class Streams(Protocol):
         """One that can be used, as far as is known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Connection:
     """What the sessions of one client share.
 
     Attributes:
         memory: shared with the server, if any is.
+        held: the sessions that are open on it, and the streams.
     """
 
     streams: Streams
     runner: Any
     memory: SharingFlows | None = None
+    held: WeakSet[Any] = field(default_factory=WeakSet)
 
     def ask(
         self, request: pb.DecodeRequest, timeout: float | None, *, again: bool = True
@@ -100,6 +108,7 @@ class SessionState:
         self.model = model
         self.num_layers = num_layers
         self._take(state)
+        connection.held.add(self)
 
     def _take(self, state: pb.SessionState) -> None:
         """What the server says of it."""
@@ -112,4 +121,14 @@ class SessionState:
         """Start its lease anew, and take its state."""
         renew = pb.RenewSession(session_id=self.id, lease=arguments.microseconds("lease", lease))
         answer = yield from self._connection.ask(pb.DecodeRequest(renew=renew), timeout)
+        self._take(answer.session)
+
+    def _forgetting(self, length: int) -> Flow[None]:
+        """Forget the step that has ended: its tree, if it waits for `commit`, or its tokens."""
+        action = (
+            pb.DecodeRequest(commit=pb.CommitTree(session_id=self.id))
+            if self.length == length
+            else pb.DecodeRequest(truncate=pb.TruncateSession(session_id=self.id, length=length))
+        )
+        answer = yield from self._connection.ask(action, _FORGETTING_SECONDS, again=False)
         self._take(answer.session)

@@ -14,7 +14,7 @@ from attnserve_client import _session_layers as layers
 from attnserve_client import _session_messages as messages
 from attnserve_client import _shared_layers as shared_layers
 from attnserve_client._errors import AttnserveError
-from attnserve_client._flows import Call, Flow
+from attnserve_client._flows import Call, Exchange, Flow
 from attnserve_client._results import LayerResult
 from attnserve_client._session_beginnings import Beginning, Beginnings
 from attnserve_client._session_layers import Attended, LayerPlan, Rows
@@ -76,18 +76,16 @@ class BatchFlows:
     """
 
     def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
-        allowed = "a list of sessions, one or more"
         self._connection = connection
-        self._sessions: tuple[SessionState, ...] = tuple(
-            arguments.items("sessions", sessions, allowed)
-        )
-        for session in self._sessions:
-            arguments.kind("sessions", session, SessionState, allowed)
-        if not self._sessions:
-            raise ValueError("sessions: none; allowed: one or more")
+        self._sessions = tuple(sessions)
         self._step: _Step | None = None
         self._beginnings = Beginnings(self._sessions)
         self._early: dict[int, _Early] = {}
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is under way."""
+        return self._step is not None
 
     def attend(
         self,
@@ -144,7 +142,7 @@ class BatchFlows:
         """
         arguments.integer("layer", layer)
         timeout = arguments.seconds("timeout", timeout)
-        tensors = _given(query, key, value, hidden_states)
+        tensors = given_rows(query, key, value, hidden_states)
         if layer in self._early:
             raise ValueError(
                 f"layer: {layer}, whose query was sent ahead; allowed: attend_sent with its key "
@@ -375,12 +373,9 @@ class BatchFlows:
         def make(request_id: int) -> bytes:
             return plan.message(request_id, step.step_id, wanted.layer, options, tensors)
 
-        def send(left: float | None) -> Any:
-            return step.stream.exchange(make, plan.read, left)
+        return self._answered(step, Exchange(step.stream, make, plan.read, wanted.timeout))
 
-        return self._answered(step, Call(send, wanted.timeout))
-
-    def _answered(self, step: _Step, call: Call) -> Flow[Attended]:
+    def _answered(self, step: _Step, call: Call | Exchange) -> Flow[Attended]:
         try:
             attended: Attended = yield call
         except AttnserveError:
@@ -405,10 +400,8 @@ class BatchFlows:
                 options=options,
                 placed=placed,
             )
-            call = Call(
-                partial(step.stream.exchange, make, partial(shared_layers.read, placed=placed)),
-                wanted.timeout,
-            )
+            read = partial(shared_layers.read, placed=placed)
+            call = Exchange(step.stream, make, read, wanted.timeout)
             try:
                 return (yield from self._answered(step, call))
             except BaseException as error:
@@ -456,7 +449,7 @@ def _plan(options: bytes, tensors: dict[str, Rows]) -> LayerPlan:
     return layers.plan_of(options, kinds)
 
 
-def _given(query: Any, key: Any, value: Any, hidden_states: Any) -> dict[str, Rows]:
+def given_rows(query: Any, key: Any, value: Any, hidden_states: Any) -> dict[str, Rows]:
     """The tensors of a layer that were given."""
     tensors = {}
     if hidden_states is not None:

@@ -86,7 +86,9 @@ class SessionStream:
         return self._answered(self._sent(make, timeout, True), read)
 
     def begin(self, make: Make) -> _Pending:
-        """Send the first part of a request, which `finish` completes or `drop` forgets.
+        """Send a request, or its first part, without waiting for an answer.
+
+        `answer` waits for it, `finish` sends the rest and waits for it, `drop` forgets it.
 
         Raises:
             AttnserveError: the stream failed.
@@ -104,6 +106,13 @@ class SessionStream:
         except BaseException:
             self.drop(begun)
             raise
+        return self._answered(begun, read)
+
+    def answer(self, begun: _Pending, read: Read[T], timeout: float | None) -> T:
+        """Wait for what answers a request that `begin` sent whole; as `exchange`."""
+        with self._state:
+            begun.until = _until(timeout)
+            begun.waited_for = True
         return self._answered(begun, read)
 
     def drop(self, begun: _Pending) -> None:

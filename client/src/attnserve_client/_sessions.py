@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from attnserve_proto import attention_pb2 as pb
 
 from attnserve_client._flows import awaited, blocking
 from attnserve_client._session_flows import SessionFlows
+from attnserve_client._session_splits import batch_flows
 from attnserve_client._session_state import Connection, SessionState
 from attnserve_client._session_steps import BatchFlows
 
@@ -97,9 +98,9 @@ class AsyncSession(_Session):
 class _Batch:
     """What both kinds of batches are made of."""
 
-    def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
-        self._runner = connection.runner
-        self._flows = BatchFlows(connection, sessions)
+    def __init__(self, runner: Any, sessions: Sequence[SessionState]) -> None:
+        self._runner = runner
+        self._flows = batch_flows(sessions)
 
 
 class Batch(_Batch):

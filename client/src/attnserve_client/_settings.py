@@ -68,21 +68,26 @@ class ClientSettings:
     """What was given, checked.
 
     Attributes:
-        channel_options: all of them.
+        own_channel_options: those that do not depend on the target.
         shared_memory_bytes: None: no memory is shared.
     """
 
-    target: str
     credentials: grpc.ChannelCredentials | None
     metadata: Metadata
-    channel_options: list[tuple[str, str | int]]
+    own_channel_options: list[tuple[str, str | int]]
     compression: grpc.Compression
     stream_threshold_bytes: int
     shared_memory_bytes: int | None
 
+    def channel_options(
+        self, target: str, authority: str | None = None
+    ) -> list[tuple[str, str | int]]:
+        """Of the channel to a target; `authority`: the name that it goes by, None: the target."""
+        named = [] if authority is None else [("grpc.default_authority", authority)]
+        return [*self.own_channel_options, *_channel.options(target), *named]
+
 
 def settings(
-    target: str,
     *,
     credentials: grpc.ChannelCredentials | None = None,
     root_certificates: PathLike | None = None,
@@ -104,7 +109,6 @@ def settings(
         TypeError, ValueError: naming the argument, what was given and what is allowed.
         OSError: a file cannot be read.
     """
-    arguments.text("target", target, empty=False)
     files = {
         "root_certificates": root_certificates,
         "private_key": private_key,
@@ -119,13 +123,11 @@ def settings(
     arguments.one_of("compression", compression, _COMPRESSIONS, ", or None: none")
     shared = arguments.integer("shared_memory_bytes", shared_memory_bytes, 1, _MOST_SHARED_BYTES)
     return ClientSettings(
-        target=target,
         credentials=credentials or _from_files(files),
         metadata=_metadata(metadata),
-        channel_options=[
+        own_channel_options=[
             *_options(channel_options),
             *_keepalive(keepalive_time, keepalive_timeout, keepalive_permit_without_calls),
-            *_channel.options(target),
         ],
         compression=_COMPRESSIONS[compression],
         stream_threshold_bytes=arguments.integer(

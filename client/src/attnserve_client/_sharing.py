@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -193,12 +193,15 @@ class Sharing:
 class SharedArrays:
     """Arrays in the memory that a client shares with its server; neither call waits for anything.
 
+    A client of several servers shares other memory with each: an array lies in that of one of them,
+    and is copied for the others.
+
     Args:
-        sharing: None: it shares none.
+        sharing: gives the memory; None: the client shares none.
     """
 
-    def __init__(self, sharing: Sharing | None) -> None:
-        self._sharing = sharing
+    def __init__(self, sharing: Callable[[], Sharing | None]) -> None:
+        self._sharing_of = sharing
 
     def shared_empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         """An array in the memory shared with the server, its elements undefined.
@@ -218,9 +221,10 @@ class SharedArrays:
         return self._shared_memory().copy(_tensors.as_array(array, "array"))
 
     def _shared_memory(self) -> Sharing:
-        if self._sharing is None:
+        sharing = self._sharing_of()
+        if sharing is None:
             raise RuntimeError("this client shares no memory; give it shared_memory=True")
-        return self._sharing
+        return sharing
 
 
 def _shared(arena: Arena, array: Array) -> tuple[Array, int]:

@@ -39,12 +39,17 @@ class BlockingTransport:
         self._attend_stream_of_one = channel.unary_stream(
             _channel.method_path("AttendStream"), None, None
         )
+        self._health = channel.unary_unary(_channel.HEALTH_CHECK, None, None)
         self._put_tensor = channel.stream_unary(_channel.method_path("PutTensor"), None, None)
         self._decode = channel.stream_stream(_channel.method_path(METHOD), None, None)
 
     def unary(self, method: str, request: Any, left: float | None) -> Any:
         """Call a method of one request and one answer."""
         return getattr(self._stub, method)(request, timeout=left, metadata=self._metadata)
+
+    def health(self, left: float | None) -> Any:
+        """Ask whether the server serves; gives a HealthCheckResponse, as bytes."""
+        return self._health(b"", left, self._metadata)
 
     def attend(self, request: bytes, left: float | None) -> Any:
         """Call Attend, with and for bytes."""

@@ -14,11 +14,18 @@ class Transport(Protocol):
     def unary(self, method: str, request: Any, left: float | None) -> Any:
         """Call a method of one request and one answer."""
 
+    def health(self, left: float | None) -> Any:
+        """Ask whether the server serves; gives a HealthCheckResponse, as bytes."""
+
     def attend(self, request: bytes, left: float | None) -> Any:
         """Call Attend, with and for bytes."""
 
     def attend_streamed(self, call: AttendCall, left: float | None) -> Any:
         """A request over an AttendStream of its own; its result."""
+
+    @property
+    def attend_stream(self) -> Callable[..., Any]:
+        """Opens an AttendStream."""
 
     def put(self, messages: Iterable[bytes], left: float | None) -> Any:
         """Call PutTensor, with and for bytes."""
@@ -33,3 +40,6 @@ class Transport(Protocol):
 
     def unregister(self, region: str) -> None:
         """Have the server unmap shared memory, without waiting for it."""
+
+    def unregister_now(self, region: str) -> Any:
+        """Have the server unmap shared memory, before this client is closed."""

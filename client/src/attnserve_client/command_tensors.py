@@ -9,6 +9,7 @@ import numpy as np
 from attnserve_proto.commands import values
 
 from attnserve_client import AttentionClient
+from attnserve_client._messages import RAGGED
 from attnserve_client._results import Array
 
 # By option: the argument of `attend_tokens`, the axes of one sequence, and what files may hold.
@@ -16,6 +17,7 @@ _TENSORS = {
     "--pixel-values": ("pixel_values", 3, "a picture, or .npy with [channels, height, width]"),
     "--input-features": ("input_features", 2, "a sound as .wav, or .npy with [mel bins, frames]"),
     "--inputs-embeds": ("inputs_embeds", 2, ".npy with [tokens, width]"),
+    "--encoder-hidden-states": ("encoder_hidden_states", 2, ".npy with [tokens, width]"),
 }
 
 
@@ -58,8 +60,8 @@ def given_tensor(
     files: Sequence[Path] = given[option]
     if all(path.suffix == ".npy" for path in files):
         rows = [row for path in files for row in _rows(option, path, rank)]
-        return {name: rows if name == "inputs_embeds" else _stacked(option, rows)}
-    if name == "inputs_embeds":
+        return {name: rows if name in RAGGED else _stacked(option, rows)}
+    if name in RAGGED:
         raise ValueError(f"{option}: given {files[0]}; allowed: .npy with [tokens, width]")
     return dict(_made(client, options, option, files))
 

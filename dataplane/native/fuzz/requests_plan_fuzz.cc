@@ -80,7 +80,7 @@ void attend(ByteSpan message, bool chunks_allowed) {
     if (tensor->stored == "s") tensor->stored = server().handle;  // which nobody could guess
     elements[i] = tensor->data;
   }
-  AttendPlan plan = plan_attend(request, context, chunks_allowed);
+  AttendPlan plan = plan_attend(request, context, kPeer, chunks_allowed);
   check_sizes(plan, context.limits);
   std::vector<Bytes> chunks;
   for (std::size_t i = 0; i < wire::kInputs; ++i) {

@@ -17,7 +17,8 @@
 
 namespace attnserve::identity {
 class Caller;
-}
+struct Credential;
+}  // namespace attnserve::identity
 
 namespace attnserve::grpc {
 
@@ -34,7 +35,8 @@ struct CallInfo {
   std::string authorization;  // a secret: neither logged nor repeated
   // Names in the certificate that the connection was opened with, the most telling first.
   std::shared_ptr<const std::vector<std::string>> certificate;
-  std::shared_ptr<identity::Caller> caller;  // once it is known
+  std::shared_ptr<identity::Caller> caller;                // once it is known
+  std::shared_ptr<const identity::Credential> credential;  // that it is known by, if any
 };
 
 // An open call, as services hold it. Every function may be called from any thread and does nothing
@@ -45,7 +47,8 @@ class Call {
   virtual const CallInfo& info() const = 0;
   // Says who calls; `name` is empty for callers that have none. On the connection's thread, before
   // the call is anybody else's. The authorization is forgotten.
-  virtual void identify(std::shared_ptr<identity::Caller> caller, const std::string& name) = 0;
+  virtual void identify(std::shared_ptr<identity::Caller> caller, const std::string& name,
+                        std::shared_ptr<const identity::Credential> credential) = 0;
   // Queues one message of the answer. Messages are written in the order of these calls.
   virtual void send(OutMessage message) = 0;
   // Ends the call once all that was queued before has been written: trailers with this status.
@@ -90,6 +93,7 @@ struct Reception {
   std::size_t max_message_bytes;  // larger ones end the call with RESOURCE_EXHAUSTED, unread
   ByteBudget* budget = nullptr;   // what messages are charged to; nullptr: the connection's
   std::shared_ptr<const void> kept = nullptr;  // until the call has ended
+  bool is_known = true;  // who calls; else more than a little of bodies is not to be sent ahead
 };
 
 // All methods of a server. Called on the threads of connections.
@@ -99,6 +103,17 @@ class Service {
   // The headers of a call have come and not a byte of its body has been looked at: a handler, or
   // the status that refuses it. UNIMPLEMENTED for an unknown path.
   virtual std::variant<Reception, Status> accept(std::shared_ptr<Call> call) = 0;
+  // Whether callers must say who they are in ways that `accept` alone cannot check: connections
+  // then begin as after a call that `is_known` is false of.
+  virtual bool begins_unknown() { return false; }
+  // Whether calls want `recheck` about once a second.
+  virtual bool rechecks() { return false; }
+  // Whether an accepted call may go on: nothing, or the status that ends it. `trusted`: so is the
+  // certificate that its connection was opened with, still.
+  virtual std::optional<Status> recheck(const CallInfo& info, bool trusted) {
+    (void)info, (void)trusted;
+    return std::nullopt;
+  }
   // Everything that one round of reading brought has been delivered: the moment to run what is
   // short on this very thread, as one batch, before its answers are written.
   virtual void after_events() {}

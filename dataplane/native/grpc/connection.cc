@@ -42,7 +42,10 @@ Http2Connection::Http2Connection(Service& service, ByteBudget& budget, Waker& wa
       idle_since_(now),
       last_received_(now),
       last_written_(now),
-      session_(*this, options_) {}
+      rechecked_(now),
+      session_(*this, options_) {
+  if (service_.begins_unknown()) narrow();
+}
 
 Http2Connection::~Http2Connection() {
   lost();

@@ -65,8 +65,11 @@ class Connection {
                                             std::string peer, TimePoint now);
   virtual ~Connection() = default;
 
-  // Names in the certificate that the peer has shown, the most telling first; before `receive`.
-  virtual void set_certificate(std::vector<std::string> names) { (void)names; }
+  // Names in the certificate that the peer has shown, the most telling first, and whether it would
+  // be taken now, which is asked from time to time; before `receive`.
+  virtual void set_certificate(std::vector<std::string> names, std::function<bool()> trusted) {
+    (void)names, (void)trusted;
+  }
   // Takes bytes that the peer sent. Never throws; what breaks the protocol is answered by GOAWAY or
   // RST_STREAM, see `finished`.
   virtual void receive(ByteSpan bytes, TimePoint now) = 0;

@@ -44,6 +44,7 @@ void Http2Connection::on_headers_end() { headers_since_ = kNever; }
 
 void Http2Connection::on_request(std::int32_t stream_id) {
   if (dead_ || closing_) return;
+  if (now_ - rechecked_ >= kRecheck && certificate_ && service_.rechecks()) recheck();
   const std::optional<Refusal> refusal = headers_.refusal();
   CallInfo info = headers_.take_info(now_);
   info.peer = peer_;
@@ -78,8 +79,9 @@ void Http2Connection::admit(const StreamRef& stream) {
     if (is_of_caller(status->code)) narrow();
     return refuse(*stream, {200, std::move(*status)});
   }
-  stream->narrow = narrow_;
   Reception& reception = std::get<Reception>(verdict);
+  if (!reception.is_known) narrow();
+  stream->narrow = narrow_;
   stream->handler = std::move(reception.handler);
   stream->kept = std::move(reception.kept);
   stream->body.emplace(reception.budget != nullptr ? *reception.budget : budget_,
@@ -149,15 +151,19 @@ void Http2Connection::on_data(Stream& stream, ByteSpan bytes) {
   if (!std::exchange(stream.begun, true)) ++begun_;
   deliver(stream, bytes);
   if (!stream.handler) return;
-  if (stream.narrow && stream.body && stream.body->under_way()) {
-    stream.narrow = false;
-    turns_.ask(calls_[stream.index], now_);
-  }
+  ask_for_turn(stream);
   if (held(stream) || stream.waits_for_turn) {
     stream.withheld += bytes.size();
   } else {
     session_.consume_stream(stream, bytes.size());
   }
+}
+
+// Once it is known that the rest of its body is wanted: not while nothing of it is taken.
+void Http2Connection::ask_for_turn(Stream& stream) {
+  if (!stream.narrow || held(stream) || !stream.body || !stream.body->under_way()) return;
+  stream.narrow = false;
+  turns_.ask(calls_[stream.index], now_);
 }
 
 void Http2Connection::on_half_close(Stream& stream) {
@@ -202,6 +208,7 @@ void Http2Connection::release_resumed() {
     if (!stream->handler || stream->finishing || held(*stream)) continue;
     if (!stream->waits_for_turn) give_back_withheld(*stream);
     deliver(*stream, {});
+    if (stream->handler) ask_for_turn(*stream);
   }
 }
 

@@ -93,7 +93,7 @@ void Http2Connection::end_drain() {
 TimePoint Http2Connection::next_timer() const {
   if (dead_) return kNever;
   return std::min({greeting_due(), idle_due(), age_due(), drain_due(), keepalive_due(), write_due(),
-                   linger_due(), calls_due_});
+                   linger_due(), recheck_due(), calls_due_});
 }
 
 TimePoint Http2Connection::greeting_due() const {
@@ -125,6 +125,11 @@ TimePoint Http2Connection::write_due() const {
   return output_.empty() ? kNever : after(last_written_, options_.write_timeout);
 }
 
+TimePoint Http2Connection::recheck_due() const {
+  const bool wanted = !calls_.empty() && !closing_ && service_.rechecks();
+  return wanted ? after(rechecked_, kRecheck) : kNever;
+}
+
 TimePoint Http2Connection::linger_due() const {
   return closing_ ? after(closing_since_, kLinger) : kNever;
 }
@@ -139,6 +144,7 @@ void Http2Connection::check_connection() {
   }
   if (now_ >= drain_due()) end_drain();
   if (now_ >= keepalive_due()) check_keepalive();
+  if (now_ >= recheck_due()) recheck();
 }
 
 void Http2Connection::check_keepalive() {
@@ -175,6 +181,22 @@ void Http2Connection::check_calls() {
   for (const StreamRef& stream : calls) {
     if (now_ >= call_due(*stream)) check_call(*stream);
     schedule(call_due(*stream));
+  }
+}
+
+// A certificate that would not be taken any more is forgotten, and its caller asked to connect
+// anew.
+void Http2Connection::recheck() {
+  rechecked_ = now_;
+  const bool trusted = !certificate_ || trusted_();
+  if (!trusted) {
+    certificate_.reset();
+    begin_drain();
+  }
+  const std::vector<StreamRef> calls = calls_;
+  for (const StreamRef& stream : calls) {
+    if (!stream->handler || stream->trailers_submitted) continue;
+    if (auto refused = service_.recheck(stream->info(), trusted)) fail(*stream, *refused);
   }
 }
 

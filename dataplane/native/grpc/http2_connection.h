@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -27,8 +28,10 @@ class Http2Connection final : public Connection, private SessionEvents, private 
                   TimePoint now);
   ~Http2Connection() override;
 
-  void set_certificate(std::vector<std::string> names) override {
-    if (!names.empty()) certificate_ = std::make_shared<const Names>(std::move(names));
+  void set_certificate(std::vector<std::string> names, std::function<bool()> trusted) override {
+    if (names.empty()) return;
+    certificate_ = std::make_shared<const Names>(std::move(names));
+    trusted_ = std::move(trusted);
   }
   void receive(ByteSpan bytes, TimePoint now) override;
   std::size_t output(std::span<iovec> into) override;
@@ -77,6 +80,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   void refuse(Stream& stream, const Refusal& refusal);
   void narrow();
   void widen();
+  void ask_for_turn(Stream& stream);
   void give_turns();
   bool held(const Stream& stream) const { return stream.pauses > 0 || choked_; }
   bool deliverable(const Stream& stream) const;
@@ -114,6 +118,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   void check_keepalive();
   void check_calls();
   void check_call(Stream& stream);
+  void recheck();
   TimePoint greeting_due() const;
   TimePoint idle_due() const;
   TimePoint age_due() const;
@@ -121,11 +126,15 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   TimePoint keepalive_due() const;
   TimePoint write_due() const;
   TimePoint linger_due() const;
+  TimePoint recheck_due() const;
   TimePoint call_due(const Stream& stream) const;
   TimePoint body_due(const Stream& stream) const;
   TimePoint handler_due(const Stream& stream) const;
   TimePoint stall_due(const Stream& stream) const;
   void schedule(TimePoint due) { calls_due_ = std::min(calls_due_, due); }
+
+  // After which it is looked again who calls.
+  static constexpr Duration kRecheck = std::chrono::seconds(1);
 
   enum class Drain : std::uint8_t { kNot, kNoticed, kGoneAway };
 
@@ -136,6 +145,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   const std::uint64_t number_;
   const std::string peer_;
   std::shared_ptr<const Names> certificate_;
+  std::function<bool()> trusted_;  // whether it would be taken now
 
   const std::shared_ptr<Mailbox> mailbox_;
   OutputQueue output_;
@@ -168,6 +178,7 @@ class Http2Connection final : public Connection, private SessionEvents, private 
   Drain drain_ = Drain::kNot;
   TimePoint drain_since_{};
   TimePoint aged_since_ = kNever;
+  TimePoint rechecked_;           // whether the callers of open calls are still who they were
   TimePoint calls_due_ = kNever;  // no call needs looking at before; may be too early
 
   Session session_;  // last: it names this object's other parts from the first on

@@ -31,7 +31,8 @@ Link::~Link() { abandon(); }
 
 void Link::open(TimePoint now) {
   connection_ = factory_(waker_, number_, std::move(peer_), now);
-  connection_->set_certificate(transport_->certificate_names());
+  connection_->set_certificate(transport_->certificate_names(),
+                               [this] { return transport_->peer_is_trusted(); });
   phase_ = Phase::kOpen;
 }
 

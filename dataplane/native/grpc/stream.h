@@ -29,8 +29,10 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
 
   // Any thread.
   const CallInfo& info() const override { return info_; }
-  void identify(std::shared_ptr<identity::Caller> caller, const std::string& name) override {
+  void identify(std::shared_ptr<identity::Caller> caller, const std::string& name,
+                std::shared_ptr<const identity::Credential> credential) override {
     info_.caller = std::move(caller);
+    info_.credential = std::move(credential);
     info_.authorization.clear();
     if (!name.empty()) info_.peer.append("@").append(name);
   }

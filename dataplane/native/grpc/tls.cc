@@ -125,7 +125,7 @@ ContextPointer context_of(const TlsOptions& options) {
   return context;
 }
 
-class OpensslContext final : public TlsContext {
+class OpensslContext final : public TlsContext, private Trust {
  public:
   explicit OpensslContext(ContextPointer context) : context_(std::move(context)) {}
 
@@ -133,16 +133,43 @@ class OpensslContext final : public TlsContext {
     ContextPointer context = context_of(options);  // the old one goes with the last connection
     const std::lock_guard lock(mutex_);
     context_.swap(context);
+    ++generation_;
   }
 
   std::unique_ptr<Transport> accept(Descriptor socket) const override {
     const std::lock_guard lock(mutex_);
-    return tls_transport(std::move(socket), *context_);
+    return tls_transport(std::move(socket), *context_, *this, generation_);
   }
 
  private:
-  mutable std::mutex mutex_;  // guards context_, on which each connection has a count of its own
+  std::uint64_t generation() const override {
+    const std::lock_guard lock(mutex_);
+    return generation_;
+  }
+
+  bool trusts(X509& certificate, STACK_OF(X509) * chain) const override {
+    const ContextPointer context = current();
+    if ((SSL_CTX_get_verify_mode(context.get()) & SSL_VERIFY_PEER) == 0) return true;
+    const StoreContextPointer check(X509_STORE_CTX_new());
+    if (!check || X509_STORE_CTX_init(check.get(), SSL_CTX_get_cert_store(context.get()),
+                                      &certificate, chain) != 1) {
+      throw std::bad_alloc();
+    }
+    X509_STORE_CTX_set_default(check.get(), "ssl_client");
+    const bool good = X509_verify_cert(check.get()) == 1;
+    ERR_clear_error();
+    return good;
+  }
+
+  ContextPointer current() const {
+    const std::lock_guard lock(mutex_);
+    SSL_CTX_up_ref(context_.get());
+    return ContextPointer(context_.get());
+  }
+
+  mutable std::mutex mutex_;  // guards what follows; each connection has a count on its context_
   ContextPointer context_;
+  std::uint64_t generation_ = 0;
 };
 
 }  // namespace

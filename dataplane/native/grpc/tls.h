@@ -16,10 +16,11 @@ class TlsContext {
   static std::unique_ptr<TlsContext> create(const TlsOptions& options);
   virtual ~TlsContext() = default;
 
-  // From now on; connections that are open, or being opened, keep what they began with. Throws as
-  // `create`, and then nothing has changed.
+  // From now on. Connections that are open, or being opened, keep what they began with, but for
+  // whom to trust: those whose peers' certificates would not be taken any more are told so. Throws
+  // as `create`, and then nothing has changed.
   virtual void replace(const TlsOptions& options) = 0;
-  // Throws std::bad_alloc.
+  // The transport's end comes before this one's. Throws std::bad_alloc.
   virtual std::unique_ptr<Transport> accept(Descriptor socket) const = 0;
 };
 

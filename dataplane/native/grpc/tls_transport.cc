@@ -25,13 +25,14 @@ constexpr std::size_t kRecordOverhead = 64;      // more than any cipher adds to
 // that many records leave in one call.
 class TlsTransport final : public Transport {
  public:
-  TlsTransport(Descriptor socket, SSL_CTX& context);
+  TlsTransport(Descriptor socket, SSL_CTX& context, const Trust& trust, std::uint64_t generation);
 
   ReadResult read(MutableByteSpan into) override;
   WriteResult write(std::span<const iovec> pieces) override;
   bool has_unsent() const override { return sent_ < unsent_.size(); }
   bool established() const override { return established_; }
   std::vector<std::string> certificate_names() const override;
+  bool peer_is_trusted() override;
   void end_output() override;
 
   // For the BIO below.
@@ -49,6 +50,8 @@ class TlsTransport final : public Transport {
   std::size_t sent_ = 0;           // of `unsent_`
   bool established_ = false;
   bool broken_ = false;
+  const Trust& trust_;
+  std::uint64_t trusted_in_;  // the last generation in which the peer's certificate was taken
 };
 
 TlsTransport& transport_of(BIO* bio) { return *static_cast<TlsTransport*>(BIO_get_data(bio)); }
@@ -84,8 +87,12 @@ const BIO_METHOD& bio_method() {
   return **method;
 }
 
-TlsTransport::TlsTransport(Descriptor socket, SSL_CTX& context)
-    : Transport(std::move(socket)), ssl_(SSL_new(&context)) {
+TlsTransport::TlsTransport(Descriptor socket, SSL_CTX& context, const Trust& trust,
+                           std::uint64_t generation)
+    : Transport(std::move(socket)),
+      ssl_(SSL_new(&context)),
+      trust_(trust),
+      trusted_in_(generation) {
   BIO* bio = ssl_ ? BIO_new(&bio_method()) : nullptr;
   if (bio == nullptr) throw std::bad_alloc();
   BIO_set_data(bio, this);
@@ -208,6 +215,17 @@ std::vector<std::string> TlsTransport::certificate_names() const {
   return certificate != nullptr ? names_of(*certificate) : std::vector<std::string>{};
 }
 
+bool TlsTransport::peer_is_trusted() {
+  X509* certificate = SSL_get0_peer_certificate(ssl_.get());
+  if (certificate == nullptr) return true;
+  const std::uint64_t generation = trust_.generation();
+  if (generation != trusted_in_) {
+    if (!trust_.trusts(*certificate, SSL_get_peer_cert_chain(ssl_.get()))) return false;
+    trusted_in_ = generation;
+  }
+  return X509_cmp_current_time(X509_get0_notAfter(certificate)) > 0;
+}
+
 void TlsTransport::end_output() {
   if (established_ && !broken_) {
     SSL_shutdown(ssl_.get());
@@ -219,8 +237,9 @@ void TlsTransport::end_output() {
 
 }  // namespace
 
-std::unique_ptr<Transport> tls_transport(Descriptor socket, SSL_CTX& context) {
-  return std::make_unique<TlsTransport>(std::move(socket), context);
+std::unique_ptr<Transport> tls_transport(Descriptor socket, SSL_CTX& context, const Trust& trust,
+                                         std::uint64_t generation) {
+  return std::make_unique<TlsTransport>(std::move(socket), context, trust, generation);
 }
 
 }  // namespace attnserve::grpc

@@ -48,6 +48,8 @@ class Transport {
   // Names in the certificate that the peer has shown, once established: those of URIs, the common
   // name, those of hosts and of mail. None: it has shown none.
   virtual std::vector<std::string> certificate_names() const { return {}; }
+  // Whether the certificate that the peer has shown would be taken now, if it has shown one.
+  virtual bool peer_is_trusted() { return true; }
   // Says that nothing more will be written.
   virtual void end_output();
   // Bytes that the socket took and the peer's system does not have yet.

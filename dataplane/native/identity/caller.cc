@@ -67,6 +67,7 @@ void Caller::set(const Bounds& bounds) {
   rate_.set(bounds.requests_per_second);
   most_calls_ = bounds.calls;
   most_sessions_ = bounds.sessions;
+  most_session_bytes_ = bounds.session_bytes;
 }
 
 std::optional<Status> Caller::enter(TimePoint now, OpenCall& call) {

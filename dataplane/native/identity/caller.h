@@ -1,6 +1,7 @@
 // Who calls, what it may do, and how much of the server it may have at once.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -31,7 +32,8 @@ struct Bounds {
   std::size_t bytes_in_flight = 0;
   std::size_t stored_bytes = 0;
   std::size_t sessions = 0;
-  std::size_t calls = 0;  // open at once
+  std::size_t session_bytes = 0;  // promised to them
+  std::size_t calls = 0;          // open at once
 };
 
 // Requests of a caller: so many a second, and those of a second at once.
@@ -48,6 +50,15 @@ class Rate {
   double per_second_ = 0;
   double left_ = 0;
   TimePoint refilled_{};
+};
+
+// What somebody was recognized by, so that it can be looked up again. No secret.
+struct Credential {
+  enum class Kind : std::uint8_t { kToken, kWebToken, kCertificate };
+  Kind kind;
+  std::array<std::uint8_t, 32> place{};  // of a token: where it is kept
+  double until = 0;                      // of a JSON Web Token, in seconds since 1970
+  std::string key;                       // and what names the key that has signed it
 };
 
 class Caller;
@@ -82,6 +93,9 @@ class Caller : public std::enable_shared_from_this<Caller> {
   std::optional<Status> request(TimePoint now);
   std::size_t open_calls() const { return calls_.load(std::memory_order_relaxed); }
   std::size_t most_sessions() const { return most_sessions_.load(std::memory_order_relaxed); }
+  std::size_t most_session_bytes() const {
+    return most_session_bytes_.load(std::memory_order_relaxed);
+  }
   bool idle() const { return open_calls() == 0 && in_flight.lent() == 0 && stored.lent() == 0; }
 
   const std::string name;
@@ -94,7 +108,7 @@ class Caller : public std::enable_shared_from_this<Caller> {
 
   Rate rate_;
   std::atomic<std::size_t> calls_{0};
-  std::atomic<std::size_t> most_calls_{0}, most_sessions_{0};
+  std::atomic<std::size_t> most_calls_{0}, most_sessions_{0}, most_session_bytes_{0};
 };
 
 }  // namespace attnserve::identity

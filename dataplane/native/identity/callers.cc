@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/never_destroyed.h"
 #include "base/text.h"
 
 namespace attnserve::identity {
@@ -61,6 +62,13 @@ EVP_MD_CTX& hashing() {
   thread_local const std::unique_ptr<EVP_MD_CTX, Free> context(EVP_MD_CTX_new());
   if (!context) throw std::bad_alloc();
   return *context;
+}
+
+// What every certificate is recognized by.
+const std::shared_ptr<const Credential>& certified() {
+  static NeverDestroyed<std::shared_ptr<const Credential>> instance(
+      std::make_shared<const Credential>(Credential{Credential::Kind::kCertificate, {}, 0, {}}));
+  return *instance;
 }
 
 }  // namespace
@@ -150,6 +158,11 @@ Verdict Callers::recognize(std::string_view authorization,
     return unauthenticated("a token that it does not know");
   }
   if (certificate.empty()) return unauthenticated("nothing");
+  if (auto known = by_certificate(certificate)) return std::move(*known);
+  return unauthenticated("a certificate that no line names");
+}
+
+std::optional<Recognized> Callers::by_certificate(std::span<const std::string> certificate) {
   {
     const std::shared_lock lock(mutex_);
     for (const std::string& name : certificate) {
@@ -157,9 +170,29 @@ Verdict Callers::recognize(std::string_view authorization,
       if (found != certificates_.end()) return found->second;
     }
   }
-  if (options_.certificate_roles == 0) return unauthenticated("a certificate that no line names");
+  if (options_.certificate_roles == 0) return std::nullopt;
   const std::string name = text("certificate:", certificate.front());
-  return Recognized{caller(name, name, options_.bounds), options_.certificate_roles};
+  return Recognized{caller(name, name, options_.bounds), options_.certificate_roles, certified()};
+}
+
+std::optional<Roles> Callers::still(const Caller& caller, const Credential& credential,
+                                    std::span<const std::string> certificate) {
+  std::optional<Recognized> now;
+  if (credential.kind == Credential::Kind::kCertificate) {
+    now = by_certificate(certificate);
+  } else {
+    const std::shared_lock lock(mutex_);
+    if (credential.kind == Credential::Kind::kWebToken) {
+      // What it says is in the token: whoever it was is the same as long as the token is good.
+      const bool good =
+          credential.until > since_1970() && std::ranges::count(web_keys_, credential.key) > 0;
+      return good ? std::optional(kAllRoles) : std::nullopt;
+    }
+    const auto found = tokens_.find(credential.place);
+    if (found != tokens_.end()) now = found->second.who;
+  }
+  if (!now || now->caller.get() != &caller) return std::nullopt;
+  return now->roles;
 }
 
 Recognized Callers::at(std::string_view address) {
@@ -191,29 +224,39 @@ void Callers::forget_idle() {
   });
 }
 
-void Callers::replace(const std::vector<Known>& known) {
+void Callers::replace(const std::vector<Known>& known, const std::vector<std::string>& keys) {
   Table tokens;
   std::map<std::string, Recognized, std::less<>> certificates;
   for (const Known& each : known) {
-    const Recognized who{caller(text('@', each.name), each.name, each.bounds), each.roles};
+    Recognized who{caller(text('@', each.name), each.name, each.bounds), each.roles, certified()};
     if (each.kind == "certificate") {
-      certificates.emplace(each.value, who);
+      certificates.emplace(each.value, std::move(who));
       continue;
     }
-    Entry entry{{}, who, 0};
+    Entry entry{{}, std::move(who), 0};
     if (each.value.size() != entry.digest.size()) throw std::runtime_error("a digest has 32 bytes");
     std::memcpy(entry.digest.data(), each.value.data(), entry.digest.size());
-    tokens.emplace(place_of(entry.digest), entry);
+    const Digest place = place_of(entry.digest);
+    entry.who.credential =
+        std::make_shared<const Credential>(Credential{Credential::Kind::kToken, place, 0, {}});
+    tokens.emplace(place, std::move(entry));
   }
   const std::unique_lock lock(mutex_);
   tokens_.swap(tokens);
   certificates_.swap(certificates);
-  web_tokens_.clear();  // the keys may have changed too
+  web_keys_ = keys;
+  std::erase_if(web_tokens_, [&](const auto& each) {
+    return std::ranges::count(keys, each.second.who.credential->key) == 0;
+  });
 }
 
 Recognized Callers::admit(std::string_view token, const std::string& name, Roles roles,
-                          double until) {
-  Entry entry{sha256(token), {caller(text('@', name), name, options_.bounds), roles}, until};
+                          double until, const std::string& key) {
+  auto credential =
+      std::make_shared<const Credential>(Credential{Credential::Kind::kWebToken, {}, until, key});
+  Entry entry{sha256(token),
+              {caller(text('@', name), name, options_.bounds), roles, std::move(credential)},
+              until};
   const Digest place = place_of(entry.digest);
   const std::unique_lock lock(mutex_);
   if (web_tokens_.size() >= kMostWebTokens) {

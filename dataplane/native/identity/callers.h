@@ -59,6 +59,7 @@ Status unauthenticated(std::string_view given);
 struct Recognized {
   std::shared_ptr<Caller> caller;
   Roles roles = 0;
+  std::shared_ptr<const Credential> credential = nullptr;  // none: it need not say who it is
 };
 
 // A JSON Web Token that has not been seen before: somebody has to check it, then `admit` it. It
@@ -75,6 +76,7 @@ class Callers {
   Callers(const CallersOptions& options, ByteBudget& in_flight);
 
   bool required() const { return options_.required; }
+  bool checks_web_tokens() const { return options_.web_tokens; }
 
   // Who says `authorization`, or holds a certificate with these names, the most telling first.
   // Status: UNAUTHENTICATED.
@@ -82,10 +84,17 @@ class Callers {
   // Somebody who need not say who it is: told apart by where it calls from.
   Recognized at(std::string_view address);
 
-  // Replaces everything that was known. Callers of the same name go on with what they hold.
-  void replace(const std::vector<Known>& known);
-  // A JSON Web Token that was checked: good until then (seconds since 1970).
-  Recognized admit(std::string_view token, const std::string& name, Roles roles, double until);
+  // Replaces everything that was known, `keys`: what names those that sign JSON Web Tokens. Callers
+  // of the same name go on with what they hold.
+  void replace(const std::vector<Known>& known, const std::vector<std::string>& keys = {});
+  // A JSON Web Token that was checked by a key that `replace` named last: good until then (seconds
+  // since 1970).
+  Recognized admit(std::string_view token, const std::string& name, Roles roles, double until,
+                   const std::string& key);
+  // What a caller that was recognized may do now; nothing: its credential does not count any more,
+  // or is another's. `certificate` as it was then.
+  std::optional<Roles> still(const Caller& caller, const Credential& credential,
+                             std::span<const std::string> certificate);
   // Whom a header names, without a call; nothing if nobody.
   std::optional<Recognized> look_up(std::string_view authorization);
 
@@ -105,6 +114,7 @@ class Callers {
   Digest place_of(const Digest& digest) const;
   std::optional<Recognized> find(const Table& table, const Digest& place,
                                  const Digest& digest) const;
+  std::optional<Recognized> by_certificate(std::span<const std::string> certificate);
   std::shared_ptr<Caller> caller(const std::string& key, const std::string& name,
                                  const Bounds& bounds);
   void forget_idle();
@@ -116,6 +126,7 @@ class Callers {
   mutable std::shared_mutex mutex_;  // guards what follows
   Table tokens_;
   Table web_tokens_;  // checked ones
+  std::vector<std::string> web_keys_;
   std::map<std::string, Recognized, std::less<>> certificates_;
   std::map<std::string, std::shared_ptr<Caller>, std::less<>> callers_;
   std::uint64_t last_number_;

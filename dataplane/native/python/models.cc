@@ -131,16 +131,16 @@ void bind_models(nb::module_& module) {
              if (!found) throw nb::key_error(variant.c_str());
              return names_of(found->session->inputs());
            })
-      .def("outputs", [](const Model& model, const std::string& variant) {
-        const engine::Variant* found = model.named(variant);
-        if (!found) throw nb::key_error(variant.c_str());
-        return names_of(found->session->outputs());
-      })
+      .def("outputs",
+           [](const Model& model, const std::string& variant) {
+             const engine::Variant* found = model.named(variant);
+             if (!found) throw nb::key_error(variant.c_str());
+             return names_of(found->session->outputs());
+           })
       .def("ports", [](const Model& model, const std::string& variant) {
         const engine::Variant* found = model.named(variant);
         if (!found) throw nb::key_error(variant.c_str());
-        return std::pair(described(found->session->inputs()),
-                         described(found->session->outputs()));
+        return std::pair(described(found->session->inputs()), described(found->session->outputs()));
       });
 }
 

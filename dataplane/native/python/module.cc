@@ -213,14 +213,15 @@ void bind_identity(nb::module_& module) {
           "__init__",
           [](identity::Known* self, std::string name, identity::Roles roles, std::string kind,
              const nb::bytes& value, double requests_per_second, std::size_t bytes_in_flight,
-             std::size_t stored_bytes, std::size_t sessions, std::size_t calls) {
-            new (self) identity::Known{std::move(name), roles, std::move(kind),
-                                       std::string(value.c_str(), value.size()),
-                                       identity::Bounds{requests_per_second, bytes_in_flight,
-                                                        stored_bytes, sessions, calls}};
+             std::size_t stored_bytes, std::size_t sessions, std::size_t session_bytes,
+             std::size_t calls) {
+            new (self) identity::Known{
+                std::move(name), roles, std::move(kind), std::string(value.c_str(), value.size()),
+                identity::Bounds{requests_per_second, bytes_in_flight, stored_bytes, sessions,
+                                 session_bytes, calls}};
           },
           "name"_a, "roles"_a, "kind"_a, "value"_a, "requests_per_second"_a, "bytes_in_flight"_a,
-          "stored_bytes"_a, "sessions"_a, "calls"_a)
+          "stored_bytes"_a, "sessions"_a, "session_bytes"_a, "calls"_a)
       .def_prop_ro("kind", [](const identity::Known& self) { return self.kind; })
       .def_prop_ro("value", [](const identity::Known& self) {
         return nb::bytes(self.value.data(), self.value.size());
@@ -250,17 +251,18 @@ void bind_plane(nb::module_& module) {
           nb::call_guard<nb::gil_scoped_release>())
       .def(
           "set_callers",
-          [](DataPlane& self, const std::vector<identity::Known>& known) {
-            self.core.callers.replace(known);
+          [](DataPlane& self, const std::vector<identity::Known>& known,
+             const std::vector<std::string>& web_keys) {
+            self.core.callers.replace(known, web_keys);
           },
-          "known"_a)
+          "known"_a, "web_keys"_a = std::vector<std::string>())
       .def(
           "admit_web_token",
           [](DataPlane& self, const nb::bytes& token, const std::string& name,
-             identity::Roles roles, double until) {
-            self.core.callers.admit({token.c_str(), token.size()}, name, roles, until);
+             identity::Roles roles, double until, const std::string& key) {
+            self.core.callers.admit({token.c_str(), token.size()}, name, roles, until, key);
           },
-          "token"_a, "name"_a, "roles"_a, "until"_a)
+          "token"_a, "name"_a, "roles"_a, "until"_a, "key"_a)
       .def(
           "look_up",
           [](DataPlane& self, const std::string& authorization) {

@@ -83,8 +83,11 @@ services::DataPlaneOptions options_of(const nb::kwargs& given) {
   core.callers.web_tokens = reader.take<bool>("web_tokens");
   core.callers.certificate_roles = reader.take<identity::Roles>("certificate_roles");
   core.callers.bounds = {reader.take<double>("caller_requests_per_second"),
-                         size("caller_bytes_in_flight"), size("caller_stored_bytes"),
-                         size("caller_sessions"), size("caller_calls")};
+                         size("caller_bytes_in_flight"),
+                         size("caller_stored_bytes"),
+                         size("caller_sessions"),
+                         size("caller_session_bytes"),
+                         size("caller_calls")};
   core.max_shared_regions = size("max_shared_regions");
   core.max_shared_bytes = size("max_shared_bytes");
 

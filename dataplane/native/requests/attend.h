@@ -71,9 +71,10 @@ struct Context {
   sessions::SharedRegions& regions;
 };
 
-// Throws RequestError with the field, what was given and what is allowed.
+// `peer` as CallInfo has it. Throws RequestError with the field, what was given and what is
+// allowed.
 AttendPlan plan_attend(const wire::AttendRequest& message, const Context& context,
-                       bool chunks_allowed);
+                       std::string_view peer, bool chunks_allowed);
 
 // Where tensors lie that follow one another from 0 on, each at the next multiple of kAlignment; the
 // last entry is where the last one ends.

@@ -149,7 +149,7 @@ InferPlan plan_infer(wire::InferRequest& message, engine::ModelPtr model, const 
   Inputs inputs = inputs_of(message, places);
   const InferOptions options = options_of(message.parameters);
   const wire::AttendRequest request = attend_request(inputs, wishes, options, *model);
-  plan.attend = plan_for(std::move(model), request, context, false);
+  plan.attend = plan_for(std::move(model), request, context, peer, false);
   for (std::size_t at = 0; at < wire::kInputs; ++at) {
     if (inputs.shared[at]) plan.attend.sent_bytes -= inputs.elements[at].size();
   }

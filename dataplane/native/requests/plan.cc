@@ -74,7 +74,7 @@ std::string required_names(const engine::Model& model) {
 
 // Each tensor of the request, checked on its own.
 TensorSpecs checked_specs(const wire::AttendRequest& message, const engine::Model& model,
-                          sessions::StoredTensors& stored, bool chunks_allowed) {
+                          const sessions::StoredOf& stored, bool chunks_allowed) {
   const engine::ModelFacts& facts = model.facts;
   if (facts.kind == engine::Kind::kTransformer) {
     throw RequestError(
@@ -219,17 +219,18 @@ bool joinable(const TensorSpecs& specs, const engine::Dims& dims) {
 }
 
 AttendPlan plan_attend(const wire::AttendRequest& message, const Context& context,
-                       bool chunks_allowed) {
+                       std::string_view peer, bool chunks_allowed) {
   if (message.model.empty()) refuse("model", "nothing", "a name that ListModels gives");
-  return plan_for(context.models.get(message.model, message.version), message, context,
+  return plan_for(context.models.get(message.model, message.version), message, context, peer,
                   chunks_allowed);
 }
 
 AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
-                    const Context& context, bool chunks_allowed) {
+                    const Context& context, std::string_view peer, bool chunks_allowed) {
   const Limits& limits = context.limits;
   AttendPlan plan;
-  plan.specs = checked_specs(message, *model, context.stored, chunks_allowed);
+  plan.specs = checked_specs(message, *model, {context.stored, sessions::name_of_caller(peer)},
+                             chunks_allowed);
   plan.dims = dims_of(*model, plan.specs);
   check_limits(plan.dims, limits);
   plan.request_bytes = checked_request_bytes(plan.specs, limits);

@@ -10,7 +10,7 @@ namespace attnserve::requests {
 
 // plan_attend for a model that has been looked up; model and version of the message are not read.
 AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
-                    const Context& context, bool chunks_allowed);
+                    const Context& context, std::string_view peer, bool chunks_allowed);
 
 // Whether a request may be computed together with others: it brings nothing of its own that says
 // who sees whom but lengths.

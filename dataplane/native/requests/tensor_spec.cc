@@ -71,8 +71,9 @@ std::size_t checked_shape(const TensorRule& rule, std::span<const std::int64_t> 
 
 // Its dtype and shape are as it was put, and may be left out of the message.
 TensorSpec check_stored(const TensorRule& rule, const wire::TensorMessage& tensor,
-                        sessions::StoredTensors& store) {
-  sessions::StoredTensorPtr found = store.get(tensor.stored, text(rule.field, ".stored"));
+                        const sessions::StoredOf& stored) {
+  sessions::StoredTensorPtr found =
+      stored.store.get(tensor.stored, stored.owner, text(rule.field, ".stored"));
   const auto number = static_cast<std::int32_t>(found->dtype);
   for (const std::int32_t given :
        {std::min(tensor.dtype, number), std::max(tensor.dtype, number)}) {
@@ -133,7 +134,7 @@ ByteSpan elements_of(const TensorSpec& spec, ByteSpan sent, const sessions::Shar
 }
 
 TensorSpec check_tensor(const TensorRule& rule, const wire::TensorMessage& tensor,
-                        bool chunks_allowed, sessions::StoredTensors* stored) {
+                        bool chunks_allowed, const sessions::StoredOf* stored) {
   using Content = wire::TensorMessage::Content;
   if (tensor.content == Content::kStored && stored != nullptr) {
     return check_stored(rule, tensor, *stored);

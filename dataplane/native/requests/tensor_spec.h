@@ -24,7 +24,7 @@ struct TensorRule {
 // Checks one tensor but for its elements. `stored` finds stored tensors; nullptr: there are none.
 // Throws RequestError INVALID_ARGUMENT, or NOT_FOUND for a stored tensor that is not there.
 TensorSpec check_tensor(const TensorRule& rule, const wire::TensorMessage& tensor,
-                        bool chunks_allowed, sessions::StoredTensors* stored);
+                        bool chunks_allowed, const sessions::StoredOf* stored);
 
 // Throws RequestError INVALID_ARGUMENT for a name or an offset that cannot be right.
 Region region_of(std::string_view field, const wire::RegionMessage& message);

@@ -44,11 +44,15 @@ Graphs chosen_graphs(const engine::Model& model, std::string_view forced, const 
   Graphs graphs;
   if (wanted.weights) {
     given.add("weights");
+    if (dims.packed > 0 && wanted.diagnosed()) {
+      // Weights alone do not say where sequences begin.
+      graphs.diagnosis = model.find(input_names(specs, softcap, false).all(), kDiagnostics);
+    }
   } else if (wanted.diagnosed()) {
     const engine::Variant* named = forced.empty() ? nullptr : model.named(forced);
     // Weights do not depend on value.
     const Names without_value = input_names(specs, softcap, false);
-    if (named == nullptr || !named->session->gives("weights")) {
+    if (dims.packed > 0 || named == nullptr || !named->session->gives("weights")) {
       graphs.diagnosis = model.find(without_value.all(), kDiagnostics);
     }
     if (graphs.diagnosis == nullptr) {

@@ -12,7 +12,7 @@ UnaryBehaviour attend(Core& core) {
     const auto message = std::make_shared<Bytes>(std::move(bytes));
     const wire::AttendRequest decoded = wire::decode_attend(message->span(), "Attend");
     const requests::Context context = core.context();
-    requests::AttendPlan plan = requests::plan_attend(decoded, context, false);
+    requests::AttendPlan plan = requests::plan_attend(decoded, context, reply->info().peer, false);
     std::unique_ptr<Answer> answer = attend_answer(core, reply->info(), plan, std::nullopt);
     auto prepared =
         requests::prepare(std::move(plan), inline_elements(decoded), context, reply->info().peer);
@@ -27,14 +27,16 @@ UnaryBehaviour renew_tensor(Core& core) {
   return [&core](Bytes bytes, const std::shared_ptr<Reply>& reply,
                  const std::shared_ptr<schedule::RequestContext>&, Admitted) {
     const wire::RenewTensorRequest decoded = wire::decode_renew_tensor(bytes.span());
-    reply->deliver(stored_delivery(core.stored.renew(decoded.handle, lease_of(decoded.lease))));
+    reply->deliver(stored_delivery(core.stored.renew(
+        decoded.handle, sessions::name_of_caller(reply->info().peer), lease_of(decoded.lease))));
   };
 }
 
 UnaryBehaviour drop_tensor(Core& core) {
   return [&core](Bytes bytes, const std::shared_ptr<Reply>& reply,
                  const std::shared_ptr<schedule::RequestContext>&, Admitted) {
-    core.stored.drop(wire::decode_drop_tensor(bytes.span()));
+    core.stored.drop(wire::decode_drop_tensor(bytes.span()),
+                     sessions::name_of_caller(reply->info().peer));
     reply->deliver(delivery_of(OutMessage::of(wire::encode_empty())));
   };
 }

@@ -164,7 +164,8 @@ class AttendStreamHandler final : public grpc::CallHandler {
     incoming.arrived = Clock::now();
     incoming.request = request_context(state_->info());
     incoming.request->shorten(decoded.timeout, incoming.arrived);
-    incoming.plan = requests::plan_attend(*decoded.request, core_.context(), true);
+    incoming.plan =
+        requests::plan_attend(*decoded.request, core_.context(), state_->info().peer, true);
     incoming.request->priority = incoming.plan->priority;
     if (auto refused = core_.scheduler.check_room(*incoming.request)) {
       throw RequestError(std::move(*refused));

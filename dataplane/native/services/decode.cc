@@ -41,8 +41,7 @@ class DecodeHandler final : public grpc::CallHandler {
       : core_(core),
         call_(call),
         state_(StreamState::open(core, std::move(call), "Decode")),
-        owner_(identity_of(state_->info().peer)),
-        most_sessions_(state_->info().caller ? state_->info().caller->most_sessions() : 0) {}
+        owner_(identity_of(state_->info().peer)) {}
 
   void on_message(Bytes bytes) override {
     if (over_) return;
@@ -73,7 +72,11 @@ class DecodeHandler final : public grpc::CallHandler {
  private:
   using MessagePtr = std::shared_ptr<const Bytes>;
 
-  sessions::SessionOwner owner() const { return {owner_, most_sessions_}; }
+  sessions::SessionOwner owner() const {
+    const auto& caller = state_->info().caller;
+    if (!caller) return owner_;
+    return {owner_, caller->most_sessions(), caller->most_session_bytes()};
+  }
 
   void fail(Status status) {
     over_ = true;
@@ -262,7 +265,7 @@ class DecodeHandler final : public grpc::CallHandler {
                        "one that no other step open on this stream has");
     }
     auto step = std::make_shared<OpenStep>();
-    step->step = core_.kv.begin_step(plan.sessions, owner_);
+    step->step = core_.kv.begin_step(plan.sessions, owner());
     step->models = requests::kv_models(step->step->spec(), core_.context());
     step->tokens = plan.tokens;
     step->cross_tokens = plan.cross_tokens;
@@ -358,7 +361,7 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::TruncateSession& asked, const MessagePtr&) {
-    answer(session_message(id, core_.kv.truncate(asked.session_id, asked.length, owner_)));
+    answer(session_message(id, core_.kv.truncate(asked.session_id, asked.length, owner())));
   }
 
   void act(std::uint64_t id, const wire::ForkSession& asked, const MessagePtr&) {
@@ -404,7 +407,7 @@ class DecodeHandler final : public grpc::CallHandler {
   void act(std::uint64_t id, const wire::ExportSession& asked, const MessagePtr&) {
     check_transfers();
     const auto leaving = std::make_shared<SessionExport>(
-        core_, state_, id, core_.kv.export_session(asked.session_id, owner_));
+        core_, state_, id, core_.kv.export_session(asked.session_id, owner()));
     exports_.push_back(leaving);
     leaving->resume();
   }
@@ -426,7 +429,6 @@ class DecodeHandler final : public grpc::CallHandler {
   const std::shared_ptr<grpc::Call> call_;
   const std::shared_ptr<StreamState> state_;
   const std::string owner_;
-  const std::size_t most_sessions_;
   std::unordered_map<std::uint64_t, std::shared_ptr<OpenStep>> steps_;  // by step_id
   std::map<std::uint64_t, LayerRequest> layers_;  // that wait for a part, by request_id
   std::vector<std::shared_ptr<SessionExport>> exports_;

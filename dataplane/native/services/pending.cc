@@ -109,9 +109,11 @@ std::variant<grpc::Reception, Status> pending(Core& core, const std::shared_ptr<
     request->answer({Code::kCancelled, "", {}}, {});
     return std::move(*refused);
   }
-  return grpc::Reception{
+  grpc::Reception reception{
       std::make_unique<PendingHandler>(core, call, method, counted, std::move(accept)),
       core.limits.max_message_bytes};
+  reception.is_known = false;
+  return reception;
 }
 
 }  // namespace attnserve::services

@@ -1,6 +1,6 @@
 // A call whose caller showed a JSON Web Token that nobody has checked yet. The control plane does,
 // once for each token; meanwhile nothing of the body is delivered, and the caller may send no more
-// of it than the first window.
+// of it than a narrow window (see Http2Connection::narrow).
 #pragma once
 
 #include <functional>

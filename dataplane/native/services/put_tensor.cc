@@ -133,7 +133,8 @@ class PutTensorHandler final : public grpc::CallHandler {
     }
     over_ = true;
     upload_ = {};
-    const sessions::Stored stored = core_.stored.put(std::move(tensor_), std::move(room_), lease_);
+    const sessions::Stored stored = core_.stored.put(std::move(tensor_), std::move(room_), lease_,
+                                                     sessions::name_of_caller(reply_->info().peer));
     reply_->deliver(stored_delivery(stored));
   }
 

@@ -125,15 +125,36 @@ Router::Accepted Router::accept_by(const Method& method, std::shared_ptr<grpc::C
 
 std::optional<Status> Router::let_in(identity::Recognized who, const Method& method,
                                      grpc::Call& call, identity::OpenCall& open) {
-  if ((who.roles & method.roles) == 0) {
-    return Status{Code::kPermissionDenied,
-                  text(method.name, ": given a caller that may ", identity::names_of(who.roles),
-                       "; allowed: one that may ", identity::names_of(method.roles)),
-                  {}};
-  }
+  if ((who.roles & method.roles) == 0) return not_permitted(method, who.roles);
   if (auto refused = who.caller->enter(call.info().arrived, open)) return refused;
   const std::string name = who.caller->name;
-  call.identify(std::move(who.caller), name);
+  call.identify(std::move(who.caller), name, std::move(who.credential));
+  return std::nullopt;
+}
+
+Status Router::not_permitted(const Method& method, identity::Roles roles) {
+  return {Code::kPermissionDenied,
+          text(method.name, ": given a caller that may ", identity::names_of(roles),
+               "; allowed: one that may ", identity::names_of(method.roles)),
+          {}};
+}
+
+std::optional<Status> Router::recheck(const grpc::CallInfo& info, bool trusted) {
+  if (!info.caller || !info.credential) return std::nullopt;
+  using Kind = identity::Credential::Kind;
+  const bool certified = info.credential->kind == Kind::kCertificate;
+  if (certified && !trusted) {
+    return identity::unauthenticated("a certificate that is not trusted any more");
+  }
+  const std::span<const std::string> names =
+      info.certificate ? std::span(*info.certificate) : std::span<const std::string>();
+  const auto roles = core_.callers.still(*info.caller, *info.credential, names);
+  if (!roles) {
+    return identity::unauthenticated(certified ? "a certificate that it does not know any more"
+                                               : "a token that was withdrawn, or has run out");
+  }
+  const Method& method = methods_.at(info.path);
+  if ((*roles & method.roles) == 0) return not_permitted(method, *roles);
   return std::nullopt;
 }
 

@@ -21,6 +21,9 @@ class Router final : public grpc::Service {
 
   std::variant<grpc::Reception, Status> accept(std::shared_ptr<grpc::Call> call) override;
   void after_events() override { core_.scheduler.run_short(); }
+  bool begins_unknown() override { return core_.callers.checks_web_tokens(); }
+  bool rechecks() override { return core_.callers.required(); }
+  std::optional<Status> recheck(const grpc::CallInfo& info, bool trusted) override;
   bool wants_bodies() override { return core_.admission.wants_bodies(); }
   void after_round(Duration busy) override { core_.admission.moved_bytes(busy); }
   void connection_closed(std::uint64_t connection) override {
@@ -41,6 +44,7 @@ class Router final : public grpc::Service {
 
   // `checked`: its web token was, a moment ago.
   Accepted accept_by(const Method& method, std::shared_ptr<grpc::Call> call, bool checked);
+  static Status not_permitted(const Method& method, identity::Roles roles);
   // The call's caller may do this, and has not too much under way: else the refusal.
   static std::optional<Status> let_in(identity::Recognized who, const Method& method,
                                       grpc::Call& call, identity::OpenCall& open);

@@ -9,10 +9,11 @@
 
 namespace attnserve::sessions {
 
-KvSession::KvSession(KvPlanPtr plan, PageStore& store, KvPrefixes& prefixes)
+KvSession::KvSession(KvPlanPtr plan, PageStore& store, KvPrefixes& prefixes, PageAccountPtr account)
     : plan_(std::move(plan)),
       store_(store),
       prefixes_(prefixes),
+      account_(std::move(account)),
       pages_(store.of_size(plan_->spec.layout.page_bytes())),
       tables_(plan_->spec.layers.size()),
       first_pages_(plan_->windows.size(), 0) {}
@@ -45,9 +46,15 @@ std::size_t KvSession::charge(std::uint64_t tokens, std::uint64_t step) const {
   return sum;
 }
 
+bool KvSession::promise(std::int64_t more) {
+  if (!store_.promise(pages_, more)) return false;
+  account_->bytes += static_cast<std::size_t>(more) * pages_.page_bytes();
+  return true;
+}
+
 bool KvSession::recharge() {
   const std::size_t now = charge(length, added);
-  if (!store_.promise(pages_, static_cast<std::int64_t>(now - charged_))) return false;
+  if (!promise(static_cast<std::int64_t>(now - charged_))) return false;
   charged_ = now;
   return true;
 }
@@ -56,13 +63,13 @@ void KvSession::make_common(std::uint64_t blocks) {
   if (plan_->full.empty() || blocks <= common_pages_) return;
   for (std::size_t block = common_pages_; block < blocks; ++block) {
     for (const std::uint32_t layer : plan_->full) {
-      pages_.set_common(blocks_[block]->page(layer), true);
+      pages_.set_common(blocks_[block]->page(layer), account_);
     }
   }
   // What was promised to this session is promised to all of them now: the sum stays.
   const std::size_t pages = plan_->full.size() * (blocks - common_pages_);
   common_pages_ = blocks;
-  store_.promise(pages_, -static_cast<std::int64_t>(pages));
+  promise(-static_cast<std::int64_t>(pages));
   charged_ -= pages;
 }
 
@@ -150,7 +157,7 @@ void KvSession::adopt(KvSession& other, std::uint64_t tokens) {
   common_pages_ = plan_->full.empty() ? 0 : blocks;
   if (other.cross_length > 0 && !other.cross_common_) {
     for (const std::uint32_t layer : plan_->cross) {
-      for (const std::int64_t offset : tables_[layer]) pages_.set_common(index(offset), true);
+      for (const std::int64_t offset : tables_[layer]) pages_.set_common(index(offset), account_);
     }
     other.cross_common_ = true;
     other.recharge();  // to what is promised for all of them now
@@ -186,7 +193,7 @@ void KvSession::provide(const std::vector<std::uint32_t>& first_pages) {
 // Of a page that nobody else holds.
 void KvSession::make_own(PageIndex page) {
   if (pages_.published(page)) prefixes_.withdraw(pages_, page);
-  pages_.set_common(page, false);
+  pages_.set_own(page);
 }
 
 // A page with these tokens of another one, to be written to: itself, or a copy in its place.
@@ -351,7 +358,7 @@ void KvSession::release() {
   for (std::size_t page = deepest; page-- > 0;) drop_from(page);
   for (const std::uint32_t layer : plan_->full) tables_[layer].clear();
   common_pages_ = 0;
-  store_.promise(pages_, -static_cast<std::int64_t>(charged_));
+  promise(-static_cast<std::int64_t>(charged_));
   charged_ = 0;
 }
 

@@ -34,7 +34,7 @@ class KvSession {
  public:
   using Table = std::vector<std::int64_t>;  // offset of each page, or kGivenBack
 
-  KvSession(KvPlanPtr plan, PageStore& store, KvPrefixes& prefixes);
+  KvSession(KvPlanPtr plan, PageStore& store, KvPrefixes& prefixes, PageAccountPtr account);
 
   const KvPlan& plan() const { return *plan_; }
   const KvPlanPtr& plan_ptr() const { return plan_; }
@@ -55,6 +55,10 @@ class KvSession {
   std::size_t charge(std::uint64_t length, std::uint64_t added) const;
   std::size_t charged() const { return charged_; }
   PageClass& pages() { return pages_; }
+  PageAccount& account() { return *account_; }  // of its owner
+  // Promises so many pages more (or fewer) to its owner, of whichever session they are. False, and
+  // nothing is changed, if they cannot be had.
+  bool promise(std::int64_t more);
   // Makes the promise what `charge` says. False, and unchanged, if it cannot be had.
   bool recharge();
   // The caller has promised what `charge` says.
@@ -123,6 +127,7 @@ class KvSession {
   KvPlanPtr plan_;
   PageStore& store_;
   KvPrefixes& prefixes_;
+  const PageAccountPtr account_;
   PageClass& pages_;
   std::vector<KvBlockPtr> blocks_;
   std::vector<Table> tables_;  // of layers in blocks: as far as they have been asked for

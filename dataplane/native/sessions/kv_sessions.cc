@@ -110,7 +110,7 @@ std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
         session->release();
         session->forget_prefix();
       }
-      state_->promise(*session, text("sessions[", index, "]"), now);
+      state_->promise(*session, text("sessions[", index, "]"), owner, now);
       state_->found += session->length / plan->page_tokens();
     }
     state_->check_count(opened.size(), owner, now);
@@ -168,20 +168,18 @@ SessionState KvSessions::commit(std::string_view id, std::span<const std::uint32
 }
 
 SessionState KvSessions::truncate(std::string_view id, std::uint64_t length,
-                                  std::string_view owner) {
+                                  const SessionOwner& owner) {
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
-  const KvSessionPtr session = state_->find_idle(id, owner, now);
+  const KvSessionPtr session = state_->find_idle(id, owner.name, now);
   check_length(*session, length);
   // Pages of its own in place of common ones; those that nobody else holds are its own then.
   const std::size_t alone = session->common_alone(length);
   const auto more =
       static_cast<std::int64_t>(session->charge(length, 0) - session->charged() - alone);
-  if (more > 0 && !state_->store.promise(session->pages(), more)) {
-    state_->refuse("length", static_cast<std::size_t>(more), session->pages(), now);
-  }
-  if (more > 0) state_->store.promise(session->pages(), -more);
+  state_->claim(*session, more, "length", owner, now);
+  session->promise(-more);
   session->cut(length);
   session->length = length;
   session->recharge();
@@ -214,7 +212,7 @@ SessionState KvSessions::fork_at(std::string_view id, const std::uint64_t* lengt
   session->reserved_tokens = growth.reserved_tokens;
   try {
     session->adopt(*other, at);
-    state_->promise(*session, "session", now);
+    state_->promise(*session, "session", owner, now);
     state_->add(session, std::move(id_of_new), lease, now);
   } catch (...) {
     session->release();
@@ -287,6 +285,7 @@ void KvSessions::tidy() {
   for (bool more = true; more;) {
     const std::scoped_lock lock(state_->mutex);
     state_->expire(Clock::now());
+    state_->forget_accounts();
     more = state_->store.give_back(kSlabsAtOnce);
   }
 }

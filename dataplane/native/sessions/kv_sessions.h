@@ -23,6 +23,7 @@
 // layers with a window only the window and a step of Config::promised_step tokens are promised:
 // longer steps claim more, or are refused, at begin_step. Full pages that are shared are promised
 // once; truncating to before the end of what is shared claims the session's own pages, or refuses.
+// What an owner is promised, its sessions together and shared pages once, has a bound of its own.
 //
 // Errors. Calls throw RequestError and leave every session as it was: NOT_FOUND, no such session,
 // or it expired or is of another owner; INVALID_ARGUMENT; FAILED_PRECONDITION, it is in a step or
@@ -79,14 +80,16 @@ struct KvStatistics {
   std::uint64_t evicted_pages = 0;
 };
 
-// Whose sessions: the caller's identity, and how many of its sessions may be open at once (0: no
-// bound of its own).
+// Whose sessions: the caller's identity, how many of its sessions may be open at once, and how many
+// bytes they may be promised together (0: no bound of its own).
 struct SessionOwner {
   template <std::convertible_to<std::string_view> Name>
-  SessionOwner(const Name& name_, std::size_t most = 0) : name(name_), most_sessions(most) {}
+  SessionOwner(const Name& name_, std::size_t sessions = 0, std::size_t bytes = 0)
+      : name(name_), most_sessions(sessions), most_bytes(bytes) {}
 
   std::string_view name;
   std::size_t most_sessions;
+  std::size_t most_bytes;
 };
 
 struct KvState;
@@ -111,7 +114,8 @@ class KvSessions {
   // Sessions of equal spec, each once: at least one, as requests::plan_step checks what needs no
   // session. Takes their lease anew, as every use does, layers included.
   // Fields in messages: sessions[i].
-  std::shared_ptr<KvStep> begin_step(std::span<const SessionStep> sessions, std::string_view owner);
+  std::shared_ptr<KvStep> begin_step(std::span<const SessionStep> sessions,
+                                     const SessionOwner& owner);
   // A layer that there is. INVALID_ARGUMENT: computed already, or being computed. NOT_FOUND: a
   // session of the step was closed or expired meanwhile; the others are unharmed, and the step to
   // be given up.
@@ -121,7 +125,7 @@ class KvSessions {
   // on, and ends the tree. None: keeps nothing of it.
   SessionState commit(std::string_view id, std::span<const std::uint32_t> accepted,
                       std::string_view owner);
-  SessionState truncate(std::string_view id, std::uint64_t length, std::string_view owner);
+  SessionState truncate(std::string_view id, std::uint64_t length, const SessionOwner& owner);
   // `length`: tokens to begin with; at most what the other one holds.
   SessionState fork(std::string_view id, std::uint64_t length, Growth growth, Duration lease,
                     const SessionOwner& owner);
@@ -132,7 +136,7 @@ class KvSessions {
   void close(std::string_view id, std::string_view owner);
 
   // A snapshot, to be read chunk by chunk while the session goes on. See kv_transfer.h.
-  KvExport export_session(std::string_view id, std::string_view owner);
+  KvExport export_session(std::string_view id, const SessionOwner& owner);
   // The session is there once `KvImport::finish` has returned. `exported` as read from chunk 0.
   KvImport import_session(const ExportedSession& exported, Growth growth, Duration lease,
                           const SessionOwner& owner);

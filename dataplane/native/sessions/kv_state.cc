@@ -61,21 +61,39 @@ KvPlanPtr KvState::plan_of(const SessionSpec& spec) {
 }
 
 KvSessionPtr KvState::make(const KvPlanPtr& plan, const SessionOwner& owner) {
-  auto session = std::make_shared<KvSession>(plan, store, prefixes);
+  auto own = accounts.find(owner.name);
+  if (own == accounts.end()) {
+    own = accounts.emplace(owner.name, std::make_shared<PageAccount>()).first;
+  }
+  auto session = std::make_shared<KvSession>(plan, store, prefixes, own->second);
   session->owner = owner.name;
   session->most_of_owner = owner.most_sessions;
   session->root = prefixes.root_of(*plan, owner.name);
   return session;
 }
 
-void KvState::promise(KvSession& session, std::string_view field, TimePoint now) {
-  if (session.recharge()) return;
-  const std::size_t pages = session.charge(session.length, session.added) - session.charged();
-  refuse(field, pages, session.pages(), now);
+void KvState::promise(KvSession& session, std::string_view field, const SessionOwner& owner,
+                      TimePoint now) {
+  const std::size_t charge = session.charge(session.length, session.added);
+  claim(session, static_cast<std::int64_t>(charge - session.charged()), field, owner, now);
+  session.set_charged(charge);
 }
 
-void KvState::refuse(std::string_view field, std::size_t pages, const PageClass& of,
-                     TimePoint now) const {
+void KvState::claim(KvSession& session, std::int64_t more, std::string_view field,
+                    const SessionOwner& owner, TimePoint now) {
+  const PageClass& of = session.pages();
+  const auto pages = static_cast<std::size_t>(std::max<std::int64_t>(more, 0));
+  const std::size_t bytes = pages * of.page_bytes();
+  const std::size_t together = session.account().bytes + bytes;
+  const bool grows = more > 0 || session.id.empty();  // a new one, by what it shares, too
+  if (owner.most_bytes > 0 && together > owner.most_bytes && grows) {
+    throw RequestError(
+        {Code::kResourceExhausted,
+         text(field, ": ", together, " bytes of all sessions of this caller, with ", bytes,
+              " more; allowed: ", owner.most_bytes, " (--caller-kv-mib)"),
+         bytes <= owner.most_bytes ? retry_after(expiries, now) : std::chrono::microseconds{0}});
+  }
+  if (session.promise(more)) return;
   const std::size_t most = config.max_bytes / of.page_bytes();
   throw RequestError({Code::kResourceExhausted,
                       text(field, ": ", pages, " pages of ", of.page_bytes(),
@@ -85,8 +103,8 @@ void KvState::refuse(std::string_view field, std::size_t pages, const PageClass&
 }
 
 void KvState::check_count(std::size_t more, const SessionOwner& owner, TimePoint now) const {
-  const auto own = of_owner.find(owner.name);
-  const std::size_t before = own == of_owner.end() ? 0 : own->second;
+  const auto own = accounts.find(owner.name);
+  const std::size_t before = own == accounts.end() ? 0 : own->second->sessions;
   if (owner.most_sessions > 0 && before + more > owner.most_sessions) {
     throw RequestError(
         {Code::kResourceExhausted,
@@ -105,7 +123,6 @@ void KvState::add(const KvSessionPtr& session, std::string id, Duration asked_fo
   session->id = std::move(id);
   session->lease = lease(asked_for);
   touch(*session, now);
-  std::size_t& own = of_owner[session->owner];
   session->expiry = expiries.emplace(session->expires, session);
   try {
     sessions.emplace(session->id, session);
@@ -113,15 +130,18 @@ void KvState::add(const KvSessionPtr& session, std::string id, Duration asked_fo
     expiries.erase(session->expiry);
     throw;
   }
-  ++own;
+  ++session->account().sessions;
   ++opened;
 }
 
-bool KvState::forget(const KvSession& session) {
+bool KvState::forget(KvSession& session) {
   if (sessions.erase(session.id) == 0) return false;
-  const auto own = of_owner.find(session.owner);
-  if (--own->second == 0) of_owner.erase(own);
+  --session.account().sessions;
   return true;
+}
+
+void KvState::forget_accounts() {
+  std::erase_if(accounts, [](const auto& each) { return each.second.use_count() == 1; });
 }
 
 KvSessionPtr KvState::find_idle(std::string_view id, std::string_view owner, TimePoint now) {

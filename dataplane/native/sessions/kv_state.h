@@ -30,7 +30,8 @@ struct KvState {
     using is_transparent = void;
   };
   std::unordered_map<std::string, KvSessionPtr, IdHash, std::equal_to<>> sessions;
-  std::unordered_map<std::string, std::size_t, IdHash, std::equal_to<>> of_owner;  // their numbers
+  // By owner: those with sessions, or with pages that are only cached.
+  std::unordered_map<std::string, PageAccountPtr, IdHash, std::equal_to<>> accounts;
   std::multimap<TimePoint, KvSessionPtr> expiries;  // one for each session
   std::vector<std::weak_ptr<const KvPlan>> plans;
   std::uint64_t steps = 0;
@@ -44,13 +45,17 @@ struct KvState {
   // The plan of a spec: the one that there is, if sessions or cached pages have it.
   KvPlanPtr plan_of(const SessionSpec& spec);
   KvSessionPtr make(const KvPlanPtr& plan, const SessionOwner& owner);
-  // Makes the session's promise what it should be. Throws RequestError RESOURCE_EXHAUSTED.
-  void promise(KvSession& session, std::string_view field, TimePoint now);
-  [[noreturn]] void refuse(std::string_view field, std::size_t pages, const PageClass& of,
-                           TimePoint now) const;
+  // Makes the promise of a session that is being made what it should be. Throws RequestError
+  // RESOURCE_EXHAUSTED.
+  void promise(KvSession& session, std::string_view field, const SessionOwner& owner,
+               TimePoint now);
+  // Promises so many pages more (or fewer) to the owner of a session. Throws as `promise`.
+  void claim(KvSession& session, std::int64_t more, std::string_view field,
+             const SessionOwner& owner, TimePoint now);
   void check_count(std::size_t more, const SessionOwner& owner, TimePoint now) const;
   void add(const KvSessionPtr& session, std::string id, Duration asked, TimePoint now);
-  bool forget(const KvSession& session);  // from `sessions`; whether it was there
+  bool forget(KvSession& session);  // from `sessions`; whether it was there
+  void forget_accounts();           // of owners that have nothing
 
   // Throws RequestError NOT_FOUND. `field` gives the name of what the id came in.
   template <class Field>

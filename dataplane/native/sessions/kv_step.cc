@@ -52,7 +52,7 @@ void check_tokens(const SessionStep& asked, const KvSession& session, std::size_
 }  // namespace
 
 std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sessions,
-                                               std::string_view owner) {
+                                               const SessionOwner& owner) {
   std::shared_ptr<KvStep> step;
   std::vector<BlockKey> ends(sessions.size());  // of each session's chain
   {
@@ -66,7 +66,7 @@ std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sess
     for (std::size_t index = 0; index < sessions.size(); ++index) {
       const SessionStep& asked = sessions[index];
       const KvSessionPtr& session =
-          state_->find(asked.id, owner, [&] { return field_of(index, "session_id"); });
+          state_->find(asked.id, owner.name, [&] { return field_of(index, "session_id"); });
       if (std::exchange(session->mark, mark) == mark) {
         throw RequestError(invalid_argument(field_of(index, "session_id"), quoted(asked.id),
                                             "each session once in a step"));
@@ -90,9 +90,7 @@ std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sess
       step->add(*found[index], sessions[index]);
       ends[index] = found[index]->chain.empty() ? found[index]->root : found[index]->chain.back();
     }
-    if (!state_->store.promise(found.front()->pages(), more)) {
-      state_->refuse("sessions", static_cast<std::size_t>(more), found.front()->pages(), now);
-    }
+    state_->claim(*found.front(), more, "sessions", owner, now);
     for (std::size_t index = 0; index < sessions.size(); ++index) {
       KvSession& session = *found[index];
       session.in_step = true;

@@ -60,17 +60,17 @@ void PageCursor::advance(std::size_t bytes) {
   skip();
 }
 
-KvExport KvSessions::export_session(std::string_view id, std::string_view owner) {
+KvExport KvSessions::export_session(std::string_view id, const SessionOwner& owner) {
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
-  const KvSessionPtr session = state_->find_idle(id, owner, now);
+  const KvSessionPtr session = state_->find_idle(id, owner.name, now);
   const KvSessionPtr snapshot = state_->make(session->plan_ptr(), owner);
   snapshot->max_tokens = session->max_tokens;
   snapshot->frozen = true;
   try {
     snapshot->adopt(*session, session->length);
-    state_->promise(*snapshot, "session_id", now);
+    state_->promise(*snapshot, "session_id", owner, now);
   } catch (...) {
     snapshot->release();
     throw;
@@ -170,7 +170,7 @@ KvImport KvSessions::import_session(const ExportedSession& exported, Growth grow
   session->cross_length = exported.cross_length;
   session->cross_tokens = exported.cross_tokens;
   try {
-    state_->promise(*session, "session", now);
+    state_->promise(*session, "session", owner, now);
     session->provide(exported.first_pages);
   } catch (...) {
     session->release();

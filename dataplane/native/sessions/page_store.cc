@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <system_error>
@@ -86,14 +85,14 @@ void PageClass::share(PageIndex page) {
   if (pages_[page].references++ > 0) return;
   remove_cached(page);
   use(page);
-  if (pages_[page].common) ++counts_.promised;
+  if (common(page)) count_common(page, true);
 }
 
 void PageClass::drop(PageIndex page) {
   if (--pages_[page].references > 0) return;
   --counts_.in_use;
   if (--slab_of(page).in_use == 0) --counts_.slabs_in_use;
-  if (pages_[page].common) --counts_.promised;
+  if (common(page)) count_common(page, false);
   if (published(page))
     put_cached(page);
   else
@@ -108,10 +107,27 @@ void PageClass::withdraw(PageIndex page) {
   put_free(page);
 }
 
-void PageClass::set_common(PageIndex page, bool common) {
-  if (pages_[page].common == common) return;
-  pages_[page].common = common;
-  counts_.promised += common ? 1 : std::numeric_limits<std::size_t>::max();
+void PageClass::set_common(PageIndex page, const PageAccountPtr& of) {
+  if (common(page)) return;
+  pages_[page].common_of = of;
+  count_common(page, true);
+}
+
+void PageClass::set_own(PageIndex page) {
+  if (!common(page)) return;
+  count_common(page, false);
+  pages_[page].common_of.reset();
+}
+
+void PageClass::count_common(PageIndex page, bool more) {
+  std::size_t& bytes = pages_[page].common_of->bytes;
+  if (more) {
+    ++counts_.promised;
+    bytes += page_bytes_;
+  } else {
+    --counts_.promised;
+    bytes -= page_bytes_;
+  }
 }
 
 void PageClass::use(PageIndex page) {

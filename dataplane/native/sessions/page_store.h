@@ -33,6 +33,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <set>
 #include <vector>
 
@@ -49,6 +50,13 @@ struct Published {
   std::uint32_t block = kNowhere;
   std::uint32_t layer = 0;
 };
+
+// What one owner is promised: by its sessions, and as common pages.
+struct PageAccount {
+  std::size_t bytes = 0;
+  std::size_t sessions = 0;  // open
+};
+using PageAccountPtr = std::shared_ptr<PageAccount>;
 
 struct PageCounts {
   std::size_t in_use = 0, cached = 0;  // pages
@@ -82,10 +90,11 @@ class PageClass {
   Published where(PageIndex page) const { return pages_[page].where; }
   void withdraw(PageIndex page);  // no longer published: free, if it was cached
 
-  // A common page is promised once, however many sessions hold it, and only while one does; the
-  // promises of sessions do not include it. Changes no promise of a session.
-  bool common(PageIndex page) const { return pages_[page].common; }
-  void set_common(PageIndex page, bool common);
+  // A common page is promised once, however many sessions hold it, and only while one does, to the
+  // owner of them all; the promises of sessions do not include it. Changes no promise of a session.
+  bool common(PageIndex page) const { return pages_[page].common_of != nullptr; }
+  void set_common(PageIndex page, const PageAccountPtr& of);
+  void set_own(PageIndex page);
 
   const PageCounts& counts() const { return counts_; }
 
@@ -94,8 +103,8 @@ class PageClass {
   enum class Place : std::uint8_t { kAbsent, kFull, kPartial, kIdle };
   struct Page {
     std::uint32_t references = 0;
-    bool common = false;
     bool free = true;
+    PageAccountPtr common_of;
     Published where;
     PageIndex before = kNoPage, next = kNoPage;  // among the cached; `next` among a slab's free
   };
@@ -106,6 +115,7 @@ class PageClass {
     Place place = Place::kAbsent;
   };
 
+  void count_common(PageIndex page, bool more);
   Slab& slab_of(PageIndex page) { return slabs_[page / slab_pages_]; }
   std::size_t slab_bytes() const { return slab_pages_ * page_bytes_; }
   // Slabs that keep the promises, if `more_in_use` slabs come into use.

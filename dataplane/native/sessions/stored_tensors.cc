@@ -47,6 +47,7 @@ void refuse_empty(std::string_view handle, std::string_view field) {
 struct StoredTensors::State {
   using Expiries = std::multimap<TimePoint, std::string_view>;  // handles, as `entries` hold them
   struct Entry {
+    std::string owner;
     StoredTensorPtr tensor;
     Duration lease;
     Expiries::iterator expiry;
@@ -104,10 +105,10 @@ struct StoredTensors::State {
          could_fit ? retry_after(now) : std::chrono::microseconds{0}});
   }
 
-  Entry& find(std::string_view handle, std::string_view field) {
+  Entries::iterator find(std::string_view handle, std::string_view owner, std::string_view field) {
     const auto found = entries.find(handle);
-    if (found == entries.end()) refuse_unknown(handle, field);
-    return found->second;
+    if (found == entries.end() || found->second.owner != owner) refuse_unknown(handle, field);
+    return found;
   }
 
   void start_lease(Entry& entry, TimePoint now) {
@@ -170,7 +171,7 @@ void StoredTensors::check_fits(std::size_t byte_size) {
   state_->check_room(0, byte_size, now);
 }
 
-Stored StoredTensors::put(StoredTensor tensor, Room room, Duration lease) {
+Stored StoredTensors::put(StoredTensor tensor, Room room, Duration lease, std::string_view owner) {
   const std::size_t size = tensor.elements.size();
   if (room.size_ < size) room.claim(size - room.size_);
   const Duration length = state_->length(lease);
@@ -187,7 +188,9 @@ Stored StoredTensors::put(StoredTensor tensor, Room room, Duration lease) {
                         state_->retry_after(now)});
   }
   const auto entry =
-      state_->entries.emplace(stored.handle, State::Entry{std::move(kept), length, {}, {}}).first;
+      state_->entries
+          .emplace(stored.handle, State::Entry{std::string(owner), std::move(kept), length, {}, {}})
+          .first;
   try {
     entry->second.expiry = state_->expiries.emplace(now + length, entry->first);
   } catch (...) {
@@ -200,37 +203,36 @@ Stored StoredTensors::put(StoredTensor tensor, Room room, Duration lease) {
   return stored;
 }
 
-StoredTensorPtr StoredTensors::get(std::string_view handle, std::string_view field) {
+StoredTensorPtr StoredTensors::get(std::string_view handle, std::string_view owner,
+                                   std::string_view field) {
   refuse_empty(handle, field);
   State::Gone gone;
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->forget_expired(now, gone);
-  State::Entry& entry = state_->find(handle, field);
+  State::Entry& entry = state_->find(handle, owner, field)->second;
   state_->start_lease(entry, now);
   return entry.tensor;
 }
 
-Stored StoredTensors::renew(std::string_view handle, Duration lease) {
+Stored StoredTensors::renew(std::string_view handle, std::string_view owner, Duration lease) {
   refuse_empty(handle, "handle");
   State::Gone gone;
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->forget_expired(now, gone);
-  State::Entry& entry = state_->find(handle, "handle");
+  State::Entry& entry = state_->find(handle, owner, "handle")->second;
   if (lease > Duration::zero()) entry.lease = state_->length(lease);
   state_->start_lease(entry, now);
   return {std::string(handle), microseconds(entry.lease), entry.tensor->elements.size()};
 }
 
-void StoredTensors::drop(std::string_view handle) {
+void StoredTensors::drop(std::string_view handle, std::string_view owner) {
   refuse_empty(handle, "handle");
   State::Gone gone;
   const std::scoped_lock lock(state_->mutex);
   state_->forget_expired(Clock::now(), gone);
-  const auto found = state_->entries.find(handle);
-  if (found == state_->entries.end()) refuse_unknown(handle, "handle");
-  state_->forget(found, gone);
+  state_->forget(state_->find(handle, owner, "handle"), gone);
 }
 
 std::size_t StoredTensors::bytes() {

@@ -22,7 +22,7 @@ struct StoredTensor {
 using StoredTensorPtr = std::shared_ptr<const StoredTensor>;
 
 struct Stored {
-  std::string handle;  // 128 random bits, URL-safe base64: knowing it is the permission
+  std::string handle;  // 128 random bits, URL-safe base64
   std::chrono::microseconds lease{0};
   std::size_t byte_size = 0;
 };
@@ -54,6 +54,9 @@ class Room {
 };
 
 // Any thread. Every call first forgets what has run out.
+//
+// `owner` is the name of the caller, empty where callers have none; a tensor that another owner
+// stored is NOT_FOUND. Among those without a name, knowing the handle is the permission.
 class StoredTensors {
  public:
   // All tensors together have at most `max_bytes`. A lease is what a caller asks for, the default
@@ -67,20 +70,26 @@ class StoredTensors {
   // but for the caller's own part.
   void check_fits(std::size_t byte_size);
   // Keeps a tensor. Claims what its room has not got yet: throws as Room::claim does.
-  Stored put(StoredTensor tensor, Room room, Duration lease);
+  Stored put(StoredTensor tensor, Room room, Duration lease, std::string_view owner);
   // Starts the lease anew. `field` is what the handle came in, for messages. Throws RequestError
-  // NOT_FOUND: never put, dropped, or run out; INVALID_ARGUMENT: the handle is empty.
-  StoredTensorPtr get(std::string_view handle, std::string_view field);
+  // NOT_FOUND: never put, another's, dropped, or run out; INVALID_ARGUMENT: the handle is empty.
+  StoredTensorPtr get(std::string_view handle, std::string_view owner, std::string_view field);
   // Starts the lease anew, with another length if that is above zero. Throws as `get`.
-  Stored renew(std::string_view handle, Duration lease);
+  Stored renew(std::string_view handle, std::string_view owner, Duration lease);
   // Requests that use the tensor now still end well. Throws as `get`.
-  void drop(std::string_view handle);
+  void drop(std::string_view handle, std::string_view owner);
   std::size_t bytes();  // kept, or claimed by what is arriving
 
  private:
   friend class Room;
   struct State;
   std::unique_ptr<State> state_;
+};
+
+// The tensors that a request may name. Views both.
+struct StoredOf {
+  StoredTensors& store;
+  std::string_view owner;
 };
 
 }  // namespace attnserve::sessions

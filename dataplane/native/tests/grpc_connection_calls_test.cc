@@ -653,4 +653,53 @@ TEST_CASE("many calls of one connection end without leaving anything") {
   CHECK(here.budget.lent() == 0);
 }
 
+TEST_CASE("of a call whose caller is not known yet little is sent, until it is") {
+  Harness here;
+  here.service.unknown = true;
+  const ConnectionOptions options;
+  here.connect(options);
+  here.pump();  // the caller has seen the settings
+  std::shared_ptr<Call> unknown;
+  here.service.prepare = [&](Recorder& handler) {
+    handler.call->pause();
+    unknown = handler.call;
+  };
+  const std::string large = framed(std::string(1U << 20, 'y'));
+  const auto id = here.caller.call("/echo", &large);
+  std::size_t sent = 0;
+  for (std::string bytes = here.caller.outgoing(); !bytes.empty(); bytes = here.caller.outgoing()) {
+    sent += bytes.size();
+    here.connection->receive(bytes_of(bytes), here.now);
+    here.pump_to_caller();
+  }
+  CHECK(sent < 2000);
+  CHECK(here.service.log.empty());
+  unknown->resume();
+  here.connection->take_mail(here.now);
+  here.service.prepare = nullptr;
+  here.pump();
+  CHECK(here.caller.exchange(id).messages().size() == 1);
+  CHECK(here.budget.lent() == 0);
+}
+
+TEST_CASE("whoever is known is no longer kept short") {
+  Harness here;
+  here.service.unknown = true;
+  here.connect({});
+  here.pump();
+  const auto ahead = [&] {
+    return nghttp2_session_get_remote_settings(here.caller.session(),
+                                               NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE);
+  };
+  CHECK(ahead() == 1U << 10);
+  const std::string large = framed(std::string(1U << 20, 'y'));
+  const auto id = here.caller.call("/echo", &large);
+  here.pump();
+  CHECK(here.caller.exchange(id).messages().size() == 1);
+  here.at(std::chrono::milliseconds(1'100));
+  here.caller.call("/echo", &large);
+  here.pump();
+  CHECK(ahead() == ConnectionOptions{}.stream_window);
+}
+
 }  // namespace attnserve::grpc::test

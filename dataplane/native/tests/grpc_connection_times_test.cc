@@ -342,4 +342,63 @@ TEST_CASE("too many unsent bytes stop deliveries until they are written") {
   CHECK(here.budget.lent() == 0);
 }
 
+TEST_CASE("open calls are looked at again each second, and end if their callers may not go on") {
+  Harness here;
+  std::vector<std::string> asked;
+  std::optional<Status> verdict;
+  here.service.again = [&](const CallInfo& info, bool trusted) {
+    asked.push_back(info.path + (trusted ? "" : " untrusted"));
+    return info.path == "/silent" ? verdict : std::nullopt;
+  };
+  here.pump();
+  here.at(seconds(5));
+  CHECK(asked.empty());  // there is no call
+  const auto silent = here.caller.call("/silent"), echo = here.caller.call("/echo");
+  here.pump();
+  here.at(milliseconds(6'001));
+  CHECK(asked.size() >= 2);
+  asked.clear();
+  here.at(milliseconds(6'900));
+  CHECK(asked.empty());
+  here.at(milliseconds(7'002));
+  CHECK(asked == std::vector<std::string>{"/silent", "/echo"});
+  verdict = Status{Code::kUnauthenticated, "withdrawn", {}};
+  here.at(milliseconds(8'003));
+  here.pump();
+  CHECK(here.caller.exchange(silent).status() == "16");
+  CHECK(here.caller.exchange(silent).field("grpc-message") == "withdrawn");
+  CHECK_FALSE(here.caller.exchange(echo).ended);
+  here.caller.write(echo, framed("x"), true);
+  here.pump();
+  CHECK(here.caller.exchange(echo).messages() == std::vector<std::string>{"x"});
+  CHECK(here.connection->open_calls() == 0);
+}
+
+TEST_CASE("a certificate that is trusted no more is forgotten, and its connection is to end") {
+  Harness here;
+  bool trusted = true;
+  std::vector<bool> seen;
+  here.service.again = [&](const CallInfo&, bool good) -> std::optional<Status> {
+    seen.push_back(good);
+    if (good) return std::nullopt;
+    return Status{Code::kUnauthenticated, "untrusted", {}};
+  };
+  here.connection->set_certificate({"name"}, [&] { return trusted; });
+  const auto before = here.caller.call("/silent");
+  here.pump();
+  CHECK(here.service.calls.back()->info().certificate->front() == "name");
+  trusted = false;
+  here.at(milliseconds(500));
+  CHECK(seen.empty());
+  // A call looks as well, before it is accepted.
+  here.now = here.start + milliseconds(1'500);
+  const auto late = here.caller.call("/silent");
+  here.pump();
+  CHECK(seen == std::vector<bool>{false});
+  CHECK(here.caller.exchange(before).status() == "16");
+  CHECK(here.service.calls.back()->info().certificate == nullptr);
+  CHECK_FALSE(here.caller.exchange(late).ended);  // whoever it is, it is nobody by a certificate
+  CHECK_FALSE(here.caller.goaways.empty());
+}
+
 }  // namespace attnserve::grpc::test

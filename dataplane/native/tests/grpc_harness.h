@@ -141,6 +141,11 @@ struct TestService : Service {
   std::variant<Reception, Status> accept(std::shared_ptr<Call> call) override;
   void after_events() override { ++rounds; }
   bool wants_bodies() override { return wants; }
+  bool begins_unknown() override { return unknown; }
+  bool rechecks() override { return static_cast<bool>(again); }
+  std::optional<Status> recheck(const CallInfo& info, bool trusted) override {
+    return again(info, trusted);
+  }
   void count(std::string_view path, Code code) override {
     counted.emplace_back(std::string(path), code);
   }
@@ -151,7 +156,9 @@ struct TestService : Service {
   Recorder::Log log;
   std::vector<std::pair<std::string, Code>> counted;
   std::size_t rounds = 0;
-  bool wants = true;  // bodies
+  bool wants = true;                                                  // bodies
+  bool unknown = false;                                               // are callers at first
+  std::function<std::optional<Status>(const CallInfo&, bool)> again;  // rechecks
 };
 
 struct CountingWaker : Waker {
@@ -167,6 +174,7 @@ struct Harness {
   void pump(std::size_t chunk = std::size_t{1} << 20);  // both ways till both are quiet
   bool pump_to_server(std::size_t chunk = std::size_t{1} << 20);
   bool pump_to_caller(std::size_t most = std::size_t{1} << 30);  // what a socket would take
+  void connect(ConnectionOptions options);                       // anew
   void at(Duration since_start);  // time passes; timers run as a loop would run them
   void hang_up() { connection.reset(); }
 
@@ -403,6 +411,10 @@ inline std::variant<Reception, Status> TestService::accept(std::shared_ptr<Call>
 inline Harness::Harness(ConnectionOptions options, CallerOptions caller_options,
                         std::size_t budget_bytes)
     : budget(budget_bytes), caller(caller_options) {
+  connect(options);
+}
+
+inline void Harness::connect(ConnectionOptions options) {
   connection = Connection::create(service, budget, waker, options, 7, "ipv4:127.0.0.1:4242", now);
 }
 

@@ -240,18 +240,68 @@ TEST_CASE("a web token is for others to check, then known until it runs out") {
   CHECK(std::get<Unchecked>(verdict).token == token);
   const double now =
       std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-  it.callers.admit(token, "jwt:alice", kInfer, now + 60);
+  it.callers.replace({}, {"a", "b"});
+  it.callers.admit(token, "jwt:alice", kInfer, now + 60, "a");
   CHECK(it.recognized("Bearer " + token)->caller->name == "jwt:alice");
-  it.callers.admit(token, "jwt:alice", kInfer, now - 1);
+  it.callers.admit(token, "jwt:alice", kInfer, now - 1, "a");
   CHECK(!it.recognized("Bearer " + token));
-  it.callers.admit(token, "jwt:alice", kInfer, now + 60);
-  it.callers.replace({});
-  CHECK(!it.recognized("Bearer " + token));  // the keys may be others
+  it.callers.admit(token, "jwt:alice", kInfer, now + 60, "a");
+  it.callers.replace({}, {"a"});
+  CHECK(it.recognized("Bearer " + token));
+  it.callers.replace({}, {"b"});
+  CHECK(!it.recognized("Bearer " + token));  // its key is one no longer
   for (const char* wrong : {"a.b", "a.b.c.d", ".b.c", "a..c", "a.b."}) {
     CHECK(it.refusal(std::string("Bearer ") + wrong).code == Code::kUnauthenticated);
   }
   Fixture without;
   CHECK(without.refusal("Bearer " + token).code == Code::kUnauthenticated);
+}
+
+TEST_CASE("whoever was recognized is so still, until its credential is withdrawn") {
+  Fixture it({.required = true, .web_tokens = true});
+  const auto still = [&](const Recognized& who, std::vector<std::string> names = {}) {
+    return it.callers.still(*who.caller, *who.credential, names);
+  };
+  const Known alice{"alice", kInfer | kAdmin, "sha256", digest_of("one"), {}};
+  const Known again{"alice", kInfer, "sha256", digest_of("another"), {}};
+  const Known carol = certified("carol", kInfer, "carol.example");
+  it.callers.replace({alice, again, carol}, {"key"});
+  const Recognized token = *it.recognized("Bearer one");
+  const Recognized certificate = std::get<Recognized>(
+      it.callers.recognize("", std::vector<std::string>{"x", "carol.example"}));
+  const double now =
+      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+  const Recognized web = it.callers.admit("a.b.c", "jwt:bob", kInfer, now + 60, "key");
+  const Recognized over = it.callers.admit("a.b.d", "jwt:bob", kInfer, now - 1, "key");
+  CHECK(still(token) == (kInfer | kAdmin));
+  CHECK(still(certificate, {"x", "carol.example"}) == kInfer);
+  CHECK(still(web));
+  CHECK(!still(over));
+
+  Known less = alice;
+  less.roles = kInfer;
+  it.callers.replace({less, again, carol}, {"key"});
+  CHECK(still(token) == kInfer);
+  // The credential of another caller now; and of no caller, whose name another credential has.
+  Known other = alice;
+  other.name = "bob";
+  it.callers.replace({other, again, carol}, {"key"});
+  CHECK(!still(token));
+  it.callers.replace({again}, {"another key"});
+  CHECK(!still(token));
+  CHECK(!still(certificate, {"x", "carol.example"}));
+  CHECK(!still(web));
+}
+
+TEST_CASE("a certificate that no line names is somebody still, unless a line names it") {
+  Fixture it({.required = true, .certificate_roles = kInfer});
+  const std::vector<std::string> names{"dave.example"};
+  const Recognized who = std::get<Recognized>(it.callers.recognize("", names));
+  CHECK(it.callers.still(*who.caller, *who.credential, names) == kInfer);
+  it.callers.replace({Known{"dave", kAdmin, "certificate", "dave.example", {}}});
+  CHECK(!it.callers.still(*who.caller, *who.credential, names));
+  it.callers.replace({});
+  CHECK(it.callers.still(*who.caller, *who.credential, names) == kInfer);
 }
 
 }  // namespace attnserve::identity

@@ -96,6 +96,18 @@ inline NewSession room_for(std::uint64_t max_tokens, std::uint64_t reserved_toke
   return {max_tokens, reserved_tokens, 0, {}};
 }
 
+// Bytes that an owner is promised, as a refusal tells them.
+inline std::size_t promised_to(KvSessions& store, std::string_view owner) {
+  const NewSession asked = room_for(1);
+  const Status refused = refusal([&] {
+    store.open(spec_of({{}}), std::span(&asked, 1), Duration::zero(), SessionOwner(owner, 0, 1));
+  });
+  const auto number_after = [&](std::string_view words) {
+    return std::stoull(refused.message.substr(refused.message.find(words) + words.size()));
+  };
+  return number_after("sessions[0]: ") - number_after("caller, with ");
+}
+
 // Opens one session.
 inline std::string open_one(KvSessions& store, const SessionSpec& spec, const NewSession& session,
                             std::string_view owner = "me") {

@@ -431,7 +431,7 @@ TEST_CASE("a bad request is refused: what is wrong, what was given, what is allo
     Request request;
     refusal.change(request, world);
     const Status status = status_thrown([&] {
-      prepare(plan_attend(request.message, world.context(), false), request.elements(),
+      prepare(plan_attend(request.message, world.context(), kPeer, false), request.elements(),
               world.context(), kPeer);
     });
     CHECK(name_of(status.code) == name_of(refusal.code));
@@ -445,7 +445,7 @@ TEST_CASE("endless shapes and names are refused by what a status can hold of the
   Request request;
   request.query() = request.sized(std::vector<std::int64_t>(1'000'000, 1), 0);
   const Status status =
-      status_thrown([&] { plan_attend(request.message, world.context(), false); });
+      status_thrown([&] { plan_attend(request.message, world.context(), kPeer, false); });
   CHECK(status.code == Code::kInvalidArgument);
   CHECK(status.message.starts_with("query.shape: given [1, 1, 1, "));
   CHECK(status.message.size() > 640);
@@ -464,7 +464,7 @@ TEST_CASE("without limits no size overflows") {
   for (auto* tensor : {&request.query(), &request.key(), &request.value()}) {
     (*tensor)->shape = {1, 4, kLong, 8};
   }
-  const auto plan = [&] { return plan_attend(request.message, world.context(), true); };
+  const auto plan = [&] { return plan_attend(request.message, world.context(), kPeer, true); };
   CHECK(plan().request_bytes == 3ULL << 62);
 
   request.message.returns.weights = true;  // 4 * 2^55 * 2^55 * 4 bytes, and the output

@@ -16,7 +16,7 @@ using engine::Feed;
 using engine::Result;
 
 AttendPlan plan_of(World& world, const Request& request) {
-  return plan_attend(request.message, world.context(), false);
+  return plan_attend(request.message, world.context(), kPeer, false);
 }
 
 std::unique_ptr<PreparedAttend> prepared_of(World& world, const Request& request) {
@@ -467,7 +467,7 @@ TEST_CASE(
   AttendPlan plan = plan_of(world, request);
   CHECK(plan.request_bytes == 1152);
   CHECK(plan.sent_bytes == 384);
-  world.stored.drop(handle);
+  world.stored.drop(handle, {});
   const auto prepared = prepare(std::move(plan), request.elements(), world.context(), kPeer);
   CHECK(feed(*prepared, Feed::kKey).data == feed(*prepared, Feed::kValue).data);
   CHECK(elements<float>(feed(*prepared, Feed::kKey)) == std::vector<float>(96, 0));
@@ -477,13 +477,14 @@ TEST_CASE("chunked tensors are announced on a stream, and their size with them")
   World world;
   Request request;
   request.key() = Request::chunked(384);
-  const AttendPlan plan = plan_attend(request.message, world.context(), true);
+  const AttendPlan plan = plan_attend(request.message, world.context(), kPeer, true);
   CHECK(plan.specs[1]->chunked);
   CHECK(plan.sent_bytes == 1152);
   request.key() = Request::chunked(380);
-  CHECK(status_thrown([&] { plan_attend(request.message, world.context(), true); }).message ==
-        "key.chunked.byte_size: given 380 bytes; allowed: 384 bytes, as shape [1, 4, 3, 8] of FP32 "
-        "takes");
+  CHECK(
+      status_thrown([&] { plan_attend(request.message, world.context(), kPeer, true); }).message ==
+      "key.chunked.byte_size: given 380 bytes; allowed: 384 bytes, as shape [1, 4, 3, 8] of FP32 "
+      "takes");
 }
 
 TEST_CASE("tensors in shared memory are used there; lengths are copied before they are checked") {

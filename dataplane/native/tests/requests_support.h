@@ -159,7 +159,7 @@ class World {
     std::memset(tensor.elements.data(), 0, tensor.elements.size());
     sessions::Room room = stored.begin();
     room.claim(tensor.elements.size());
-    return stored.put(std::move(tensor), std::move(room), Duration::zero()).handle;
+    return stored.put(std::move(tensor), std::move(room), Duration::zero(), {}).handle;
   }
 
   engine::ModelStore models;

@@ -27,8 +27,10 @@ class NotedCall final : public grpc::Call {
   }
 
   const grpc::CallInfo& info() const override { return info_; }
-  void identify(std::shared_ptr<identity::Caller> caller, const std::string& name) override {
+  void identify(std::shared_ptr<identity::Caller> caller, const std::string& name,
+                std::shared_ptr<const identity::Credential> credential) override {
     info_.caller = std::move(caller);
+    info_.credential = std::move(credential);
     info_.authorization.clear();
     if (!name.empty()) info_.peer += "@" + name;
   }

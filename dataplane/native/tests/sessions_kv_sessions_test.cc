@@ -3,6 +3,7 @@
 #include <numeric>
 #include <thread>
 
+#include "base/text.h"
 #include "kv_support.h"
 
 using namespace attnserve;
@@ -537,4 +538,80 @@ TEST_CASE("sessions that expired are an owner's no longer") {
   store.renew(id, 1us, "me");
   std::this_thread::sleep_for(5us);
   CHECK(store.open(spec_of({kFull}), asked, 1h, me).size() == 1);
+}
+
+TEST_CASE("an owner is promised as many bytes as it may have, whichever way they come") {
+  KvSessions store(config_of(100));
+  const SessionSpec spec = spec_of({kFull});
+  const std::size_t page = spec.layout.page_bytes();
+  const SessionOwner me("me", 0, 10 * page);
+  const auto open = [&](std::uint64_t tokens, std::uint64_t reserved, const SessionOwner& owner) {
+    const NewSession asked = room_for(tokens, reserved);
+    return store.open(spec, std::span(&asked, 1), Duration::zero(), owner).front().id;
+  };
+  const Status never = refusal([&] { open(16 * 11, 0, me); });
+  CHECK(never.code == Code::kResourceExhausted);
+  CHECK(never.retry_after.count() == 0);
+  CHECK(never.message == text("sessions[0]: ", 11 * page, " bytes of all sessions of this caller, ",
+                              "with ", 11 * page, " more; allowed: ", 10 * page,
+                              " (--caller-kv-mib)"));
+  CHECK(promised_to(store, "me") == 0);
+  const std::string id = open(16 * 20, 16 * 6, me);
+  const Status full = refusal([&] { open(16 * 5, 0, me); });
+  CHECK(full.code == Code::kResourceExhausted);
+  CHECK(full.retry_after.count() > 0);
+  open(16 * 80, 0, "another");  // whom it does not concern
+  CHECK(promised_to(store, "me") == 6 * page);
+
+  // Growth counts, and a step that is refused leaves its session as it was.
+  std::vector<std::uint64_t> held;
+  const auto grow = [&](const SessionOwner& owner, std::uint64_t tokens) {
+    const SessionStep step{id, tokens, {}, {}, 0};
+    run_layers(store, store.begin_step(std::span(&step, 1), owner));
+  };
+  say(store, id, held, tokens_of(1, 16 * 6), false);
+  grow(me, 16 * 4);
+  const Status more = refusal([&] { grow(me, 1); });
+  CHECK(more.code == Code::kResourceExhausted);
+  CHECK(more.message.starts_with(text("sessions: ", 11 * page, " bytes of all sessions")));
+  CHECK(promised_to(store, "me") == 10 * page);
+  CHECK(store.truncate(id, 16 * 6, me).length == 16 * 6);
+  CHECK(holds(store, id, held));
+  CHECK(promised_to(store, "me") == 6 * page);
+
+  // A fork shares: what is common counts once.
+  const std::string forked = store.fork(id, {16 * 9, 16 * 9}, Duration::zero(), me).id;
+  CHECK(promised_to(store, "me") == 9 * page);
+  CHECK(refusal([&] { store.fork(id, {16 * 9, 16 * 9}, Duration::zero(), me); }).code ==
+        Code::kResourceExhausted);
+  // Truncated, it would need pages of its own.
+  CHECK(refusal([&] { store.truncate(forked, 0, me); }).code == Code::kResourceExhausted);
+  CHECK(promised_to(store, "me") == 9 * page);
+  store.close(id, "me");
+  CHECK(promised_to(store, "me") == 9 * page);
+  store.close(forked, "me");
+  CHECK(promised_to(store, "me") == 0);
+}
+
+TEST_CASE("cached pages are nobody's until they are found again; then they count") {
+  KvSessions store(config_of(100));
+  const SessionSpec spec = spec_of({kFull});
+  const std::size_t page = spec.layout.page_bytes();
+  std::vector<std::uint64_t> held;
+  const std::string id = open_one(store, spec, room_for(64));
+  say(store, id, held, tokens_of(1, 48), true);
+  CHECK(promised_to(store, "me") == 4 * page);
+  store.close(id, "me");
+  store.tidy();  // forgets owners without anything, not this one
+  CHECK(promised_to(store, "me") == 0);
+  NewSession again = room_for(64);
+  again.prefix_hashes = hashes_of(held, 16);
+  const auto open = [&](std::size_t pages) {
+    const SessionOwner owner("me", 0, pages * page);
+    return store.open(spec, std::span(&again, 1), Duration::zero(), owner).front();
+  };
+  CHECK(refusal([&] { open(3); }).code == Code::kResourceExhausted);
+  CHECK(promised_to(store, "me") == 0);
+  CHECK(open(4).length == 48);
+  CHECK(promised_to(store, "me") == 4 * page);
 }

@@ -16,10 +16,12 @@ StoredTensor tensor_of(std::size_t size) {
   return {DataType::kBool, Shape{static_cast<std::int64_t>(size)}, Bytes::allocate(size)};
 }
 
+constexpr std::string_view kMe = "@me";
+
 Stored put(StoredTensors& store, std::size_t size, Duration lease = 0s) {
   Room room = store.begin();
   room.claim(size);
-  return store.put(tensor_of(size), std::move(room), lease);
+  return store.put(tensor_of(size), std::move(room), lease, kMe);
 }
 
 template <class Step>
@@ -40,11 +42,11 @@ TEST_CASE("what was put is found under its handle") {
   tensor.elements.data()[5] = std::byte{7};
   Room room = store.begin();
   room.claim(6);
-  const Stored stored = store.put(std::move(tensor), std::move(room), 3s);
+  const Stored stored = store.put(std::move(tensor), std::move(room), 3s, kMe);
   CHECK(stored.handle.size() == 22);
   CHECK(stored.lease == 3s);
   CHECK(stored.byte_size == 6);
-  const StoredTensorPtr found = store.get(stored.handle, "key.stored");
+  const StoredTensorPtr found = store.get(stored.handle, kMe, "key.stored");
   CHECK(found->shape == Shape{6});
   CHECK(found->elements.data()[5] == std::byte{7});
   CHECK(put(store, 6).handle != stored.handle);
@@ -56,23 +58,25 @@ TEST_CASE("a lease is the default unless asked for, and bounded") {
   CHECK(put(store, 1, 5s).lease == 5s);
   CHECK(put(store, 1, 1000h).lease == 20s);
   const std::string handle = put(store, 1, 5s).handle;
-  CHECK(store.renew(handle, 0s).lease == 5s);
-  CHECK(store.renew(handle, 7s).lease == 7s);
-  CHECK(store.renew(handle, 1000h).lease == 20s);
-  CHECK(store.renew(handle, 0s).byte_size == 1);
+  CHECK(store.renew(handle, kMe, 0s).lease == 5s);
+  CHECK(store.renew(handle, kMe, 7s).lease == 7s);
+  CHECK(store.renew(handle, kMe, 1000h).lease == 20s);
+  CHECK(store.renew(handle, kMe, 0s).byte_size == 1);
 }
 
 TEST_CASE("an unknown handle is not found, an empty one is wrong in itself") {
   StoredTensors store(1000, 10s, 20s);
   const std::string wrong = std::string(100, 'x') + "'";
-  const Status unknown = refusal([&] { store.get(wrong, "key.stored"); });
+  const Status unknown = refusal([&] { store.get(wrong, kMe, "key.stored"); });
   CHECK(unknown.code == Code::kNotFound);
   CHECK(unknown.message == "key.stored: given '" + std::string(80, 'x') +
                                "'; no such tensor is kept: never put here, dropped, or its lease "
                                "ran out");
-  CHECK(refusal([&] { store.renew("x", 1s); }).code == Code::kNotFound);
-  CHECK(refusal([&] { store.drop("x"); }).message.starts_with("handle: given 'x'; no such tensor"));
-  const Status empty = refusal([&] { store.get("", "key.stored"); });
+  CHECK(refusal([&] { store.renew("x", kMe, 1s); }).code == Code::kNotFound);
+  CHECK(refusal([&] {
+          store.drop("x", kMe);
+        }).message.starts_with("handle: given 'x'; no such tensor"));
+  const Status empty = refusal([&] { store.get("", kMe, "key.stored"); });
   CHECK(empty.code == Code::kInvalidArgument);
   CHECK(empty.message == "key.stored: given nothing; allowed: a handle that PutTensor answered");
 }
@@ -80,12 +84,27 @@ TEST_CASE("an unknown handle is not found, an empty one is wrong in itself") {
 TEST_CASE("a dropped tensor is gone, while who uses it keeps it") {
   StoredTensors store(1000, 10s, 20s);
   const Stored stored = put(store, 64);
-  const StoredTensorPtr used = store.get(stored.handle, "key.stored");
-  store.drop(stored.handle);
-  CHECK(refusal([&] { store.get(stored.handle, "x"); }).code == Code::kNotFound);
-  CHECK(refusal([&] { store.drop(stored.handle); }).code == Code::kNotFound);
+  const StoredTensorPtr used = store.get(stored.handle, kMe, "key.stored");
+  store.drop(stored.handle, kMe);
+  CHECK(refusal([&] { store.get(stored.handle, kMe, "x"); }).code == Code::kNotFound);
+  CHECK(refusal([&] { store.drop(stored.handle, kMe); }).code == Code::kNotFound);
   CHECK(store.bytes() == 0);
   CHECK(used->elements.size() == 64);
+}
+
+TEST_CASE("a tensor is there for the caller that stored it alone") {
+  StoredTensors store(100, 10s, 20s);
+  const Stored stored = put(store, 6);
+  for (const std::string_view other : {"@you", "@me2", ""}) {
+    const Status status = refusal([&] { store.get(stored.handle, other, "key.stored"); });
+    CHECK(status.code == Code::kNotFound);
+    // As if it had never been: nobody learns that it is there.
+    const std::string never = refusal([&] { store.get("x", other, "key.stored"); }).message;
+    CHECK(status.message.substr(status.message.find(';')) == never.substr(never.find(';')));
+    CHECK(refusal([&] { store.renew(stored.handle, other, 1s); }).code == Code::kNotFound);
+    CHECK(refusal([&] { store.drop(stored.handle, other); }).code == Code::kNotFound);
+  }
+  CHECK(store.get(stored.handle, kMe, "key.stored")->elements.size() == 6);
 }
 
 TEST_CASE("room is bounded and comes back") {
@@ -101,7 +120,7 @@ TEST_CASE("room is bounded and comes back") {
   CHECK(refusal([&] { store.check_fits(101); }).retry_after == 0s);
   CHECK(refusal([&] { put(store, 101); }).retry_after == 0s);
   store.check_fits(20);
-  store.drop(first.handle);
+  store.drop(first.handle, kMe);
   put(store, 100);
   CHECK(store.bytes() == 100);
 }
@@ -135,15 +154,15 @@ TEST_CASE("a tensor counts for what it has, whatever its room claimed") {
   StoredTensors store(100, 10s, 20s);
   Room large = store.begin();
   large.claim(50);
-  const Stored small = store.put(tensor_of(10), std::move(large), 0s);
+  const Stored small = store.put(tensor_of(10), std::move(large), 0s, kMe);
   CHECK(store.bytes() == 10);
-  const Stored unclaimed = store.put(tensor_of(90), store.begin(), 0s);
+  const Stored unclaimed = store.put(tensor_of(90), store.begin(), 0s, kMe);
   CHECK(store.bytes() == 100);
-  CHECK(refusal([&] { store.put(tensor_of(1), store.begin(), 0s); }).code ==
+  CHECK(refusal([&] { store.put(tensor_of(1), store.begin(), 0s, kMe); }).code ==
         Code::kResourceExhausted);
   CHECK(store.bytes() == 100);
-  store.drop(small.handle);
-  store.drop(unclaimed.handle);
+  store.drop(small.handle, kMe);
+  store.drop(unclaimed.handle, kMe);
   CHECK(store.bytes() == 0);
 }
 
@@ -152,7 +171,7 @@ TEST_CASE("what ran out makes room") {
   const Stored stored = put(store, 100, 10ms);
   std::this_thread::sleep_for(20ms);
   put(store, 100);
-  CHECK(refusal([&] { store.get(stored.handle, "key.stored"); }).code == Code::kNotFound);
+  CHECK(refusal([&] { store.get(stored.handle, kMe, "key.stored"); }).code == Code::kNotFound);
 }
 
 TEST_CASE("a lease starts anew with each use") {
@@ -169,13 +188,13 @@ TEST_CASE("a lease starts anew with each use") {
     while (kept && Clock::now() - began < 2 * lease) {
       std::this_thread::sleep_for(lease / 8);
       const TimePoint before = Clock::now();
-      kept = refusal([&] { store.get(stored.handle, "x"); }).ok();
+      kept = refusal([&] { store.get(stored.handle, kMe, "x"); }).ok();
       slept_through |= Clock::now() - used >= lease;
       used = before;
     }
     if (slept_through) continue;
     CHECK(kept);
-    CHECK(refusal([&] { store.get(unused.handle, "x"); }).code == Code::kNotFound);
+    CHECK(refusal([&] { store.get(unused.handle, kMe, "x"); }).code == Code::kNotFound);
     std::this_thread::sleep_for(2 * lease);
     CHECK(store.bytes() == 0);
   }
@@ -186,7 +205,7 @@ TEST_CASE("tensors of no bytes are bounded as well") {
   Status status;
   int put_in = 0;
   for (; put_in < 70'000 && status.ok(); ++put_in) {
-    status = refusal([&] { store.put({DataType::kFp32, Shape{0}, {}}, store.begin(), 0s); });
+    status = refusal([&] { store.put({DataType::kFp32, Shape{0}, {}}, store.begin(), 0s, kMe); });
   }
   CHECK(put_in == 65'537);
   CHECK(status.code == Code::kResourceExhausted);
@@ -201,9 +220,9 @@ TEST_CASE("many threads leave the books balanced") {
       for (int count = 0; count < 200; ++count) {
         const Stored stored = put(store, 10, count % 3 == 0 ? 1us : 0us);
         try {
-          store.get(stored.handle, "x");
-          store.renew(stored.handle, 1s);
-          store.drop(stored.handle);
+          store.get(stored.handle, kMe, "x");
+          store.renew(stored.handle, kMe, 1s);
+          store.drop(stored.handle, kMe);
         } catch (const RequestError& error) {
           CHECK(error.status().code == Code::kNotFound);
         }
@@ -222,7 +241,7 @@ TEST_CASE("a caller's tensors are within a part of its own, until they go") {
   const auto put_in = [&](ByteBudget& part, std::size_t size) {
     Room room = store.begin(&part);
     room.claim(size);
-    return store.put(tensor_of(size), std::move(room), 0s);
+    return store.put(tensor_of(size), std::move(room), 0s, kMe);
   };
   const Stored kept = put_in(own, 200);
   CHECK(own.lent() == 200);
@@ -233,7 +252,7 @@ TEST_CASE("a caller's tensors are within a part of its own, until they go") {
   CHECK(own.lent() == 200);
   put_in(others, 800);
   CHECK(refusal([&] { put_in(own, 50); }).message.find("--max-stored-mib") != std::string::npos);
-  store.drop(kept.handle);
+  store.drop(kept.handle, kMe);
   CHECK(own.lent() == 0);
   put_in(own, 50);
   {

@@ -116,7 +116,7 @@ def _beyond_multihead(options: argparse.Namespace) -> dict[str, bool]:
 def transformer(options: argparse.Namespace, target: Path, progress: Progress) -> Manifest:
     """A checkpoint."""
     return export_transformer(
-        read_checkpoint(options.checkpoint),
+        read_checkpoint(options.checkpoint, options.part),
         target,
         name=options.name,
         version=options.version,

@@ -10,12 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attnserve_export.attention.core import (
-    AttentionConfig,
-    PackedCore,
-    PackedDiagnosticsCore,
-    PagedCore,
-)
+from attnserve_export.attention.core import PACKED_CORES, AttentionConfig, PagedCore
 from attnserve_export.attention.layer import AttentionLayer
 from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
 from attnserve_export.packed_cases import packed_cases
@@ -122,8 +117,8 @@ def core_cases(
     if spec.core is PagedCore:
         yield from paged_cases(config, dtype, NUMPY[dtype], generator)
         return
-    if spec.core in (PackedCore, PackedDiagnosticsCore):
-        yield from packed_cases(config, dtype, NUMPY[dtype], spec.outputs, generator)
+    if spec.core in PACKED_CORES:
+        yield from packed_cases(config, dtype, NUMPY[dtype], spec, generator)
         return
     for situation in SITUATIONS:
         if not situation.suits(spec):
@@ -314,6 +309,9 @@ def layer_cases(
     attention = config.attention
     if spec.core is PagedCore:
         yield from paged_cases(attention, dtype, NUMPY[dtype], generator, _exact(layer))
+        return
+    if spec.core in PACKED_CORES:
+        yield from packed_cases(attention, dtype, NUMPY[dtype], spec, generator, _exact(layer))
         return
     for situation in SITUATIONS:
         if not situation.suits(spec):

@@ -138,7 +138,12 @@ def _parser() -> Parser:
         action="store_true",
         help="leave out the variant that needs the operators of attnserve-kernels",
     )
-
+    transformer.add_argument(
+        "--part",
+        choices=("encoder", "decoder", "text", "vision"),
+        default="",
+        help="export this part alone; a decoder attends to states that it is given",
+    )
     transformer.add_argument(
         "--inputs-embeds",
         action="store_true",

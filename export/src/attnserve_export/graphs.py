@@ -115,6 +115,7 @@ def export_apart(
     positional = tuple(entry.example for entry in inputs)
     with _quiet(), torch.no_grad():
         traced = _traced(module.eval(), positional, by_axis)
+        _multiply_in_fp32(traced)
         program: Any = torch.onnx.export(
             traced,
             positional,
@@ -200,6 +201,37 @@ def _traced(module: nn.Module, examples: tuple[Tensor, ...], shapes: Any) -> Any
             except Exception:  # there is nothing to refine
                 raise error from None
             return torch.export.export(module, examples, dynamic_shapes=refined, strict=False)
+
+
+def _multiply_in_fp32(traced: "torch.export.ExportedProgram") -> None:
+    """Multiply FP16 and BF16 by numbers that these types do not hold as PyTorch does: in FP32.
+
+    In ONNX both factors have one type, so that such a number would be rounded.
+
+    Args:
+        traced: changed in place.
+    """
+    operators = torch.ops.aten
+    for node in list(traced.graph.nodes):
+        if node.target not in (operators.mul.Tensor, operators.div.Tensor):
+            continue
+        given, number = node.args[:2]
+        dtype = node.meta["val"].dtype
+        exact = not isinstance(number, float) or torch.tensor(number, dtype=dtype).item() == number
+        if exact or dtype not in (torch.float16, torch.bfloat16):
+            continue
+        with traced.graph.inserting_before(node):
+            wide = traced.graph.call_function(operators.to.dtype, (given, torch.float32))
+        wide.meta["val"] = given.meta["val"].to(torch.float32)
+        with traced.graph.inserting_after(node):
+            product = traced.graph.call_function(operators.to.dtype, (node, dtype))
+        product.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(
+            product, delete_user_cb=lambda user, own=product: user is not own
+        )
+        node.args = (wide, number)
+        node.meta["val"] = node.meta["val"].to(torch.float32)
+    traced.graph_module.recompile()
 
 
 def add_function(model: onnx.ModelProto, function: onnx.FunctionProto) -> None:

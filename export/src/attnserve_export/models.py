@@ -19,20 +19,20 @@ from attnserve_export import cases, graphs
 from attnserve_export.attention.blocked import blocked_attention
 from attnserve_export.attention.core import (
     DOMAIN,
+    PACKED_CORES,
     AttentionConfig,
     BlockedCore,
     BlockedSinksCore,
     CudnnCore,
     FlashCore,
     NativeCore,
-    PackedCore,
-    PackedDiagnosticsCore,
     PagedCore,
 )
 from attnserve_export.attention.flash import OPSET as FLASH_OPSET
 from attnserve_export.attention.flash import cudnn_attention, flash_attention
 from attnserve_export.attention.layer import AttentionLayer, LayerConfig, layer_module
 from attnserve_export.attention.packed import packed_attention
+from attnserve_export.attention.packed_layer import packed_layer
 from attnserve_export.attention.paged import paged_attention
 from attnserve_export.attention.paged_layer import paged_layer
 from attnserve_export.attention.variants import (
@@ -117,7 +117,7 @@ def core_graph(
     """The graph of one variant of a core model."""
     if spec.core is PagedCore:
         return paged_attention(config, dtype, opset)
-    if spec.core in (PackedCore, PackedDiagnosticsCore):
+    if spec.core in PACKED_CORES:
         return packed_attention(config, spec.inputs, spec.outputs, dtype, opset)
     own = _heads(config, dtype)[: 3 if spec.takes_value else 2]
     return _graph(core_module(config, spec), spec, own, config, dtype, opset)
@@ -159,6 +159,8 @@ def export_layer(
     def graph(spec: VariantSpec, traced: str) -> onnx.ModelProto:
         if spec.core is PagedCore:
             return paged_layer(layer, traced, opset)
+        if spec.core in PACKED_CORES:
+            return packed_layer(layer, spec.inputs, spec.outputs, traced, opset)
         own = [_input("hidden_states", traced, "batch", "query_len", config.embed_dim)]
         if config.context_dim is not None:
             own.append(_input("context", traced, "batch", "key_len", config.context_dim))

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from attnserve_export.attention.core import AttentionConfig
+from attnserve_export.attention.layer import AttentionLayer
+from attnserve_export.attention.variants import VariantSpec
 from attnserve_export.reference import Scheme, diagnostics_reference, packed_reference
 from attnserve_export.verification import (
     Case,
@@ -64,17 +67,19 @@ def packed_cases(
     config: AttentionConfig,
     dtype: str,
     numpy_type: Any,
-    outputs: Sequence[str],
+    spec: VariantSpec,
     generator: np.random.Generator,
+    layer: AttentionLayer | None = None,
 ) -> Iterator[Case]:
-    """The cases of a core model.
+    """The cases of a core model, or of a layer.
 
     Args:
         config: the attention.
         dtype: of the graph.
         numpy_type: the same, NumPy's.
-        outputs: of the graph.
+        spec: of the variant.
         generator: of the inputs.
+        layer: in float64; None: a core model.
     """
     mask, rotary = config.visibility, config.rotary
     scheme = Scheme(
@@ -88,10 +93,12 @@ def packed_cases(
         chunk=mask.chunk,
     )
     for situation in SITUATIONS:
-        if situation.prefix_lengths is not None and config.mask != "causal":
+        if not _suits(situation, config, spec, layer):
             continue
         keys = situation.keys or situation.queries
         feeds = _feeds(config, numpy_type, situation, keys, generator)
+        if layer is not None:
+            feeds |= _projected(layer, numpy_type, feeds, generator)
         softcap = config.softcap if situation.softcap is None else situation.softcap
         output, weights, log_sum_exp = packed_reference(
             feeds["query"],
@@ -111,13 +118,18 @@ def packed_cases(
         tolerance = core_tolerance(dtype, longest, _largest_score(feeds, config))
         if rotary is not None:
             tolerance += angle_tolerance(longest)
-        dims = {"sequences": len(keys), "query_len": output.shape[2], "key_len": weights.shape[3]}
-        if "output" in outputs:
+        if layer is not None:
+            output = _merged(layer, output)
+            # The projections' sums over E round too.
+            tolerance *= max(1.0, float(np.abs(output).max()), layer.config.embed_dim**0.5 / 8)
+        dims = {"sequences": len(keys), "query_len": weights.shape[2], "key_len": weights.shape[3]}
+        if "output" in spec.outputs:
+            made = {"output": output, "weights": weights, "log_sum_exp": log_sum_exp}
             yield Case(
                 situation.name,
                 dims,
                 feeds,
-                {"output": output, "log_sum_exp": log_sum_exp},
+                {name: made[name] for name in spec.outputs},
                 tolerance,
                 {},
                 magnitudes={"log_sum_exp": log_sum_exp_magnitudes(log_sum_exp)},
@@ -134,6 +146,51 @@ def packed_cases(
             {},
             looked_up={"top_k_indices": weights},
         )
+
+
+def _suits(
+    situation: Situation,
+    config: AttentionConfig,
+    spec: VariantSpec,
+    layer: AttentionLayer | None,
+) -> bool:
+    """Whether a variant can be given what is special about a situation."""
+    self_attention = layer is not None and layer.config.context_dim is None
+    return not (
+        (situation.prefix_lengths is not None and config.mask != "causal")
+        or (situation.softcap is not None and "softcap" not in spec.inputs)
+        or (situation.sinks and "sinks" not in spec.inputs)
+        or (situation.keys is not None and self_attention)
+    )
+
+
+def _projected(
+    layer: AttentionLayer,
+    numpy_type: Any,
+    feeds: dict[str, Array],
+    generator: np.random.Generator,
+) -> dict[str, Array]:
+    """Hidden states in the place of random heads, and the heads that are made of them."""
+    lengths = {"hidden_states": int(feeds["cu_seqlens_q"][-1])}
+    widths = {"hidden_states": layer.config.embed_dim}
+    if layer.config.context_dim is not None:
+        lengths["context"] = int(feeds["cu_seqlens_k"][-1])
+        widths["context"] = layer.config.context_dim
+    given: dict[str, Array] = {
+        name: generator.standard_normal((1, length, widths[name])).astype(numpy_type)
+        for name, length in lengths.items()
+    }
+    exact = [torch.from_numpy(array.astype(np.float64)) for array in given.values()]
+    with torch.no_grad():
+        heads = layer.heads(exact[0], exact[-1])
+    names = ("query", "key", "value")
+    return given | {name: each.numpy() for name, each in zip(names, heads, strict=True)}
+
+
+def _merged(layer: AttentionLayer, output: Array) -> Array:
+    with torch.no_grad():
+        merged: Array = layer.merge(torch.from_numpy(output)).numpy()
+    return merged
 
 
 def _feeds(

@@ -105,9 +105,10 @@ def tune(
         for entry in manifest.variants
         if provider in entry.providers
         and "output" in entry.output_names
-        # `paged` is for sessions, `packed` alone is for packed sequences; the others are$
+        # `paged` is for sessions, and those for packed sequences for these alone; the others are
         # slower than variants that they are like.
-        and entry.name not in ("softcap", "blocked_sinks", "reference_sinks", "paged", "packed")
+        and entry.name not in ("softcap", "blocked_sinks", "reference_sinks", "paged")
+        and not entry.name.startswith("packed")
     }
     opened = {
         name: sessions.open_session(folder / entry.file, tuple(dict.fromkeys((provider, CPU))))

@@ -1,6 +1,8 @@
 """What there is to see in a result: one map for each kind of attention of one sequence."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,10 @@ SINK = "(sink)"
 _ROUNDING = {2: 0.02, 4: 1e-3, 8: 1e-6}
 
 
+# Of each document, its first query and its first key.
+Documents = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Axes:
     """What the axes of a map's weights stand for; attributes as in `AttentionMap`."""
@@ -27,6 +33,7 @@ class Axes:
     heads: tuple[int, ...]
     split: int | None = None
     sink: bool = False
+    documents: Documents = ()
 
     @property
     def square(self) -> bool:
@@ -46,6 +53,7 @@ class AttentionMap:
         layers, heads: what the L and H axes hold, 0-based.
         split: where the second of two texts begins, in queries and in keys; None of one text.
         sink: whether the last key is no token but the model's learned sink.
+        documents: packed one after another, none of which sees another; empty of one alone.
     """
 
     kind: str
@@ -56,6 +64,7 @@ class AttentionMap:
     heads: tuple[int, ...]
     split: int | None = None
     sink: bool = False
+    documents: Documents = ()
 
     def __post_init__(self) -> None:
         allowed = (len(self.layers), len(self.heads), len(self.queries), len(self.keys))
@@ -74,8 +83,25 @@ class AttentionMap:
     def axes(self) -> Axes:
         """What the axes of the weights stand for."""
         return Axes(
-            self.kind, self.queries, self.keys, self.layers, self.heads, self.split, self.sink
+            self.kind,
+            self.queries,
+            self.keys,
+            self.layers,
+            self.heads,
+            self.split,
+            self.sink,
+            self.documents,
         )
+
+    @property
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """Queries and keys of each document, the sink aside; of one alone, all."""
+        ends = (len(self.queries), len(self.keys) - self.sink)
+        firsts = self.documents or ((0, 0),)
+        return [
+            (slice(first[0], after[0]), slice(first[1], after[1]))
+            for first, after in zip(firsts, (*firsts[1:], ends), strict=True)
+        ]
 
     def layer_index(self, layer: int | None) -> int:
         """Where a layer is on the L axis; None is the first there.
@@ -113,8 +139,11 @@ def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[Att
     if isinstance(result, AttendResult):
         # One layer, positions for tokens; a window's rows keep their own numbers.
         num_heads, num_queries, num_keys = array.shape
-        queries, keys = _numbers(num_queries), _numbers(num_keys)
-        axes, array = Axes("self", queries, keys, (0,), tuple(range(num_heads))), array[None]
+        documents = _documents_of(result)
+        firsts = list(zip(*documents, strict=True)) or [(), ()]
+        queries, keys = _numbers(num_queries, firsts[0]), _numbers(num_keys, firsts[1])
+        heads = tuple(range(num_heads))
+        axes, array = Axes("self", queries, keys, (0,), heads, documents=documents), array[None]
     else:
         layers, heads = tuple(result.layers), tuple(result.heads)
         axes = axes_of(result, result.attention, layers, heads, sequence)
@@ -124,7 +153,15 @@ def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[Att
         array, keys = with_sink, (*keys, SINK)
     return (
         AttentionMap(
-            axes.kind, array, axes.queries, keys, axes.layers, axes.heads, axes.split, sink
+            axes.kind,
+            array,
+            axes.queries,
+            keys,
+            axes.layers,
+            axes.heads,
+            axes.split,
+            sink,
+            axes.documents,
         ),
     )
 
@@ -165,8 +202,38 @@ def axes_of(
     return Axes(attention or "self", queries, keys, layers, heads, split)
 
 
-def _numbers(count: int) -> tuple[str, ...]:
-    return tuple(map(str, range(count)))
+def joined(axes: Sequence[Axes]) -> Axes:
+    """The axes of documents side by side, none of which sees another; of one, its own."""
+    first, *others = axes
+    if not others:
+        return first
+    documents, queries, keys = [], list[str](), list[str]()
+    for each in axes:
+        documents.append((len(queries), len(keys)))
+        queries += each.queries
+        keys += each.keys
+    return replace(
+        first, queries=tuple(queries), keys=tuple(keys), split=None, documents=tuple(documents)
+    )
+
+
+def _documents_of(result: AttendResult) -> Documents:
+    """Of packed sequences, where each begins that has a query or a key."""
+    if result.cu_seqlens_q is None or result.cu_seqlens_k is None:
+        return ()
+    starts = list(zip(result.cu_seqlens_q.tolist(), result.cu_seqlens_k.tolist(), strict=True))
+    return tuple(first for first, after in pairwise(starts) if first != after)
+
+
+def _numbers(count: int, firsts: Sequence[int]) -> tuple[str, ...]:
+    """Positions; of packed sequences which one it is and where in it: "2:17"."""
+    if len(firsts) < 2:
+        return tuple(map(str, range(count)))
+    return tuple(
+        f"{number}:{position - first}"
+        for number, (first, after) in enumerate(pairwise((*firsts, count)))
+        for position in range(first, after)
+    )
 
 
 def _index(name: str, number: int | None, held: tuple[int, ...]) -> int:

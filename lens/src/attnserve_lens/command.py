@@ -113,7 +113,8 @@ def collect(
         timeout: seconds that each request may take.
 
     Returns:
-        A result for each of the model's attentions: one, or an encoder-decoder's three.
+        A result for each of the model's attentions: one, an encoder-decoder's three, or the two of
+        a decoder that is given what an encoder has made.
 
     Raises:
         ValueError: more weights than a page can show.
@@ -181,7 +182,10 @@ def _sequence(found: TokensResult, index: int) -> dict[str, Any]:
     """One sequence of a result, as `attend_tokens` takes it."""
     if found.source is None or found.given is None:
         return sequence_of(found.ids[index], found.token_type_ids[index])
-    return {found.source.name: found.given[index : index + 1]}
+    given = found.given[index : index + 1]
+    if found.source.tokens is None:  # padded to the longest
+        given = given[:, : found.lengths[index]]
+    return {found.source.name: given}
 
 
 def _check_size(
@@ -262,6 +266,7 @@ def _serve(client: AttentionClient, options: argparse.Namespace) -> int:
         ("--pixel-values", options.pixel_values),
         ("--input-features", options.input_features),
         ("--inputs-embeds", options.inputs_embeds),
+        ("--encoder-hidden-states", options.encoder_hidden_states),
         ("--processor", options.processor),
     ):
         if given:

@@ -6,6 +6,7 @@ all float32; then `encoding.layer_bytes` and `encoding.thumbnail_bytes`.
 """
 
 import itertools
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,9 +18,12 @@ from attnserve_client import AttentionClient, Model
 
 from attnserve_lens import encoding
 from attnserve_lens.asking import heads_at_once, layer_of, sequence_of
-from attnserve_lens.attention import AttentionMap, Axes, axes_of
+from attnserve_lens.attention import AttentionMap, Axes, axes_of, joined
 from attnserve_lens.measures import measure, per_head
 from attnserve_lens.page import cut, describe
+
+# A line between documents.
+_BETWEEN = re.compile(r"^[ \t]*---[ \t]*$", re.MULTILINE)
 
 # Maps and packed layers that are kept: the oldest go.
 _MAPS, _BYTES = 64, 256 << 20
@@ -27,13 +31,19 @@ _MAPS, _BYTES = 64, 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A map that a page knows: what its layers are asked for with."""
+    """A map that a page knows: what its layers are asked for with.
+
+    Attributes:
+        ids, types: of each document.
+        target: ids that a decoder reads.
+        bits: of a code, see `encoding`.
+    """
 
     model: str
     attention: str
     axes: Axes
-    ids: tuple[int, ...]
-    types: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]
+    types: tuple[tuple[int, ...], ...]
     target: tuple[int, ...]
     bits: int
 
@@ -64,7 +74,7 @@ class Viewer:
         return [
             {"name": name, "target": _takes_target(model)}
             for name, model in sorted(named.items())
-            if model.takes_text
+            if model.takes_text and (model.takes_ids or not model.inputs)
         ]
 
     def look(self, model: str, text: str, pair: str = "", target: str = "") -> dict[str, Any]:
@@ -72,7 +82,8 @@ class Viewer:
 
         Args:
             model: its name.
-            text, pair: what is read; a pair makes one sequence with the text.
+            text, pair: what is read; a pair makes one sequence with the text. Lines of `---` alone
+                are between documents, which are shown as packed: none of them sees another.
             target: what the decoder of an encoder-decoder reads.
 
         Returns:
@@ -81,9 +92,10 @@ class Viewer:
 
         Raises:
             AttnserveError: the server refused.
-            ValueError: there is no text.
+            ValueError: there is no text, or there are several where one is allowed.
         """
-        if not text.strip():
+        documents = [each for each in _BETWEEN.split(text) if each.strip()]
+        if not documents:
             raise ValueError("text: empty; allowed: any text")
         asked = self._client.get_model(model, timeout=self._timeout)
         # The manifest holds the hashes of the model's files: another model is another look.
@@ -92,8 +104,11 @@ class Viewer:
             known = self._looks.get(key)
             if known is not None and all(each["name"] in self._maps for each in known["maps"]):
                 return known
+        if len(documents) > 1 and (pair or _takes_target(asked)):
+            why = "as one of a pair" if pair else "for a model with a decoder beside its text"
+            raise ValueError(f"text: {len(documents)} documents; allowed: one, {why}")
         found = self._client.attend_tokens(
-            [(text, pair)] if pair else [text],
+            [(documents[0], pair)] if pair else documents,
             model=model,
             targets=[target] if target else None,
             return_hidden=False,
@@ -108,9 +123,10 @@ class Viewer:
         several = len(asked.attentions) > 1
         for each in asked.attentions or (asked,):
             name = each.name if several else ""
-            axes = axes_of(found, name, tuple(range(each.num_layers)), tuple(range(each.num_heads)))
+            layers, heads = tuple(range(each.num_layers)), tuple(range(each.num_heads))
+            axes = joined([axes_of(found, name, layers, heads, n) for n in range(len(documents))])
             bits = encoding.code_bits(len(axes.heads) * len(axes.queries) * len(axes.keys))
-            ids, types = tuple(found.ids[0]), tuple(found.token_type_ids[0])
+            ids, types = tuple(map(tuple, found.ids)), tuple(map(tuple, found.token_type_ids))
             targets = tuple(found.target_ids[0] if target else ())
             named = self._keep(_Asked(model, name, axes, ids, types, targets, bits))
             maps.append(describe(axes, named, bits))
@@ -129,7 +145,7 @@ class Viewer:
             AttnserveError: the server refused.
         """
         asked = self._maps[name]
-        return -(-len(asked.axes.heads) // self._at_once(asked))
+        return len(asked.ids) * -(-len(asked.axes.heads) // self._at_once(asked))
 
     def layer(self, name: str, layer: int, step: Callable[[], None] = lambda: None) -> bytes:
         """A layer of a map, packed as is said above.
@@ -159,25 +175,37 @@ class Viewer:
         return packed
 
     def _at_once(self, asked: _Asked) -> int:
-        longest = max(len(asked.ids), len(asked.target))
+        longest = max(*map(len, asked.ids), len(asked.target))
         return heads_at_once(self._client, longest, self._timeout)
 
     def _pack(self, asked: _Asked, layer: int, step: Callable[[], None]) -> bytes:
         axes = asked.axes
-        weights, _ = layer_of(
-            self._client,
-            sequence_of(asked.ids, asked.types),
-            asked.target,
-            model=asked.model,
-            attention=asked.attention,
-            layer=axes.layers[layer],
-            heads=axes.heads,
-            at_once=self._at_once(asked),
-            timeout=self._timeout,
-            step=step,
-        )
+        at_once = self._at_once(asked)
+        weights = np.zeros((len(axes.heads), len(axes.queries), len(axes.keys)), np.float32)
+        firsts = axes.documents or ((0, 0),)
+        for (query, key), ids, types in zip(firsts, asked.ids, asked.types, strict=True):
+            own, _ = layer_of(
+                self._client,
+                sequence_of(ids, types),
+                asked.target,
+                model=asked.model,
+                attention=asked.attention,
+                layer=axes.layers[layer],
+                heads=axes.heads,
+                at_once=at_once,
+                timeout=self._timeout,
+                step=step,
+            )
+            weights[:, query : query + own.shape[1], key : key + own.shape[2]] = own
         shown = AttentionMap(
-            axes.kind, weights[None], axes.queries, axes.keys, (layer,), axes.heads, axes.split
+            axes.kind,
+            weights[None],
+            axes.queries,
+            axes.keys,
+            (layer,),
+            axes.heads,
+            axes.split,
+            documents=axes.documents,
         )
         measures = measure(shown)
         nothing = np.full((1, len(axes.heads)), np.nan)

@@ -19,7 +19,7 @@ class Measures:
         effective: [L, H, Sq], exp of the entropy: as many keys of equal weight would be as spread.
         visible: [L, Sq], keys that a query may see: those to which any head gives weight.
         received: [L, H, Sk], mean weight that a key gets from the queries that may see it.
-        first: [L, H], mean weight on the first key.
+        first: [L, H], mean weight on the first key, of its document where there are several.
         special: [L, H], mean weight on tokens that the model added, like [CLS] and [SEP].
         own, previous, following: [L, H], mean weight of a token on itself and on its neighbours;
             None where queries and keys are not the same tokens.
@@ -54,13 +54,22 @@ def measure(attention: AttentionMap) -> Measures:
             return None
         tokens = attention.weights[..., :num_queries]  # without a sink
         found = np.diagonal(tokens, offset, axis1=-2, axis2=-1)
-        return np.asarray(found.mean(axis=-1, dtype=np.float32))
+        # Of two neighbours, the first of a document has none before it.
+        between = [first[0] - 1 for first in attention.documents[1:]] if offset else []
+        found = np.delete(found, between, axis=-1)
+        return np.asarray(found.mean(axis=-1, dtype=np.float32)) if found.size else None
+
+    first = sum(
+        attention.weights[..., queries, keys.start].sum(axis=-1, dtype=np.float32)
+        for queries, keys in attention.blocks
+        if keys.start < keys.stop
+    )
 
     return Measures(
         effective=effective,
         visible=visible,
         received=received,
-        first=attention.weights[..., 0].mean(axis=-1, dtype=np.float32),
+        first=np.asarray(first / num_queries, np.float32),
         special=attention.weights[..., special].sum(axis=-1).mean(axis=-1, dtype=np.float32),
         own=diagonal(0),
         previous=diagonal(-1),

@@ -192,6 +192,7 @@ def describe(axes: Axes, name: str, bits: int) -> dict[str, Any]:
         "layers": axes.layers,
         "heads": axes.heads,
         "split": axes.split,
+        "documents": axes.documents,
         # Whether queries and keys are what the model saw or heard, where that is shown.
         "over": {
             "queries": axes.kind in ("self", "encoder"),

@@ -109,6 +109,9 @@ def _grid(attention: AttentionMap, measures: Measures) -> str:
 
 
 def _keys(attention: AttentionMap) -> str:
+    if len(attention.documents) > 1:
+        count = len(attention.keys) - attention.sink
+        return f"{count} keys in {len(attention.documents)} documents, none of which sees another"
     if attention.sink:
         return f"{len(attention.keys) - 1} keys and the model's sink"
     return f"{len(attention.keys)} keys"

@@ -54,7 +54,10 @@ class AttentionServer:
         self.store = ModelStore(self.plane)
         load = partial(store.load, plane=self.plane, providers=self.providers)
         failed = store.load_all(settings.repository, self.store, load)
-        self.metrics = Metrics(self.plane)
+        self.metrics = Metrics(
+            self.plane,
+            lambda: [(model.manifest.name, model.manifest.version) for model in self.store],
+        )
         changeable = settings.model_control
         catalog = Catalog(settings.repository, self.store, load, failed, changeable=changeable)
         attention = AttentionHandlers(
@@ -130,8 +133,9 @@ class AttentionServer:
     def _guard(self) -> None:
         """Let callers be known, and read certificates and callers again when they change."""
         settings = self._settings
-        if settings.callers is not None:
+        if settings.identified:
             self._read_callers()
+        if settings.callers is not None:
             self._files.add("callers", [settings.callers], self._read_callers)
         if settings.jwt_keys is not None:
             self._files.add("keys of web tokens", [settings.jwt_keys], self._read_keys)
@@ -152,7 +156,11 @@ class AttentionServer:
         return found is not None and bool(found[1] & ADMIN)
 
     def _read_callers(self) -> None:
-        self.plane.set_callers(self._known())
+        known = self._known()
+        if self._web_tokens is None:
+            self.plane.set_callers(known)
+        else:
+            self._web_tokens.set_callers(known)
 
     def _read_keys(self) -> None:
         assert self._web_tokens is not None

@@ -54,6 +54,7 @@ class Bounds:
     bytes_in_flight: int
     stored_bytes: int
     sessions: int
+    session_bytes: int
     calls: int
 
 
@@ -68,6 +69,7 @@ def bounds_of(limits: Limits, *, identified: bool) -> Bounds:
         most(limits.caller_bytes_in_flight, limits.max_bytes_in_flight // 2),
         most(limits.caller_stored_bytes, limits.max_stored_bytes // 2),
         most(limits.caller_sessions, _SESSIONS),
+        most(limits.caller_session_bytes, limits.max_kv_bytes // 2),
         most(limits.caller_calls, _CALLS),
     )
 
@@ -131,7 +133,7 @@ def _known(words: Sequence[str], bounds: Bounds) -> Known:
     own = _own_bounds(others, bounds)
     return Known(
         name, bits, kind, content, own.requests_per_second, own.bytes_in_flight, own.stored_bytes,
-        own.sessions, own.calls,
+        own.sessions, own.session_bytes, own.calls,
     )  # fmt: skip
 
 

@@ -1,20 +1,27 @@
 """What the server counts, for Prometheus: snapshots of the data plane's counts, made when asked."""
 
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from attnserve_dataplane import BATCH_BUCKETS, SECONDS_BUCKETS, DataPlane
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
+    UnknownMetricFamily,
 )
 from prometheus_client.registry import Collector
 
 from attnserve_server.metrics_http import Allowed, MetricsServer
+
+if TYPE_CHECKING:
+    from attnserve_dataplane import InferCounts
+
+Models = Callable[[], Iterable[tuple[str, int]]]
 
 _GAUGES = {
     "stored_bytes": ("attnserve_stored_tensor_bytes", "Bytes of tensors stored by PutTensor."),
@@ -61,17 +68,58 @@ _KV_COUNTERS = {
 }
 
 
+# What Triton's users look for, of requests of the Open Inference Protocol, as there:
+# https://github.com/triton-inference-server/server/blob/main/docs/user_guide/metrics.md
+_TRITON: dict[str, tuple[str, Callable[["InferCounts"], float]]] = {
+    "nv_inference_request_success": (
+        "ModelInfer requests answered.",
+        lambda counts: counts["success"][0],
+    ),
+    "nv_inference_request_failure": (
+        "ModelInfer requests refused or failed.",
+        lambda counts: counts["fail"][0],
+    ),
+    "nv_inference_count": ("Sequences computed.", lambda counts: counts["inferences"]),
+    "nv_inference_exec_count": (
+        "Executions; each may have joined several requests.",
+        lambda counts: sum(ran[0] for _, ran, _ in counts["batches"].values()),
+    ),
+    "nv_inference_request_duration_us": (
+        "Microseconds from arrival to answer.",
+        lambda counts: counts["success"][1] / 1000,
+    ),
+    "nv_inference_queue_duration_us": (
+        "Microseconds in the queue.",
+        lambda counts: counts["queue"][1] / 1000,
+    ),
+    "nv_inference_compute_input_duration_us": (
+        "Microseconds to read and join tensors.",
+        lambda counts: counts["input"][1] / 1000,
+    ),
+    "nv_inference_compute_infer_duration_us": (
+        "Microseconds of computation.",
+        lambda counts: counts["infer"][1] / 1000,
+    ),
+    "nv_inference_compute_output_duration_us": (
+        "Microseconds to divide and write answers.",
+        lambda counts: counts["output"][1] / 1000,
+    ),
+}
+
+
 class Metrics(Collector):
-    """The server's metrics, in a registry of their own.
+    """The server's metrics, in a registry of their own, and those of its process.
 
     Args:
         plane: that counts.
+        models: says the name and version of each model that is loaded.
     """
 
-    def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
+    def __init__(self, plane: DataPlane, models: Models) -> None:
+        self._plane, self._models = plane, models
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        ProcessCollector(registry=self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """All of them, as they are now."""
@@ -116,6 +164,20 @@ class Metrics(Collector):
             yield GaugeMetricFamily(name, text, value=held[key])
         for key, (name, text) in _KV_COUNTERS.items():
             yield CounterMetricFamily(name, text, value=held[key])
+
+        yield from self._triton()
+
+    def _triton(self) -> Iterator[Metric]:
+        counted = [
+            ([name, str(version)], self._plane.infer_counts(name, version))
+            for name, version in self._models()
+        ]
+        for name, (text, of) in _TRITON.items():
+            # Of no declared type: counters would be called _total, which Triton's are not.
+            family = UnknownMetricFamily(name, text, labels=["model", "version"])
+            for labels, counts in counted:
+                family.add_metric(labels, of(counts))
+            yield family
 
     def serve(
         self, host: str, port: int, allowed: Allowed, tls: ssl.SSLContext | None

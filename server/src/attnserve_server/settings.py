@@ -218,6 +218,16 @@ class Limits:
             integer(0),
         ),
     ] = 0
+    caller_session_bytes: Annotated[
+        int,
+        Option(
+            "of --max-kv-mib, for the KV sessions of one caller; 0: half of it where callers are "
+            "identified, else all",
+            integer(0, _MOST),
+            "caller-kv-mib",
+            unit=MIB,
+        ),
+    ] = 0
     caller_calls: Annotated[
         int,
         Option(

@@ -4,6 +4,7 @@ Signed by a private key whose public half this server has: RSA of 2,048 bits or 
 Ed25519. A key says by which algorithm it signs; the token's header may only choose among those.
 """
 
+import hashlib
 import json
 import threading
 from collections.abc import Sequence
@@ -40,6 +41,15 @@ class PublicKey:
     key: Any
     kid: str
     algorithms: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Another one for whatever differs in any of the three."""
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        form = PublicFormat.SubjectPublicKeyInfo
+        digest = hashlib.sha256(self.key.public_bytes(Encoding.DER, form)).hexdigest()
+        return f"{digest} {' '.join(self.algorithms)} {self.kid}"
 
 
 def check_settings(settings: Settings) -> None:
@@ -129,11 +139,16 @@ def _algorithms_of(key: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a good token says: who, what it may do (bits), until when (seconds since 1970)."""
+    """What a good token says: who, what it may do (bits), until when (seconds since 1970).
+
+    Attributes:
+        key: the name of that which has signed it.
+    """
 
     name: str
     roles: int
     until: float
+    key: str
 
 
 def check(
@@ -183,18 +198,18 @@ def check(
             raise _refusal("a token that lacks one of exp, iss, aud, sub") from None
         except jwt.PyJWTError:
             raise _refusal("a token that is not as it should be") from None
-        return _claims_of(claims, roles_claim)
+        return _claims_of(claims, roles_claim, key.name)
     raise _refusal("a token that no key of this server has signed")
 
 
-def _claims_of(claims: dict[str, Any], roles_claim: str) -> Claims:
+def _claims_of(claims: dict[str, Any], roles_claim: str, key: str) -> Claims:
     name = claims["sub"]
     if not isinstance(name, str) or not 0 < len(name) <= _MOST_NAME or not name.isprintable():
         raise _refusal(f"a token whose sub is no text of 1..{_MOST_NAME} characters")
     given = claims.get(roles_claim, ())
     words = given.replace(",", " ").split() if isinstance(given, str) else given
     known = {word for word in words if word in ROLES} if isinstance(words, (list, tuple)) else set()
-    return Claims(f"jwt:{name}", role_bits(sorted(known)), float(claims["exp"]) + _LEEWAY)
+    return Claims(f"jwt:{name}", role_bits(sorted(known)), float(claims["exp"]) + _LEEWAY, key)
 
 
 def _refusal(given: str) -> UnauthenticatedError:
@@ -226,10 +241,7 @@ class WebTokens:
         self._keys = read_keys(self._path)
 
     def reload(self, known: list[Known]) -> None:
-        """Read the keys again; tokens that were good are checked anew.
-
-        Args:
-            known: callers by other credentials, who stay known.
+        """Read the keys again; arguments as those of `set_callers`.
 
         Raises:
             WebTokenError: the keys cannot be used; the former ones stay.
@@ -237,7 +249,19 @@ class WebTokens:
         keys = read_keys(self._path)
         with self._lock:
             self._keys = keys
-            self._plane.set_callers(known)
+            self._tell(known)
+
+    def set_callers(self, known: list[Known]) -> None:
+        """Tell the data plane who is known.
+
+        Args:
+            known: by other credentials than web tokens.
+        """
+        with self._lock:
+            self._tell(known)
+
+    def _tell(self, known: list[Known]) -> None:
+        self._plane.set_callers(known, [key.name for key in self._keys])
 
     def method(self, message: bytes, request: Request) -> bytes:
         """Answers the data plane about one token."""
@@ -247,5 +271,7 @@ class WebTokens:
             claims = check(token, keys, self._issuer, self._audience, self._claim)
             with self._lock:
                 if keys is self._keys:
-                    self._plane.admit_web_token(message, claims.name, claims.roles, claims.until)
+                    self._plane.admit_web_token(
+                        message, claims.name, claims.roles, claims.until, claims.key
+                    )
                     return b""

@@ -308,6 +308,13 @@ class PackedDiagnosticsCore(Core):
     """What the weights of packed sequences say: see there."""
 
 
+class PackedWeightsCore(Core):
+    """Packed sequences, with their weights: see there."""
+
+
+PACKED_CORES = (PackedCore, PackedDiagnosticsCore, PackedWeightsCore)
+
+
 class DiagnosticsCore(Core):
     """What the weights say, without ever holding them all; by attnserve-kernels."""
 

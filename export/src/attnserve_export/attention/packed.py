@@ -1,7 +1,8 @@
-"""The variants `packed` and `packed_diagnostics`: sequences that lie one after another in one row.
+"""The variants `packed`, `packed_diagnostics` and `packed_weights`: sequences lie in one row.
 
-No query sees keys of another sequence, and nothing is padded: the time is that of the sequences by
-themselves. Positions count from each sequence's first token. Written as it is: nothing is traced.
+They lie one after another. No query sees keys of another sequence, and nothing is padded: the time
+is that of the sequences by themselves. Positions count from each sequence's first token. Written as
+it is: nothing is traced.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from attnserve_export.attention.core import DOMAIN, AttentionConfig, Core
-from attnserve_export.attention.paged import TYPES, nodes, turning
+from attnserve_export.attention.paged import TYPES, Shape, nodes, turning
 
 _STARTS = ("cu_seqlens_q", "cu_seqlens_k")
 # Inputs of both operators after those that carry the heads, where they are for packed sequences.
@@ -31,80 +32,133 @@ def packed_attention(
     Args:
         config: the attention.
         inputs: as `packed_inputs`.
-        outputs: `output` and `log_sum_exp`, or those of a diagnosis.
+        outputs: `output` and `log_sum_exp`, perhaps `weights` between them, or those of a
+            diagnosis.
         dtype: of query, key and value: "FP32", "FP16" or "BF16".
         opset: of the default domain.
     """
     kind = TYPES[dtype]
-    diagnosis = "output" not in outputs
-    own: dict[str, tuple[int, tuple[str | int, ...]]] = {
+    own: dict[str, tuple[int, Shape]] = {
         "query": (kind, (1, config.num_heads, "query_len", config.head_dim)),
         "key": (kind, (1, config.num_kv_heads, "key_len", config.head_dim)),
     }
-    if not diagnosis:
+    if "output" in outputs:
         own["value"] = (kind, (1, config.num_kv_heads, "key_len", config.value_head_dim))
-    lines = list[str]()
-    given = {name: name for name in (*own, *inputs)}
+    output = (kind, (1, config.num_heads, "query_len", config.value_head_dim))
+    return packed_model(config, own, output, inputs, outputs, opset)
+
+
+def packed_model(
+    config: AttentionConfig,
+    own: dict[str, tuple[int, Shape]],
+    output: tuple[int, Shape],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
+    before: Sequence[str] = (),
+    after: Sequence[str] = (),
+    parameters: Sequence[TensorProto] = (),
+    key_len: str = "key_len",
+) -> onnx.ModelProto:
+    """A graph around the operators.
+
+    Args:
+        config: the attention.
+        own: inputs that carry the tokens: type and shape.
+        output: type and shape of `output`.
+        inputs, outputs, opset: as in `packed_attention`.
+        before: nodes that make `query`, `key` and `value` [1, heads, T, width] of the inputs; none:
+            they are these.
+        after: nodes that make `output` of `heads` [1, H, T, Dv]; none: it is these.
+        parameters: initializers.
+        key_len: what the number of keys is called.
+    """
+    kind, diagnosis = output[0], "output" not in outputs
+    lines, parameters = list(before), list(parameters)
+    given = {name: name for name in ("query", "key", "value", *inputs)}
     if config.rotary is not None:
         # FP32, which the operator then takes everything in.
         lines += _turned(config)
         given |= {name: f"turned_{name}" for name in ("query", "key")}
-        for name in ("value", "bias"):
-            if name in given:
-                lines.append(f"exact_{name} = Cast <to = 1> ({name})")
-                given[name] = f"exact_{name}"
-    weights = list[TensorProto]()
-    if config.slopes is not None:
-        given["slopes"] = "slopes"
-        weights.append(numpy_helper.from_array(np.array(config.slopes, np.float32), "slopes"))
-    # No key_lengths: the starts say where sequences end.
-    first = (
-        ("query", "key", "", "top_k", "distances") if diagnosis else ("query", "key", "value", "")
-    )
-    rounded = config.rotary is not None and not diagnosis
-    node = helper.make_node(
-        "AttentionDiagnostics" if diagnosis else "Attention",
-        [given.get(name, "") for name in (*first, *_LAST)],
-        ["exact_output", *outputs[1:]] if rounded else list(outputs),
-        name="packed",
-        domain=DOMAIN,
-    )
-    for name, value in Core(config).attributes().items():
-        node.attribute.append(helper.make_attribute(name, value))
-    last = [f"output = Cast <to = {kind}> (exact_output)"] if rounded else []
-    shapes: dict[str, tuple[int, tuple[str | int, ...]]] = {
+        for name in ("bias",) if diagnosis else ("value", "bias"):
+            lines.append(f"exact_{name} = Cast <to = 1> ({name})")
+            given[name] = f"exact_{name}"
+    for name, numbers in (("slopes", config.slopes), ("sinks", config.sinks)):
+        if numbers is not None and name not in inputs:
+            given[name] = f"own_{name}"
+            parameters.append(numpy_helper.from_array(np.array(numbers, np.float32), given[name]))
+
+    def operator(name: str, first: Sequence[str], made: Sequence[str]) -> onnx.NodeProto:
+        # No key_lengths: the starts say where sequences end.
+        taken = [given.get(each, "") for each in (*first, *_LAST)]
+        node = helper.make_node(name, taken, list(made), name=made[0], domain=DOMAIN)
+        for attribute, value in Core(config).attributes().items():
+            node.attribute.append(helper.make_attribute(attribute, value))
+        return node
+
+    made = nodes(lines)
+    if diagnosis:
+        made.append(
+            operator("AttentionDiagnostics", ("query", "key", "", "top_k", "distances"), outputs)
+        )
+    else:
+        result = "heads" if after else "output"
+        exact = f"exact_{result}" if config.rotary is not None else result
+        made.append(operator("Attention", ("query", "key", "value", ""), (exact, "log_sum_exp")))
+        if config.rotary is not None:
+            made += nodes([f"{result} = Cast <to = {kind}> ({exact})"])
+        made += nodes(after)
+    if "weights" in outputs:
+        given |= {"every_key": "every_key", "no_distance": "no_distance"}
+        made += nodes(
+            [
+                "every_key = Shape <start = 2, end = 3> (key)",
+                "no_distance = Constant <value_ints = [0]> ()",
+            ]
+        )
+        said = ("all_entropy", "all_mass", "all_by_distance", "places", "heaviest")
+        first = ("query", "key", "", "every_key", "no_distance")
+        made.append(operator("AttentionDiagnostics", first, said))
+        # All keys of a query, the heaviest first, back to their places.
+        made += nodes(
+            [
+                "weights_shape = Shape (places)",
+                "nothing = ConstantOfShape <value = float[1] {0}> (weights_shape)",
+                "exact_weights = ScatterElements <axis = 3> (nothing, places, heaviest)",
+                f"weights = Cast <to = {kind}> (exact_weights)",
+            ]
+        )
+    heads = config.num_heads
+    shapes: dict[str, tuple[int, Shape]] = {
         **own,
         **dict.fromkeys(_STARTS, (TensorProto.INT64, ("sequences_and_end",))),
         "prefix_lengths": (TensorProto.INT64, ("sequences",)),
         "bias": (kind, (1, "bias_heads", "bias_queries", "bias_keys")),
         "mask": (TensorProto.BOOL, (1, "mask_heads", "mask_queries", "mask_keys")),
         "softcap": (TensorProto.FLOAT, (1,)),
-        "sinks": (TensorProto.FLOAT, (config.num_heads,)),
+        "sinks": (TensorProto.FLOAT, (heads,)),
         "top_k": (TensorProto.INT64, (1,)),
         "distances": (TensorProto.INT64, (1,)),
-        "output": (kind, (1, config.num_heads, "query_len", config.value_head_dim)),
-        "log_sum_exp": (TensorProto.FLOAT, (1, config.num_heads, "query_len")),
-        **_diagnostics_shapes(config.num_heads),
+        "output": output,
+        "weights": (kind, (1, heads, "query_len", key_len)),
+        "log_sum_exp": (TensorProto.FLOAT, (1, heads, "query_len")),
+        **_diagnostics_shapes(heads, key_len),
     }
 
     def described(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
         return [helper.make_tensor_value_info(name, *shapes[name]) for name in names]
 
     graph = helper.make_graph(
-        [*nodes(lines), node, *nodes(last)],
-        "packed",
-        described((*own, *inputs)),
-        described(outputs),
-        weights,
+        made, "packed", described((*own, *inputs)), described(outputs), parameters
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _diagnostics_shapes(heads: int) -> dict[str, tuple[int, tuple[str | int, ...]]]:
+def _diagnostics_shapes(heads: int, key_len: str) -> dict[str, tuple[int, Shape]]:
     return {
         "entropy": (TensorProto.FLOAT, (1, heads, "query_len")),
-        "mass_per_key": (TensorProto.FLOAT, (1, heads, "key_len")),
+        "mass_per_key": (TensorProto.FLOAT, (1, heads, key_len)),
         "mass_by_distance": (TensorProto.FLOAT, ("sequences", heads, "distances")),
         "top_k_indices": (TensorProto.INT64, (1, heads, "query_len", "top_k")),
         "top_k_weights": (TensorProto.FLOAT, (1, heads, "query_len", "top_k")),

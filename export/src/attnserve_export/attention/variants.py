@@ -19,6 +19,7 @@ from attnserve_export.attention.core import (
     NativeCore,
     PackedCore,
     PackedDiagnosticsCore,
+    PackedWeightsCore,
     PagedCore,
     ReferenceCore,
     SinksCore,
@@ -101,6 +102,9 @@ PACKED_DIAGNOSTICS = replace(
     core=PackedDiagnosticsCore,
     inputs=packed_inputs(("top_k", "distances", *_MASKS)),
 )
+PACKED_WEIGHTS = replace(
+    PACKED, core=PackedWeightsCore, outputs=WEIGHTS_AND_ROWS, memory="quadratic"
+)
 # For sessions alone: requests that bring all their keys never get it.
 PAGED = VariantSpec(PagedCore, PAGED_INPUTS, PAGED_OUTPUTS, "linear", (CPU,), native=True)
 
@@ -134,6 +138,7 @@ def core_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[str
         "diagnostics": DIAGNOSTICS_SPEC,
         "packed": PACKED,
         "packed_diagnostics": PACKED_DIAGNOSTICS,
+        "packed_weights": PACKED_WEIGHTS,
     }
     if config.mask != "causal":
         specs = {name: _without(spec, "prefix_lengths") for name, spec in specs.items()}
@@ -147,7 +152,7 @@ def layer_specs(config: AttentionConfig, dtype: str, *, native: bool) -> dict[st
     causal."""
 
     specs = core_specs(config, dtype, native=native)
-    left_out = {"softcap", "blocked_sinks", "packed", "packed_diagnostics"}
+    left_out = {"softcap", "blocked_sinks"}
     if config.sinks is not None:
         left_out.add("reference_sinks")  # what `reference` is too
     if not has_paged_layer(config):

@@ -134,7 +134,7 @@ def transformer_cases(exact: Exact, generator: np.random.Generator) -> Iterator[
     most, plan = _longest(exact), exact.plan
     ragged = _FEW_CASES if exact.few else _CASES
     cases: Sequence[_Lengths] = ragged if plan.source.ragged else _WHOLE_CASES
-    if not plan.source.ragged and plan.kind != ENCODER_DECODER:
+    if not plan.source.ragged and not plan.has_target:
         cases = cases[:-1]
     for case in cases:
         yield _of(exact, case, most, generator)
@@ -155,7 +155,7 @@ def _of(exact: Exact, case: _Lengths, most: int, generator: np.random.Generator)
         feeds = {source.name: rows}
         if source.ragged:
             feeds["attention_mask"] = _mask_of(sizes)
-    if exact.plan.kind == ENCODER_DECODER:
+    if exact.plan.has_target:
         feeds |= _feeds("decoder_", case.target, most, vocab_size, generator)
     return _case(case.name, exact, feeds)
 
@@ -207,7 +207,7 @@ def _case(name: str, exact: Exact, feeds: Mapping[str, Array]) -> Case:
             rows = masks[attention][:, :: step if attention == ENCODER else 1]
             compared[output] = rows[:, None, :, None] > 0
     dims = {"batch": len(source), "seq_len": source.shape[1]}
-    if plan.kind == ENCODER_DECODER:
+    if plan.has_target:
         dims["target_len"] = feeds["decoder_input_ids"].shape[1]
     return Case(
         name,
@@ -287,12 +287,13 @@ def _alone(exact: Exact, feeds: Mapping[str, Array], step: int) -> dict[str, Arr
     for row in range(len(source)):
         given = {}
         for name, array in feeds.items():
-            if name not in taken:
+            argument = plan.argument(name)
+            if argument not in taken:
                 continue
             whole = name == plan.source.name and not plan.source.ragged
             length = int((target if name.startswith("decoder_") else source)[row].sum())
             tensor = torch.from_numpy(array[row : row + 1, : None if whole else length])
-            given[name] = tensor.double() if tensor.is_floating_point() else tensor
+            given[argument] = tensor.double() if tensor.is_floating_point() else tensor
         try:
             with torch.no_grad(), recording() as calls:
                 result = exact.model(**given)

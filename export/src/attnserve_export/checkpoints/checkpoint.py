@@ -17,7 +17,7 @@ from attnserve_export.checkpoints.experts import every_expert
 from attnserve_export.checkpoints.families import Family, check_rules, family_of
 from attnserve_export.checkpoints.files import read_json
 from attnserve_export.checkpoints.masks import make_mask
-from attnserve_export.checkpoints.plans import IDS
+from attnserve_export.checkpoints.plans import IDS, STATES
 from attnserve_export.checkpoints.sentences import Sentences, read_sentences
 from attnserve_export.checkpoints.tracing import IMPLEMENTATION, attention
 from attnserve_export.errors import ExportError
@@ -36,15 +36,20 @@ class Checkpoint:
         folder: where the files of transformers are: of sentence-transformers, within its own.
         name: as its config.json has it, or its family's.
         family: of the checkpoint.
-        config: as transformers reads it.
+        whole: configuration of the whole, as transformers reads it.
         sentences: what sentence-transformers' files say of it; None: there are none.
     """
 
     folder: Path
     name: str
     family: Family
-    config: Any
+    whole: Any
     sentences: Sentences | None
+
+    @property
+    def config(self) -> Any:
+        """Of what is exported: of the whole, or of a part."""
+        return self.family.config
 
     @property
     def vocab_size(self) -> int:
@@ -60,17 +65,19 @@ class Checkpoint:
     @property
     def decoder_start_token_id(self) -> int | None:
         """What a target starts with; None: there are no targets."""
-        if not self.family.two_stacks:
+        if not self.family.two_stacks and self.family.takes != STATES:
             return None
-        start = getattr(self.config, "decoder_start_token_id", None)
-        return self.pad_token_id if start is None else int(start)
+        named = ("decoder_start_token_id", *(() if self.family.two_stacks else ("bos_token_id",)))
+        given = (getattr(self.whole, name, None) for name in named)
+        return next((int(start) for start in given if start is not None), self.pad_token_id)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, part: str = "") -> Checkpoint:
     """Read a checkpoint's configuration.
 
     Args:
         folder: of transformers, or of sentence-transformers.
+        part: that is to be exported, of `parts.PARTS`; empty: what config.json says.
 
     Raises:
         ExportError: it cannot be read, or is of a kind that is not supported; says which field of
@@ -95,8 +102,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ExportError(
             f"--checkpoint: {folder}: config.json: transformers cannot read it: {error}"
         ) from None
-    family = family_of(config, content, str(folder))
-    _check_numbers(config, str(folder), has_tokens=family.takes == IDS or family.two_stacks)
+    family = family_of(config, content, str(folder), part)
+    has_tokens = family.takes in (IDS, STATES) or family.two_stacks
+    _check_numbers(family.config, str(folder), has_tokens=has_tokens)
     name = str(content.get("_name_or_path") or family.name)
     # Trained from a folder, it would say where that was.
     name = Path(name).name if Path(name).is_absolute() else name
@@ -130,7 +138,7 @@ def load_model(
         with _parameters(checkpoint.folder) as parameters:
             model, info = model_class.from_pretrained(
                 None,
-                config=copy.deepcopy(checkpoint.config),
+                config=copy.deepcopy(checkpoint.whole),
                 state_dict=parameters,
                 attn_implementation=implementation,
                 experts_implementation=implementation,
@@ -155,7 +163,7 @@ def load_model(
             f"{', '.join(missing[:3])}{more}"
         )
     module: nn.Module = model.eval()
-    return module
+    return module.get_submodule(checkpoint.family.path)
 
 
 @contextlib.contextmanager

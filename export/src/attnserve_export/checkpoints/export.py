@@ -38,13 +38,14 @@ from attnserve_export.checkpoints.modules import (
     module_for,
 )
 from attnserve_export.checkpoints.observing import observe
+from attnserve_export.checkpoints.parts import TEXT, VISION, parts_of
 from attnserve_export.checkpoints.plans import (
     CROSS,
     DECODER,
     EMBEDS,
     ENCODER,
-    ENCODER_DECODER,
     IDS,
+    STATES,
     Plan,
 )
 from attnserve_export.checkpoints.sources import embeds_of, model_input, preprocessor_of
@@ -119,7 +120,7 @@ def export_transformer(
     progress("comparing its modules with transformers")
     read = _admitted(checkpoint, model, dtype, large=large, embeds=embeds)
     plan = read[""].plan
-    has_texts = plan.source.name == IDS or plan.kind == ENCODER_DECODER
+    has_texts = plan.source.name == IDS or plan.has_target
     reader = _reader(checkpoint, progress) if has_texts else None
     computing = model if dtype == "FP32" else parameters.in_fp32(model, values=False)
     stored = {f"{PREFIX}{name}": tensor for name, tensor in parameters.stored(model).items()}
@@ -151,13 +152,13 @@ def export_transformer(
                 native=True,
             )
 
-    if dtype != "FP32":
-        progress("exporting half")
-        by_lengths = Tracer(model, plan, by_lengths=True)
+    for suffix, of in read.items() if dtype != "FP32" else ():
+        progress(f"exporting half{suffix}")
+        by_lengths = Tracer(model, of.plan, by_lengths=True)
         graph = _graph(by_lengths, max(opset, LENGTHS_OPSET), stored)
         graphs.cast_outputs(graph, (HIDDEN, ENCODER_HIDDEN), ONNX[dtype])
         wide = graphs.widened(graph)
-        variants["half"] = Exported(
+        variants[f"half{suffix}"] = Exported(
             apart.bind(graph, stored, late=False),
             memory="quadratic" if by_lengths.matrices else "linear",
             providers=(CUDA,),
@@ -192,7 +193,8 @@ def export_transformer(
             dtype=dtype,
             attention=_attention_info(info.attentions[0]),
             source={
-                "description": f"checkpoint {checkpoint.name}",
+                "description": f"checkpoint {checkpoint.name}"
+                + (f", its {checkpoint.family.path}" if checkpoint.family.path else ""),
                 "sha256": weights_sha256(checkpoint.folder),
             },
             transformer=_with_texts(info, reader),
@@ -279,7 +281,9 @@ def _compared(
     except ExportError:
         raise
     except Exception as error:  # whatever a model may raise
-        raise ExportError(f"--checkpoint: it cannot be run: {first_line(error)}") from None
+        parts = " or ".join(_towers(checkpoint))
+        instead = f"; allowed: a part of it that reads one thing, --part {parts}" if parts else ""
+        raise ExportError(f"--checkpoint: it cannot be run: {first_line(error)}{instead}") from None
     for plan in plans:
         tracer = Tracer(model, plan)
         try:
@@ -296,6 +300,17 @@ def _compared(
         except Exception as error:  # whatever a model may raise
             failures.append(f"it cannot be run on a padded batch: {first_line(error)}")
     raise ExportError(f"--checkpoint: {failures[0]}")
+
+
+def _towers(checkpoint: Checkpoint) -> list[str]:
+    """The parts by which a model of texts and pictures could be exported."""
+    if checkpoint.family.path:
+        return []
+    try:
+        found = parts_of(checkpoint.family.model_class, checkpoint.whole)
+    except Exception:  # whatever a model may raise
+        return []
+    return [part for part in (TEXT, VISION) if part in found]
 
 
 def _difference(exact: Exact, tracer: Tracer) -> str | None:
@@ -401,6 +416,8 @@ def _graph(tracer: Tracer, opset: int, stored: Mapping[str, Tensor]) -> onnx.Mod
     inputs = [_input(name, plan) for name in module.inputs]
     most = plan.max_seq_len
     ends = {str(dim): most for entry in inputs for dim in entry.dims[1:]} if most else {}
+    if plan.source.name == STATES:  # which may be of any length
+        ends.pop(SEQ_LEN, None)
     try:
         model = graphs.export_apart(
             module,
@@ -433,7 +450,7 @@ def _input(name: str, plan: Plan) -> Input:
 def _dims(output: str, plan: Plan) -> dict[int, str]:
     """The dynamic dimensions of an output."""
     of_source = {} if not plan.source.ragged else {1: SEQ_LEN}
-    own = {1: TARGET_LEN} if plan.kind == ENCODER_DECODER else of_source
+    own = {1: TARGET_LEN} if plan.has_target else of_source
     if output in (HIDDEN, ENCODER_HIDDEN):
         return {0: "batch"} | (own if output == HIDDEN else of_source)
     if output.startswith("weights_"):

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnserve_export.checkpoints.plans import CROSS, DECODER, ENCODER, ENCODER_DECODER
+from attnserve_export.checkpoints.plans import (
+    CROSS,
+    DECODER,
+    ENCODER,
+    STATES_DECODER,
+)
 from attnserve_export.checkpoints.tracing import Tracer
 
 HIDDEN, ENCODER_HIDDEN = "last_hidden_state", "encoder_last_hidden_state"
@@ -72,10 +77,7 @@ class OneStack(_Traced):
         if convention.mask:
             given[MASK] = attention_mask
         if convention.positions:
-            # Positions are written out over the batch since ONNX's RotaryEmbedding does not
-            # broadcast it.
-            positions = torch.arange(source.shape[1])[None, :].expand(source.shape[0], -1)
-            given["position_ids"] = positions
+            given["position_ids"] = _positions(source)
         result = self._read(given, {kind: attention_mask.sum(dim=-1)})
         return last_hidden_state(result), *self.tracer.outputs().values()
 
@@ -138,6 +140,42 @@ class TwoStacks(_Traced):
         return (*states, *self.tracer.outputs().values())
 
 
+class OverStates(_Traced):
+    """A decoder that attends to states that it is given."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self.inputs = (self.source, MASK, *TARGET)
+
+    def forward(
+        self,
+        source: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        decoder_attention_mask: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Hidden states, then `Tracer.outputs`.
+
+        Args:
+            source: [B, S, E].
+            attention_mask: [B, S], 1 valid, 0 padding, which comes last.
+            decoder_input_ids: [B, T].
+            decoder_attention_mask: [B, T], likewise.
+        """
+        plan, (ids, mask) = self.tracer.plan, TARGET
+        given = {self.source: source, plan.argument(ids): decoder_input_ids}
+        if plan.convention.mask:
+            given |= {
+                plan.argument(MASK): attention_mask,
+                plan.argument(mask): decoder_attention_mask,
+            }
+        if plan.convention.positions:
+            given["position_ids"] = _positions(decoder_input_ids)
+        lengths = {DECODER: decoder_attention_mask.sum(dim=-1), CROSS: attention_mask.sum(dim=-1)}
+        result = self._read(given, lengths)
+        return last_hidden_state(result), *self.tracer.outputs().values()
+
+
 class WholeAndTarget(TwoStacks):
     """The same over sources that are always as long."""
 
@@ -153,6 +191,11 @@ class WholeAndTarget(TwoStacks):
         return self._decoded(given, None, decoder_input_ids, decoder_attention_mask)
 
 
+def _positions(rows: Tensor) -> Tensor:
+    """0, 1, ... [B, S], written out, since ONNX's RotaryEmbedding does not broadcast the batch."""
+    return torch.arange(rows.shape[1])[None, :].expand(rows.shape[0], -1)
+
+
 def last_hidden_state(result: Any) -> Tensor:
     """Of what a model answers."""
     given = getattr(result, HIDDEN, None)
@@ -160,9 +203,11 @@ def last_hidden_state(result: Any) -> Tensor:
     return state
 
 
-def module_for(tracer: Tracer) -> OneStack | WholeStack | TwoStacks:
+def module_for(tracer: Tracer) -> OneStack | WholeStack | TwoStacks | OverStates:
     """The module that a tracer's model is exported as."""
     ragged = tracer.plan.source.ragged
-    if tracer.plan.kind == ENCODER_DECODER:
+    if tracer.plan.kind == STATES_DECODER:
+        return OverStates(tracer)
+    if tracer.plan.has_target:
         return TwoStacks(tracer) if ragged else WholeAndTarget(tracer)
     return OneStack(tracer) if ragged else WholeStack(tracer)

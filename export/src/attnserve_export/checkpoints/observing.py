@@ -16,9 +16,12 @@ from attnserve_export.checkpoints.plans import (
     ENCODER,
     ENCODER_DECODER,
     IDS,
+    STATES,
+    STATES_DECODER,
     Convention,
     Plan,
     Source,
+    argument_of,
 )
 from attnserve_export.checkpoints.sources import source_of, with_places
 from attnserve_export.checkpoints.tracing import Call, being
@@ -26,6 +29,8 @@ from attnserve_export.errors import ExportError
 
 # All different, so that none is mistaken for another.
 _BATCH, _SOURCE, _TARGET, _OTHER_TARGET = 2, 11, 14, 15
+
+_STATES_MASK = argument_of(STATES_DECODER, "attention_mask")
 
 
 @dataclass
@@ -79,12 +84,15 @@ def observe(
     """
     taken = inspect.signature(model.forward).parameters
     source = source_of(model, config, takes)
+    has_target = two_stacks or takes == STATES
     padding = getattr(config.get_text_config(), "pad_token_id", None)
     tables: list[int] = []
     for target in (_TARGET, _OTHER_TARGET):
         sizes, tables = _Sizes(_SOURCE, target), []
-        looked_for = ((_SOURCE,) if source.ragged else ()) + ((target,) if two_stacks else ())
-        feeds = _feeds(source, taken, two_stacks, target, vocab_size, padding)
+        # States that are given have places already.
+        placed = source.ragged and takes != STATES
+        looked_for = ((_SOURCE,) if placed else ()) + ((target,) if has_target else ())
+        feeds = _feeds(source, taken, has_target, target, vocab_size, padding)
         watched = _run(model, feeds, looked_for, tables)
         if not watched:
             raise ExportError("--checkpoint: its attention does not go through AttentionInterface")
@@ -97,18 +105,20 @@ def observe(
         source = with_places(
             source, model, lambda given: _run(model, {takes: given, **_start(two_stacks)})[0].query
         )
-    calls = tuple((_whose(call, two_stacks, sizes), call) for call in watched)
-    kind = _kind(watched, two_stacks, sizes)
-    if not two_stacks:
+    calls = tuple((_whose(call, has_target, sizes), call) for call in watched)
+    kind = STATES_DECODER if takes == STATES else _kind(watched, two_stacks, sizes)
+    if kind == STATES_DECODER and not any(name == CROSS for name, _ in calls):
+        raise ExportError("--checkpoint: its attention to the states that it is given is not seen")
+    if not has_target:
         calls = tuple((kind, call) for _, call in calls)
     names = list(dict.fromkeys(name for name, _ in calls))
     by_name = {name: [call for own, call in calls if own == name] for name in names}
     described = {name: _described(name, own) for name, own in by_name.items()}
     for name in names:
-        if two_stacks and not described[name]:
+        if has_target and not described[name]:
             raise ExportError(
-                f"--checkpoint: an encoder-decoder whose {name} attention has a softcap or a mask "
-                "of its own, or heads that differ from layer to layer"
+                f"--checkpoint: a decoder beside an encoder, whose {name} attention has a "
+                "softcap or a mask of its own, or heads that differ from layer to layer"
             )
         if len({call.query.shape[1] for call in by_name[name]}) > 1:
             raise ExportError("--checkpoint: its layers have different numbers of heads")
@@ -144,7 +154,7 @@ class _Sizes:
 def _feeds(
     source: Source,
     taken: Any,
-    two_stacks: bool,
+    has_target: bool,
     target: int,
     vocab_size: int,
     padding: int | None,
@@ -161,14 +171,15 @@ def _feeds(
     if source.name == IDS:
         feeds = {IDS: ids(_SOURCE)}
     else:
-        sizes = [int(size) for size in source.shape]
+        sizes = [_SOURCE if isinstance(size, str) else size for size in source.shape]
         feeds = {source.name: torch.randn((_BATCH, *sizes), generator=generator)}
-    if two_stacks:
-        feeds["decoder_input_ids"] = ids(target)
+    if has_target:
+        own = argument_of(STATES_DECODER if source.name == STATES else "", "decoder_input_ids")
+        feeds[own] = ids(target)
     for name in list(feeds):
-        beside = name.replace("input_ids", "attention_mask")
+        beside = name.replace("input_ids", "attention_mask").replace(STATES, _STATES_MASK)
         if beside != name and beside in taken:
-            feeds[beside] = torch.ones_like(feeds[name])
+            feeds[beside] = torch.ones(feeds[name].shape[:2], dtype=torch.int64)
     return feeds
 
 
@@ -204,16 +215,17 @@ def _token_types(config: Any, taken: Any, two_stacks: bool) -> int:
     return types
 
 
-def _whose(call: Call, two_stacks: bool, sizes: _Sizes) -> str:
-    if not two_stacks:
+def _whose(call: Call, has_target: bool, sizes: _Sizes) -> str:
+    if not has_target:
         return ENCODER
     source, target = sizes.source, sizes.target
     attended = (call.query.shape[2], call.key.shape[2])
     known = {(source, source): ENCODER, (target, target): DECODER, (target, source): CROSS}
     if attended not in known:
         raise ExportError(
-            f"--checkpoint: an encoder-decoder of {source} and {target} tokens attends from "
-            f"{attended[0]} to {attended[1]}; allowed: its source, its target, or one to the other"
+            f"--checkpoint: a decoder beside an encoder, of {source} and {target} tokens, attends "
+            f"from {attended[0]} to {attended[1]}; allowed: its source, its target, or one to the "
+            "other"
         )
     return known[attended]
 
@@ -271,7 +283,7 @@ def _conventions(kind: str, taken: Any, source: Source) -> list[Convention]:
     if not source.ragged and kind != ENCODER_DECODER:
         return [Convention(False, False, no_cache)]  # there is nothing to say
     pairs = [(False, True), (False, False), (True, False), (True, True)]
-    if kind != DECODER:
+    if kind not in (DECODER, STATES_DECODER):
         pairs = [(False, False), (True, False), (False, True), (True, True)]
     return [
         Convention(mask, positions, no_cache)

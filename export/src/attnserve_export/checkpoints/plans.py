@@ -9,7 +9,17 @@ ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 
 ENCODER_DECODER = "encoder-decoder"
 
-IDS, EMBEDS = "input_ids", "inputs_embeds"
+# A decoder that attends to states that it is given.
+STATES_DECODER = "states-decoder"
+
+IDS, EMBEDS, STATES = "input_ids", "inputs_embeds", "encoder_hidden_states"
+
+# What a decoder alone calls what is here named as in an encoder-decoder.
+_ALONE = {
+    "attention_mask": "encoder_attention_mask",
+    "decoder_input_ids": "input_ids",
+    "decoder_attention_mask": "attention_mask",
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Plan:
     """How a graph of a model is to be made.
 
     Attributes:
-        kind: "encoder", "decoder" or "encoder-decoder".
+        kind: "encoder", "decoder", "encoder-decoder" or "states-decoder".
         convention: what the model is given.
         calls: of its attention, in order: whose it is, and who sees whom (None: as the model's own
             mask says).
@@ -80,7 +90,21 @@ class Plan:
     source: Source = Source()
 
     @property
+    def has_target(self) -> bool:
+        """Whether there is a decoder that attends to a source."""
+        return self.kind in (ENCODER_DECODER, STATES_DECODER)
+
+    def argument(self, name: str) -> str:
+        """What the model itself calls an input of its graph."""
+        return argument_of(self.kind, name)
+
+    @property
     def attentions(self) -> tuple[str, ...]:
         """Their names, the encoder's first."""
         found = {name for name, _ in self.calls}
         return tuple(name for name in (ENCODER, DECODER, CROSS) if name in found)
+
+
+def argument_of(kind: str, name: str) -> str:
+    """What a model of a kind calls an input of its graph."""
+    return _ALONE.get(name, name) if kind == STATES_DECODER else name

@@ -13,7 +13,7 @@ from attnserve_proto.manifest import ModelInput, Patches
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attnserve_export.checkpoints.plans import EMBEDS, IDS, Source
+from attnserve_export.checkpoints.plans import EMBEDS, IDS, STATES, Source
 from attnserve_export.errors import ExportError
 
 Array = NDArray[Any]
@@ -42,6 +42,9 @@ def source_of(model: nn.Module, config: Any, takes: str) -> Source:
     """
     if takes == IDS:
         return Source()
+    if takes == STATES:
+        width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
+        return Source(STATES, ("seq_len", int(width)))
     if takes == PIXELS:
         size = getattr(config, "image_size", None)
         pair = size if isinstance(size, (list, tuple)) else (size, size)

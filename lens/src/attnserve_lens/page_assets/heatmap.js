@@ -53,6 +53,7 @@ function drawHeatmap() {
   context.strokeStyle = palette.control;
   context.strokeRect(box.edge - 0.5, box.edge - 0.5, box.width + 1, box.height + 1);
   drawSplit(context, box, q0, k0);
+  drawDocuments(context, box, q0, k0);
   drawLabels(context, box, q0, k0);
   drawCross(context, box, q0, k0);
   if (box.rows < map.queries.length || box.columns < map.keys.length) drawWhere(context, canvas.clientWidth, box);
@@ -69,6 +70,38 @@ function drawSplit(context, box, q0, k0) {
   if (y > box.edge && y < box.edge + box.height) context.rect(box.edge, y, box.width, 0);
   context.stroke();
   context.setLineDash([]);
+}
+
+// Of documents that were packed into one row, each one's queries and keys: the first and the last.
+function documentsOf(map) {
+  const ends = [map.queries.length, map.keys.length - (map.sink === null ? 0 : 1)];
+  return map.documents.map((first, d) => [first, map.documents[d + 1] ?? ends]);
+}
+
+// A frame around each document: no query sees a key outside of its own.
+function drawDocuments(context, box, q0, k0) {
+  if (state.map.documents.length < 2) return;
+  context.save();
+  context.beginPath();
+  context.rect(box.edge, box.edge, box.width, box.height);
+  context.clip();
+  context.strokeStyle = palette.ink;
+  context.lineWidth = 1;
+  for (const [[q, k], [lastQ, lastK]] of documentsOf(state.map)) {
+    const [x, y] = [box.edge + (k - k0) * box.cell, box.edge + (q - q0) * box.cell];
+    context.strokeRect(x, y, (lastK - k) * box.cell, (lastQ - q) * box.cell);
+  }
+  context.restore();
+}
+
+// Zooms to one document, or to all.
+function showDocument(number) {
+  const { map } = state;
+  if (number < 0) return zoom(null);
+  const [first, last] = documentsOf(map)[number];
+  view.cells = Math.max(last[0] - first[0], last[1] - first[1], 1);
+  placeView(...first);
+  moveCross(...first);
 }
 
 function drawLabels(context, box, q0, k0) {
@@ -168,6 +201,7 @@ function moveCross(query, key) {
 }
 
 function zoom(factor) {
+  $("document").value = -1;
   const { map } = state, most = Math.max(map.queries.length, map.keys.length);
   view.cells = factor === null ? most : Math.min(most, Math.max(Math.min(8, most), Math.round(view.cells * factor)));
   placeView(state.cross - view.cells / 2, state.key - view.cells / 2);
@@ -185,6 +219,7 @@ function listenHeatmap() {
   $("zoom-in").addEventListener("click", () => zoom(0.5));
   $("zoom-out").addEventListener("click", () => zoom(2));
   $("zoom-all").addEventListener("click", () => zoom(null));
+  $("document").addEventListener("change", () => showDocument(+$("document").value));
   canvas.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.altKey || event.metaKey) return;
     const far = event.shiftKey ? 10 : 1;

@@ -76,6 +76,9 @@ async function showMap(map) {
   fillSelect($("layer"), map.layers.map((layer, l) => [l, layer]), 0);
   fillSelect($("head"), [...map.heads.map((head, h) => [h, head]), [-1, "mean of heads"]], 0);
   $("filter-field").hidden = map.split === null;
+  $("document-field").hidden = map.documents.length < 2;
+  const named = documentsOf(map).map(([[first], [after]], d) => [d, `${d}: ${after - first} queries`]);
+  fillSelect($("document"), [[-1, "all"], ...named], -1);
   $("filter").value = "all";
   resetView();
   setUpOverview();

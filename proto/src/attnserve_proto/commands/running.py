@@ -62,7 +62,27 @@ def run(program: str, work: Callable[[], int]) -> int:
     except OSError as error:
         _say(program, f"{error}; look at that file or address, then run it again")
         return 1
+    except Exception as error:
+        # PyTorch makes errors of its own of an interruption that hits it while it loads a module.
+        if not _was_interrupted(error):
+            raise
+        _say(program, MESSAGE)
+        return INTERRUPTED
     return code
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether an error came of a KeyboardInterrupt, however often it was wrapped."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if isinstance(each, KeyboardInterrupt):
+            return True
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            left += [each.__cause__, each.__context__]
+    return False
 
 
 def _say(program: str, message: str) -> None:

@@ -37,8 +37,11 @@ POOLINGS = ("mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean")
 SIDES = ("right", "left")
 ATTENTIONS = ("encoder", "decoder", "cross")
 
+# What an encoder has made, for a decoder alone to attend to.
+STATES = "encoder_hidden_states"
+
 # What a transformer takes that is no token ids.
-TENSORS = ("inputs_embeds", "pixel_values", "input_features", "encoder_hidden_states")
+TENSORS = ("inputs_embeds", "pixel_values", "input_features", STATES)
 
 Size = Annotated[int, integer()]
 Text = Annotated[str, text]
@@ -192,13 +195,14 @@ class Transformer:
     Attributes:
         num_layers: of its first attention.
         vocab_size: 0 of a model that takes no token ids.
-        max_seq_len: 0 where positions have no end; of tokens, which a picture or a sound is not.
+        max_seq_len: 0 where positions have no end; of tokens, which a picture, a sound and what an
+            encoder has made of something are not.
         token_types: how many `token_type_ids` tell apart; 0: the graphs take none.
         pooling: None: there is none.
         pooling_refused: what its checkpoint says of pooling, where that is not supported; empty:
             it says nothing.
         decoder_start_token_id: what a target starts with; None: the model has no targets.
-        attentions: one or, of an encoder-decoder, three.
+        attentions: one; three of an encoder-decoder, and two of a decoder that is given states.
         takes_ids: whether its source may be token ids.
         inputs: tensors that are its source instead, or that stand beside it.
     """
@@ -221,8 +225,13 @@ class Transformer:
 
     @property
     def has_target(self) -> bool:
-        """Whether it is an encoder-decoder."""
+        """Whether it has a decoder that attends to its source."""
         return self.decoder_start_token_id is not None
+
+    @property
+    def has_two_stacks(self) -> bool:
+        """Whether it is an encoder-decoder, and not a decoder that is given states to attend to."""
+        return self.has_target and self.input(STATES) is None
 
     def attention(self, name: str) -> TransformerAttention:
         """An attention by its name, which must be one of the model's."""

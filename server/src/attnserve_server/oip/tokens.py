@@ -105,8 +105,8 @@ def tokens_call(
     assert transformer is not None
     if transformer.has_target:
         raise PreconditionError(
-            f"model_name: {model.manifest.name} is an encoder-decoder, which this protocol does "
-            "not serve; use AttendTokens"
+            f"model_name: {model.manifest.name} has a decoder that attends to a source, which this "
+            "protocol does not serve; use AttendTokens"
         )
     if not transformer.takes_ids:
         raise PreconditionError(

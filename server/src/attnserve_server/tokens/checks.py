@@ -302,7 +302,8 @@ def _response_bytes(
     size = 0
     if wanted.hidden:
         size += target_len * transformer.hidden_size * item
-        size += source_len * transformer.hidden_size * item if transformer.has_target else 0
+        encoded = source_len * transformer.hidden_size * item
+        size += encoded if transformer.has_two_stacks else 0
     heads = wanted.heads
     if heads is None:
         return size

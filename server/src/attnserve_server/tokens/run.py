@@ -130,7 +130,7 @@ def needed_outputs(
     outputs = []
     if wanted.hidden:
         outputs.append(_HIDDEN)
-    if transformer.has_target and (wanted.hidden or wanted.pooled):
+    if transformer.has_two_stacks and (wanted.hidden or wanted.pooled):
         outputs.append(_ENCODER_HIDDEN)
     if wanted.pooled and not outputs:
         outputs.append(_HIDDEN)
@@ -157,10 +157,10 @@ def _share(
     arrays = {}
     if wanted.hidden:
         arrays["hidden"] = results[_HIDDEN][row, :target_len]
-        if transformer.has_target:
+        if transformer.has_two_stacks:
             arrays["encoder_hidden"] = results[_ENCODER_HIDDEN][row, :source_len]
     if wanted.pooled:
-        states = results[_ENCODER_HIDDEN if transformer.has_target else _HIDDEN]
+        states = results[_ENCODER_HIDDEN if transformer.has_two_stacks else _HIDDEN]
         first = min(work.source.prompt_len, source_len)
         arrays["pooled"] = pool(transformer, states[row, :source_len], first)
     if wanted.heads is not None:

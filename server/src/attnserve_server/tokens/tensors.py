@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from attnserve_proto import attention_pb2 as pb
-from attnserve_proto.manifest import ModelInput, Transformer
+from attnserve_proto.manifest import STATES, ModelInput, Transformer
 
 from attnserve_server import dtypes
 from attnserve_server.dtypes import Array
@@ -57,7 +57,8 @@ def _checked(
     if not fits:
         raise InvalidRequestError.of(f"{field}.shape", list(shape), f"[B, {wanted}]")
     check_batch(f"{field}.shape", shape[0], limits)
-    most = limits.max_seq_len if entry.tokens is not None else max_len(transformer, limits)
+    placed = entry.tokens is None and entry.name != STATES
+    most = max_len(transformer, limits) if placed else limits.max_seq_len
     longest = shape[1] if entry.tokens is None else entry.tokens
     if longest > most:
         raise InvalidRequestError.of(f"{field}.shape", f"{longest} tokens", f"1..{most} tokens")
