@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdint>
 #include <fstream>
 #include <ios>
 #include <sstream>
@@ -37,15 +36,15 @@ std::vector<MappedRange> ranges_of(const std::string& folder) {
   std::vector<MappedRange> ranges;
   for (std::string line; std::getline(maps, line);) {
     std::istringstream fields(line);
-    std::uintptr_t start = 0, end = 0;
+    void *start = nullptr, *end = nullptr;
     char dash = 0;
     std::string permissions, device, inode;
     MappedRange range;
-    fields >> std::hex >> start >> dash >> end >> permissions >> range.offset >> device >> inode;
+    fields >> start >> dash >> end >> permissions >> std::hex >> range.offset >> device >> inode;
     std::getline(fields >> std::ws, range.path);
     if (!fields || !range.path.starts_with(folder)) continue;
-    range.start = reinterpret_cast<std::byte*>(start);
-    range.size = end - start;
+    range.start = static_cast<std::byte*>(start);
+    range.size = static_cast<std::size_t>(static_cast<std::byte*>(end) - range.start);
     range.protection =
         (permissions[0] == 'r' ? PROT_READ : 0) | (permissions[1] == 'w' ? PROT_WRITE : 0);
     ranges.push_back(std::move(range));
