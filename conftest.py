@@ -47,6 +47,7 @@ LONGEST = (
     "test_loadtest_open_locust.py",
     "test_transformers.py",
     "test_cluster.py",
+    "test_cluster_shards.py",
     "test_kernels.py",
 )
 

@@ -11,7 +11,11 @@ from attnserve_proto.commands import Parser, values
 from serving_report import Section
 
 
-def arguments(doc: str, names: Sequence[str]) -> Parser:
+def arguments(
+    doc: str,
+    names: Sequence[str],
+    repository: str = "take `causal` from there instead of exporting it",
+) -> Parser:
     """A parser with the options that all such benchmarks have; `sections` are a tuple."""
     parser = common.arguments(doc)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -22,7 +26,7 @@ def arguments(doc: str, names: Sequence[str]) -> Parser:
         default=tuple(names),
         help="which, separated by commas (default: all)",
     )
-    add("--repository", type=values.path, help="take `causal` from there instead of exporting it")
+    add("--repository", type=values.path, help=repository)
     add("--markdown", type=values.path, help="also write the tables to this file")
     return parser
 

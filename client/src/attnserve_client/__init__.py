@@ -48,6 +48,7 @@ from attnserve_client._session_flows import page_hashes
 from attnserve_client._session_messages import SessionOptions
 from attnserve_client._sessions import AsyncBatch, AsyncSession, Batch, Session
 from attnserve_client._settings import ClientOptions
+from attnserve_client._shards import Shards
 from attnserve_client._stream import AttendStream
 
 __version__ = "0.1.0"
@@ -81,6 +82,7 @@ __all__ = [
     "Session",
     "SessionLayer",
     "SessionOptions",
+    "Shards",
     "StoredTensor",
     "Timings",
     "TokensOptions",

@@ -17,8 +17,9 @@ from attnserve_client._flows import AsyncRunner, Flow, awaited
 from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStreams
-from attnserve_client._sessions import AsyncBatch, AsyncSession
+from attnserve_client._sessions import AsyncBatch, AsyncSession, ShardedAsyncSession
 from attnserve_client._settings import ClientOptions, ClientSettings, settings
+from attnserve_client._sharded_flows import ShardedFlows
 from attnserve_client._sharing import Sharing
 from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._targets import Target, Targeted
@@ -46,7 +47,12 @@ class AsyncAttentionClient(Targeted[AsyncSession]):
         async def look_up(host: str, port: int) -> list[str]:
             return await asyncio.to_thread(addresses_of, host, port)
 
-        super().__init__(target, reach, start, look_up)
+        def make_sharded(
+            flows: ShardedFlows[AsyncSession], model: str, num_layers: int
+        ) -> AsyncSession:
+            return ShardedAsyncSession(runner, flows, model, num_layers)
+
+        super().__init__(target, reach, start, look_up, make_sharded)
 
     async def __aenter__(self) -> Self:
         return self

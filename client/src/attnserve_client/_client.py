@@ -15,8 +15,9 @@ from attnserve_client._flows import Flow, Runner, blocking
 from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStream, SessionStreams
-from attnserve_client._sessions import Batch, Session
+from attnserve_client._sessions import Batch, Session, ShardedSession
 from attnserve_client._settings import ClientOptions, ClientSettings, settings
+from attnserve_client._sharded_flows import ShardedFlows
 from attnserve_client._sharing import Sharing
 from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._stream import AttendStream
@@ -57,7 +58,10 @@ class AttentionClient(Targeted[Session]):
                 target=runner.run, args=(flow,), name="attnserve-servers", daemon=True
             ).start()
 
-        super().__init__(target, reach, start, addresses_of)
+        def make_sharded(flows: ShardedFlows[Session], model: str, num_layers: int) -> Session:
+            return ShardedSession(runner, flows, model, num_layers)
+
+        super().__init__(target, reach, start, addresses_of, make_sharded)
 
     def __enter__(self) -> Self:
         return self

@@ -302,7 +302,7 @@ class Cluster(Generic[S]):
         """Why no server could be asked."""
         with self._lock:
             troubles = [
-                f"{name}: {each.trouble or 'gave no answer'}"
+                f"{name}: {each.trouble or 'serves, and was asked'}"
                 for name, each in self._members.items()
             ]
         if self.name_trouble:

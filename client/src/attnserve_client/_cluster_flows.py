@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, Unpack
 
@@ -28,6 +28,8 @@ from attnserve_client._servers import Server
 from attnserve_client._session_files import PathOrFile
 from attnserve_client._session_messages import METHOD, SessionOptions
 from attnserve_client._session_state import SessionState
+from attnserve_client._sharded_flows import ShardedFlows, sharded
+from attnserve_client._shards import checked, options_of_parts
 
 S = TypeVar("S", bound=SessionState)
 T = TypeVar("T")
@@ -45,8 +47,11 @@ class ClusterFlows(Generic[S]):
     while none can be reached, until the time is up. What is on one server goes there alone.
     """
 
-    def __init__(self, cluster: Cluster[S]) -> None:
+    def __init__(
+        self, cluster: Cluster[S], make_sharded: Callable[[ShardedFlows[S], str, int], S]
+    ) -> None:
         self._cluster = cluster
+        self._make_sharded = make_sharded
 
     def attend(
         self,
@@ -96,7 +101,13 @@ class ClusterFlows(Generic[S]):
     def session(
         self, model: str = "", *, timeout: float | None = 60.0, **options: Unpack[SessionOptions]
     ) -> Flow[S]:
-        """As `ClientFlows.session`, on the server that holds the fewer of two."""
+        """As `ClientFlows.session`, on the server that holds the fewer of two.
+
+        With `shards`, each at another server, computed at the same time.
+        """
+        shards = options.pop("shards", None)
+        if shards is not None:
+            return (yield from self._open_shards(shards, model, timeout, options))
         return (yield from self.sessions(1, model, timeout=timeout, **options))[0]
 
     def sessions(
@@ -118,6 +129,8 @@ class ClusterFlows(Generic[S]):
     def save(self, session: S, to: PathOrFile, *, timeout: float | None = None) -> Flow[None]:
         """As `ClientFlows.save`."""
         arguments.kind("session", session, SessionState, "a session")
+        if session._sharded:
+            raise ValueError("session: one with shards is not saved; allowed: one at one server")
         connection = session._connection
         member = self._cluster.of(lambda server: server.connection is connection)
         if member is None:
@@ -206,6 +219,7 @@ class ClusterFlows(Generic[S]):
         *,
         load: Callable[[Member[S]], tuple[int, int]] = by_calls,
         preferred: Member[S] | None = None,
+        without: Sequence[Member[S]] = (),
         mark: Callable[[Server[S], T], T] = lambda server, result: result,
         repeats: bool = True,
     ) -> Flow[T]:
@@ -214,6 +228,7 @@ class ClusterFlows(Generic[S]):
         Args:
             call: tries it once, in the seconds given.
             load, preferred: as `Cluster.take` has them.
+            without: who is not asked.
             mark: the result as of a server.
             repeats: whether it can be tried more than once.
 
@@ -224,7 +239,7 @@ class ClusterFlows(Generic[S]):
         cluster, clock = self._cluster, _Clock(timeout)
         tried: dict[Member[S], AttnserveError] = {}
         while True:
-            member = cluster.take(kind, tried, load, preferred)
+            member = cluster.take(kind, [*tried, *without], load, preferred)
             if member is not None:
                 try:
                     result = yield from call(member.server.once, clock.left())
@@ -241,7 +256,7 @@ class ClusterFlows(Generic[S]):
             begins = cluster.begins
             if said is not None and not begins:
                 raise said
-            refusal = None if begins else cluster.earliest(kind, tried)
+            refusal = None if begins else cluster.earliest(kind, [*tried, *without])
             wait = _LOOK_SECONDS
             if refusal is not None:
                 wait = max(0.0, refusal.until - time.monotonic())
@@ -253,6 +268,45 @@ class ClusterFlows(Generic[S]):
                 raise _errors.CancelledError("the client was closed", method=kind[0])
             if not begins:
                 tried.clear()
+
+    def _open_shards(
+        self, shards: Any, model: str, timeout: float | None, options: SessionOptions
+    ) -> Flow[S]:
+        clock = _Clock(timeout)
+        shards = checked(shards, len(self._cluster.addresses), options)
+        described = yield from self.get_model(
+            model, options.get("version", ""), timeout=clock.left()
+        )
+        options["version"] = described.version
+        taken: list[Member[S]] = []
+        opened: list[Any] = []
+        try:
+            for each in options_of_parts(shards, described, options):
+                session = yield from self._anywhere(
+                    (METHOD, model),
+                    _opening(model, each),
+                    clock.left(),
+                    load=by_held,
+                    without=taken,
+                )
+                opened.append(session)
+                member = self._cluster.of(_has(session))
+                if member is not None:
+                    taken.append(member)
+            # What servers had of the prefix may differ.
+            shortest = min(session.length for session in opened)
+            for session in opened:
+                if session.length > shortest:
+                    yield from session._flows.truncate(shortest, timeout=clock.left())
+        except AttnserveError:
+            for session in opened:
+                yield from session._flows.close()
+            raise
+
+        def make(flows: ShardedFlows[S]) -> S:
+            return self._make_sharded(flows, described.name, opened[0].num_layers)
+
+        return make(sharded(shards, [session._flows for session in opened], make))
 
     def _keeper(self, method: str, tensors: list[Any]) -> Server[S] | None:
         """The server that keeps the stored ones among some tensors; None: there are none."""
@@ -290,6 +344,16 @@ class ClusterFlows(Generic[S]):
             )
 
         return self._cluster.of(lie_there)
+
+
+def _opening(
+    model: str, options: SessionOptions
+) -> Callable[[ClientFlows[S], float | None], Flow[S]]:
+    return lambda flows, left: flows.session(model, timeout=left, **options)
+
+
+def _has(session: SessionState) -> Callable[[Server[S]], bool]:
+    return lambda server: server.connection is session._connection
 
 
 class _Clock:

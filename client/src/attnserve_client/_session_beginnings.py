@@ -47,6 +47,7 @@ class Beginnings:
         cross_tokens: Sequence[int] | int,
         prefix_hashes: Sequence[Iterable[bytes]] | None,
         priority: int,
+        queries_only: bool,
     ) -> Beginning:
         """Begin a step with these arguments of `attend`; `first`: a tensor of the new tokens.
 
@@ -54,10 +55,14 @@ class Beginnings:
             TypeError, ValueError: as `attend`.
         """
         counts = tokens_of_each(len(self._sessions), first, new_tokens)
-        plain = parents is None and prefix_hashes is None and (cross_tokens, priority) == (0, 0)
+        special = (cross_tokens, priority, queries_only) != (0, 0, False)
+        plain = parents is None and prefix_hashes is None and not special
         if plain and counts in self._plain:
             return self._plain[counts]
-        begin = pb.BeginStep(priority=arguments.integer("priority", priority, 0, 3))
+        begin = pb.BeginStep(
+            priority=arguments.integer("priority", priority, 0, 3),
+            queries_only=arguments.flag("queries_only", queries_only),
+        )
         if not isinstance(cross_tokens, list | tuple):
             cross_tokens = [arguments.integer("cross_tokens", cross_tokens)] * len(counts)
         crossing = self._each("cross_tokens", arguments.integers("cross_tokens", cross_tokens), 0)
@@ -73,7 +78,7 @@ class Beginnings:
                 cross_tokens=cross,
                 prefix_hashes=messages.joined_hashes("prefix_hashes", pages),
             )
-        kept = [0 if each.parents else each.new_tokens for each in begin.sessions]
+        kept = [0 if each.parents or queries_only else each.new_tokens for each in begin.sessions]
         starts = tuple(accumulate(counts, initial=0))
         beginning = Beginning(layers.begin_of(begin), kept, starts)
         if plain:

@@ -34,14 +34,18 @@ class SessionFlows(Generic[S]):
     Args:
         session: what is known of it.
         make: another session like it, of this state.
+
+    Attributes:
+        alone: its steps.
+        session: as given.
     """
 
     def __init__(self, session: S, make: Callable[[pb.SessionState], S]) -> None:
-        self._session = session
+        self.session = self._session = session
         self._make = make
         self._ask = session._connection.ask
         self._closed = False
-        self._alone = BatchFlows(session._connection, [session])
+        self.alone = BatchFlows(session._connection, [session])
 
     def attend(
         self,
@@ -59,6 +63,7 @@ class SessionFlows(Generic[S]):
         return_entropy: bool = False,
         return_weights: bool = False,
         priority: int = 0,
+        queries_only: bool = False,
         timeout: float | None = 60.0,
     ) -> Flow[LayerResult]:
         """Compute one layer of a step, which begins with layer 0 and ends with the last layer.
@@ -77,7 +82,7 @@ class SessionFlows(Generic[S]):
 
         The others, and errors, as those of `Batch.attend`.
         """
-        return self._alone.attend(
+        return self.alone.attend(
             layer,
             query,
             key,
@@ -91,6 +96,7 @@ class SessionFlows(Generic[S]):
             return_entropy=return_entropy,
             return_weights_of=(0,) if arguments.flag("return_weights", return_weights) else (),
             priority=priority,
+            queries_only=queries_only,
             timeout=timeout,
         )
 
@@ -113,7 +119,7 @@ class SessionFlows(Generic[S]):
 
         Arguments as those of `attend`; what it does, and errors, as `Batch.send_query`.
         """
-        return self._alone.send_query(
+        return self.alone.send_query(
             layer,
             query,
             parents=None if parents is None else [parents],
@@ -131,11 +137,11 @@ class SessionFlows(Generic[S]):
         self, layer: int, key: Any, value: Any = None, *, timeout: float | None = 60.0
     ) -> Flow[LayerResult]:
         """Compute a layer whose queries were sent by `send_query`; as `Batch.attend_sent`."""
-        return self._alone.attend_sent(layer, key, value, timeout=timeout)
+        return self.alone.attend_sent(layer, key, value, timeout=timeout)
 
     def abandon(self) -> Flow[None]:
         """Give up the step under way, if there is one: the session holds what it held before."""
-        return self._alone.abandon()
+        return self.alone.abandon()
 
     def commit(self, accepted: Sequence[int], *, timeout: float | None = 10.0) -> Flow[None]:
         """End a tree: keep one path of the last step's tokens, from the root on.

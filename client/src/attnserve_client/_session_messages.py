@@ -88,6 +88,7 @@ class SessionOptions(TypedDict, total=False):
         prefix_hashes: of the pages of tokens that it begins with (`page_hashes`): what the server
             still has of them is there from the start, as the session's `length` says.
         lease: seconds that it is kept after its last use; None is the server's default.
+        shards: how one session is laid over several servers; None: it is at one.
     """
 
     num_layers: int
@@ -100,6 +101,7 @@ class SessionOptions(TypedDict, total=False):
     cross_tokens: int
     prefix_hashes: Iterable[bytes]
     lease: float | None
+    shards: Any
 
 
 def open_sessions(
@@ -116,12 +118,17 @@ def open_sessions(
     cross_tokens: int = 0,
     prefix_hashes: Iterable[bytes] = (),
     lease: float | None = None,
+    shards: Any = None,
 ) -> pb.OpenSessions:
     """Build an opening of `count` equal sessions; the others as `SessionOptions` has them.
 
     Raises:
         ValueError: `cache_dtype` is none that there is, or a hash is not of 32 bytes.
     """
+    if shards is not None:
+        raise arguments.refused(
+            "shards", shards, "None, but by `session` of a client of several servers"
+        )
     arguments.one_of("cache_dtype", cache_dtype, CACHE_TYPES, ", or None: as the model")
     count = arguments.integer("count", count, 1, MOST_SESSIONS)
     models = _models_of_layers(layer_models)

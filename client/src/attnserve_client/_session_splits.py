@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from attnserve_client import _arguments as arguments
-from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Flow
 from attnserve_client._results import Array, LayerResult
 from attnserve_client._session_beginnings import tokens_of_each
 from attnserve_client._session_layers import Rows, rows
 from attnserve_client._session_state import Connection, SessionState
 from attnserve_client._session_steps import BatchFlows, given_rows
-from attnserve_client._together import together
+from attnserve_client._side_by_side import all_or_none
 
 
 def batch_flows(sessions: Sequence[SessionState]) -> "BatchFlows | SplitBatchFlows":
@@ -29,6 +28,8 @@ def batch_flows(sessions: Sequence[SessionState]) -> "BatchFlows | SplitBatchFlo
         arguments.kind("sessions", session, SessionState, allowed)
     if not given:
         raise ValueError("sessions: none; allowed: one or more")
+    if any(each._sharded for each in given):
+        raise ValueError("sessions: one with shards; allowed: without, each at one server")
     if len({id(each._connection) for each in given}) == 1:
         return BatchFlows(given[0]._connection, given)
     return SplitBatchFlows(given)
@@ -251,27 +252,6 @@ class SplitBatchFlows:
 
     def _all(self, call: "Callable[[_Part], Flow[Any]]") -> Flow[list[Any]]:
         """Do a thing in all parts, or in none."""
-        outcomes = yield from together([call(part) for part in self._parts])
-        failures = [each for each in outcomes if isinstance(each, Exception)]
-        if not failures:
-            return outcomes
-        intact = (
-            len(failures) == len(outcomes)
-            and len({part.flows.in_step for part in self._parts}) == 1
-        )
-        if not intact:
-            yield from self._undo(outcomes, failures[0])
-        raise failures[0]
-
-    def _undo(self, outcomes: Sequence[Any], failure: Exception) -> Flow[None]:
-        """Give the step up everywhere, also where it has ended."""
-        for part, outcome in zip(self._parts, outcomes, strict=True):
-            try:
-                ended = isinstance(outcome, LayerResult) and outcome.step_ended
-                if not ended:
-                    yield from part.flows.abandon()
-                    continue
-                for place, session in zip(part.places, part.sessions, strict=True):
-                    yield from session._forgetting(self._before[place])
-            except AttnserveError as error:
-                failure.add_note(f"the step could not be given up at all servers: {error}")
+        batches = [part.flows for part in self._parts]
+        before = [part.of(self._before) or [] for part in self._parts]
+        return all_or_none([call(part) for part in self._parts], batches, before)

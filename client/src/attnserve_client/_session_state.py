@@ -100,6 +100,9 @@ class SessionState:
         lease: seconds that the server keeps it after its last use.
     """
 
+    # Whether its parts are at several servers; then it has no connection, nor a state.
+    _sharded = False
+
     def __init__(
         self, connection: Connection, state: pb.SessionState, model: str, num_layers: int
     ) -> None:

@@ -73,11 +73,16 @@ class BatchFlows:
 
     A step adds tokens to each session: it begins with layer 0, and ends once every layer has been
     computed. Not to be used by several threads, or tasks, at once; different batches may.
+
+    Attributes:
+        sessions: whose steps they are.
+        adds: whether the last step, or that under way, adds tokens, or has a tree.
     """
 
     def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
         self._connection = connection
-        self._sessions = tuple(sessions)
+        self._sessions = self.sessions = tuple(sessions)
+        self.adds = True
         self._step: _Step | None = None
         self._beginnings = Beginnings(self._sessions)
         self._early: dict[int, _Early] = {}
@@ -104,6 +109,7 @@ class BatchFlows:
         return_entropy: bool = False,
         return_weights_of: Sequence[int] = (),
         priority: int = 0,
+        queries_only: bool = False,
         timeout: float | None = 60.0,
     ) -> Flow[LayerResult]:
         """Compute one layer of a step; layer 0 begins the step.
@@ -130,6 +136,9 @@ class BatchFlows:
             return_weights_of: also the attention weights of these sessions: indices in the batch,
                 ascending.
             priority: with layer 0: as in `AttentionClient.attend`.
+            queries_only: with layer 0: no key and value come, nothing is added: the queries see
+                the tokens that the sessions hold. So attention to keys at several servers is put
+                together, by `merge_attention`.
             timeout: seconds; None waits for ever. After it the step is lost.
 
         Raises:
@@ -156,8 +165,9 @@ class BatchFlows:
             return (yield from self._next(self._step, wanted))
         first = self._first_tensor(layer, tensors)
         beginning = self._beginnings.make(
-            first, new_tokens, parents, cross_tokens, prefix_hashes, priority
+            first, new_tokens, parents, cross_tokens, prefix_hashes, priority, queries_only
         )
+        self.adds = not queries_only
         return (yield from self._first(beginning, wanted))
 
     def send_query(
@@ -204,8 +214,9 @@ class BatchFlows:
         if step is None:
             first = self._first_tensor(layer, tensors)
             beginning = self._beginnings.make(
-                first, new_tokens, parents, cross_tokens, prefix_hashes, priority
+                first, new_tokens, parents, cross_tokens, prefix_hashes, priority, False
             )
+            self.adds = True
             options = beginning.field + options
             stream = self._connection.streams.get()
             step = _Step(stream, stream.new_step(), beginning.kept, beginning.starts)

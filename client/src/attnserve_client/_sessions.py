@@ -11,6 +11,7 @@ from attnserve_client._session_flows import SessionFlows
 from attnserve_client._session_splits import batch_flows
 from attnserve_client._session_state import Connection, SessionState
 from attnserve_client._session_steps import BatchFlows
+from attnserve_client._sharded_flows import ShardedFlows
 
 
 class _Session(SessionState):
@@ -93,6 +94,37 @@ class AsyncSession(_Session):
     fork = awaited(SessionFlows["AsyncSession"].fork)
     renew = awaited(SessionFlows.renew)
     close = awaited(SessionFlows.close)
+
+
+class _Sharded(SessionState):
+    """What both kinds of sessions over several servers are made of."""
+
+    _sharded = True
+
+    def __init__(self, runner: Any, flows: ShardedFlows[Any], model: str, num_layers: int) -> None:
+        self._runner = runner
+        self._flows: Any = flows
+        self._parts: list[SessionState] = [part.session for part in flows.parts]
+        self.id = ",".join(part.id for part in self._parts)
+        self.model = model
+        self.num_layers = num_layers
+        self.max_tokens = min(part.max_tokens for part in self._parts)
+        self.reserved_tokens = min(part.reserved_tokens for part in self._parts)
+        self.lease = min(part.lease for part in self._parts)
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """Tokens that it holds."""
+        length: int = self._flows.length
+        return length
+
+
+class ShardedSession(_Sharded, Session):
+    """A `Session` over several servers."""
+
+
+class ShardedAsyncSession(_Sharded, AsyncSession):
+    """An `AsyncSession` over several servers."""
 
 
 class _Batch:

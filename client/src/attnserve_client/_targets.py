@@ -10,6 +10,7 @@ from attnserve_client._cluster_watch import host_and_port, resolving, watch
 from attnserve_client._flows import Flow
 from attnserve_client._servers import Server
 from attnserve_client._session_state import SessionState
+from attnserve_client._sharded_flows import ShardedFlows
 from attnserve_client._sharing import SharedArrays, Sharing
 
 S = TypeVar("S", bound=SessionState)
@@ -33,6 +34,7 @@ class Targeted(SharedArrays, Generic[S]):
         reach: reaches a server.
         start: runs a flow beside everything else.
         look_up: the addresses behind a host's name, and a port; in asyncio, awaited.
+        make_sharded: a session over several servers, of a model and so many layers.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -44,6 +46,7 @@ class Targeted(SharedArrays, Generic[S]):
         reach: Reach[S],
         start: Callable[[Flow[None]], None],
         look_up: Callable[[str, int], Any],
+        make_sharded: Callable[[ShardedFlows[S], str, int], S],
     ) -> None:
         super().__init__(self._sharing_now)
         self._server: Server[S] | None = None
@@ -68,7 +71,7 @@ class Targeted(SharedArrays, Generic[S]):
             assert self._server is not None
             self._flows = self._server.flows
         else:
-            self._flows = ClusterFlows(self._cluster)
+            self._flows = ClusterFlows(self._cluster, make_sharded)
 
     @property
     def servers(self) -> tuple[str, ...]:

@@ -1,12 +1,15 @@
 #include "engine/model.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <limits>
 #include <stdexcept>
 #include <utility>
 
+#include "base/fault_table.h"
 #include "base/status.h"
 #include "base/text.h"
+#include "engine/private_files.h"
 
 namespace attnserve::engine {
 namespace {
@@ -150,11 +153,15 @@ std::shared_ptr<Model> load_model(const std::shared_ptr<Runtime>& runtime, Model
   }
   model->picks = std::move(picks);
   model->on_cuda = options.cuda;
+  const FaultScope faults;
+  PrivateFiles files;
   for (VariantFacts& described : variants) {
     auto variant = std::make_unique<Variant>();
     variant->facts = std::move(described);
     try {
       variant->session = Session::load(runtime, variant->facts.path, options);
+      files.take_over(std::filesystem::path(variant->facts.path).parent_path());
+      if (faults.broken()) throw std::runtime_error("a file was cut short while it was read");
     } catch (const std::exception& error) {
       throw std::runtime_error(text(variant->facts.path, ": does not load: ", error.what()));
     }

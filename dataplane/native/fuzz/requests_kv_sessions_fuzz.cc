@@ -97,6 +97,8 @@ struct Check {
       require(session.new_tokens > 0);
       tokens += session.new_tokens;
       cross_tokens += session.cross_tokens;
+      require(!plan.queries_only || (session.parents.empty() && session.prefix_hashes.empty() &&
+                                     session.cross_tokens == 0));
       require(session.parents.empty() || session.parents.size() == session.new_tokens);
       for (std::size_t at = 0; at < session.parents.size(); ++at) {
         require(session.parents[at] >= -1 && session.parents[at] < static_cast<int>(at));

@@ -66,7 +66,8 @@ void check_there(const wire::AttendLayer& message, bool with_key, bool latent) {
   }
   if (!with_key && (message.key || message.value)) {
     refuse(message.key ? "key" : "value", "a tensor",
-           text("nothing for layer ", message.layer, ", a cross layer, as cross_tokens is 0"));
+           text("nothing for layer ", message.layer,
+                ", as the step has queries_only, or the layer is cross and cross_tokens is 0"));
   }
   if (!latent && message.key.has_value() != message.value.has_value()) {
     refuse(message.key ? "value" : "key", "nothing", "both key and value, or neither");
@@ -163,7 +164,7 @@ void check_hidden_states(const wire::AttendLayer& message, const StepShape& step
 }  // namespace
 
 bool takes_key(const StepShape& step, const sessions::LayerSpec& layer) {
-  if (step.model.kind == engine::Kind::kLayer) return false;
+  if (step.model.kind == engine::Kind::kLayer || step.queries_only) return false;
   return !layer.cross || step.cross_tokens != 0;
 }
 

@@ -153,6 +153,19 @@ KvModels models_to_open(const wire::OpenSessions& message, const Context& contex
   });
 }
 
+void check_queries_only(const sessions::SessionSpec& spec, const KvModels& models) {
+  for (std::size_t layer = 0; layer < spec.layers.size(); ++layer) {
+    const KvModel& model = models.of(layer);
+    if (spec.layers[layer].window < 0 && !spec.layout.latent && !needs_plain_layers(model)) {
+      continue;
+    }
+    refuse_model(*model.model,
+                 text("has in layer ", layer,
+                      " a window, a latent row or positions of its own; allowed with queries_only: "
+                      "layers of a core model without them"));
+  }
+}
+
 KvModels kv_models(const sessions::SessionSpec& spec, const Context& context) {
   const sessions::PageLayout& layout = spec.layout;
   const bool all_cross = std::ranges::all_of(spec.layers, &sessions::LayerSpec::cross);

@@ -80,12 +80,16 @@ struct StepPlan {
   std::uint32_t priority = kNormal;
   std::vector<sessions::SessionStep> sessions;  // views into the message
   std::int64_t tokens = 0, cross_tokens = 0;    // of all sessions
+  bool queries_only = false;
 };
 
 // Throws RequestError INVALID_ARGUMENT.
 StepPlan plan_step(const wire::BeginStep& message, const Limits& limits);
 // Of the step that a layer begins. Fields in messages as of BeginStep.
 StepPlan plan_begun_step(const wire::AttendLayer& message, const Limits& limits);
+
+// A step that brings queries alone. Throws RequestError FAILED_PRECONDITION.
+void check_queries_only(const sessions::SessionSpec& spec, const KvModels& models);
 
 // What the layers of a step are like. Views.
 struct StepShape {
@@ -97,6 +101,7 @@ struct StepShape {
   // [S], keys of each session with those of the step: of a layer, and of a cross layer.
   std::span<const std::int64_t> keys, cross_keys;
   bool gives_weights = true;
+  bool queries_only = false;
 };
 
 // What one AttendLayer brings: the query, or key and value, or all three; a latent layer has no
@@ -115,7 +120,7 @@ struct LayerPart {
 };
 
 // Whether a layer takes key and value in this step; one of a layer model never does, a cross layer
-// does not once they are there.
+// does not once they are there, and none does in a step of queries alone.
 bool takes_key(const StepShape& step, const sessions::LayerSpec& layer);
 
 // Throws RequestError: INVALID_ARGUMENT; RESOURCE_EXHAUSTED for tensors of more bytes than are

@@ -46,11 +46,23 @@ void check_total(std::string_view letter, std::string_view field, std::int64_t t
          text("0..", limits.max_seq_len));
 }
 
+// A step that brings queries alone adds nothing to a session.
+void check_adds_nothing(const std::string& field, const wire::SessionStep& message) {
+  const auto check = [&](std::string_view name, std::size_t given) {
+    if (given == 0) return;
+    refuse(text(field, ".", name), std::to_string(given), "none with queries_only");
+  };
+  check("parents", message.parents.size());
+  check("prefix_hashes", message.prefix_hashes.size());
+  check("cross_tokens", message.cross_tokens);
+}
+
 StepPlan plan_of(std::uint64_t step_id, const wire::BeginStep& message, const Limits& limits) {
   StepPlan plan;
   if (step_id == 0) refuse("step_id", "0", "1 or more");
   plan.step_id = step_id;
   plan.priority = checked_priority(message.priority);
+  plan.queries_only = message.queries_only;
   const std::size_t count = message.sessions.size();
   if (count < 1 || count > static_cast<std::size_t>(limits.max_batch)) {
     refuse("sessions", text(count, " of them"), text("1..", limits.max_batch));
@@ -61,6 +73,7 @@ StepPlan plan_of(std::uint64_t step_id, const wire::BeginStep& message, const Li
     const wire::SessionStep& session = message.sessions[at];
     plan.sessions.push_back(
         checked_session(field, session, static_cast<std::uint64_t>(limits.max_seq_len)));
+    if (plan.queries_only) check_adds_nothing(field, session);
     plan.tokens += session.new_tokens;
     plan.cross_tokens += session.cross_tokens;
   }

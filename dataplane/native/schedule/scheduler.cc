@@ -308,8 +308,9 @@ void Scheduler::execute(std::shared_ptr<Running> running) {
     sequences += entry.job->sequences;
     units += entry.job->measure();
   }
+  // For short ones too: what took little time for others may go on for ever with other values.
   engine::Stop* stop = nullptr;
-  if (running->seconds <= 0 || running->seconds > kShortSeconds) {
+  {
     auto made = stop_for(*jobs.front());
     const std::lock_guard lock(mutex_);
     running->stop = std::move(made);

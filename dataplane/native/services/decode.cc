@@ -265,8 +265,9 @@ class DecodeHandler final : public grpc::CallHandler {
                        "one that no other step open on this stream has");
     }
     auto step = std::make_shared<OpenStep>();
-    step->step = core_.kv.begin_step(plan.sessions, owner());
+    step->step = core_.kv.begin_step(plan.sessions, owner(), plan.queries_only);
     step->models = requests::kv_models(step->step->spec(), core_.context());
+    if (plan.queries_only) requests::check_queries_only(step->step->spec(), step->models);
     step->tokens = plan.tokens;
     step->cross_tokens = plan.cross_tokens;
     step->priority = plan.priority;

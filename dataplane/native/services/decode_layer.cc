@@ -91,12 +91,13 @@ class LayerJob final : public schedule::Job {
     const sessions::LayerSpec& layer = spec.layers[asked_.part.layer];
     const requests::KvModel& model = step.models.of(asked_.part.layer);
     const engine::ModelFacts& facts = model.facts();
+    const bool causal = !layer.cross && !step.step->queries_only();
     work_.variant = model.paged;
     work_.spec = {static_cast<std::int64_t>(spec.layout.page_tokens),
                   static_cast<std::int64_t>(spec.layout.type),
                   layer.window,
                   layer.kept_first,
-                  !layer.cross,
+                  causal,
                   spec.layout.latent};
     work_.cache = core_.kv.cache();
     // Equal specs are one object, and so are the sinks in them.
@@ -108,7 +109,7 @@ class LayerJob final : public schedule::Job {
     }
     work_.starts = step.step->starts();
     work_.key_starts = step.step->key_starts(asked_.part.layer);
-    if (!layer.cross) work_.parents = step.step->parents();
+    if (causal) work_.parents = step.step->parents();
     work_.query = {facts.dtype, {step.tokens, facts.num_heads, facts.head_dim}, nullptr};
     work_.key = {facts.dtype, {0, facts.num_kv_heads, facts.head_dim}, nullptr};
     work_.value = {facts.dtype, {0, facts.num_kv_heads, facts.value_head_dim}, nullptr};

@@ -29,9 +29,10 @@ struct OpenStep {
   std::atomic<bool> ended{false};  // all layers are computed, or it was given up
 
   requests::StepShape shape() const {
-    return {models.facts(), step->spec().layers,        tokens,
-            cross_tokens,   step->spec().layout.latent, step->starts(),
-            step->keys(),   step->cross_keys(),         models.give_weights()};
+    return {models.facts(),      step->spec().layers,        tokens,
+            cross_tokens,        step->spec().layout.latent, step->starts(),
+            step->keys(),        step->cross_keys(),         models.give_weights(),
+            step->queries_only()};
   }
   // Its sessions hold what they held before it. By whoever computes a layer of it, or while nobody
   // does.

@@ -243,10 +243,10 @@ bool KvSession::grow(std::size_t layer) {
   const bool cross = plan_->spec.layers[layer].cross;
   const std::uint64_t before = cross ? cross_length : length;
   const std::uint64_t after = keys(layer);
+  fill_table(layer, plan_->pages(before));  // of a fork, too, which reads them alone
   if (after == before) return false;
   const std::size_t first = before / plan_->page_tokens();
   const std::size_t tokens = before % plan_->page_tokens();
-  fill_table(layer, plan_->pages(before));
   const bool copied = tokens > 0 && own_last(layer, first, tokens);
   fill_table(layer, plan_->pages(after));
   return copied;

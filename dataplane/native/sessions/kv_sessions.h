@@ -115,7 +115,7 @@ class KvSessions {
   // session. Takes their lease anew, as every use does, layers included.
   // Fields in messages: sessions[i].
   std::shared_ptr<KvStep> begin_step(std::span<const SessionStep> sessions,
-                                     const SessionOwner& owner);
+                                     const SessionOwner& owner, bool queries_only = false);
   // A layer that there is. INVALID_ARGUMENT: computed already, or being computed. NOT_FOUND: a
   // session of the step was closed or expired meanwhile; the others are unharmed, and the step to
   // be given up.

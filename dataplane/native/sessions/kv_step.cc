@@ -30,6 +30,12 @@ void check_hashes(const SessionStep& asked, const KvSession& session, std::size_
   }
 }
 
+void check_holds_tokens(const SessionStep& asked, const KvSession& session, std::size_t index) {
+  if (session.length > 0) return;
+  throw RequestError(invalid_argument(field_of(index, "session_id"), quoted(asked.id),
+                                      "with queries_only: a session that holds tokens"));
+}
+
 void check_tokens(const SessionStep& asked, const KvSession& session, std::size_t index) {
   if (asked.new_tokens > session.max_tokens - session.length) {
     throw RequestError(
@@ -52,7 +58,8 @@ void check_tokens(const SessionStep& asked, const KvSession& session, std::size_
 }  // namespace
 
 std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sessions,
-                                               const SessionOwner& owner) {
+                                               const SessionOwner& owner, bool queries_only) {
+  const auto added = [&](const SessionStep& asked) { return queries_only ? 0 : asked.new_tokens; };
   std::shared_ptr<KvStep> step;
   std::vector<BlockKey> ends(sessions.size());  // of each session's chain
   {
@@ -78,14 +85,19 @@ std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sess
         throw RequestError(invalid_argument(field_of(index, "session_id"), quoted(asked.id),
                                             "sessions of the same model, cache type and layers"));
       }
-      check_tokens(asked, *session, index);
+      if (queries_only) {
+        check_holds_tokens(asked, *session, index);
+      } else {
+        check_tokens(asked, *session, index);
+      }
       check_hashes(asked, *session, index);
-      charges[index] = session->charge(session->length, asked.new_tokens);
+      charges[index] = session->charge(session->length, added(asked));
       more += static_cast<std::int64_t>(charges[index] - session->charged());
       found[index] = session;
     }
     const KvPlanPtr& plan = found.front()->plan_ptr();
-    step = std::make_shared<KvStep>(*this, SessionSpecPtr(plan, &plan->spec), sessions.size());
+    step = std::make_shared<KvStep>(*this, SessionSpecPtr(plan, &plan->spec), sessions.size(),
+                                    queries_only);
     for (std::size_t index = 0; index < sessions.size(); ++index) {
       step->add(*found[index], sessions[index]);
       ends[index] = found[index]->chain.empty() ? found[index]->root : found[index]->chain.back();
@@ -94,7 +106,7 @@ std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sess
     for (std::size_t index = 0; index < sessions.size(); ++index) {
       KvSession& session = *found[index];
       session.in_step = true;
-      session.added = sessions[index].new_tokens;
+      session.added = added(sessions[index]);
       session.cross_added = sessions[index].cross_tokens;
       session.set_charged(charges[index]);
       state_->touch(session, now);
@@ -142,9 +154,10 @@ KvLayer KvSessions::begin_layer(const std::shared_ptr<KvStep>& step, std::size_t
   return running;
 }
 
-KvStep::KvStep(KvSessions& store, SessionSpecPtr spec, std::size_t size)
+KvStep::KvStep(KvSessions& store, SessionSpecPtr spec, std::size_t size, bool queries_only)
     : store_(&store),
       spec_(std::move(spec)),
+      queries_only_(queries_only),
       layers_(spec_->layers.size(), Layer::kWaiting),
       layers_left_(layers_.size()) {
   lengths_.reserve(size);
@@ -160,7 +173,8 @@ void KvStep::add(const KvSession& session, const SessionStep& asked) {
   lengths_.push_back(static_cast<std::int64_t>(session.length));
   starts_.push_back(starts_.back() + static_cast<std::int64_t>(asked.new_tokens));
   cross_starts_.push_back(cross_starts_.back() + static_cast<std::int64_t>(asked.cross_tokens));
-  keys_.push_back(static_cast<std::int64_t>(session.length + asked.new_tokens));
+  keys_.push_back(
+      static_cast<std::int64_t>(session.length + (queries_only_ ? 0 : asked.new_tokens)));
   cross_keys_.push_back(static_cast<std::int64_t>(session.cross_length + asked.cross_tokens));
 }
 

@@ -26,7 +26,8 @@ struct LayerSequence {
 // KvSessions outlives it. What can be read is constant from the start: any thread.
 class KvStep {
  public:
-  KvStep(KvSessions& store, SessionSpecPtr spec, std::size_t size);  // by KvSessions alone
+  // By KvSessions alone. `queries_only`: nothing is added to the sessions.
+  KvStep(KvSessions& store, SessionSpecPtr spec, std::size_t size, bool queries_only);
   ~KvStep();
   KvStep(const KvStep&) = delete;
   KvStep& operator=(const KvStep&) = delete;
@@ -35,10 +36,11 @@ class KvStep {
   std::size_t size() const { return sessions_.size(); }
   std::span<const std::int64_t> lengths() const { return lengths_; }  // [S], before the step
   std::span<const std::int64_t> starts() const { return starts_; }    // [S+1], of new tokens
+  bool queries_only() const { return queries_only_; }
   // [S+1], of the new keys of a layer: `starts`, or of a cross layer where those of cross_tokens
-  // begin.
+  // begin; with queries alone there are none.
   std::span<const std::int64_t> key_starts(std::size_t layer) const {
-    return spec_->layers[layer].cross ? cross_starts_ : starts_;
+    return queries_only_ || spec_->layers[layer].cross ? cross_starts_ : starts_;
   }
   // [S], once the step's are in it: of a layer, and of a cross layer.
   std::span<const std::int64_t> keys() const { return keys_; }
@@ -58,6 +60,7 @@ class KvStep {
 
   KvSessions* store_;
   SessionSpecPtr spec_;
+  bool queries_only_;
   std::vector<std::shared_ptr<KvSession>> sessions_;
   std::vector<std::int64_t> lengths_, starts_, cross_starts_, keys_, cross_keys_, parents_;
   // Guarded by the lock of KvSessions:

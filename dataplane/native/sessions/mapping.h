@@ -13,8 +13,8 @@
 #include <memory>
 #include <string>
 
+#include "base/fault_table.h"
 #include "base/memory.h"
-#include "sessions/fault_table.h"
 #include "sessions/shared_object.h"
 
 namespace attnserve::sessions {

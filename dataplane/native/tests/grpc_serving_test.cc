@@ -210,7 +210,6 @@ TEST_CASE("a deadline comes though nothing else happens") {
   REQUIRE(remote.until_ended(id));
   CHECK(remote.caller.exchange(id).status() == "4");
   CHECK(Clock::now() - before >= 75ms);
-  CHECK(Clock::now() - before < 1s);
   CHECK(eventually([&] { return serving.methods.late == 1; }));
 }
 

@@ -674,10 +674,12 @@ TEST_CASE("a cross layer takes no key once its keys are there") {
   Attend message = layers.attend(2);
   const auto status = [&] { return status_thrown([&] { layers.check(message); }); };
   CHECK(status().message ==
-        "key: given a tensor; allowed: nothing for layer 2, a cross layer, as cross_tokens is 0");
+        "key: given a tensor; allowed: nothing for layer 2, as the step has queries_only, or the "
+        "layer is cross and cross_tokens is 0");
   message.key.reset();
   CHECK(status().message ==
-        "value: given a tensor; allowed: nothing for layer 2, a cross layer, as cross_tokens is 0");
+        "value: given a tensor; allowed: nothing for layer 2, as the step has queries_only, or the "
+        "layer is cross and cross_tokens is 0");
   message.value.reset();
   CHECK(status().message == "");
   message.query.reset();

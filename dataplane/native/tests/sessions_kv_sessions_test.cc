@@ -248,6 +248,39 @@ TEST_CASE("a truncated session goes on from there; what is shared stays as it wa
   CHECK(store.statistics().pages_promised == 4);
 }
 
+TEST_CASE("queries alone see what is there and add nothing, of a fork too") {
+  KvSessions store(config_of(100));
+  const SessionSpec spec = spec_of({kFull, kFull});
+  const std::string id = open_one(store, spec, room_for(20));
+  const auto asked = [](const std::string& of, std::uint64_t queries) {
+    return SessionStep{of, queries, {}, {}, 0};
+  };
+  const SessionStep empty = asked(id, 1);
+  CHECK(refusal([&] { store.begin_step(std::span(&empty, 1), "me", true); }).message ==
+        "sessions[0].session_id: given " + quoted(id) +
+            "; allowed: with queries_only: a session that holds tokens");
+  std::vector<std::uint64_t> held;
+  say(store, id, held, tokens_of(1, 13), false);
+  const std::string forked = store.fork(id, 9, {20, 0}, 0s, "me").id;
+  for (const auto& [of, length] : {std::pair{id, 13}, std::pair{forked, 9}}) {
+    // More queries than there is room for tokens.
+    const SessionStep reads = asked(of, 30);
+    const auto step = store.begin_step(std::span(&reads, 1), "me", true);
+    CHECK(step->starts()[1] == 30);
+    CHECK(step->key_starts(1)[1] == 0);
+    CHECK(step->keys()[0] == length);
+    for (std::size_t layer = 0; layer < 2; ++layer) {
+      KvLayer running = store.begin_layer(step, layer);
+      const LayerSequence& sequence = running.sequences()[0];
+      CHECK(sequence.length == length);
+      CHECK(sequence.table.size() * store.config().page_tokens >= sequence.length);
+      CHECK(running.done() == (layer == 1));
+    }
+    CHECK(store.renew(of, 0s, "me").length == static_cast<std::uint64_t>(length));
+    step_one(store, of, 2);
+  }
+}
+
 TEST_CASE("of a tree one path is kept") {
   KvSessions store(config_of(100));
   SessionSpec spec = spec_of({kFull, {5, 2, false}}, CacheType::kInt8);
@@ -533,10 +566,11 @@ TEST_CASE("sessions that expired are an owner's no longer") {
   KvSessions store(config_of(100));
   const SessionOwner me("me", 1);
   const std::vector<NewSession> asked = {room_for(16)};
-  store.open(spec_of({kFull}), asked, 20ms, me);
-  CHECK_THROWS_AS(store.open(spec_of({kFull}), asked, 20ms, me), RequestError);
-  std::this_thread::sleep_for(30ms);
-  CHECK(store.open(spec_of({kFull}), asked, 20ms, me).size() == 1);
+  const std::string id = store.open(spec_of({kFull}), asked, 1h, me).front().id;
+  CHECK_THROWS_AS(store.open(spec_of({kFull}), asked, 1h, me), RequestError);
+  store.renew(id, 1us, "me");
+  std::this_thread::sleep_for(5us);
+  CHECK(store.open(spec_of({kFull}), asked, 1h, me).size() == 1);
 }
 
 TEST_CASE("an owner is promised as many bytes as it may have, whichever way they come") {

@@ -60,11 +60,23 @@ class RandomWire {
 void append_varint(std::string& to, std::uint64_t value);
 std::string field(std::uint32_t number, std::string_view body);  // of wire type 2
 std::string repeated(std::string_view part, std::size_t bytes);  // that many or a few more
-double seconds_of(const std::function<void()>& work);
+// What some work takes of this thread's processor time, in seconds, by the cheapest of a few runs:
+// other processes have no part in it. Compared with the same of other work, never with a constant.
+double processor_seconds_of(const std::function<void()>& work);
 // The message of the INVALID_ARGUMENT that `decode` throws; empty if it throws none.
 std::string refusal(const std::function<void()>& decode);
 
 constexpr std::size_t kLarge = 24U << 20;
+constexpr std::size_t kSmall = kLarge / 64;
+
+// Checks that `work` on a message of many such parts takes no longer than on one of a 64th of them:
+// it ends early. (Reading all would take 64 times as long.) The parts lie in fields `within`.
+void check_ends_early(std::string_view part, const std::function<void(const std::string&)>& work,
+                      const std::vector<std::uint32_t>& within = {});
+// Checks that `work` takes no more than in proportion to the number of parts. (If it grew by the
+// square of it, 8 times the parts would take 64 times as long.)
+void check_in_proportion(std::string_view part,
+                         const std::function<void(const std::string&)>& work);
 
 // Whether `same(message, theirs)`, which decodes and compares, agrees with protobuf on many
 // messages of type Theirs: random ones, or such that hold a random `part` in fields of the numbers

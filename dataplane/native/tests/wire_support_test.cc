@@ -1,7 +1,9 @@
 #include "wire_support.h"
 
+#include <algorithm>
 #include <array>
-#include <chrono>
+#include <ctime>
+#include <limits>
 
 namespace attnserve::wire::tests {
 
@@ -58,10 +60,37 @@ std::string repeated(std::string_view part, std::size_t bytes) {
   return whole;
 }
 
-double seconds_of(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+double processor_seconds_of(const std::function<void()>& work) {
+  const auto now = [] {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+  };
+  double least = std::numeric_limits<double>::infinity();
+  for (int run = 0; run < 5; ++run) {
+    const double start = now();
+    work();
+    least = std::min(least, now() - start);
+  }
+  return least;
+}
+
+void check_ends_early(std::string_view part, const std::function<void(const std::string&)>& work,
+                      const std::vector<std::uint32_t>& within) {
+  std::string large = repeated(part, kLarge), small = repeated(part, kSmall);
+  for (const std::uint32_t number : within) {
+    large = field(number, large);
+    small = field(number, small);
+  }
+  CHECK(processor_seconds_of([&] { work(large); }) <
+        16 * processor_seconds_of([&] { work(small); }));
+}
+
+void check_in_proportion(std::string_view part,
+                         const std::function<void(const std::string&)>& work) {
+  const std::string large = repeated(part, kLarge / 2), small = repeated(part, kLarge / 16);
+  CHECK(processor_seconds_of([&] { work(large); }) <
+        24 * processor_seconds_of([&] { work(small); }));
 }
 
 std::string refusal(const std::function<void()>& decode) {

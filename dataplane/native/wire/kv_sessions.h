@@ -56,6 +56,7 @@ struct BeginStep {
   std::uint64_t step_id = 0;
   std::vector<SessionStep> sessions;
   std::uint32_t priority = 0;
+  bool queries_only = false;
 };
 
 struct LayerReturns {

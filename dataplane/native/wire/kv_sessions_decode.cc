@@ -151,6 +151,9 @@ void merge(FieldReader reader, BeginStep& step) {
       case varint_field(3):
         step.priority = reader.number32();
         break;
+      case varint_field(4):
+        step.queries_only = reader.flag();
+        break;
     }
   }
 }

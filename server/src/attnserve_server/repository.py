@@ -52,8 +52,15 @@ def _above(folder: Path, levels: int) -> Path:
     return folder.resolve().parents[levels - 1]
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
+Fingerprint = dict[str, tuple[int, int, int, int]]
+"""Of files by name: inode, bytes, and when content and inode last changed, in nanoseconds."""
+
+
+def check_files(folder: Path, manifest: Manifest) -> Fingerprint:
     """Compare a version's files with its manifest.
+
+    Returns:
+        What the files were when they were compared, for `check_unchanged`.
 
     Raises:
         ManifestError: a name, a size or a SHA-256 differs, or a file lies elsewhere.
@@ -63,15 +70,39 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             f"{folder}/{FILE}: is for {manifest.name} version {manifest.version}, "
             "which differs from its folders"
         )
+    compared: Fingerprint = {}
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ManifestError(f"{path}: leads out of its folder; allowed: files within")
         if not path.is_file():
             raise ManifestError(f"{path}: listed in {FILE}, but missing")
+        compared[name] = _fingerprint(path)
         if path.stat().st_size != entry.bytes:
             raise ManifestError(f"{path}: {path.stat().st_size} bytes; {FILE} says {entry.bytes}")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry.sha256:
             raise ManifestError(f"{path}: SHA-256 {digest}; {FILE} says {entry.sha256}")
+    return compared
+
+
+def check_unchanged(folder: Path, compared: Fingerprint) -> None:
+    """Make sure that what was loaded since `check_files` is what that has compared.
+
+    Raises:
+        ManifestError: a file was written to, replaced or removed meanwhile.
+    """
+    for name, before in compared.items():
+        path = folder / name
+        try:
+            changed = _fingerprint(path) != before
+        except OSError:
+            changed = True
+        if changed:
+            raise ManifestError(f"{path}: changed while it was loaded; load it again")
+
+
+def _fingerprint(path: Path) -> tuple[int, int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -69,7 +69,7 @@ async function showMap(map) {
   const last = map.queries.length - 1;
   state.query = Math.min(last, map.first_query);
   state.cross = state.query;
-  state.key = 0;
+  state.key = map.documents.findLast(([query]) => query <= state.query)?.[1] ?? 0;
   // Among many keys every weight is small: against uniform they can still be told apart.
   state.scale = map.keys.length > 64 ? "lift" : "root";
   headColours = Array.from({ length: Math.max(map.heads.length, map.layers.length) }, (_, head) => headColour(head));

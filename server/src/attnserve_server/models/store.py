@@ -14,7 +14,7 @@ from attnserve_proto.manifest import Manifest, ManifestError, VariantEntry, pars
 from attnserve_server.models import graphs
 from attnserve_server.models.providers import Providers
 from attnserve_server.models.tokenizer import TextTokenizer
-from attnserve_server.repository import check_files, explain_empty, find
+from attnserve_server.repository import check_files, check_unchanged, explain_empty, find
 
 _log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | 
     started = time.monotonic()
     manifest_json = read_text(folder)
     manifest = parse(folder, manifest_json)
-    check_files(folder, manifest)
+    compared = check_files(folder, manifest)
     entries = [entry for entry in manifest.variants if _can_run(entry, manifest, providers)]
     if not entries:
         return None
@@ -206,6 +206,7 @@ def load(folder: Path, plane: DataPlane, providers: Providers) -> LoadedModel | 
         for entry in entries
     )
     tokenizer = _tokenizer(folder, manifest)
+    check_unchanged(folder, compared)
     _log.info(
         "model loaded",
         extra={

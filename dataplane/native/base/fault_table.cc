@@ -1,4 +1,4 @@
-#include "sessions/fault_table.h"
+#include "base/fault_table.h"
 
 #include <signal.h>
 #include <sys/mman.h>
@@ -14,7 +14,7 @@
 #include "base/status.h"
 #include "base/text.h"
 
-namespace attnserve::sessions {
+namespace attnserve {
 
 namespace {
 
@@ -38,6 +38,10 @@ constinit std::array<Slot, kSlots> slots;
 constinit std::atomic<std::size_t> slots_used{0};  // no slot from here on was ever taken
 constinit std::mutex slots_mutex;                  // guards who owns which slot
 
+constinit std::atomic<std::size_t> open_scopes{0};
+constinit std::atomic<std::size_t> scope_faults{0};  // pages replaced because a scope was open
+constinit std::atomic<std::uintptr_t> page_size{4096};
+
 struct sigaction previous_action;  // written once, before the handler can run
 
 void change(Slot& slot, std::uintptr_t start, std::uintptr_t end) {
@@ -58,6 +62,17 @@ bool replace_pages(Slot& slot, std::uintptr_t address) {
   slot.broken.store(true);
   // All of the range at once: page by page, a caller could make the server run out of mappings.
   const long mapped = syscall(SYS_mmap, start, end - start, PROT_READ | PROT_WRITE,
+                              MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE | MAP_NORESERVE, -1, 0);
+  return static_cast<std::uintptr_t>(mapped) == start;
+}
+
+// As safe. One page: nothing is known of the range around it.
+bool replace_page(std::uintptr_t address) {
+  if (open_scopes.load() == 0) return false;
+  scope_faults.fetch_add(1);
+  const std::uintptr_t page = page_size.load();
+  const std::uintptr_t start = address / page * page;
+  const long mapped = syscall(SYS_mmap, start, page, PROT_READ | PROT_WRITE,
                               MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE | MAP_NORESERVE, -1, 0);
   return static_cast<std::uintptr_t>(mapped) == start;
 }
@@ -87,6 +102,7 @@ void on_sigbus(int number, siginfo_t* info, void* context) {
     for (std::size_t index = 0; index < used && !replaced; ++index) {
       replaced = replace_pages(slots[index], address);
     }
+    replaced = replaced || (info->si_code == BUS_ADRERR && replace_page(address));
   }
   if (!replaced) pass_on(number, info, context);
   errno = saved_errno;
@@ -95,6 +111,7 @@ void on_sigbus(int number, siginfo_t* info, void* context) {
 void install_once() {
   static std::once_flag installed;
   std::call_once(installed, [] {
+    page_size.store(static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)));
     sigaction(SIGBUS, nullptr, &previous_action);
     struct sigaction action{};
     action.sa_sigaction = on_sigbus;
@@ -129,4 +146,13 @@ FaultGuard::~FaultGuard() {
 
 bool FaultGuard::broken() const { return slots[slot_].broken.load(); }
 
-}  // namespace attnserve::sessions
+FaultScope::FaultScope() : faults_before_(scope_faults.load()) {
+  install_once();
+  open_scopes.fetch_add(1);
+}
+
+FaultScope::~FaultScope() { open_scopes.fetch_sub(1); }
+
+bool FaultScope::broken() const { return scope_faults.load() != faults_before_; }
+
+}  // namespace attnserve
