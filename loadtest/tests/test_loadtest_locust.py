@@ -56,7 +56,7 @@ def test_one_row_for_each_model_variant_and_length(
 
 def test_a_row_whose_timings_all_overlap_has_no_parts(target: str, locust: Run) -> None:
     done = locust(
-        "--host", target, "-u", "1", "-t", "2s", "--model", "always-overlapping",
+        "--host", target, "-u", "1", "-t", "5s", "--model", "always-overlapping",
         "--seq-lens", "64",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def test_a_row_whose_timings_all_overlap_has_no_parts(target: str, locust: Run) 
 def test_failures_are_named_by_grpc_status(target: str, locust: Run, tmp_path: Path) -> None:
     prefix = tmp_path / "run"
     done = locust(
-        "--host", target, "-u", "1", "-t", "2s", "--model", "broken", "--variant", "fused",
+        "--host", target, "-u", "1", "-t", "5s", "--model", "broken", "--variant", "fused",
         "--seq-lens", "32", "--csv", str(prefix),
     )  # fmt: skip
     assert done.returncode == 1
