@@ -34,13 +34,14 @@ OF = {
     "span": "--prompt --tokens --ramp --callers",
     "arrivals": "--arrivals",
     "slo": "--slo",
-    "choice": "--as --attention --mask --alignment --rotary --dtype --module --provider "
+    "choice": "--as --attention --part --mask --alignment --rotary --dtype --module --provider "
     "--log-format --log-level",
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
     "--tls-certificate --tls-key --tls-client-authorities --config --callers --jwt-keys "
     "--ca --certificate --key --token-file "
-    "report.json TRACE --report A B --pixel-values --input-features --inputs-embeds --processor",
+    "report.json TRACE --report A B --pixel-values --input-features --inputs-embeds --processor "
+    "--encoder-hidden-states",
     "text": "TEXT --query --pair --target-text",
     "title": "--title --jwt-issuer --jwt-audience --jwt-roles-claim",
     "roles": "--certificate-roles",

@@ -25,6 +25,7 @@ from attnserve_client import (
     Session,
     SessionLayer,
     SessionOptions,
+    Shards,
     StoredTensor,
     TokensOptions,
     page_hashes,
@@ -131,6 +132,8 @@ OPEN: dict[str, list[Any]] = {
         [("a", -1)],
         b"a",
     ],
+    # Of a client of one server; those of several: tests/test_cluster_shards.py.
+    "shards": [5, NAN, "heads", {}, True, [Shards(2)], Shards(2), Shards(1)],
     "lease": LEASES,
     "timeout": TIMEOUTS,
 }
@@ -269,6 +272,7 @@ SESSION_CALLS: list[Row] = [
             "parents": [*LISTS, [-1], [-2, 0], [-1, 5]],
             "cross_tokens": [*INTEGERS, 5],
             "return_weights": FLAGS,
+            "queries_only": FLAGS,
         },
     ),
     (
@@ -299,6 +303,7 @@ BATCH_CALLS: list[Row] = [
             "cross_tokens": [*INTEGERS[:6], *INTEGERS[7:], [1], [5, "a"], [5, 5]],
             "prefix_hashes": [5, "x", [], [5, 5], [[b"x"], []], NAN, {}],
             "return_weights_of": [*LISTS, [5]],
+            "queries_only": FLAGS,
         },
     ),
 ]
@@ -309,7 +314,7 @@ BATCH_CALLS += [
         {
             name: values
             for name, values in BATCH_CALLS[0][2].items()
-            if name not in {"key", "value", "hidden_states"}
+            if name not in {"key", "value", "hidden_states", "queries_only"}
         },
     ),
     ("attend_sent", {"layer": 0, "key": ROWS, "value": ROWS}, REST),

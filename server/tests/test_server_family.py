@@ -240,4 +240,4 @@ def test_a_models_description_says_who_sees_whom(client: AttentionClient) -> Non
     assert described["layer"].rotary == "half"
     assert described["brain"].dtype == "BF16"
     quadratic = {v.name for v in described["causal"].variants if v.quadratic_memory}
-    assert quadratic == {"fused", "reference", "reference_sinks", "softcap"}
+    assert quadratic == {"fused", "packed_weights", "reference", "reference_sinks", "softcap"}

@@ -55,13 +55,14 @@ class Beginnings:
             TypeError, ValueError: as `attend`.
         """
         counts = tokens_of_each(len(self._sessions), first, new_tokens)
-        special = (cross_tokens, priority, queries_only) != (0, 0, False)
+        queries_only = arguments.flag("queries_only", queries_only)
+        special = queries_only or (cross_tokens, priority) != (0, 0)
         plain = parents is None and prefix_hashes is None and not special
         if plain and counts in self._plain:
             return self._plain[counts]
         begin = pb.BeginStep(
             priority=arguments.integer("priority", priority, 0, 3),
-            queries_only=arguments.flag("queries_only", queries_only),
+            queries_only=queries_only,
         )
         if not isinstance(cross_tokens, list | tuple):
             cross_tokens = [arguments.integer("cross_tokens", cross_tokens)] * len(counts)

@@ -310,7 +310,7 @@ TEST_CASE("a certificate's names, the most telling first") {
   X509_EXTENSION* extension =
       X509V3_EXT_conf_nid(nullptr, nullptr, NID_subject_alt_name,
                           "DNS:a.example,URI:spiffe://example/a,email:a@example,IP:127.0.0.1");
-  X509_delete_ext(it, X509_get_ext_by_NID(it, NID_subject_alt_name, -1));
+  X509_EXTENSION_free(X509_delete_ext(it, X509_get_ext_by_NID(it, NID_subject_alt_name, -1)));
   X509_add_ext(it, extension, -1);
   X509_EXTENSION_free(extension);
   names = names_of(*it);
