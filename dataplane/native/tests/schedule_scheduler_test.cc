@@ -228,7 +228,8 @@ TEST_CASE("once a kind is known to be short it runs on the thread that brought i
     learn_that_it_is_short(scheduler, 3);
     const auto job = fake_job(3);
     scheduler.submit(job, true);
-    CHECK_FALSE(job->ended());  // this thread has not come to it yet
+    // On a busy machine it may not have looked short, and ran elsewhere: then once more.
+    if (job->ended()) return false;
     scheduler.run_short();
     return job->ended();
   }));
