@@ -28,7 +28,7 @@ $(STAMP): constraints.txt requirements-dev.txt requirements-nodeps.txt proto/set
 demo: $(STAMP) ## export two models, serve them, call them, load-test them
 	$(BIN)/python demo.py
 
-test: $(STAMP) ## the tests, in two processes (about 8 minutes on 2 cores, then 7)
+test: $(STAMP) ## the tests, in two processes (about 9 minutes on 2 cores, then 7)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 check-all: lint test ## lint, all tests, the longest included, and the C++ under sanitizers
