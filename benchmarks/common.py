@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,12 @@ def attnserve(repository: Path, *options: str) -> Iterator[str]:
     command += ["--port", "0", "--metrics-port", "-1", "--log-level", "error", *options]
     with process(command, lambda line: line.split("listening on ")[1].split()[0]) as address:
         yield address
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 @contextlib.contextmanager

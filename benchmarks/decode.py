@@ -17,7 +17,6 @@ in rounds of a part of a second; medians of rounds count. The client in C++ is a
 
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import common
 import decode_calls as calls
 import decode_messages as messages
 import numpy as np
@@ -319,8 +319,7 @@ def _over(times: list[float], floor: list[float]) -> float:
 
 @contextlib.contextmanager
 def _service(repository: Path) -> Iterator[Service]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = common.free_port()
     options = ("--metrics-port", str(port), "--max-kv-mib", "4096")
     with (
         serving_servers.attnserve(repository, *options) as server,

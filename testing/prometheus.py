@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -19,6 +18,7 @@ import tritonclient.grpc as triton
 import yaml
 from attnserve_client import AttentionClient, AttnserveError, page_hashes
 from handmade import attention, write_core
+from serving import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
@@ -87,13 +87,6 @@ def prometheus(metrics_port: int, folder: Path) -> Iterator[Prometheus]:
             yield found
         finally:
             process.terminate()
-
-
-def free_port() -> int:
-    """One on which nobody listens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 # So little that prefixes make room for others.

@@ -1,6 +1,7 @@
 """Servers to test over one small core model: in this process, or as one of their own."""
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -122,6 +123,12 @@ def process(
         except subprocess.TimeoutExpired:
             popen.kill()
             popen.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 def attend_request(length: int = 8, batch: int = 1, **others: Any) -> pb.AttendRequest:

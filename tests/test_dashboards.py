@@ -66,7 +66,7 @@ def test_each_alert_fires_when_it_should() -> None:
 @pytest.mark.slow
 def test_every_panel_shows_something_of_a_loaded_server(tmp_path: Path) -> None:
     prometheus.write_models(tmp_path / "models")
-    port = prometheus.free_port()
+    port = serving.free_port()
     options = ("--metrics-port", str(port), *prometheus.SERVER_OPTIONS)
     with (
         serving.process(tmp_path / "models", *options) as server,

@@ -9,7 +9,6 @@ import contextlib
 import json
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import common
 import grpc
 import numpy as np
 from attnserve_client import AttentionClient, AttnserveError
@@ -307,7 +307,7 @@ class Server:
     """
 
     def __init__(self, repository: Path, *options: str) -> None:
-        port = free_port()
+        port = common.free_port()
         self.address = f"127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "attnserve_server.cli", "--provider", "cpu"]
         self._command += ["--repository", str(repository), "--port", str(port)]
@@ -336,12 +336,6 @@ class Server:
         if not started.stdout.readline():
             raise RuntimeError(f"{' '.join(self._command)}: ended at once with {started.wait()}")
         return started
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def export(repository: Path, name: str, *, mask: str = "causal", version: int = 1) -> None:

@@ -65,7 +65,7 @@ def main() -> int:
     tally, samples = mixed.Tally(), []
     with tempfile.TemporaryDirectory() as folder:
         mixed.export(Path(folder), "causal")
-        port = mixed.free_port()
+        port = common.free_port()
         limits = ("--max-queue-ms", "60000", "--max-queue", "4096", "--max-kv-mib", "256")
         with mixed.Server(Path(folder), "--metrics-port", str(port), *limits) as server:
             pid = server.process.pid

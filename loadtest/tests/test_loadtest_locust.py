@@ -2,7 +2,6 @@
 
 import csv
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from attnserve_loadtest.report.schema import PARTS
+from serving import free_port
 
 LOCUSTFILE = Path(__file__).parent.parent / "locustfile.py"
 
@@ -171,13 +171,6 @@ def test_web_ui_shows_options_rows_and_server_timings(web_ui: str) -> None:
     table = list(csv.DictReader(get(f"{web_ui}/attnserve/timings.csv").splitlines()))
     assert wanted <= {row["name"] for row in table}
     assert len(json.loads(get(f"{web_ui}/attnserve/timings.json"))) == len(table)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def get(address: str, form: dict[str, Any] | None = None) -> str:

@@ -3,7 +3,7 @@
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from attnserve_dataplane import BATCH_BUCKETS, SECONDS_BUCKETS, DataPlane
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attnserve_dataplane import InferCounts
 
 Models = Callable[[], Iterable[tuple[str, int]]]
+_Part = Literal["success", "queue", "input", "infer", "output"]
 
 _GAUGES = {
     "stored_bytes": ("attnserve_stored_tensor_bytes", "Bytes of tensors stored by PutTensor."),
@@ -70,7 +71,7 @@ _KV_COUNTERS = {
 
 # What Triton's users look for, of requests of the Open Inference Protocol, as there:
 # https://github.com/triton-inference-server/server/blob/main/docs/user_guide/metrics.md
-_TRITON: dict[str, tuple[str, Callable[["InferCounts"], float]]] = {
+_TRITON_COUNTS: dict[str, tuple[str, Callable[["InferCounts"], int]]] = {
     "nv_inference_request_success": (
         "ModelInfer requests answered.",
         lambda counts: counts["success"][0],
@@ -84,26 +85,13 @@ _TRITON: dict[str, tuple[str, Callable[["InferCounts"], float]]] = {
         "Executions; each may have joined several requests.",
         lambda counts: sum(ran[0] for _, ran, _ in counts["batches"].values()),
     ),
-    "nv_inference_request_duration_us": (
-        "Microseconds from arrival to answer.",
-        lambda counts: counts["success"][1] / 1000,
-    ),
-    "nv_inference_queue_duration_us": (
-        "Microseconds in the queue.",
-        lambda counts: counts["queue"][1] / 1000,
-    ),
-    "nv_inference_compute_input_duration_us": (
-        "Microseconds to read and join tensors.",
-        lambda counts: counts["input"][1] / 1000,
-    ),
-    "nv_inference_compute_infer_duration_us": (
-        "Microseconds of computation.",
-        lambda counts: counts["infer"][1] / 1000,
-    ),
-    "nv_inference_compute_output_duration_us": (
-        "Microseconds to divide and write answers.",
-        lambda counts: counts["output"][1] / 1000,
-    ),
+}
+_TRITON_DURATIONS: dict[str, tuple[str, _Part]] = {
+    "request": ("Microseconds from arrival to answer.", "success"),
+    "queue": ("Microseconds in the queue.", "queue"),
+    "compute_input": ("Microseconds to read and join tensors.", "input"),
+    "compute_infer": ("Microseconds of computation.", "infer"),
+    "compute_output": ("Microseconds to divide and write answers.", "output"),
 }
 
 
@@ -172,12 +160,11 @@ class Metrics(Collector):
             ([name, str(version)], self._plane.infer_counts(name, version))
             for name, version in self._models()
         ]
-        for name, (text, of) in _TRITON.items():
-            # Of no declared type: counters would be called _total, which Triton's are not.
-            family = UnknownMetricFamily(name, text, labels=["model", "version"])
-            for labels, counts in counted:
-                family.add_metric(labels, of(counts))
-            yield family
+        for name, (text, count) in _TRITON_COUNTS.items():
+            yield _untyped(name, text, [(labels, count(each)) for labels, each in counted])
+        for part, (text, key) in _TRITON_DURATIONS.items():
+            values = [(labels, each[key][1] / 1000) for labels, each in counted]
+            yield _untyped(f"nv_inference_{part}_duration_us", text, values)
 
     def serve(
         self, host: str, port: int, allowed: Allowed, tls: ssl.SSLContext | None
@@ -191,6 +178,14 @@ class Metrics(Collector):
             return MetricsServer(self.registry, host, port, allowed, tls)
         except OSError as error:
             raise OSError(f"/metrics on {host}, port {port}: {error.strerror}") from None
+
+
+def _untyped(name: str, text: str, values: Sequence[tuple[list[str], float]]) -> Metric:
+    """Of no declared type: counters would be called _total, which Triton's are not."""
+    family = UnknownMetricFamily(name, text, labels=["model", "version"])
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family
 
 
 def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
