@@ -270,15 +270,16 @@ def _decode(client: AttentionClient, tally: _Tally, number: int) -> None:
                 return
             for held, new in zip(told, _tensors(generator, HEADS, 1), strict=True):
                 held.append(new)
-            query, key, value = (np.concatenate(held) for held in told)
+            query = told[0][-1]
+            key, value = (np.concatenate(held) for held in told[1:])
             try:
-                output = session.attend(0, query[-1:], key[-1:], value[-1:]).output
+                output = session.attend(0, query, key[-1:], value[-1:]).output
             except AttnserveError:
                 with tally.lock:
                     tally.reported += 1
                 break
             assert output is not None
-            right = np.allclose(output, _causal(query, key, value)[-1:], atol=1e-4)
+            right = np.allclose(output, _causal(query, key, value), atol=1e-4)
             with tally.lock:
                 tally.steps += 1
                 tally.silent += not right
@@ -317,9 +318,10 @@ def _tensors(generator: np.random.Generator, heads: int, tokens: int) -> tuple[A
 
 
 def _causal(query: Array, key: Array, value: Array) -> Array:
-    """Of [T, H, D], in float64."""
+    """Of [T, H, D], in float64; the queries are the last of the keys' positions."""
     scores = np.einsum("qhd,khd->hqk", query.astype(float), key.astype(float)) / DIM**0.5
-    scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
+    later = np.triu(np.ones(scores.shape[1:], bool), 1 + len(key) - len(query))
+    scores[:, later] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     attention: Array = np.einsum("hqk,khd->qhd", weights, value.astype(float))
