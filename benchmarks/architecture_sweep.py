@@ -1,12 +1,14 @@
 """Every architecture of the installed transformers, tiny and random: exported, or why not.
 
 Each one has a process of its own, with bounds on its time and memory. What is known already is
-kept in the file of results, so that a run that was broken off goes on where it was.
+kept in the file of results, so that a run that was broken off goes on where it was; with each,
+which state of the exporter found it. `--again` examines anew what another state found.
 
     python benchmarks/architecture_sweep.py --table docs/checkpoints.md
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import re
@@ -27,6 +29,7 @@ import torch
 from attnserve_export.checkpoints.families import TAKEN, input_of
 from attnserve_proto.commands import Parser, values
 
+ROOT = Path(__file__).parents[1]
 EXPORTED, REFUSED, WRONG = "exported", "refused", "wrong"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 _MEMORY = 12 << 30
@@ -111,8 +114,21 @@ def refused_at_once(model_type: str) -> dict[str, Any] | None:
     return None if given in TAKEN else _refused(f"it takes {given}, no token ids")
 
 
+def state_of_exporter() -> str:
+    """A digest of all that the outcome depends on: the exporter's sources and what is pinned."""
+    digest = hashlib.sha256()
+    for path in (*sorted(ROOT.glob("export/src/**/*.py")), ROOT / "constraints.txt"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def sweep(
-    model_types: Iterable[str], results: Path, processes: int, seconds: int, native: bool
+    model_types: Iterable[str],
+    results: Path,
+    processes: int,
+    seconds: int,
+    native: bool,
+    again: bool,
 ) -> dict[str, dict[str, Any]]:
     """Examine all that the results do not hold yet.
 
@@ -122,26 +138,35 @@ def sweep(
         processes: at a time.
         seconds: that one may take.
         native: whether the variant `native` too.
+        again: also what another state of the exporter found.
     """
     known = read(results)
-    missing = [each for each in model_types if each not in known]
+    state = state_of_exporter()
+    missing = [
+        each
+        for each in model_types
+        if each not in known or (again and known[each]["exporter"] != state)
+    ]
     if not missing:
         return known
     _warm_up()
     started = time.monotonic()
     with ThreadPoolExecutor(processes) as pool, results.open("a", encoding="utf-8") as file:
+
+        def keep(model_type: str, found: dict[str, Any]) -> None:
+            known[model_type] = {**found, "exporter": state}
+            line = {"model_type": model_type, **known[model_type]}
+            print(json.dumps(line), file=file, flush=True)
+
         for model_type in list(missing):
             found_at_once = refused_at_once(model_type)
             if found_at_once is not None:
-                known[model_type] = found_at_once
                 missing.remove(model_type)
-                line = {"model_type": model_type, **found_at_once}
-                print(json.dumps(line), file=file, flush=True)
+                keep(model_type, found_at_once)
         under_way = {pool.submit(_alone, each, seconds, native): each for each in missing}
         for number, done in enumerate(as_completed(under_way), 1):
             model_type, found = under_way[done], done.result()
-            known[model_type] = found
-            print(json.dumps({"model_type": model_type, **found}), file=file, flush=True)
+            keep(model_type, found)
             said = found.get("reason") or f"error {found['error']:.1e}"
             print(
                 f"[{time.monotonic() - started:6.0f} s] {number}/{len(missing)} {model_type}: "
@@ -166,7 +191,7 @@ def _warm_up() -> None:
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """What is known, by model type."""
+    """What is known, by model type; the last line of one counts."""
     if not results.is_file():
         return {}
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
@@ -181,9 +206,12 @@ def table(known: dict[str, dict[str, Any]]) -> str:
         if name not in exported:
             reasons.setdefault(_kind_of(found["reason"]), []).append(name)
     largest = max((found["error"] for found in exported.values()), default=0.0)
+    state = state_of_exporter()
+    current = {name for name, found in known.items() if found["exporter"] == state}
     lines = [
         f"{len(exported)} of {len(known)} architectures are exported, the largest error "
-        f"{largest:.1e}:",
+        f"{largest:.1e}. The exporter as it is now tried {len(current)} of them, "
+        f"{len(exported.keys() & current)} of those that are exported:",
         "",
         "| attentions | `model_type` |",
         "| --- | --- |",
@@ -256,7 +284,14 @@ def main() -> int:
     options = _parser().parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     types = architectures.model_types() if options.only is None else options.only
-    known = sweep(types, options.results, options.processes, options.seconds, options.native)
+    known = sweep(
+        types,
+        options.results,
+        options.processes,
+        options.seconds,
+        options.native,
+        options.again,
+    )
     if options.table is not None:
         text = options.table.read_text(encoding="utf-8")
         before, rest = text.split(BEGIN)
@@ -272,7 +307,8 @@ def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     seconds = values.integer(1, 1_000_000)
-    add("--results", type=values.path, default=Path("reports/architectures.jsonl"))
+    add("--results", type=values.path, default=ROOT / "docs/checkpoints/architectures.jsonl")
+    add("--again", action="store_true", help="also what another state of the exporter found")
     add("--table", type=values.path, help="document to put the table into")
     add("--processes", type=values.integer(1, 1024), default=2)
     add("--seconds", type=seconds, default=300, help="that one architecture may take")
