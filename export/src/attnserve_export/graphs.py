@@ -14,6 +14,7 @@ import onnx.helper
 import onnx.numpy_helper
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -200,6 +201,8 @@ def _traced(module: nn.Module, examples: tuple[Tensor, ...], shapes: Any) -> Any
                 refined = refine(error.msg, shapes)
             except Exception:  # there is nothing to refine
                 raise error from None
+            if any(isinstance(size, int) for size in tree_leaves(refined)):
+                raise  # the graph would hold for the example's length alone
             return torch.export.export(module, examples, dynamic_shapes=refined, strict=False)
 
 
