@@ -69,19 +69,19 @@ def main() -> int:
         limits = ("--max-queue-ms", "60000", "--max-queue", "4096", "--max-kv-mib", "256")
         with mixed.Server(Path(folder), "--metrics-port", str(port), *limits) as server:
             pid = server.process.pid
-            gauges(port)
             before = descriptors(pid)
             end = time.monotonic() + parsed.minutes * 60
             with mixed.load(server.address, tally, [(MODEL, mixed.STEADY)], callers=parsed.callers):
                 while time.monotonic() < end:
                     time.sleep(1)
                     samples.append(resident_bytes(pid))
-            left = gauges(port)
             deadline = time.monotonic() + _SECONDS
-            while any(left.values()) and time.monotonic() < deadline:
+            while any((left := gauges(port)).values()) and time.monotonic() < deadline:
                 time.sleep(0.2)
-                left = gauges(port)
-            left["descriptors"] = descriptors(pid) - before
+            # The connection that the gauges came by is one of them, until it is closed.
+            while (more := descriptors(pid) - before) > 0 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            left["descriptors"] = more
     figures = mixed.outcome(tally)
     row = {
         "minutes": float(parsed.minutes),
