@@ -60,8 +60,10 @@ struct Tensor {
   std::byte* data = nullptr;
 
   std::size_t byte_size() const;  // the largest size_t if it is more
-  bool aligned() const {          // at a multiple of its element size, as kernels rely on
-    return reinterpret_cast<std::uintptr_t>(data) % item_bytes(dtype) == 0;
+  // At a multiple of its element size, as kernels rely on; without a dtype it is anywhere.
+  bool aligned() const {
+    const std::size_t item = item_bytes(dtype);
+    return item == 0 || reinterpret_cast<std::uintptr_t>(data) % item == 0;
   }
 };
 

@@ -217,6 +217,9 @@ class JoinedPaged {
     joint_.parents = parents_;
     joint_.query = first.query;
     joint_.query.shape[0] = tokens;
+    // Of those that do not come, a graph is told dtype and shape all the same.
+    joint_.key = first.key;
+    joint_.value = first.value;
     if (first.hidden_states.data != nullptr) {
       gather(&PagedWork::hidden_states, tokens);
     } else {

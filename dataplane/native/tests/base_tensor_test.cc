@@ -43,3 +43,12 @@ TEST_CASE("sizes whose product does not fit are huge, not small") {
   CHECK(tensor.byte_size() == std::numeric_limits<std::size_t>::max());
   CHECK(Tensor{DataType::kFp16, Shape{3, 5}, nullptr}.byte_size() == 30);
 }
+
+TEST_CASE("a tensor is aligned to its elements, one without a dtype to anything") {
+  alignas(8) std::byte memory[16];
+  CHECK(Tensor{DataType::kInt64, {1}, memory}.aligned());
+  CHECK_FALSE(Tensor{DataType::kInt64, {1}, memory + 4}.aligned());
+  CHECK(Tensor{DataType::kFp32, {1}, memory + 4}.aligned());
+  CHECK(Tensor{DataType::kUnspecified, {1}, memory + 1}.aligned());
+  CHECK(Tensor{}.aligned());
+}

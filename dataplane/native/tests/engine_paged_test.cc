@@ -246,6 +246,25 @@ class LayerGraph final : public Session {
   std::vector<Port> inputs_, outputs_{{"output", DataType::kFp32, {-1}}};
 };
 
+// Remembers what it was given as value, and gives nothing.
+class ValueGraph final : public Session {
+ public:
+  const std::vector<Port>& inputs() const override { return inputs_; }
+  const std::vector<Port>& outputs() const override { return outputs_; }
+  bool any_heads() const override { return false; }
+  void run(std::span<const Feed> feeds, std::span<Fetch>, Stop*) override {
+    for (const Feed& feed : feeds) {
+      if (feed.name == "value") value = feed.tensor;
+    }
+  }
+  std::unique_ptr<Stop> make_stop() override { return nullptr; }
+
+  Tensor value;
+
+ private:
+  std::vector<Port> inputs_{{"value", DataType::kFp32, {-1, kKvHeads, kValueDim}}}, outputs_;
+};
+
 // New tokens of two sequences, which have 10 and no keys before.
 struct HiddenStep {
   HiddenStep(const Variant& variant, std::vector<std::int64_t> of_each, std::mt19937& random,
@@ -369,6 +388,51 @@ TEST_CASE("keys of a cross layer are as many as they like, and every query sees 
   PagedWork* one = &later;
   attend_paged_together(std::span(&one, 1), nullptr);
   step.check();
+}
+
+TEST_CASE("layers that bring no keys are joined") {
+  World world;
+  if (!world.runtime) return;
+  for (const bool causal : {true, false}) {
+    PagedSpec spec;
+    spec.causal = causal;
+    std::vector<Sequence> sequences(2);
+    Step first(*world.variant, world.cache, {&sequences[0]}, {6}, world.random, spec);
+    Step second(*world.variant, world.cache, {&sequences[1]}, {3}, world.random, spec);
+    std::vector<PagedWork*> works{&first.work, &second.work};
+    for (Step* step : {&first, &second}) {
+      step->run();
+      step->work.key.data = step->work.value.data = nullptr;
+      step->work.key.shape[0] = step->work.value.shape[0] = 0;
+      std::ranges::fill(step->output, 0.0F);
+    }
+    CHECK(batch_key(first.work) == batch_key(second.work));
+    CHECK(second.work.joinable());
+    attend_paged_together(works, nullptr);
+    for (const Step* step : {&first, &second}) step->check();
+  }
+}
+
+TEST_CASE("joined latent layers have no values, of the dtype and shape that the graph takes") {
+  std::mt19937 random{std::random_device{}()};
+  Model model;
+  auto made = std::make_unique<ValueGraph>();
+  const ValueGraph& graph = *made;
+  const Variant& variant = add_variant(model, "paged", std::move(made));
+  Cache cache;
+  PagedSpec latent;
+  latent.latent = true;
+  std::vector<Sequence> sequences(2);
+  Step first(variant, cache, {&sequences[0]}, {2}, random, latent);
+  Step second(variant, cache, {&sequences[1]}, {1}, random, latent);
+  for (Step* step : {&first, &second}) {
+    step->work.value = {DataType::kFp32, {0, kKvHeads, kValueDim}, nullptr};
+  }
+  std::vector<PagedWork*> works{&first.work, &second.work};
+  attend_paged_together(works, nullptr);
+  CHECK(graph.value.dtype == DataType::kFp32);
+  CHECK(graph.value.shape == Shape{0, kKvHeads, kValueDim});
+  CHECK(graph.value.data != nullptr);
 }
 
 TEST_CASE("weights are those of the sequences that are named, alone and together") {
