@@ -315,8 +315,8 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
             raise socket.gaierror("Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in behind]
 
-    monkeypatch.setattr("attnserve_client._cluster_watch.socket.getaddrinfo", look_up)
-    monkeypatch.setattr("attnserve_client._cluster_watch._NAME_SECONDS", 0.05)
+    monkeypatch.setattr("attnserve_client._cluster_places.socket.getaddrinfo", look_up)
+    monkeypatch.setattr("attnserve_client._cluster_places._NAME_SECONDS", 0.05)
     calls = Calls()
     with served(calls.of(0)) as first:
         port = int(first.rpartition(":")[2])
@@ -362,6 +362,8 @@ def test_closing_the_client_ends_its_tries() -> None:
         ("", ValueError),
         ("dns:///name", ValueError),
         ("dns:///name:port", ValueError),
+        ("file://name", ValueError),
+        ("file:///folder/", ValueError),
     ],
 )
 def test_targets_that_are_none(target: Any, error: type[Exception]) -> None:

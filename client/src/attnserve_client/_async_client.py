@@ -12,7 +12,6 @@ from attnserve_client._async_session_stream import AsyncSessionStream
 from attnserve_client._async_stream import AsyncAttendStream
 from attnserve_client._async_transport import AsyncTransport
 from attnserve_client._client_flows import ClientFlows
-from attnserve_client._cluster_watch import addresses_of
 from attnserve_client._flows import AsyncRunner, Flow, awaited
 from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
@@ -44,15 +43,12 @@ class AsyncAttentionClient(Targeted[AsyncSession]):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-        async def look_up(host: str, port: int) -> list[str]:
-            return await asyncio.to_thread(addresses_of, host, port)
-
         def make_sharded(
             flows: ShardedFlows[AsyncSession], model: str, num_layers: int
         ) -> AsyncSession:
             return ShardedAsyncSession(runner, flows, model, num_layers)
 
-        super().__init__(target, reach, start, look_up, make_sharded)
+        super().__init__(target, reach, start, asyncio.to_thread, make_sharded)
 
     async def __aenter__(self) -> Self:
         return self

@@ -10,7 +10,6 @@ import grpc.experimental
 
 from attnserve_client import _arguments as arguments
 from attnserve_client._client_flows import ClientFlows
-from attnserve_client._cluster_watch import addresses_of
 from attnserve_client._flows import Flow, Runner, blocking
 from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
@@ -35,7 +34,8 @@ class AttentionClient(Targeted[Session]):
 
     Args:
         target: `host:port`, or any target that grpc understands. A list of them: several servers
-            (docs/cluster.md), as are all addresses behind the name of `dns:///name:port`.
+            (docs/cluster.md), as are all addresses behind the name of `dns:///name:port`, and those
+            that the file of `file:///path` has, one a line.
         options: credentials, metadata, shared memory and more: see `ClientOptions`.
 
     All calls but those of a stream are repeated, with growing pauses, while no server answers them
@@ -61,7 +61,7 @@ class AttentionClient(Targeted[Session]):
         def make_sharded(flows: ShardedFlows[Session], model: str, num_layers: int) -> Session:
             return ShardedSession(runner, flows, model, num_layers)
 
-        super().__init__(target, reach, start, addresses_of, make_sharded)
+        super().__init__(target, reach, start, lambda look_up: look_up(), make_sharded)
 
     def __enter__(self) -> Self:
         return self

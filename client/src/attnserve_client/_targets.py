@@ -6,7 +6,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from attnserve_client import _arguments as arguments
 from attnserve_client._cluster import Cluster, by_held
 from attnserve_client._cluster_flows import ClusterFlows
-from attnserve_client._cluster_watch import host_and_port, resolving, watch
+from attnserve_client._cluster_places import following, place_of
+from attnserve_client._cluster_watch import watch
 from attnserve_client._flows import Flow
 from attnserve_client._servers import Server
 from attnserve_client._session_state import SessionState
@@ -33,7 +34,7 @@ class Targeted(SharedArrays, Generic[S]):
         target: as the client has it.
         reach: reaches a server.
         start: runs a flow beside everything else.
-        look_up: the addresses behind a host's name, and a port; in asyncio, awaited.
+        look_up: has what waits for addresses run, and gives them; in asyncio, awaited.
         make_sharded: a session over several servers, of a model and so many layers.
 
     Raises:
@@ -45,7 +46,7 @@ class Targeted(SharedArrays, Generic[S]):
         target: Target,
         reach: Reach[S],
         start: Callable[[Flow[None]], None],
-        look_up: Callable[[str, int], Any],
+        look_up: Callable[[Callable[[], list[str]]], Any],
         make_sharded: Callable[[ShardedFlows[S], str, int], S],
     ) -> None:
         super().__init__(self._sharing_now)
@@ -53,15 +54,14 @@ class Targeted(SharedArrays, Generic[S]):
         self._cluster: Cluster[S] | None = None
         self._name: str | None = None
         self._flows: Any  # those of the server, or of the cluster
-        named = host_and_port(target) if isinstance(target, str) else None
-        if named is not None:
-            host, port = named
-            self._name = str(target)
+        place = place_of(target) if isinstance(target, str) else None
+        if place is not None:
+            self._name = place.target
             self._cluster = Cluster(
-                lambda address: reach(address, authority=f"{host}:{port}"),
+                lambda address: reach(address, authority=place.authority),
                 start,
                 watch,
-                resolve=resolving(self._name, lambda: look_up(host, port)),
+                resolve=following(place, look_up),
             )
         elif isinstance(target, str):
             self._server = reach(arguments.text("target", target, empty=False))

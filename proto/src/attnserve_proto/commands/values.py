@@ -19,7 +19,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})")
 _IPV6 = re.compile(r"\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]")
-_SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
+_SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "file:///")
 
 Value = TypeVar("Value")
 
@@ -146,7 +146,7 @@ def target(given: str) -> str:
     host, _, port = bare.rpartition(":")
     known = _HOST.fullmatch(host) or _IPV6.fullmatch(host)
     if not known or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) <= PORT:
-        refuse(given, f"HOST:PORT, [IPV6]:PORT or unix:PATH, the port 1..{PORT}")
+        refuse(given, f"HOST:PORT, [IPV6]:PORT, unix:PATH or file:///PATH, the port 1..{PORT}")
     return bare
 
 
