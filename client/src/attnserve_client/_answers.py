@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from attnserve_client._results import Array, AttendResult, Timings
 
 # Shape and dtype of tensors, by field name.
 Kinds = Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
+
+# Where each packed sequence begins, in queries and in keys, [N + 1] each; None: nothing is packed.
+Starts = tuple[Array, Array] | None
 
 _TIMINGS = pb.AttendResponse.TIMINGS_FIELD_NUMBER
 _PADDING = pb.AttendResponse.PADDING_FIELD_NUMBER
@@ -149,6 +152,13 @@ def _layout_of(
         at = last
     names = (response.model, response.version, response.variant)
     return _Layout(names, tuple(pieces), tuple(arrays), chunked, at)
+
+
+def with_starts(result: AttendResult, starts: Starts) -> AttendResult:
+    """A result that says how what it is of was packed, as the request did."""
+    if starts is None:
+        return result
+    return replace(result, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
 
 
 def timings_from(message: pb.Timings) -> Timings:

@@ -9,7 +9,8 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_proto import buffers, wire
 
 from attnserve_client import _errors, _tensors
-from attnserve_client._answers import AnswerReader, Kinds
+from attnserve_client._answers import AnswerReader, Kinds, Starts, with_starts
+from attnserve_client._attend import AttendCall
 from attnserve_client._results import AttendResult
 
 
@@ -17,12 +18,12 @@ class Assembler:
     """Collects the messages of a stream; says which request each completed answer belongs to."""
 
     def __init__(self) -> None:
-        self._readers: dict[int, AnswerReader] = {}
+        self._expected: dict[int, tuple[AnswerReader, Starts]] = {}
         self._open: dict[int, _Unfinished] = {}
 
-    def expect(self, request_id: int, reader: AnswerReader) -> None:
-        """A request is about to be sent; `reader` reads what answers it. Callable by any thread."""
-        self._readers[request_id] = reader
+    def expect(self, request_id: int, call: AttendCall) -> None:
+        """A request is about to be sent. Callable by any thread."""
+        self._expected[request_id] = call.plan.answers, call.starts
 
     def add(self, message: bytes) -> tuple[int, AttendResult | _errors.AttnserveError] | None:
         """Take one message that nobody else holds.
@@ -36,11 +37,12 @@ class Assembler:
             unfinished = self._open[request_id]
             unfinished.add(*wire.read_chunk(view[start:end]))
             return (request_id, self._open.pop(request_id).result()) if unfinished.done else None
-        reader = self._readers.pop(request_id)
+        reader, starts = self._expected.pop(request_id)
         if body == wire.STREAM_ERROR:
             error = pb.Error.FromString(message[start:end])
             return request_id, _errors.from_stream_error(error, "AttendStream")
         result, chunked = reader.read(message, start, end)
+        result = with_starts(result, starts)
         if not chunked:
             return request_id, result
         self._open[request_id] = _Unfinished(result, chunked)

@@ -69,7 +69,7 @@ class AsyncAttendStream:
         self._last_id += 1
         future: asyncio.Future[AttendResult] = asyncio.get_running_loop().create_future()
         self._waiting[self._last_id] = future
-        self._assembler.expect(self._last_id, call.plan.answers)
+        self._assembler.expect(self._last_id, call)
         self._outgoing.put_nowait(call.to_stream(self._last_id, timeout))
         return future
 

@@ -55,7 +55,7 @@ class AsyncTransport:
     async def attend_streamed(self, call: AttendCall, left: float | None) -> AttendResult:
         """A request over an AttendStream of its own; its result."""
         assembler = Assembler()
-        assembler.expect(1, call.plan.answers)
+        assembler.expect(1, call)
         finished = None
         stream = self.attend_stream(left)
         async with sending(stream, call.to_stream(1, None)):

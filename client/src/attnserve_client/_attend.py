@@ -13,7 +13,7 @@ from attnserve_proto.frames import REQUEST_PADDING, Frame, lay_out
 
 from attnserve_client import _arguments as arguments
 from attnserve_client import _tensors
-from attnserve_client._answers import AnswerReader
+from attnserve_client._answers import AnswerReader, Starts
 from attnserve_client._channel import CHUNK_BYTES
 from attnserve_client._results import Array, StoredTensor
 
@@ -137,12 +137,18 @@ class AttendCall:
         return {name: (tensor.shape, tensor.dtype.itemsize) for name, tensor in every.items()}
 
     @property
-    def starts(self) -> "tuple[Array, Array] | None":
-        """Where each packed sequence begins, in queries and in keys; None: it is not known."""
-        queries = self.tensors.get("cu_seqlens_q")
-        if queries is None or "cu_seqlens_k" in self.stored:
-            return None
-        return queries, self.tensors.get("cu_seqlens_k", queries)
+    def starts(self) -> Starts:
+        """Where each packed sequence begins; none of stored tensors that another client put."""
+        queries = self._integers("cu_seqlens_q")
+        keys = self._integers("cu_seqlens_k") if self._given("cu_seqlens_k") else queries
+        return None if queries is None or keys is None else (queries, keys)
+
+    def _given(self, name: str) -> bool:
+        return name in self.tensors or name in self.stored
+
+    def _integers(self, name: str) -> Array | None:
+        stored = self.stored.get(name)
+        return self.tensors.get(name) if stored is None else stored.integers
 
     def to_bytes(self) -> bytes:
         """The whole request as one message."""

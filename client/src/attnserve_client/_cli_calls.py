@@ -22,6 +22,7 @@ _RESULTS = (
     "mass_by_distance",
     "log_sum_exp",
 )
+_STARTS = ("cu_seqlens_q", "cu_seqlens_k")  # they are saved, but nothing is said of their mean
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
@@ -167,5 +168,6 @@ def _attend(client: AttentionClient, options: argparse.Namespace) -> int:
         f"serialize {timings.serialize} us"
     )
     if options.output:
-        save(options.output, arrays)
+        starts = {name: getattr(result, name) for name in _STARTS}
+        save(options.output, arrays | {n: each for n, each in starts.items() if each is not None})
     return 0

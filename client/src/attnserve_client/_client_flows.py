@@ -1,7 +1,6 @@
 """The calls of a client, whoever waits for them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar, Unpack
 
 import grpc
@@ -10,6 +9,7 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_client import _arguments as arguments
 from attnserve_client import _attend, _errors, _messages, _session_files, _tensors
 from attnserve_client import _session_messages as session_messages
+from attnserve_client._answers import with_starts
 from attnserve_client._attend import AttendCall, AttendOptions
 from attnserve_client._channel import CHUNK_BYTES
 from attnserve_client._flows import Call, Flow
@@ -87,13 +87,6 @@ class ClientFlows(OpeningFlows[S]):
             MemoryError: not enough of the memory shared with the server is free.
         """
         call = _attend.attend_call(query, key, value, **options)
-        result = yield from self._attended(call, timeout)
-        if call.starts is None:
-            return result
-        queries, keys = call.starts
-        return replace(result, cu_seqlens_q=queries, cu_seqlens_k=keys)
-
-    def _attended(self, call: AttendCall, timeout: float | None) -> Flow[AttendResult]:
         if self._memory is not None:
             answer_bytes = self._memory.sharing.answer_bytes(call)
             if answer_bytes is not None:
@@ -110,7 +103,7 @@ class ClientFlows(OpeningFlows[S]):
         answer = yield from again(
             "Attend", lambda left: transport.attend(call.to_bytes(), left), timeout, self._tries
         )
-        return plan.answers.read(answer)[0]
+        return with_starts(plan.answers.read(answer)[0], call.starts)
 
     def _attend_shared(
         self, memory: SharingFlows, call: AttendCall, answer_bytes: int, timeout: float | None
@@ -146,9 +139,10 @@ class ClientFlows(OpeningFlows[S]):
             shared = None
             return (yield from attempt(left))
 
-        return sharing.result(
+        result = sharing.result(
             *(yield from self._tries("Attend", attempt_again_if_forgotten, timeout))
         )
+        return with_starts(result, call.starts)
 
     def put_tensor(
         self, array: Any, *, lease: float | None = None, timeout: float | None = 60.0
@@ -174,7 +168,9 @@ class ClientFlows(OpeningFlows[S]):
 
         answer = yield from again("PutTensor", send, timeout, self._tries)
         stored = pb.StoredTensor.FromString(answer)
-        return _messages.stored_from(stored, elements.shape, elements.dtype)
+        return _messages.stored_from(
+            stored, elements.shape, elements.dtype, _messages.kept_integers(elements)
+        )
 
     def renew_tensor(
         self, tensor: StoredTensor, *, lease: float | None = None, timeout: float | None = 10.0
@@ -188,7 +184,7 @@ class ClientFlows(OpeningFlows[S]):
         kept = arguments.microseconds("lease", lease)
         request = pb.RenewTensorRequest(handle=tensor.handle, lease=kept)
         answer = yield from self._unary("RenewTensor", request, timeout)
-        return _messages.stored_from(answer, tensor.shape, tensor.dtype)
+        return _messages.stored_from(answer, tensor.shape, tensor.dtype, tensor.integers)
 
     def drop_tensor(self, tensor: StoredTensor, *, timeout: float | None = 10.0) -> Flow[None]:
         """Give a stored tensor up.

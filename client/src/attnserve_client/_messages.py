@@ -46,10 +46,18 @@ def put_messages(array: Array, lease: int, chunk_bytes: int) -> Iterator[bytes]:
 
 
 def stored_from(
-    answer: pb.StoredTensor, shape: tuple[int, ...], dtype: "np.dtype[Any]"
+    answer: pb.StoredTensor,
+    shape: tuple[int, ...],
+    dtype: "np.dtype[Any]",
+    integers: Array | None = None,
 ) -> StoredTensor:
     """What the server keeps."""
-    return StoredTensor(answer.handle, answer.lease / 1e6, shape, dtype)
+    return StoredTensor(answer.handle, answer.lease / 1e6, shape, dtype, integers=integers)
+
+
+def kept_integers(array: Array) -> Array | None:
+    """A copy of integers, which are few; None of other tensors."""
+    return array.copy() if array.dtype.kind == "i" else None
 
 
 class TokensOptions(TypedDict, total=False):

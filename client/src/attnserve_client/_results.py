@@ -57,6 +57,8 @@ class StoredTensor:
         lease: seconds that the server keeps it after its last use.
         shape, dtype: of the array that was put.
         server: which of a client's several servers keeps it; empty: the client has one.
+        integers: the elements, if they are integers and this client put them: results say by them
+            how sequences were packed.
     """
 
     handle: str
@@ -64,6 +66,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: "np.dtype[Any]"
     server: str = ""
+    integers: Array | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +144,7 @@ class AttendResult:
         log_sum_exp: [B, H, Sq] FP32, natural logarithm, of each query's scores and its head's sink,
             if there is one; -inf where it saw nothing.
         cu_seqlens_q, cu_seqlens_k: [N + 1] INT64: of packed sequences, where each begins, as the
-            request gave it; None of streams, and where they were stored in the server.
+            request gave it; None where it named stored tensors that another client had put.
         timings: the server's own.
     """
 

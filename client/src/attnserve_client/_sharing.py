@@ -291,6 +291,9 @@ def _answer_bytes(
     if not len(query) == len(key) == len(value) == 4:
         return None
     rows, per_head = math.prod(query[:3]), math.prod(query[:2])
+    # Of packed sequences each has distances of its own.
+    starts = shapes.get("cu_seqlens_q", ((), 0))[0]
+    diagnosed = query[1] * max(0, starts[0] - 1) if len(starts) == 1 else per_head
     sizes: dict[str, int] = {
         "output": rows * value[3] * item * (not returns.no_output),
         "weights": rows * key[2] * item * returns.weights,
@@ -298,7 +301,7 @@ def _answer_bytes(
         "top_k_indices": rows * 8 * returns.top_k,
         "top_k_weights": rows * 4 * returns.top_k,
         "mass_per_key": per_head * key[2] * 4 * returns.mass_per_key,
-        "mass_by_distance": per_head * 4 * returns.mass_by_distance,
+        "mass_by_distance": diagnosed * 4 * returns.mass_by_distance,
         "log_sum_exp": rows * 4 * returns.log_sum_exp,
     }
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())

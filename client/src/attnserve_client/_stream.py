@@ -83,7 +83,7 @@ class AttendStream:
                 raise RuntimeError("this stream is closed")
             self._last_id += 1
             self._waiting[self._last_id] = future
-            self._assembler.expect(self._last_id, call.plan.answers)
+            self._assembler.expect(self._last_id, call)
             self._outgoing.put(call.to_stream(self._last_id, timeout))
         return future
 
