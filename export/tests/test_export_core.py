@@ -19,6 +19,7 @@ from attnserve_export.attention.masks import Mask
 from attnserve_export.attention.positions import Rotary
 from attnserve_export.attention.variants import FUSED, VariantSpec, core_specs, layer_specs
 from attnserve_export.cli import main
+from attnserve_export.errors import ExportError
 from attnserve_export.reference import BIDIRECTIONAL, CAUSAL, attention_reference
 from attnserve_export.verification import lowest_bias_tolerance
 from handmade import attention, write_core
@@ -325,4 +326,24 @@ def test_a_layers_parameters_come_from_a_file(
     message = capsys.readouterr().err
     assert "in_proj_bias is missing" in message
     assert "out_proj.weight has shape [3, 3], allowed: [16, 16]" in message
+    keyed = nn.MultiheadAttention(16, 2, add_bias_kv=True).state_dict()
+    save_file(keyed, tmp_path / "keyed.safetensors")
+    assert main([*layer, str(tmp_path / "keyed.safetensors")]) == 2
+    assert "bias_k is not a parameter of the layer" in capsys.readouterr().err
     assert main([*layer, str(tmp_path / "good.safetensors")]) == 0
+    # Nothing in the file would say otherwise: a module that has it leaves the same parameters.
+    zero = nn.MultiheadAttention(16, 2, add_zero_attn=True)
+    assert zero.state_dict().keys() == module.state_dict().keys()
+    said = capsys.readouterr().err
+    assert "add_zero_attn, which leaves no parameters behind, is taken to be off" in said
+
+
+@pytest.mark.parametrize("option", ["add_zero_attn", "add_bias_kv"])
+def test_what_a_layer_does_not_compute_is_refused(option: str, tmp_path: Path) -> None:
+    module = nn.MultiheadAttention(16, 2, **{option: True})
+    with pytest.raises(ExportError, match=f"module: given with {option}; allowed: without"):
+        models.export_layer(
+            module, "bidirectional", tmp_path / "x" / "1", name="x", version=1, dtype="FP32",
+            opset=23, source={}, progress=lambda _: None,
+        )  # fmt: skip
+    assert not (tmp_path / "x").exists()

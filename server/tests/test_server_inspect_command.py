@@ -55,12 +55,38 @@ def test_a_pair_a_file_and_ids(address: str, tmp_path: Path) -> None:
     assert meta_of(page)["keys"] == ["[CLS]", "w5", "[SEP]"]
 
 
+def test_packed_texts_are_blocks_of_one_map(
+    client: AttentionClient, address: str, tmp_path: Path
+) -> None:
+    page, texts = tmp_path / "page.html", ["w1 w2 w3", "w5", "w7 w8"]
+    arguments = ["inspect", *texts, "--packed", "--model", "bert", "--out", str(page)]
+    assert main([*arguments, "--heads", "1", "--target", address]) == 0
+    expected = client.attend_tokens(texts, model="bert", heads=[1], return_weights=True)
+    described = meta_of(page)
+    assert described["keys"] == [token for tokens in expected.tokens for token in tokens]
+    assert (described["documents"], described["split"]) == ([[0, 0], [5, 5], [8, 8]], None)
+    content = page.read_text("utf-8")
+    assert "12 keys in 3 documents, none of which sees another" in content
+    assert "<title>bert: w1 w2 w3 / w5 / w7 w8</title>" in content
+    for layer in range(3):
+        packed = re.search(rf'id="s0m0-layer-{layer}">(.*?)<', content)[1]
+        back = encoding.unpack_layer(packed, (1, 12, 12), described["bits"])
+        whole = np.zeros((1, 12, 12))
+        for first, own in zip((0, 5, 8), expected.weights, strict=True):
+            last = first + own.shape[-1]
+            whole[:, first:last, first:last] = own[layer]
+        np.testing.assert_allclose(back, whole, atol=3e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         ([], 2, "nothing to show; give a text, -, --file or --ids"),
         (["w1", "--ids", "2,3"], 2, "--ids: given with a text"),
         (["w1", "w2", "--pair", "w3"], 2, "--pair: given with 2 texts"),
+        (["w1", "--packed"], 2, "--packed: given with 1 texts; allowed: with 2 texts or more"),
+        (["--ids", "2,3", "--packed"], 2, "--packed: given with 0 texts"),
+        (["w1", "--pair", "w3", "--packed"], 2, "--packed: given with --pair"),
         (["w1", "--layers", "7"], 1, "returns.layers[0]: given 7; allowed: 0..2"),
         (["w " * 30], 1, "allowed: 1..20 tokens"),
     ],
@@ -85,6 +111,9 @@ def test_too_many_weights_are_refused_before_they_are_fetched(
     monkeypatch.setattr(command, "_MOST_WEIGHTS", 100)
     with pytest.raises(ValueError, match=r"are 150 weights; allowed: 100; use --layers, --heads"):
         command.collect(client, ["w1 w2 w3"], model="bert")
+    # Packed, the room between texts counts, too.
+    with pytest.raises(ValueError, match=r"at \[4, 3\] tokens, are 294 weights; allowed: 100"):
+        command.collect(client, ["w1 w2", "w4"], model="bert", packed=True)
 
 
 def test_tokens_takes_every_option_of_the_call(

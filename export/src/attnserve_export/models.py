@@ -144,6 +144,7 @@ def export_layer(
         source: where the parameters come from.
 
     Raises:
+        ExportError: a `MultiheadAttention` that adds keys of its own.
         VerificationError: a graph missed its tolerance; nothing is written.
     """
     module = copy.deepcopy(module).to(TORCH[dtype]).eval()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from attnserve_client import AttendResult, TokensResult
@@ -73,6 +73,21 @@ class AttentionMap:
                 f"weights: shape {list(self.weights.shape)}; allowed: {list(allowed)}, by the "
                 "layers, heads, queries and keys"
             )
+
+    @classmethod
+    def of(cls, axes: Axes, weights: Array) -> Self:
+        """The map of weights whose axes are these."""
+        return cls(
+            axes.kind,
+            weights,
+            axes.queries,
+            axes.keys,
+            axes.layers,
+            axes.heads,
+            axes.split,
+            axes.sink,
+            axes.documents,
+        )
 
     @property
     def square(self) -> bool:
@@ -147,36 +162,20 @@ def maps_of(result: TokensResult | AttendResult, sequence: int = 0) -> tuple[Att
     else:
         layers, heads = tuple(result.layers), tuple(result.heads)
         axes = axes_of(result, result.attention, layers, heads, sequence)
-    keys, with_sink = axes.keys, _with_sink(array)
-    sink = with_sink is not None
-    if with_sink is not None:
-        array, keys = with_sink, (*keys, SINK)
-    return (
-        AttentionMap(
-            axes.kind,
-            array,
-            axes.queries,
-            keys,
-            axes.layers,
-            axes.heads,
-            axes.split,
-            sink,
-            axes.documents,
-        ),
-    )
+    left = left_to_sink(array)
+    if left.max(initial=0) > _ROUNDING[array.dtype.itemsize]:
+        axes = replace(axes, keys=(*axes.keys, SINK), sink=True)
+        array = np.concatenate([array, left.astype(array.dtype)[..., None]], axis=-1)
+    return (AttentionMap.of(axes, array),)
 
 
-def _with_sink(weights: Array) -> Array | None:
-    """The weights with a column of what their rows leave to a learned sink; None without one.
+def left_to_sink(weights: Array) -> Array:
+    """What rows leave to a learned sink, [...], float32; of weights [..., Sk].
 
-    A row without any weight sees no key: it stays empty.
+    A row without any weight sees no key: it leaves nothing.
     """
     sums = weights.sum(axis=-1, dtype=np.float32)
-    left = np.where(sums > 0, 1 - sums, 0)
-    if left.max(initial=0) <= _ROUNDING[weights.dtype.itemsize]:
-        return None
-    column = np.maximum(left, 0).astype(weights.dtype)
-    return np.concatenate([weights, column[..., None]], axis=-1)
+    return np.where(sums > 0, np.maximum(1 - sums, 0), np.float32(0))
 
 
 def axes_of(
@@ -200,21 +199,6 @@ def axes_of(
         types = [*result.token_type_ids[sequence : sequence + 1], []][0]
         split = types.index(1) if 1 in types else texts.second_segment(queries)
     return Axes(attention or "self", queries, keys, layers, heads, split)
-
-
-def joined(axes: Sequence[Axes]) -> Axes:
-    """The axes of documents side by side, none of which sees another; of one, its own."""
-    first, *others = axes
-    if not others:
-        return first
-    documents, queries, keys = [], list[str](), list[str]()
-    for each in axes:
-        documents.append((len(queries), len(keys)))
-        queries += each.queries
-        keys += each.keys
-    return replace(
-        first, queries=tuple(queries), keys=tuple(keys), split=None, documents=tuple(documents)
-    )
 
 
 def _documents_of(result: AttendResult) -> Documents:

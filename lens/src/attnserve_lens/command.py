@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text from a file, in UTF-8; again for more",
     )
     add("--pair", type=values.text, metavar="TEXT", help="a second text behind the (only) first")
+    add(
+        "--packed",
+        action="store_true",
+        help="several texts as one packed sequence: one map with a block for each of them",
+    )
     add("--ids", type=ids, help="token ids instead of texts, e.g. 101,2009,102")
     add_tensors(parser)
     add_what_is_read(parser)
@@ -73,6 +78,9 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
     texts, tensor = _texts(options), given_tensor(client, options)
     if tensor and (texts or options.ids is not None or options.pair is not None):
         raise ValueError("--pixel-values, ...: given with a text; allowed: one of the two")
+    if options.packed and (len(texts) < 2 or options.pair is not None):
+        given = "--pair" if options.pair is not None else f"{len(texts)} texts"
+        raise ValueError(f"--packed: given with {given}; allowed: with 2 texts or more")
     results = collect(
         client,
         tensor or _inputs(options, texts),
@@ -81,11 +89,14 @@ def run(client: AttentionClient, options: argparse.Namespace) -> int:
         layers=options.layers,
         heads=options.heads,
         truncate=options.truncate,
+        packed=options.packed,
         timeout=options.timeout,
     )
     say_what_was_cut(results[0])
     names = [" ".join([*texts, options.pair])] if options.pair else texts
-    path = write_page(results, options.output, title=options.title, names=names)
+    path = write_page(
+        results, options.output, title=options.title, names=names, packed=options.packed
+    )
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
@@ -99,6 +110,7 @@ def collect(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     truncate: bool | None = None,
+    packed: bool = False,
     timeout: float = 60.0,
 ) -> list[TokensResult]:
     """Weights of texts or ids, one layer of one sequence a request, so that no answer is large.
@@ -110,6 +122,7 @@ def collect(
         targets: for an encoder-decoder, what its decoder reads.
         layers, heads: 0-based; None is all.
         truncate: cut texts that are too long, or refuse them; None is as the checkpoint does.
+        packed: whether all will be shown in one map, which has room for weights between them.
         timeout: seconds that each request may take.
 
     Returns:
@@ -134,7 +147,7 @@ def collect(
     )
     target_ids, lengths = found.target_ids, found.lengths
     listed: tuple[Any, ...] = asked.attentions or (asked,)
-    _check_size(lengths, target_ids, listed, layers, heads)
+    _check_size(lengths, target_ids, listed, layers, heads, packed=packed)
     wanted_layers = [
         list(range(each.num_layers)) if layers is None else list(layers) for each in listed
     ]
@@ -194,6 +207,8 @@ def _check_size(
     attentions: Sequence[Any],
     layers: Sequence[int] | None,
     heads: Sequence[int] | None,
+    *,
+    packed: bool,
 ) -> None:
     lengths = [
         max([length, *map(len, target_ids[index : index + 1])])
@@ -203,7 +218,8 @@ def _check_size(
         len(layers or range(each.num_layers)) * len(heads or range(each.num_heads))
         for each in attentions
     )
-    total = sum(length * length for length in lengths) * maps
+    squares = [sum(lengths)] if packed else lengths
+    total = sum(length * length for length in squares) * maps
     if total > _MOST_WEIGHTS:
         raise ValueError(
             f"{maps} heads in all layers together, at {lengths} tokens, are {total:,} weights; "
@@ -257,6 +273,7 @@ def _serve(client: AttentionClient, options: argparse.Namespace) -> int:
     for option, given in (
         ("--out", options.output),
         ("--file", options.file),
+        ("--packed", options.packed),
         ("--ids", options.ids),
         ("--layers", options.layers),
         ("--heads", options.heads),

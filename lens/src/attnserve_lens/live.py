@@ -6,11 +6,12 @@ all float32; then `encoding.layer_bytes` and `encoding.thumbnail_bytes`.
 """
 
 import itertools
+import json
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from attnserve_client import AttentionClient, Model
 
 from attnserve_lens import encoding
 from attnserve_lens.asking import heads_at_once, layer_of, sequence_of
-from attnserve_lens.attention import AttentionMap, Axes, axes_of, joined
+from attnserve_lens.attention import AttentionMap, Axes, axes_of, left_to_sink
+from attnserve_lens.documents import joined
 from attnserve_lens.measures import measure, per_head
 from attnserve_lens.page import cut, describe
 
@@ -37,6 +39,7 @@ class _Asked:
         ids, types: of each document.
         target: ids that a decoder reads.
         bits: of a code, see `encoding`.
+        sunk: layers that have learned sinks.
     """
 
     model: str
@@ -46,6 +49,7 @@ class _Asked:
     types: tuple[tuple[int, ...], ...]
     target: tuple[int, ...]
     bits: int
+    sunk: frozenset[int]
 
 
 class Viewer:
@@ -120,15 +124,19 @@ class Viewer:
         if any(found.truncated) or any(found.target_truncated):
             facts += "; text was cut to what the model takes"
         maps = []
-        several = len(asked.attentions) > 1
+        several, sunk_layers = len(asked.attentions) > 1, _sunk_layers(asked)
         for each in asked.attentions or (asked,):
             name = each.name if several else ""
             layers, heads = tuple(range(each.num_layers)), tuple(range(each.num_heads))
-            axes = joined([axes_of(found, name, layers, heads, n) for n in range(len(documents))])
+            sunk = sunk_layers.get(each.name, frozenset())
+            axes = joined(
+                [axes_of(found, name, layers, heads, n) for n in range(len(documents))],
+                sink=bool(sunk),
+            )
             bits = encoding.code_bits(len(axes.heads) * len(axes.queries) * len(axes.keys))
             ids, types = tuple(map(tuple, found.ids)), tuple(map(tuple, found.token_type_ids))
             targets = tuple(found.target_ids[0] if target else ())
-            named = self._keep(_Asked(model, name, axes, ids, types, targets, bits))
+            named = self._keep(_Asked(model, name, axes, ids, types, targets, bits, sunk))
             maps.append(describe(axes, named, bits))
         shown = cut(text if not pair else f"{text} {pair}")
         found_there = {"name": shown, "facts": facts, "maps": maps}
@@ -197,16 +205,9 @@ class Viewer:
                 step=step,
             )
             weights[:, query : query + own.shape[1], key : key + own.shape[2]] = own
-        shown = AttentionMap(
-            axes.kind,
-            weights[None],
-            axes.queries,
-            axes.keys,
-            (layer,),
-            axes.heads,
-            axes.split,
-            documents=axes.documents,
-        )
+        if axes.layers[layer] in asked.sunk:
+            weights[..., -1] = left_to_sink(weights)
+        shown = AttentionMap.of(replace(axes, layers=(layer,)), weights[None])
         measures = measure(shown)
         nothing = np.full((1, len(axes.heads)), np.nan)
         floats = [measures.effective, measures.visible, measures.received]
@@ -230,3 +231,12 @@ class Viewer:
 
 def _takes_target(model: Model) -> bool:
     return any(each.name == "cross" for each in model.attentions)
+
+
+def _sunk_layers(model: Model) -> dict[str, frozenset[int]]:
+    """Of each attention, by its name, the layers that have learned sinks: the manifest says so."""
+    attentions = json.loads(model.manifest)["transformer"]["attentions"]
+    return {
+        each["name"]: frozenset(n for n, layer in enumerate(each["layers"]) if layer.get("sinks"))
+        for each in attentions
+    }

@@ -15,7 +15,7 @@ from attnserve_client import AttendResult, TokensResult
 from attnserve_client import token_texts as texts
 from attnserve_proto.commands import replacing
 
-from attnserve_lens import encoding, seen
+from attnserve_lens import documents, encoding, seen
 from attnserve_lens.attention import AttentionMap, Axes, maps_of
 from attnserve_lens.measures import Measures, measure, per_head
 from attnserve_lens.summary import facts_of, sentences_of
@@ -42,6 +42,7 @@ def write_page(
     *,
     title: str = "",
     names: Sequence[str] = (),
+    packed: bool = False,
 ) -> Path:
     """Write the page of results to a file, in one step; `page_of` says what is on it.
 
@@ -49,14 +50,18 @@ def write_page(
         ValueError: a result has no weights.
         OSError: the file cannot be written.
     """
-    path, page = Path(path), page_of(results, title=title, names=names)
+    path, page = Path(path), page_of(results, title=title, names=names, packed=packed)
     with replacing(path) as beside:
         beside.write_text(page, "utf-8")
     return path
 
 
 def page_of(
-    results: Result | Sequence[Result], *, title: str = "", names: Sequence[str] = ()
+    results: Result | Sequence[Result],
+    *,
+    title: str = "",
+    names: Sequence[str] = (),
+    packed: bool = False,
 ) -> str:
     """The page that shows the attention of a result: self-contained, without any network access.
 
@@ -65,23 +70,33 @@ def page_of(
             an encoder-decoder's.
         title: of the page; empty: the model and the text.
         names: the texts themselves, to call them by; without them, what their tokens spell.
+        packed: show all sequences in one map, as documents none of which sees another; not of
+            pictures and sounds.
 
     Raises:
-        ValueError: a result has no weights.
+        ValueError: a result has no weights, or what is packed is no text.
     """
     listed = [results] if isinstance(results, TokensResult | AttendResult) else list(results)
-    return "".join(_parts(listed, title, names))
+    count = len(listed[0].weights) if listed[0].weights is not None else 1
+    shown = [[each for result in listed for each in maps_of(result, n)] for n in range(count)]
+    if packed:
+        if isinstance(listed[0], TokensResult) and listed[0].source is not None:
+            raise ValueError(
+                f"packed: given of {listed[0].source.name}; allowed: of texts and token ids"
+            )
+        shown = [[documents.packed(each) for each in zip(*shown, strict=True)]]
+        names = [" / ".join(names)] if names else ()
+    return "".join(_parts(listed[0], shown, title, names))
 
 
-def _parts(results: Sequence[Result], title: str, names: Sequence[str]) -> Iterator[str]:
-    result = results[0]
+def _parts(
+    result: Result, shown: Sequence[Sequence[AttentionMap]], title: str, names: Sequence[str]
+) -> Iterator[str]:
     sequences: list[dict[str, Any]] = []
     blocks: list[str] = []
     sentences: list[str] = []
-    count = len(result.weights) if result.weights is not None else 1
-    for index in range(count):
+    for index, found in enumerate(shown):
         maps: list[dict[str, Any]] = []
-        found = [each for result in results for each in maps_of(result, index)]
         for attention in found:
             name = f"s{index}m{len(maps)}"
             measures = measure(attention)
@@ -91,12 +106,12 @@ def _parts(results: Sequence[Result], title: str, names: Sequence[str]) -> Itera
             blocks += _blocks(attention, measures, name, bits)
             if index == 0:
                 sentences += sentences_of(attention, measures)
-        shown = seen.seen(result, index)
-        text = names[index] if index < len(names) else _spoken(shown, found, index)
+        source = seen.seen(result, index)
+        text = names[index] if index < len(names) else _spoken(source, found, index)
         described_seen = None
-        if shown is not None:
-            described_seen = seen.described(shown, f"s{index}seen")
-            blocks.append(_block(f"s{index}seen", encoding.pack_bytes(seen.content_of(shown))))
+        if source is not None:
+            described_seen = seen.described(source, f"s{index}seen")
+            blocks.append(_block(f"s{index}seen", encoding.pack_bytes(seen.content_of(source))))
         sequences.append({"name": cut(text), "maps": maps, "seen": described_seen})
     meta = json_of({"sequences": sequences})
     yield from assemble(

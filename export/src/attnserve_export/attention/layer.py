@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from attnserve_export.attention.core import AttentionConfig, Core
 from attnserve_export.attention.variants import DIAGNOSTICS, VariantSpec
+from attnserve_export.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,15 @@ class AttentionLayer(nn.Module):
 
     @classmethod
     def of_multihead(cls, module: nn.MultiheadAttention, mask: str) -> "AttentionLayer":
-        """The same layer as a `torch.nn.MultiheadAttention`, its parameters taken over."""
+        """The same layer as a `torch.nn.MultiheadAttention`, its parameters taken over.
+
+        Raises:
+            ExportError: the module adds keys of its own.
+        """
+        added = {"add_zero_attn": module.add_zero_attn, "add_bias_kv": module.bias_k is not None}
+        if any(added.values()):
+            given = " and ".join(name for name, is_on in added.items() if is_on)
+            raise ExportError(f"module: given with {given}; allowed: without")
         head_dim = module.head_dim
         attention = AttentionConfig(
             num_heads=module.num_heads,
