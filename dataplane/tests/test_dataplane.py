@@ -50,6 +50,7 @@ def options() -> dict[str, Any]:
         "max_batch_size": 8,
         "max_batch_bytes": MIB,
         "batch_delay": 0.0,
+        "max_run_seconds": 60.0,
         "max_stored_bytes": MIB,
         "stored_lease": 60.0,
         "max_stored_lease": 60.0,
@@ -151,6 +152,7 @@ def test_gauges_of_a_plane_without_work_are_zero(plane: DataPlane) -> None:
             "stored_bytes",
             "shared_bytes",
             "connections",
+            "wedged",
         ],
         0.0,
     )

@@ -27,6 +27,27 @@ LINES = """
 """
 
 
+def test_a_run_without_end_or_deadline_is_stopped_after_the_longest_that_one_may_take(
+    tmp_path: Path,
+) -> None:
+    one_graph.write(tmp_path, LINES)
+    values = np.ones((1, serving.HEADS, 8, serving.DIM), np.float32)
+    with (
+        serving.process(tmp_path, "--max-run-seconds", "0.5") as server,
+        AttentionClient(server.address) as client,
+    ):
+
+        def attend(length: int) -> np.ndarray | None:
+            given = {"model": "causal", "key_lengths": [length]}
+            return client.attend(values, values, values, **given).output
+
+        np.testing.assert_array_equal(attend(2), values + 1)
+        with pytest.raises(DeadlineExceededError, match=r"longer than 0\.5 s .*--max-run-seconds"):
+            attend(5)
+        np.testing.assert_array_equal(attend(2), values + 1)
+    assert server.popen.returncode == 0
+
+
 @pytest.mark.parametrize("known", [0, 50])
 def test_a_run_without_end_ends_at_its_deadline_and_gives_its_place_back(
     known: int, tmp_path: Path

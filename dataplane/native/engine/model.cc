@@ -105,6 +105,10 @@ std::string_view name_of(Kind kind) {
   return "transformer";
 }
 
+std::string name_of(const Model& model, const Variant& variant) {
+  return text(model.facts.name, "/", model.version_text, " ", variant.name());
+}
+
 const Variant* Model::find(Names inputs, Names outputs) const {
   const auto found = std::ranges::find_if(
       variants, [&](auto& each) { return !each->paged() && can(*each, inputs, outputs); });

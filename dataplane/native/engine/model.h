@@ -90,6 +90,8 @@ class Model {
 };
 using ModelPtr = std::shared_ptr<const Model>;
 
+std::string name_of(const Model& model, const Variant& variant);  // "causal/1 native"
+
 // Loads every variant. Throws std::runtime_error "PATH: does not load: REASON".
 std::shared_ptr<Model> load_model(const std::shared_ptr<Runtime>& runtime, ModelFacts facts,
                                   std::vector<VariantFacts> variants, std::vector<Pick> picks,

@@ -129,10 +129,14 @@ nb::dict attend_tokens(DataPlane& self, const std::shared_ptr<HandledRequest>& r
   request->request->priority = priority;
   request->request->shorten(timeout, request->request->arrived);
   services::TokensOutcome outcome;
-  {
+  try {
     const nb::gil_scoped_release released;
     outcome = self.attend_tokens(std::move(work), request->request, request->request->arrived,
                                  working_bytes);
+  } catch (const services::AbandonedError&) {
+    // The run reads the elements still, and nobody is told when it ends.
+    if (given.size() > 0) nb::object(given["array"]).release();
+    throw;
   }
   nb::dict arrays;
   for (std::size_t index = 0; index < outputs.size(); ++index) {
@@ -274,6 +278,11 @@ void bind_plane(nb::module_& module) {
           },
           "authorization"_a)
       .def_prop_ro("draining", [](DataPlane& self) { return self.core.scheduler.draining(); })
+      .def_prop_ro("wedged_runs", [](DataPlane& self) { return self.core.scheduler.wedged(); })
+      .def(
+          "stop_running",
+          [](DataPlane& self, double timeout) { return self.stop_running(seconds_of(timeout)); },
+          "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "load",
           [](DataPlane& self, const engine::ModelFacts& facts,
@@ -352,6 +361,7 @@ void bind_plane(nb::module_& module) {
                  {"stored_bytes", static_cast<double>(core.stored.bytes())},
                  {"shared_bytes", static_cast<double>(core.regions.mapped_bytes())},
                  {"connections", static_cast<double>(self.connections())},
+                 {"wedged", static_cast<double>(core.scheduler.wedged())},
              };
            })
       .def(

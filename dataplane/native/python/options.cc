@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <set>
 #include <string>
 #include <vector>
@@ -72,6 +73,8 @@ services::DataPlaneOptions options_of(const nb::kwargs& given) {
   core.rules.max_batch_bytes = size("max_batch_bytes");
   core.rules.max_working_bytes = core.limits.max_working_bytes;
   core.rules.batch_delay = reader.take<double>("batch_delay");
+  core.rules.max_run_seconds = reader.take<double>("max_run_seconds");
+  core.rules.stop_seconds = std::min(core.rules.stop_seconds, core.rules.max_run_seconds);
   core.max_stored_bytes = size("max_stored_bytes");
   core.stored_lease = seconds("stored_lease");
   core.max_stored_lease = seconds("max_stored_lease");

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
+#include <utility>
 
 #include "base/clock.h"
 #include "base/status.h"
@@ -37,9 +39,14 @@ class Job {
   // Runs this job and others of its key, itself included, as one. Throws if that fails for all.
   virtual void run(std::span<Job* const> batch, engine::Stop* stop) = 0;
   virtual std::unique_ptr<engine::Stop> make_stop() = 0;
-  // Exactly one of these two, once, on whichever thread; neither blocks or throws.
+  // Exactly one of these three, once, on whichever thread; none blocks or throws.
   virtual void done(const Outcome& outcome) noexcept = 0;
   virtual void failed(Status status) noexcept = 0;
+  // It still runs, on another thread, though it was stopped: its caller is told, and all that the
+  // run reads and writes stays where it is until this job is destroyed.
+  virtual void abandoned(Status status) noexcept { failed(std::move(status)); }
+  // What it computes, for the log.
+  virtual std::string what() const { return {}; }
 };
 
 }  // namespace attnserve::schedule

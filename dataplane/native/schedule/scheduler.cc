@@ -27,10 +27,6 @@ std::chrono::microseconds retry_after(double seconds) {
   return std::chrono::microseconds(std::llround(std::max(seconds, 0.001) * 1e6));
 }
 
-TimePoint after(TimePoint from, double seconds) {
-  return from + std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
-}
-
 // nullptr: there is no memory for one, and the job runs to its end.
 std::unique_ptr<engine::Stop> stop_for(Job& job) {
   try {
@@ -44,6 +40,10 @@ std::unique_ptr<engine::Stop> stop_for(Job& job) {
 
 Status shutting_down() {
   return {Code::kUnavailable, "the server is shutting down; try another one", {}};
+}
+
+TimePoint after(TimePoint from, double seconds) {
+  return from + std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
 Scheduler::Scheduler(Rules rules) : rules_(rules), free_slots_(rules.slots) {
@@ -165,6 +165,19 @@ bool Scheduler::draining() const {
   return draining_;
 }
 
+std::optional<Status> Scheduler::closed() const {
+  const std::lock_guard lock(mutex_);
+  return closed_locked();
+}
+
+bool Scheduler::stop_running(Duration timeout) {
+  std::unique_lock lock(mutex_);
+  for (const auto& running : running_) {
+    if (running->stop) running->stop->request();
+  }
+  return ended_.wait_for(lock, timeout, [this] { return running_.empty(); });
+}
+
 std::size_t Scheduler::waiting() const {
   const std::lock_guard lock(mutex_);
   return queue_.size();
@@ -175,9 +188,14 @@ std::size_t Scheduler::running() const {
   return running_.size();
 }
 
+std::size_t Scheduler::wedged() const {
+  const std::lock_guard lock(mutex_);
+  return wedged_;
+}
+
 std::optional<Status> Scheduler::refusal(const RequestContext& request,
                                          std::optional<double> seconds, TimePoint now) const {
-  if (draining_) return shutting_down();
+  if (auto closed = closed_locked()) return closed;
   if (queue_.empty() && free_slots_ > 0) return std::nullopt;
   const double wait = ahead(request.priority, now);
   const std::size_t waiting = queue_.size();
@@ -302,23 +320,14 @@ void Scheduler::gather(Running& running, std::unique_lock<std::mutex>& lock) {
 void Scheduler::execute(std::shared_ptr<Running> running) {
   std::vector<Job*> jobs;
   jobs.reserve(running->batch.size());
-  std::int64_t sequences = 0, units = 0;
+  std::int64_t units = 0;
   for (const Entry& entry : running->batch) {
     jobs.push_back(entry.job.get());
-    sequences += entry.job->sequences;
     units += entry.job->measure();
   }
   // For short ones too: what took little time for others may go on for ever with other values.
-  engine::Stop* stop = nullptr;
-  {
-    auto made = stop_for(*jobs.front());
-    const std::lock_guard lock(mutex_);
-    running->stop = std::move(made);
-    stop = running->stop.get();
-    // Whoever lost interest until now, as while the batch gathered, found nothing to stop.
-    if (stop && (stopping_ || !wanted(*running, Clock::now()))) stop->request();
-  }
-  const TimePoint started = Clock::now();
+  begin(*running, stop_for(*jobs.front()));
+  engine::Stop* const stop = running->stop.get();
   std::vector<std::exception_ptr> errors(jobs.size());
   bool alone = jobs.size() == 1;
   if (!alone) {
@@ -344,25 +353,66 @@ void Scheduler::execute(std::shared_ptr<Running> running) {
     std::erase(running_, running);
     if (running->holds_slot) ++free_slots_;
     working_bytes_ -= running->working_bytes;
+    if (running->wedged) {
+      --wedged_;
+      if (running->holds_slot) --wedged_slots_;
+    }
     if (!errors.front() && !(stop && stop->requested())) {
-      estimates_.observe(jobs.front()->key, units, attnserve::seconds(ended - started));
+      estimates_.observe(jobs.front()->key, units, attnserve::seconds(ended - running->started));
     }
     wake = !queue_.empty() && free_slots_ > 0 && idle_threads_ > 0;
+    if (running_.empty()) ended_.notify_all();
   }
   if (wake) slot_free_.notify_one();
-  bool leads = true;
-  for (std::size_t index = 0; index < jobs.size(); ++index) {
-    if (errors[index]) {
-      Status status = attnserve::status_of(errors[index]);
-      if (stop && stop->requested()) {
-        // Why it was stopped is what its caller is told.
-        if (auto lost = lost_interest(*jobs[index]->request, ended, "ended")) status = *lost;
-      }
-      jobs[index]->failed(std::move(status));
-    } else {
-      jobs[index]->done({running->batch[index].submitted, started, ended, sequences, leads});
-      leads = false;
+  if (running->wedged) {
+    has_ended(*running);
+  } else {
+    tell(*running, errors, ended);
+  }
+}
+
+// A run begins, which can be stopped from now on. `stop`: nullptr if it cannot.
+void Scheduler::begin(Running& running, std::unique_ptr<engine::Stop> stop) {
+  bool look = false;
+  {
+    const std::lock_guard lock(mutex_);
+    const TimePoint now = running.started = Clock::now();
+    running.stop = std::move(stop);
+    // Whoever lost interest until now, as while the batch gathered, found nothing to stop.
+    if (running.stop && (stopping_ || !wanted(running, now))) running.stop->request();
+    if (rules_.max_run_seconds > 0) {
+      running.due = after(now, rules_.max_run_seconds);
+      look = running.due < next_look_;
+      if (look) next_look_ = running.due;
     }
+  }
+  if (look) sooner_.notify_one();
+}
+
+// Tells those whose jobs they were what came of a run that is over. No lock is held.
+void Scheduler::tell(const Running& running, std::span<const std::exception_ptr> errors,
+                     TimePoint ended) {
+  std::int64_t sequences = 0;
+  for (const Entry& entry : running.batch) sequences += entry.job->sequences;
+  const bool stopped = running.stop && running.stop->requested();
+  bool leads = true;
+  for (std::size_t index = 0; index < errors.size(); ++index) {
+    Job& job = *running.batch[index].job;
+    if (!errors[index]) {
+      job.done({running.batch[index].submitted, running.started, ended, sequences, leads});
+      leads = false;
+      continue;
+    }
+    Status status = attnserve::status_of(errors[index]);
+    if (stopped) {
+      // Why it was stopped is what its caller is told.
+      if (auto lost = lost_interest(*job.request, ended, "ended")) {
+        status = std::move(*lost);
+      } else if (running.overdue) {
+        status = too_long();
+      }
+    }
+    job.failed(std::move(status));
   }
 }
 
@@ -384,68 +434,6 @@ void Scheduler::work() {
     if (running) execute(std::move(running));
     lock.lock();
   }
-}
-
-// The life of the watcher: deadlines of what waits, and of what runs for nobody any more.
-void Scheduler::watch() {
-  std::unique_lock lock(mutex_);
-  while (!stopping_) {
-    if (next_look_ == kNever) {
-      sooner_.wait(lock);
-    } else {
-      sooner_.wait_until(lock, next_look_);
-    }
-    const TimePoint now = Clock::now();
-    if (stopping_ || now < next_look_) continue;
-    next_look_ = kNever;
-    std::vector<Entry> expired;
-    auto& entries = queue_.entries();
-    for (auto at = entries.begin(); at != entries.end();) {
-      const TimePoint deadline = at->second.job->request->deadline;
-      if (now < deadline) {
-        next_look_ = std::min(next_look_, deadline);
-        ++at;
-        continue;
-      }
-      Entry taken;
-      at = queue_.remove(at, taken);
-      expired.push_back(std::move(taken));
-    }
-    for (const auto& running : running_) {
-      TimePoint last = TimePoint::min();
-      for (const Entry& entry : running->batch) {
-        const RequestContext& request = *entry.job->request;
-        if (!request.cancelled) last = std::max(last, request.deadline);
-      }
-      if (now < last) {
-        next_look_ = std::min(next_look_, last);
-      } else if (running->stop) {
-        running->stop->request();
-      }
-    }
-    if (expired.empty()) continue;
-    lock.unlock();
-    for (Entry& entry : expired) {
-      entry.job->failed(
-          {Code::kDeadlineExceeded, "the deadline passed before the computation could start", {}});
-    }
-    lock.lock();
-  }
-}
-
-bool Scheduler::wanted(const Running& running, TimePoint now) {
-  return std::ranges::any_of(running.batch, [now](const Entry& entry) {
-    const RequestContext& request = *entry.job->request;
-    return !request.cancelled && now < request.deadline;
-  });
-}
-
-std::optional<Status> Scheduler::lost_interest(const RequestContext& request, TimePoint now,
-                                               const char* when) {
-  if (request.cancelled) return Status{Code::kCancelled, "the caller cancelled the request", {}};
-  if (now < request.deadline) return std::nullopt;
-  return Status{
-      Code::kDeadlineExceeded, text("the deadline passed before the computation ", when), {}};
 }
 
 }  // namespace attnserve::schedule

@@ -31,6 +31,23 @@ void OpenStreams::drain() {
   for (auto& [number, drain_one] : open) drain_one();
 }
 
+std::uint64_t HealthWatchers::add(Tell tell) {
+  const std::lock_guard lock(mutex_);
+  tell();
+  watching_.emplace(++last_, std::move(tell));
+  return last_;
+}
+
+void HealthWatchers::remove(std::uint64_t number) {
+  const std::lock_guard lock(mutex_);
+  watching_.erase(number);
+}
+
+void HealthWatchers::changed() {
+  const std::lock_guard lock(mutex_);
+  for (auto& [number, tell] : watching_) tell();
+}
+
 Admitted& Admitted::operator=(Admitted&& other) noexcept {
   if (this != &other) {
     release();
@@ -42,9 +59,7 @@ Admitted& Admitted::operator=(Admitted&& other) noexcept {
 }
 
 std::variant<Admitted, Status> Admitted::admit(Core& core, TimePoint now, TimePoint deadline) {
-  if (core.scheduler.draining()) {
-    return schedule::shutting_down();
-  }
+  if (auto closed = core.scheduler.closed()) return std::move(*closed);
   auto entered = core.admission.enter(now, deadline);
   if (auto* refused = std::get_if<Status>(&entered)) return std::move(*refused);
   return Admitted(core.admission, std::get<schedule::AdmissionController::Place>(entered));

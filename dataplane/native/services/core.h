@@ -44,6 +44,21 @@ class OpenStreams {
   bool draining_ = false;
 };
 
+// Who watches the server's health.
+class HealthWatchers {
+ public:
+  using Tell = std::function<void()>;
+  // Calls `tell` now and whenever the health may have changed, by one thread at a time.
+  std::uint64_t add(Tell tell);
+  void remove(std::uint64_t number);
+  void changed();
+
+ private:
+  std::mutex mutex_;  // guards what follows, and is held while they are told
+  std::unordered_map<std::uint64_t, Tell> watching_;
+  std::uint64_t last_ = 0;
+};
+
 struct CoreOptions {
   requests::Limits limits;
   schedule::Rules rules;
@@ -78,10 +93,12 @@ struct Core {
         web_tokens(options.max_web_tokens),
         admission(options.rules.max_queue_seconds, static_cast<std::size_t>(options.rules.patience),
                   options.io_threads, options.rules.slots),
-        scheduler(options.rules),
+        scheduler(with_health(options.rules)),
         chores([this] { kv.tidy(); }) {}
 
   requests::Context context() { return {models, limits, stored, regions}; }
+  // Whether requests should come here: it serves, and nothing in it is wedged.
+  bool ready() const { return serving && scheduler.wedged() == 0; }
 
   const requests::Limits limits;
   const PaceRule upload_pace;  // of what comes in several messages
@@ -95,6 +112,7 @@ struct Core {
   sessions::KvSessions kv;
   Statistics statistics;
   OpenStreams streams;
+  HealthWatchers health;
   HandlerQueue control;     // methods of the control plane
   HandlerQueue loading;     // those of them that load models, and take their time
   HandlerQueue tokens;      // requests of token models
@@ -103,6 +121,12 @@ struct Core {
   schedule::AdmissionController admission;
   schedule::Scheduler scheduler;  // its jobs use what is above
   Chores chores;
+
+ private:
+  schedule::Rules with_health(schedule::Rules rules) {
+    rules.wedged_changed = [this] { health.changed(); };
+    return rules;
+  }
 };
 
 // What a call's messages and answers are charged to: its caller's part of the budget.

@@ -32,6 +32,10 @@ class TokensJob final : public schedule::Job {
   void failed(Status status) noexcept override {
     outcome_.set_exception(std::make_exception_ptr(RequestError(std::move(status))));
   }
+  void abandoned(Status status) noexcept override {
+    outcome_.set_exception(std::make_exception_ptr(AbandonedError(std::move(status))));
+  }
+  std::string what() const override { return engine::name_of(*work.model, *work.variant); }
   schedule::Outcome wait() { return outcome_.get_future().get(); }
 
   engine::TokensWork work;

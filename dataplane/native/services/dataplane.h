@@ -28,6 +28,12 @@ struct TokensOutcome {
   Spans spans;
 };
 
+// A run goes on though its caller was told that it failed: what it was given is read still.
+class AbandonedError final : public RequestError {
+ public:
+  using RequestError::RequestError;
+};
+
 // Any thread.
 class DataPlane {
  public:
@@ -44,7 +50,10 @@ class DataPlane {
 
   engine::ModelPtr load(engine::ModelFacts facts, std::vector<engine::VariantFacts> variants,
                         std::vector<engine::Pick> picks);
-  // Runs sequences of one request, batched with others', and waits for it. Throws RequestError.
+  // Stops what still runs. False: some of it has not ended in time.
+  bool stop_running(Duration timeout) { return core.scheduler.stop_running(timeout); }
+  // Runs sequences of one request, batched with others', and waits for it. Throws RequestError;
+  // AbandonedError: what `work` views must be there for as long as the process.
   TokensOutcome attend_tokens(engine::TokensWork work,
                               std::shared_ptr<schedule::RequestContext> request, TimePoint arrived,
                               std::size_t working_bytes);

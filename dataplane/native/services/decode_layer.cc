@@ -79,10 +79,19 @@ class LayerJob final : public schedule::Job {
       delivery.status = status_of(std::current_exception());
       delivery.messages.clear();
     }
+    layer_.reset();
     deliver(std::move(delivery));
   }
 
-  void failed(Status status) noexcept override { deliver({std::move(status), {}}); }
+  void failed(Status status) noexcept override {
+    layer_.reset();  // not done: it may be sent again
+    deliver({std::move(status), {}});
+  }
+  // The pages are its run's until that has ended.
+  void abandoned(Status status) noexcept override { deliver({std::move(status), {}}); }
+  std::string what() const override {
+    return engine::name_of(*asked_.step->models.of(asked_.part.layer).model, *work_.variant);
+  }
 
  private:
   void view_inputs() {
@@ -186,7 +195,6 @@ class LayerJob final : public schedule::Job {
   }
 
   void deliver(Delivery delivery) noexcept {
-    layer_.reset();  // not done: it may be sent again
     if (asked_.begins && delivery.status.code != Code::kOk) asked_.step->give_up();
     asked_.admitted.release();
     asked_.step->computing = false;

@@ -38,6 +38,9 @@ class EarlyHeads::Part final : public schedule::Job {
     whole_->part_done(heads_, outcome);
   }
   void failed(Status status) noexcept override { whole_->part_failed(std::move(status)); }
+  std::string what() const override {
+    return engine::name_of(*whole_->prepared_->plan.model, *whole_->prepared_->plan.variant);
+  }
 
  private:
   const std::int64_t heads_;

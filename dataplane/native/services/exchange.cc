@@ -169,6 +169,10 @@ void Exchange::failed(Status status) noexcept {
   parts_.deliver({std::move(status), {}});
 }
 
+std::string Exchange::what() const {
+  return engine::name_of(*parts_.prepared->plan.model, *parts_.prepared->plan.variant);
+}
+
 void begin_exchange(Core& core, ExchangeParts parts) {
   core.scheduler.submit(std::make_shared<Exchange>(core, std::move(parts)), true);
 }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -59,6 +60,7 @@ class Exchange final : public schedule::Job {
   std::unique_ptr<engine::Stop> make_stop() override;
   void done(const schedule::Outcome& outcome) noexcept override;
   void failed(Status status) noexcept override;
+  std::string what() const override;
 
  private:
   Core& core_;

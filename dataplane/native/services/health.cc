@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
+#include <utility>
 
 #include "wire/open_inference.h"
 
@@ -18,26 +20,33 @@ int health_of(const Core& core, std::string_view service) {
   if (std::find(kServices.begin(), kServices.end(), service) == kServices.end()) {
     return kServiceUnknown;
   }
-  return core.serving ? kServing : kNotServing;
+  return core.ready() ? kServing : kNotServing;
 }
 
 OutMessage message(int health) { return OutMessage::of(wire::encode_health(health)); }
 
-// Says how it is, and once more when the server drains.
+// Says how it is, and again when that changes, to the end when the server drains.
 class WatchHandler final : public grpc::CallHandler {
  public:
   WatchHandler(Core& core, std::shared_ptr<grpc::Call> call)
       : core_(core), call_(std::move(call)) {}
 
   void on_message(Bytes bytes) override {
-    if (number_ != 0) return;
+    if (drain_number_ != 0) return;
+    std::string service;
     try {
-      call_->send(message(health_of(core_, wire::decode_health_check(bytes.span()))));
+      service = std::string(wire::decode_health_check(bytes.span()));
     } catch (...) {
       call_->finish(status_of(std::current_exception()));
       return;
     }
-    number_ = core_.streams.add([weak = std::weak_ptr(call_)] {
+    watch_number_ =
+        core_.health.add([&core = core_, service, weak = std::weak_ptr(call_), told = 0]() mutable {
+          const int health = health_of(core, service);
+          if (health == std::exchange(told, health)) return;
+          if (const auto call = weak.lock()) call->send(message(health));
+        });
+    drain_number_ = core_.streams.add([weak = std::weak_ptr(call_)] {
       if (const auto call = weak.lock()) {
         call->send(message(kNotServing));
         call->finish(schedule::shutting_down());
@@ -45,12 +54,15 @@ class WatchHandler final : public grpc::CallHandler {
     });
   }
   void on_half_close() override {}
-  void on_end(Code) override { core_.streams.remove(number_); }
+  void on_end(Code) override {
+    core_.health.remove(watch_number_);
+    core_.streams.remove(drain_number_);
+  }
 
  private:
   Core& core_;
   const std::shared_ptr<grpc::Call> call_;
-  std::uint64_t number_ = 0;  // among the open streams, once it watches
+  std::uint64_t watch_number_ = 0, drain_number_ = 0;  // once it watches
 };
 
 }  // namespace

@@ -37,15 +37,19 @@ class FakeJob : public Job {
     }
     changed_.notify_all();
     std::unique_lock lock(mutex_);
-    while (held_ && !(stop && stop->requested())) {
+    while (held_ && (deaf || !(stop && stop->requested()))) {
       changed_.wait_for(lock, std::chrono::milliseconds(1));
     }
-    if (stop && stop->requested()) throw RequestError(Code::kCancelled, "stopped");
+    if (!deaf && stop && stop->requested()) throw RequestError(Code::kCancelled, "stopped");
     if (fails) throw std::runtime_error("a fault");
   }
   std::unique_ptr<engine::Stop> make_stop() override { return std::make_unique<FakeStop>(); }
   void done(const Outcome& outcome) noexcept override { end(outcome, std::nullopt); }
   void failed(Status status) noexcept override { end(std::nullopt, std::move(status)); }
+  void abandoned(Status status) noexcept override {
+    was_abandoned = true;
+    end(std::nullopt, std::move(status));
+  }
 
   void release() {
     {
@@ -84,6 +88,8 @@ class FakeJob : public Job {
   }
 
   bool fails = false;
+  bool deaf = false;  // to a stop
+  std::atomic<bool> was_abandoned{false};
 
  private:
   void end(std::optional<Outcome> outcome, std::optional<Status> status) {

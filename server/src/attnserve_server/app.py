@@ -19,11 +19,15 @@ from attnserve_server.metrics import Metrics
 from attnserve_server.metrics_http import MetricsServer
 from attnserve_server.models import providers, store
 from attnserve_server.models.catalog import Catalog
+from attnserve_server.models.loading import BoundedLoads
 from attnserve_server.models.store import ModelStore
 from attnserve_server.settings import MIB, Settings, usable_cores
+from attnserve_server.watchdog import Watchdog, exit_now
 from attnserve_server.web_tokens import WebTokens
 
 _MOST_IO_THREADS = 4
+# How long runs have to end that a drain has left.
+_STOP_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +56,19 @@ class AttentionServer:
         collect_logs()
         self.plane = _data_plane(settings, self.providers)
         self.store = ModelStore(self.plane)
-        load = partial(store.load, plane=self.plane, providers=self.providers)
-        failed = store.load_all(settings.repository, self.store, load)
+        self._loads = BoundedLoads(
+            partial(store.load, plane=self.plane, providers=self.providers),
+            settings.max_load_seconds,
+        )
+        failed = store.load_all(settings.repository, self.store, self._loads)
         self.metrics = Metrics(
             self.plane,
             lambda: [(model.manifest.name, model.manifest.version) for model in self.store],
         )
         changeable = settings.model_control
-        catalog = Catalog(settings.repository, self.store, load, failed, changeable=changeable)
+        catalog = Catalog(
+            settings.repository, self.store, self._loads, failed, changeable=changeable
+        )
         attention = AttentionHandlers(
             self.plane,
             self.store,
@@ -78,6 +87,7 @@ class AttentionServer:
             self._web_tokens = WebTokens(self.plane, settings)
             methods[web_tokens.PATH] = self._web_tokens.method
         self._handlers = HandlerThreads(self.plane, methods)
+        self._watchdog = Watchdog(self.plane, settings.wedged_exit_seconds)
         self._guard()
         self.port = 0
         self.metrics_port: int | None = None
@@ -103,6 +113,7 @@ class AttentionServer:
         except RuntimeError as error:
             raise OSError(str(error)) from None
         self._files.start()
+        self._watchdog.start()
         address = self.plane.addresses[0]
         self.port = 0 if address.startswith("unix") else int(address.rpartition(":")[2])
         _log.info(
@@ -126,9 +137,21 @@ class AttentionServer:
         answered = self.plane.drain(self._settings.drain_seconds)
         self._files.stop()
         self._handlers.stop()
+        self._watchdog.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
         _log.info("stopped", extra={"all_answered": answered})
+
+    def exit_if_stuck(self) -> None:
+        """After a drain: end the process here if it could not end otherwise.
+
+        A run that does not end could not be waited for, nor a load torn down under its thread.
+        """
+        if not self.plane.stop_running(_STOP_SECONDS):
+            exit_now("a computation does not end", self.plane.wedged_runs)
+        if self._loads.unfinished:
+            logging.shutdown()
+            os._exit(0)
 
     def _guard(self) -> None:
         """Let callers be known, and read certificates and callers again when they change."""

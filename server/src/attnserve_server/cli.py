@@ -18,7 +18,10 @@ _DESCRIPTORS = 65_536
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if it cannot start."""
+    """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if it cannot start.
+
+    A computation that does not end lets the process exit with 70, see `watchdog`.
+    """
     return commands.run("attnserve-server", lambda: _run(arguments))
 
 
@@ -74,6 +77,7 @@ def serve(settings: Settings) -> None:
     )
     stop.wait()
     server.drain()
+    server.exit_if_stuck()
 
 
 def _allow_descriptors() -> None:

@@ -53,6 +53,12 @@ class PreconditionError(RequestError):
     code = Code.FAILED_PRECONDITION
 
 
+class LateError(RequestError):
+    """It was not done in time."""
+
+    code = Code.DEADLINE_EXCEEDED
+
+
 class ExhaustedError(RequestError):
     """Over a limit of this server."""
 

@@ -41,6 +41,7 @@ _GAUGES = {
     ),
     "shared_bytes": ("attnserve_shared_memory_bytes", "Bytes of callers' shared memory, mapped."),
     "connections": ("attnserve_connections", "Connections that are open."),
+    "wedged": ("attnserve_wedged_runs", "Computations that were stopped and do not end."),
 }
 
 _KV_GAUGES = {

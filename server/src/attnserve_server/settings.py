@@ -266,6 +266,14 @@ class PlaneSettings:
             unit=1e-6,
         ),
     ] = 0.0
+    max_run_seconds: Annotated[
+        float,
+        Option(
+            "how long a computation may run before it is stopped; 0: for ever, and none is found "
+            "that does not end",
+            seconds,
+        ),
+    ] = 300.0
     max_connections: Annotated[
         int,
         Option(
@@ -413,6 +421,18 @@ class Settings(PlaneSettings):
     drain_seconds: Annotated[
         float, Option("how long SIGTERM waits for calls under way", seconds)
     ] = 30.0
+    wedged_exit_seconds: Annotated[
+        float,
+        Option(
+            "how long a computation may go on that was stopped and does not end, before the "
+            "process exits with code 70; 0: it never does",
+            seconds,
+        ),
+    ] = 30.0
+    max_load_seconds: Annotated[
+        float,
+        Option("how long one version of a model may take to load; 0: as long as it takes", seconds),
+    ] = 900.0
     model_control: Annotated[bool, Option("let callers load and unload models")] = True
     log_format: Annotated[
         str, Option("lines on standard error: for programs or for people", choices=("json", "text"))

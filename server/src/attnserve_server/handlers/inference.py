@@ -97,7 +97,7 @@ class InferenceHandlers:
         self, message: oip.ServerReadyRequest, request: Request
     ) -> oip.ServerReadyResponse:
         """Whether requests are taken."""
-        return oip.ServerReadyResponse(ready=not self._plane.draining)
+        return oip.ServerReadyResponse(ready=self._ready())
 
     def model_ready(
         self, message: oip.ModelReadyRequest, request: Request
@@ -108,7 +108,10 @@ class InferenceHandlers:
         except RequestError:
             return oip.ModelReadyResponse(ready=False)
         ready = bool(message.version) or self._catalog.ready(message.name)
-        return oip.ModelReadyResponse(ready=ready and not self._plane.draining)
+        return oip.ModelReadyResponse(ready=ready and self._ready())
+
+    def _ready(self) -> bool:
+        return not self._plane.draining and self._plane.wedged_runs == 0
 
     def server_metadata(
         self, message: oip.ServerMetadataRequest, request: Request

@@ -14,8 +14,8 @@ from attnserve_server.handlers.statuses import status_of
 
 Method = Callable[[bytes, Request], bytes]
 
-# Queues and their threads. Loading has one: what it does excludes itself.
-_THREADS = {"control": 4, "loading": 1, "tokens": 16, "web_tokens": 1}
+# Queues and their threads.
+_THREADS = {"control": 4, "loading": 4, "tokens": 16, "web_tokens": 1}
 
 # How long a thread waits before it looks whether the server has ended.
 _PATIENCE_SECONDS = 0.5

@@ -1,13 +1,20 @@
 """What the repository holds, and loading and unloading it while the server runs."""
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from attnserve_proto.manifest import ManifestError
 
-from attnserve_server.errors import NotFoundError, PreconditionError, UnimplementedError
+from attnserve_server.errors import (
+    LateError,
+    NotFoundError,
+    PreconditionError,
+    UnimplementedError,
+)
+from attnserve_server.models.loading import SlowLoadError
 from attnserve_server.models.store import (
     CannotRunError,
     LoadedModel,
@@ -56,8 +63,10 @@ class Catalog:
         self._changeable = changeable
         self._failed = dict(failed)
         self._unloaded: set[str] = set()
-        self._loading: str | None = None
-        self._lock = threading.Lock()
+        self._loading: set[str] = set()
+        # Models that are loaded or unloaded right now: one call a model at a time.
+        self._changing: set[str] = set()
+        self._changed = threading.Condition()  # guards both, and what is written of the others
 
     def entries(self) -> list[CatalogEntry]:
         """Every version in the repository or loaded, by name and version."""
@@ -86,31 +95,36 @@ class Catalog:
 
         Raises:
             NotFoundError: the repository has no such model.
+            LateError: a version has not loaded in time.
             PreconditionError: a version does not load, or nothing of the model can run here.
             UnimplementedError: models are fixed.
         """
         self._check_changeable()
-        with self._lock:
+        with self._alone(name):
             folders = self._folders(name)
             if not folders:
                 raise NotFoundError(f"model_name: given {name[:128]!r}; the repository has none")
-            self._loading = name
+            self._loading.add(name)
             models: list[LoadedModel] = []
             failed: dict[tuple[str, int], str] = {}
-            damaged: list[str] = []
+            damaged: list[ManifestError] = []
             try:
                 for folder in folders:
                     try:
                         models.append(loaded(folder, self._repository, self._load))
                     except ManifestError as error:
                         failed[name, int(folder.name)] = str(error)
-                        damaged += [] if isinstance(error, CannotRunError) else [str(error)]
+                        damaged += [] if isinstance(error, CannotRunError) else [error]
             finally:
-                self._loading = None
-            others = {at: why for at, why in self._failed.items() if at[0] != name}
-            self._failed = others | failed
+                self._loading.discard(name)
+            with self._changed:
+                others = {at: why for at, why in self._failed.items() if at[0] != name}
+                self._failed = others | failed
             if damaged or not models:
-                reason = [*damaged, *failed.values()][0]
+                late = next((each for each in damaged if isinstance(each, SlowLoadError)), None)
+                if late is not None:
+                    raise LateError(f"model_name: {late}")
+                reason = [*map(str, damaged), *failed.values()][0]
                 raise PreconditionError(f"model_name: {reason}")
             self._store.put(name, models)
             self._unloaded.discard(name)
@@ -123,11 +137,24 @@ class Catalog:
             UnimplementedError: models are fixed.
         """
         self._check_changeable()
-        with self._lock:
+        with self._alone(name):
             if not self._store.versions(name) and not self._folders(name):
                 raise NotFoundError(f"model_name: given {name[:128]!r}; there is no such model")
             self._store.put(name, ())
             self._unloaded.add(name)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """While nobody else loads or unloads the model."""
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._changing)
+            self._changing.add(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changing.discard(name)
+                self._changed.notify_all()
 
     def _check_changeable(self) -> None:
         if not self._changeable:
@@ -151,7 +178,7 @@ class Catalog:
     def _entry(self, name: str, version: int, served: set[tuple[str, int]]) -> CatalogEntry:
         if (name, version) in served:
             return CatalogEntry(name, version, READY, "")
-        if name == self._loading:
+        if name in self._loading:
             return CatalogEntry(name, version, LOADING, "")
         otherwise = "unloaded" if name in self._unloaded else "not loaded"
         reason = self._failed.get((name, version), otherwise)

@@ -161,7 +161,8 @@ def loaded(folder: Path, repository: Path, load: Loader) -> LoadedModel:
     except MemoryError:
         raise ManifestError(f"{folder.relative_to(repository)}: no memory is left for it") from None
     except (ManifestError, OSError) as error:
-        raise ManifestError(str(error).replace(f"{repository}/", "")) from None
+        kind = type(error) if isinstance(error, ManifestError) else ManifestError
+        raise kind(str(error).replace(f"{repository}/", "")) from None
     if model is None:
         where = folder.relative_to(repository)
         raise CannotRunError(f"{where}: no variant can run on this server")
