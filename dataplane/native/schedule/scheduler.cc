@@ -81,6 +81,9 @@ std::optional<Status> Scheduler::check_room(const RequestContext& request) {
 void Scheduler::submit(std::shared_ptr<Job> job, bool runs_here) {
   const TimePoint now = Clock::now();
   std::optional<Status> refused = lost_interest(*job->request, now, "could start");
+  if (const auto& recording = job->request->recording) {
+    recording->mark_first(tracing::Mark::kChecked, now);
+  }
   bool wake = false;
   bool look = false;
   if (!refused) {
@@ -319,6 +322,13 @@ void Scheduler::execute(std::shared_ptr<Running> running) {
     if (stop && (stopping_ || !wanted(*running, Clock::now()))) stop->request();
   }
   const TimePoint started = Clock::now();
+  for (const Entry& entry : running->batch) {
+    const auto& recording = entry.job->request->recording;
+    if (!recording) continue;
+    recording->mark_first(tracing::Mark::kGathered, std::max(running->since, entry.submitted));
+    recording->mark_first(tracing::Mark::kStarted, started);
+    recording->together(sequences);
+  }
   std::vector<std::exception_ptr> errors(jobs.size());
   bool alone = jobs.size() == 1;
   if (!alone) {
@@ -352,11 +362,14 @@ void Scheduler::execute(std::shared_ptr<Running> running) {
   if (wake) slot_free_.notify_one();
   bool leads = true;
   for (std::size_t index = 0; index < jobs.size(); ++index) {
+    const RequestContext& request = *jobs[index]->request;
+    const TraceScope scope(request.trace);
+    if (request.recording) request.recording->mark(tracing::Mark::kEnded, ended);
     if (errors[index]) {
       Status status = attnserve::status_of(errors[index]);
       if (stop && stop->requested()) {
         // Why it was stopped is what its caller is told.
-        if (auto lost = lost_interest(*jobs[index]->request, ended, "ended")) status = *lost;
+        if (auto lost = lost_interest(request, ended, "ended")) status = *lost;
       }
       jobs[index]->failed(std::move(status));
     } else {
