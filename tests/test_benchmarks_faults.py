@@ -12,9 +12,7 @@ import pytest
 FAULTS = Path(__file__).parents[1] / "benchmarks/faults"
 
 
-def run(
-    name: str, tmp_path: Path, *options: str, codes: tuple[int, ...] = (0,)
-) -> dict[str, Any]:
+def run(name: str, tmp_path: Path, *options: str, codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """The figures of one, which found nothing wrong."""
     figures = tmp_path / "figures.json"
     command = [sys.executable, str(FAULTS / f"{name}.py"), "--json", str(figures), *options]
