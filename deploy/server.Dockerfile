@@ -22,7 +22,7 @@ COPY constraints.txt ./
 COPY server ./server
 COPY deploy/healthcheck.py ./
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir -c constraints.txt /wheels/*.whl ./server \
+RUN pip install --no-cache-dir -c constraints.txt /wheels/*.whl './server[traces]' \
     && useradd --create-home attnserve
 USER attnserve
 EXPOSE 8001 8002

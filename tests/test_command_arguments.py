@@ -20,14 +20,15 @@ from attnserve_server import configuration
 from bad_arguments import BAD, actions, words_of, wrongly_answered
 
 OF = {
-    "target": "target",
+    "target": "target --trace-endpoint",
     "host": "host",
     "number": "--timeout --seq-len --batch --seed --scale --softcap --top-k --mass-by-distance "
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
     "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
-    "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens",
+    "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens "
+    "--trace-sample --max-traces-per-second",
     "numbers": "--ids --token-type-ids --servers --rates --seq-lens --depths --tokens-seq-lens "
     "--layers --heads",
     "reals": "--sinks",

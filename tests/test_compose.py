@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from attnserve_server import configuration
 from attnserve_server.settings import Settings
 from certificates import Authority
 
@@ -100,6 +101,45 @@ def test_grafana_finds_its_dashboards_and_prometheus() -> None:
     rules = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["rule_files"]
     there = [Path(volume.split(":")[1]).name for volume in SERVICES["prometheus"]["volumes"]]
     assert set(rules) <= set(there)
+
+
+def test_traces_go_from_the_server_by_the_collector_to_jaeger_and_grafana() -> None:
+    deploy = ROOT / "deploy"
+    collector, jaeger = SERVICES["collector"], SERVICES["jaeger"]
+    assert collector["profiles"] == jaeger["profiles"] == ["traces"]
+    ((source, there),) = [volume.split(":")[:2] for volume in collector["volumes"]]
+    assert collector["command"] == [f"--config={there}"]
+    config = yaml.safe_load((ROOT / source).read_text())
+    pipeline = config["service"]["pipelines"]["traces"]
+    for kind in ("receivers", "processors", "exporters"):
+        assert set(pipeline[kind]) == set(config[kind])
+    listens = config["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"]
+    # What the compose file's remarks tell to set is a setting, and leads there.
+    said = re.search(r"ATTNSERVE_TRACE_ENDPOINT=(\S+)", (ROOT / "docker-compose.yml").read_text())
+    assert said is not None
+    given = configuration.of_environment({"ATTNSERVE_TRACE_ENDPOINT": said[1]})
+    assert given == {"trace_endpoint": f"http://collector:{listens.rpartition(':')[2]}"}
+    assert set(config["exporters"]["otlp/jaeger"]["endpoint"].split(":")) == {"jaeger", "4317"}
+    known = {field.variable for field in configuration.all_fields()}
+    for name in ("server-cpu", "server-gpu"):
+        assert set(SERVICES[name]["environment"]) <= known
+    sources = [
+        each
+        for path in (deploy / "grafana/provisioning/datasources").iterdir()
+        for each in yaml.safe_load(path.read_text())["datasources"]
+    ]
+    by_type = {each["type"]: each for each in sources}
+    (port,) = [published.rpartition(":")[2] for published in jaeger["ports"]]
+    assert by_type["jaeger"]["url"] == f"http://jaeger:{port}"
+    (leads,) = by_type["prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
+    assert leads == {"name": "trace_id", "datasourceUid": by_type["jaeger"]["uid"]}
+    assert "--enable-feature=exemplar-storage" in SERVICES["prometheus"]["command"]
+    first = json.loads((deploy / "grafana/dashboards/serving.json").read_text())
+    shown = [target for panel in first["panels"] for target in panel["targets"]]
+    assert any(target.get("exemplar") for target in shown)
+    assert all(target["expr"].startswith("histogram_quantile") for target in shown
+               if target.get("exemplar"))  # fmt: skip
+    assert "./server[traces]" in (deploy / "server.Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)

@@ -79,7 +79,7 @@ def test_every_script_that_takes_arguments_is_looked_at() -> None:
         text = path.read_text()
         assert "ArgumentParser(" not in text, f"{path}: use attnserve_proto.commands.Parser"
         assert "parse_args(" not in text or path in scripts(), path
-    assert len(scripts()) == 19
+    assert len(scripts()) == 20
 
 
 def test_every_option_refuses_what_it_does_not_take(

@@ -449,7 +449,7 @@ def test_requests_are_counted_by_method(
     assert re.search(r'requests_total\{code="OK",method="ModelInfer"\} [1-9]', text)
 
 
-@pytest.mark.parametrize("call", ["get_cuda_shared_memory_status", "get_trace_settings"])
+@pytest.mark.parametrize("call", ["get_cuda_shared_memory_status"])
 def test_what_this_server_lacks_says_so(
     infer_client: triton.InferenceServerClient, call: str
 ) -> None:

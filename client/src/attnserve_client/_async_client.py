@@ -22,6 +22,7 @@ from attnserve_client._sharded_flows import ShardedFlows
 from attnserve_client._sharing import Sharing
 from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._targets import Target, Targeted
+from attnserve_client._tracing import Propagation
 
 
 class AsyncAttentionClient(Targeted[AsyncSession]):
@@ -32,7 +33,7 @@ class AsyncAttentionClient(Targeted[AsyncSession]):
 
     def __init__(self, target: Target, **options: Unpack[ClientOptions]) -> None:
         given = settings(**options)
-        self._runner = runner = AsyncRunner()
+        self._runner = runner = AsyncRunner(Propagation(given.metadata))
         self._tasks: set[asyncio.Task[None]] = set()  # that nobody else holds
 
         def reach(address: str, *, authority: str | None = None) -> Server[AsyncSession]:
@@ -79,7 +80,10 @@ class AsyncAttentionClient(Targeted[AsyncSession]):
         """
         lasting = arguments.seconds("timeout", timeout)
         server = self._server_to_stay()
-        stream = AsyncAttendStream(server.transport.attend_stream, timeout=lasting)
+        transport = server.transport
+        stream = AsyncAttendStream(
+            transport.attend_stream, timeout=lasting, trace_id=transport.trace_id
+        )
         server.connection.held.add(stream)
         return stream
 

@@ -28,7 +28,14 @@ class AsyncAttendStream:
     where they lie.
     """
 
-    def __init__(self, start: Callable[[float | None], Any], *, timeout: float | None) -> None:
+    def __init__(
+        self,
+        start: Callable[[float | None], Any],
+        *,
+        timeout: float | None,
+        trace_id: str | None = None,
+    ) -> None:
+        self._trace_id = trace_id
         self._outgoing: asyncio.Queue[Iterator[bytes] | None] = asyncio.Queue()
         self._assembler = Assembler()
         self._waiting: dict[int, asyncio.Future[AttendResult]] = {}
@@ -98,7 +105,7 @@ class AsyncAttendStream:
                 if future.done():  # nobody waits for it any more
                     continue
                 if isinstance(done[1], _errors.AttnserveError):
-                    future.set_exception(done[1])
+                    future.set_exception(done[1].of_trace(self._trace_id))
                 else:
                     future.set_result(done[1])
         except grpc.RpcError as error:
@@ -108,7 +115,7 @@ class AsyncAttendStream:
                 f"the stream cannot be read: {type(error).__name__}: {error}", method=_METHOD
             )
         finally:
-            self._failure = failure
+            self._failure = failure.of_trace(self._trace_id)
             self._incoming.cancel()
             self._sender.cancel()
             for future in self._waiting.values():

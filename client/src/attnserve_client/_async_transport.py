@@ -18,6 +18,7 @@ from attnserve_client._call_events import Metadata
 from attnserve_client._errors import AttnserveError
 from attnserve_client._results import AttendResult
 from attnserve_client._session_messages import METHOD
+from attnserve_client._tracing import Propagation
 
 
 class AsyncTransport:
@@ -29,7 +30,7 @@ class AsyncTransport:
     """
 
     def __init__(self, channel: grpc.aio.Channel, metadata: Metadata) -> None:
-        self._metadata = metadata
+        self._propagation = Propagation(metadata)
         self._stub: pb_grpc.AttentionServiceAsyncStub = pb_grpc.AttentionServiceStub(channel)
         self._attend = channel.unary_unary(_channel.method_path("Attend"), None, None)
         self._attend_stream = channel.stream_stream(
@@ -39,6 +40,15 @@ class AsyncTransport:
         self._put_tensor = channel.stream_unary(_channel.method_path("PutTensor"), None, None)
         self._decode = channel.stream_stream(_channel.method_path(METHOD), None, None)
         self._tasks: set[asyncio.Task[None]] = set()  # that nobody else holds
+
+    @property
+    def _metadata(self) -> Metadata:
+        return self._propagation.metadata
+
+    @property
+    def trace_id(self) -> str | None:
+        """As `BlockingTransport.trace_id`."""
+        return self._propagation.trace_id
 
     def unary(self, method: str, request: Any, left: float | None) -> Any:
         """Call a method of one request and one answer."""

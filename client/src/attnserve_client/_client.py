@@ -21,6 +21,7 @@ from attnserve_client._sharing import Sharing
 from attnserve_client._sharing_flows import SharingFlows
 from attnserve_client._stream import AttendStream
 from attnserve_client._targets import Target, Targeted
+from attnserve_client._tracing import Propagation
 from attnserve_client._transport import BlockingTransport
 
 # The answers to a single message are read by the thread that sent it, not by one that wakes it.
@@ -48,7 +49,7 @@ class AttentionClient(Targeted[Session]):
 
     def __init__(self, target: Target, **options: Unpack[ClientOptions]) -> None:
         given = settings(**options)
-        self._runner = runner = Runner()
+        self._runner = runner = Runner(Propagation(given.metadata))
 
         def reach(address: str, *, authority: str | None = None) -> Server[Session]:
             return _server(address, authority, given, runner)
@@ -92,7 +93,8 @@ class AttentionClient(Targeted[Session]):
         """
         lasting = arguments.seconds("timeout", timeout)
         server = self._server_to_stay()
-        stream = AttendStream(server.transport.attend_stream, timeout=lasting)
+        transport = server.transport
+        stream = AttendStream(transport.attend_stream, timeout=lasting, trace_id=transport.trace_id)
         server.connection.held.add(stream)
         return stream
 

@@ -15,7 +15,7 @@ AttnserveError
 """
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
@@ -31,6 +31,7 @@ class AttnserveError(Exception):
         message: what the server said.
         method: the method called, e.g. `Attend`.
         retry_after: seconds after which a refused request may be taken; None: not said.
+        trace_id: of the trace that the call belonged to, 32 digits; None: it belonged to none.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -47,7 +48,17 @@ class AttnserveError(Exception):
         self.message = message
         self.method = method
         self.retry_after = retry_after
+        self.trace_id: str | None = None
         super().__init__(f"{self.code.name} from {method}: {message}")
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if self.trace_id is None else f"{said} (trace {self.trace_id})"
+
+    def of_trace(self, trace_id: str | None) -> Self:
+        """The same error, that says which trace its call belonged to."""
+        self.trace_id = self.trace_id or trace_id
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception is copied by calling its class with `args`, which this one does not take.

@@ -21,6 +21,9 @@ from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, get_args
 
+from attnserve_client._errors import AttnserveError
+from attnserve_client._tracing import Propagation
+
 T = TypeVar("T")
 F = TypeVar("F")
 M = TypeVar("M", bound=Callable[..., Any])
@@ -89,10 +92,15 @@ Flow = Generator[Call | Exchange | Pause, Any, T]
 
 
 class Runner:
-    """Runs the flows of one client: makes their calls, one after another. Safe to share."""
+    """Runs the flows of one client: makes their calls, one after another. Safe to share.
 
-    def __init__(self) -> None:
+    Args:
+        propagation: that tells which trace an error is of.
+    """
+
+    def __init__(self, propagation: Propagation | None = None) -> None:
         self._closed = threading.Event()
+        self._propagation = propagation or Propagation()
 
     def close(self) -> None:
         """Whoever pauses stops pausing."""
@@ -116,13 +124,17 @@ class Runner:
         except StopIteration as end:
             result: T = end.value
             return result
+        except AttnserveError as error:
+            error.of_trace(self._propagation.trace_id)
+            raise
 
 
 class AsyncRunner:
     """`Runner`, awaited."""
 
-    def __init__(self) -> None:
+    def __init__(self, propagation: Propagation | None = None) -> None:
         self._closed = asyncio.Event()
+        self._propagation = propagation or Propagation()
 
     def close(self) -> None:
         """As `Runner.close`."""
@@ -146,6 +158,9 @@ class AsyncRunner:
         except StopIteration as end:
             result: T = end.value
             return result
+        except AttnserveError as error:
+            error.of_trace(self._propagation.trace_id)
+            raise
 
     async def _pause(self, seconds: float) -> bool:
         try:

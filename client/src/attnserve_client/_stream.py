@@ -27,7 +27,14 @@ class AttendStream:
     where they lie.
     """
 
-    def __init__(self, start: Callable[..., Any], *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        start: Callable[..., Any],
+        *,
+        timeout: float | None = None,
+        trace_id: str | None = None,
+    ) -> None:
+        self._trace_id = trace_id
         self._outgoing: SimpleQueue[Iterator[bytes] | None] = SimpleQueue()
         self._assembler = Assembler()
         self._waiting: dict[int, Future[AttendResult]] = {}
@@ -111,7 +118,7 @@ class AttendStream:
                 with self._lock:
                     future = self._waiting.pop(done[0])
                 if isinstance(done[1], _errors.AttnserveError):
-                    future.set_exception(done[1])
+                    future.set_exception(done[1].of_trace(self._trace_id))
                 else:
                     future.set_result(done[1])
         except grpc.RpcError as error:
@@ -122,7 +129,7 @@ class AttendStream:
             )
             self._incoming.cancel()
         with self._lock:
-            self._failure = failure
+            self._failure = failure.of_trace(self._trace_id)
             orphans = list(self._waiting.values())
             self._waiting.clear()
         self._outgoing.put(None)

@@ -16,6 +16,7 @@ from attnserve_client._decode_call import DecodeCall, open_call
 from attnserve_client._errors import AttnserveError
 from attnserve_client._results import AttendResult
 from attnserve_client._session_messages import METHOD
+from attnserve_client._tracing import Propagation
 
 
 class BlockingTransport:
@@ -28,7 +29,7 @@ class BlockingTransport:
 
     def __init__(self, channel: grpc.Channel, metadata: Metadata) -> None:
         self._channel = channel
-        self._metadata = metadata
+        self._propagation = Propagation(metadata)
         self._stub = pb_grpc.AttentionServiceStub(channel)
         # Raw bytes: the SDK places tensors in messages, and finds them there, without copies.
         self._attend = channel.unary_unary(_channel.method_path("Attend"), None, None)
@@ -42,6 +43,15 @@ class BlockingTransport:
         self._health = channel.unary_unary(_channel.HEALTH_CHECK, None, None)
         self._put_tensor = channel.stream_unary(_channel.method_path("PutTensor"), None, None)
         self._decode = channel.stream_stream(_channel.method_path(METHOD), None, None)
+
+    @property
+    def _metadata(self) -> Metadata:
+        return self._propagation.metadata
+
+    @property
+    def trace_id(self) -> str | None:
+        """The trace that a call belongs to which begins now; None: there is none."""
+        return self._propagation.trace_id
 
     def unary(self, method: str, request: Any, left: float | None) -> Any:
         """Call a method of one request and one answer."""

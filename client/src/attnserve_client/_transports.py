@@ -11,6 +11,10 @@ from attnserve_client._attend import AttendCall
 class Transport(Protocol):
     """How a client reaches its server. What is answered is, in asyncio, awaited."""
 
+    @property
+    def trace_id(self) -> str | None:
+        """The trace that a call belongs to which begins now; None: there is none."""
+
     def unary(self, method: str, request: Any, left: float | None) -> Any:
         """Call a method of one request and one answer."""
 

@@ -7,9 +7,11 @@
 #include <ctime>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "base/never_destroyed.h"
 #include "base/text.h"
+#include "base/trace_context.h"
 
 namespace attnserve {
 
@@ -131,7 +133,12 @@ void log(Level level, std::string_view event, std::initializer_list<LogField> fi
       const std::scoped_lock lock(sink_mutex);
       sink = current_sink();
     }
-    const LogRecord record{std::chrono::system_clock::now(), level, event, fields};
+    std::vector<LogField> all(fields);
+    if (const TraceContext* trace = TraceScope::current()) {
+      all.emplace_back("trace_id", hex_of(trace->trace_id));
+      all.emplace_back("span_id", hex_of(trace->span_id));
+    }
+    const LogRecord record{std::chrono::system_clock::now(), level, event, all};
     if (sink) {
       (*sink)(record);
     } else {

@@ -37,7 +37,8 @@ std::string json_line(const LogRecord& record);
 using LogSink = std::function<void(const LogRecord&)>;
 void set_log_sink(LogSink sink);
 
-// Hands one event to the sink. Any thread; never fails.
+// Hands one event to the sink, with the trace that this thread works for (TraceScope). Any thread;
+// never fails.
 void log(Level level, std::string_view event, std::initializer_list<LogField> fields = {}) noexcept;
 
 }  // namespace attnserve

@@ -13,19 +13,23 @@ namespace {
 
 std::vector<std::uint8_t> random_bytes(std::size_t count) {
   std::vector<std::uint8_t> bytes(count);
+  fill_random(bytes);
+  return bytes;
+}
+
+}  // namespace
+
+void fill_random(std::span<std::uint8_t> bytes) {
   std::size_t filled = 0;
-  while (filled < count) {
-    const ssize_t got = getrandom(bytes.data() + filled, count - filled, 0);
+  while (filled < bytes.size()) {
+    const ssize_t got = getrandom(bytes.data() + filled, bytes.size() - filled, 0);
     if (got < 0) {
       if (errno == EINTR) continue;
       throw std::system_error(errno, std::generic_category(), "getrandom");
     }
     filled += static_cast<std::size_t>(got);
   }
-  return bytes;
 }
-
-}  // namespace
 
 std::string random_hex(std::size_t bytes) {
   constexpr char kDigits[] = "0123456789abcdef";

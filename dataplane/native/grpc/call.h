@@ -14,11 +14,16 @@
 #include "base/clock.h"
 #include "base/memory.h"
 #include "base/status.h"
+#include "base/trace_context.h"
 
 namespace attnserve::identity {
 class Caller;
 struct Credential;
 }  // namespace attnserve::identity
+
+namespace attnserve::tracing {
+class Recording;
+}  // namespace attnserve::tracing
 
 namespace attnserve::grpc {
 
@@ -37,6 +42,9 @@ struct CallInfo {
   std::shared_ptr<const std::vector<std::string>> certificate;
   std::shared_ptr<identity::Caller> caller;                // once it is known
   std::shared_ptr<const identity::Credential> credential;  // that it is known by, if any
+  TraceContext trace;                                      // that it belongs to, if it says so
+  std::string trace_state;  // `tracestate`, if the trace is recorded; at most kMostTraceState bytes
+  std::shared_ptr<tracing::Recording> recording;  // of this call, if it is recorded
 };
 
 // An open call, as services hold it. Every function may be called from any thread and does nothing
@@ -49,6 +57,8 @@ class Call {
   // the call is anybody else's. The authorization is forgotten.
   virtual void identify(std::shared_ptr<identity::Caller> caller, const std::string& name,
                         std::shared_ptr<const identity::Credential> credential) = 0;
+  // Keeps what the call is recorded in. When `identify` may be called, after it.
+  virtual void record(std::shared_ptr<tracing::Recording> recording) = 0;
   // Queues one message of the answer. Messages are written in the order of these calls.
   virtual void send(OutMessage message) = 0;
   // Ends the call once all that was queued before has been written: trailers with this status.

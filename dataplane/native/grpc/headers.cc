@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdio>
+#include <utility>
 
 #include "base/text.h"
 
@@ -101,6 +102,8 @@ void RequestHeaders::clear() {
   unknown_encoding_.clear();
   bad_timeout_.reset();
   timeout_ = Duration::max();
+  traced_ = false;
+  trace_state_.clear();
 }
 
 bool RequestHeaders::add(std::string_view name, std::string_view value) {
@@ -129,9 +132,25 @@ void RequestHeaders::take_field(std::string_view name, std::string_view value) {
     // Several are as good as none: their sum is no token.
     if (!info_.authorization.empty()) info_.authorization += ", ";
     info_.authorization += value;
+  } else if (name == "traceparent") {
+    take_traceparent(value);
+  } else if (name == "tracestate") {
+    take_tracestate(value);
   } else if (!name.starts_with(':') && !is_reserved(name)) {
     info_.metadata.emplace_back(name, value);
   }
+}
+
+// Several are as good as none: nobody knows which one is meant.
+void RequestHeaders::take_traceparent(std::string_view value) {
+  const bool first = !std::exchange(traced_, true);
+  info_.trace = first ? parse_traceparent(value).value_or(TraceContext{}) : TraceContext{};
+}
+
+void RequestHeaders::take_tracestate(std::string_view value) {
+  if (trace_state_.size() > kMostTraceState) return;
+  if (!trace_state_.empty()) trace_state_ += ',';
+  trace_state_ += value.substr(0, kMostTraceState + 1);
 }
 
 void RequestHeaders::take_encoding(std::string_view value) {
@@ -176,6 +195,10 @@ std::optional<Refusal> RequestHeaders::refusal() const {
 CallInfo RequestHeaders::take_info(TimePoint arrived) {
   info_.arrived = arrived;
   if (timeout_ < kNever - arrived) info_.deadline = arrived + timeout_;
+  if (info_.trace.sampled && trace_state_.size() <= kMostTraceState &&
+      is_tracestate(trace_state_)) {
+    info_.trace_state = trace_state_;
+  }
   return std::move(info_);
 }
 

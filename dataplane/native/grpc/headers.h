@@ -47,6 +47,8 @@ class RequestHeaders {
  private:
   void take_field(std::string_view name, std::string_view value);
   void take_encoding(std::string_view value);
+  void take_traceparent(std::string_view value);
+  void take_tracestate(std::string_view value);
 
   std::size_t max_bytes_;
   std::size_t bytes_ = 0;  // as SETTINGS_MAX_HEADER_LIST_SIZE counts: names, values, 32 each
@@ -57,6 +59,9 @@ class RequestHeaders {
   std::string unknown_encoding_;
   std::optional<std::string> bad_timeout_;
   Duration timeout_ = Duration::max();
+  bool traced_ = false;  // a traceparent has come
+  std::string
+      trace_state_;  // too long: not to be used; its memory serves one request after another
 };
 
 // The header fields of an answer. What `fields` gives is valid as long as the object.

@@ -36,6 +36,9 @@ class Stream final : public Call, public std::enable_shared_from_this<Stream> {
     info_.authorization.clear();
     if (!name.empty()) info_.peer.append("@").append(name);
   }
+  void record(std::shared_ptr<tracing::Recording> recording) override {
+    info_.recording = std::move(recording);
+  }
   void send(OutMessage message) override;
   void finish(Status status) override;
   void pause() override { post(PauseWish{}); }

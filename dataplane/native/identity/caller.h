@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -14,6 +13,7 @@
 
 #include "base/clock.h"
 #include "base/memory.h"
+#include "base/rate.h"
 #include "base/status.h"
 
 namespace attnserve::identity {
@@ -34,22 +34,6 @@ struct Bounds {
   std::size_t sessions = 0;
   std::size_t session_bytes = 0;  // promised to them
   std::size_t calls = 0;          // open at once
-};
-
-// Requests of a caller: so many a second, and those of a second at once.
-// After J. Turner, "New Directions in Communications", IEEE Communications 24(10), 1986 (the token
-// bucket). Any thread.
-class Rate {
- public:
-  void set(double per_second);
-  // Nothing: it is taken. Else: after which time there is room for one.
-  std::optional<Duration> take(TimePoint now);
-
- private:
-  std::mutex mutex_;  // guards what follows
-  double per_second_ = 0;
-  double left_ = 0;
-  TimePoint refilled_{};
 };
 
 // What somebody was recognized by, so that it can be looked up again. No secret.

@@ -21,6 +21,7 @@
 #include "python/log_queue.h"
 #include "python/models.h"
 #include "python/options.h"
+#include "python/traces.h"
 #include "services/dataplane.h"
 
 namespace nb = nanobind;
@@ -193,6 +194,13 @@ void bind_requests(nb::module_& module) {
                    })
       .def_prop_ro("arrived",
                    [](const HandledRequest& self) { return since_epoch(self.request->arrived); })
+      .def_prop_ro("trace",
+                   [](const HandledRequest& self) {
+                     std::optional<std::pair<std::string, std::string>> ids;
+                     const TraceContext& trace = self.request->trace;
+                     if (trace.present()) ids = {hex_of(trace.trace_id), hex_of(trace.span_id)};
+                     return ids;
+                   })
       .def("answer",
            [](HandledRequest& self, const nb::bytes& message) {
              Bytes bytes = bytes_of(message);
@@ -336,6 +344,17 @@ void bind_plane(nb::module_& module) {
              }
              return rows;
            })
+      .def(
+          "take_records",
+          [](DataPlane& self, std::size_t most, double timeout) {
+            return self.core.recorder.take(most, seconds_of(timeout));
+          },
+          "most"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("records",
+           [](DataPlane& self) {
+             const tracing::RecorderCounts counts = self.core.recorder.counts();
+             return std::make_tuple(counts.recorded, counts.refused, counts.dropped);
+           })
       .def("infer_counts", &infer_counts, "model"_a, "version"_a)
       .def("count_inference",
            [](DataPlane& self, const std::string& model, std::int64_t version,
@@ -454,6 +473,7 @@ NB_MODULE(_core, module) {
       nullptr);
 
   python::bind_models(module);
+  python::bind_records(module);
   python::bind_requests(module);
   python::bind_identity(module);
   python::bind_plane(module);

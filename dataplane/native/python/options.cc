@@ -91,6 +91,9 @@ services::DataPlaneOptions options_of(const nb::kwargs& given) {
                          size("caller_sessions"),
                          size("caller_session_bytes"),
                          size("caller_calls")};
+  core.tracing.enabled = reader.take<bool>("tracing");
+  core.tracing.sample = reader.take<double>("trace_sample");
+  core.tracing.most_per_second = reader.take<double>("max_traces_per_second");
   core.max_shared_regions = size("max_shared_regions");
   core.max_shared_bytes = size("max_shared_bytes");
 

@@ -3,8 +3,11 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 #include "base/clock.h"
+#include "base/trace_context.h"
+#include "tracing/recorder.h"
 
 namespace attnserve::schedule {
 
@@ -17,6 +20,8 @@ struct RequestContext {
   // Callers that wait are served in turn: one with a name by its number, else a connection by its.
   std::uint64_t caller = 0;
   std::uint32_t priority = kNormal;
+  TraceContext trace;                             // that it belongs to, if any
+  std::shared_ptr<tracing::Recording> recording;  // of it, if it is recorded
   std::atomic<bool> cancelled{false};
 
   // Moves the deadline to so many microseconds from `now`, unless it is sooner; 0 leaves it.

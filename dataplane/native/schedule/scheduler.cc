@@ -81,6 +81,9 @@ std::optional<Status> Scheduler::check_room(const RequestContext& request) {
 void Scheduler::submit(std::shared_ptr<Job> job, bool runs_here) {
   const TimePoint now = Clock::now();
   std::optional<Status> refused = lost_interest(*job->request, now, "could start");
+  if (const auto& recording = job->request->recording) {
+    recording->mark_first(tracing::Mark::kChecked, now);
+  }
   bool wake = false;
   bool look = false;
   if (!refused) {
@@ -321,13 +324,22 @@ void Scheduler::execute(std::shared_ptr<Running> running) {
   std::vector<Job*> jobs;
   jobs.reserve(running->batch.size());
   std::int64_t units = 0;
+  std::int64_t sequences = 0;
   for (const Entry& entry : running->batch) {
     jobs.push_back(entry.job.get());
     units += entry.job->measure();
+    sequences += entry.job->sequences;
   }
   // For short ones too: what took little time for others may go on for ever with other values.
   begin(*running, stop_for(*jobs.front()));
   engine::Stop* const stop = running->stop.get();
+  for (const Entry& entry : running->batch) {
+    const auto& recording = entry.job->request->recording;
+    if (!recording) continue;
+    recording->mark_first(tracing::Mark::kGathered, std::max(running->since, entry.submitted));
+    recording->mark_first(tracing::Mark::kStarted, running->started);
+    recording->together(sequences);
+  }
   std::vector<std::exception_ptr> errors(jobs.size());
   bool alone = jobs.size() == 1;
   if (!alone) {
@@ -398,6 +410,9 @@ void Scheduler::tell(const Running& running, std::span<const std::exception_ptr>
   bool leads = true;
   for (std::size_t index = 0; index < errors.size(); ++index) {
     Job& job = *running.batch[index].job;
+    const RequestContext& request = *job.request;
+    const TraceScope scope(request.trace);
+    if (request.recording) request.recording->mark(tracing::Mark::kEnded, ended);
     if (!errors[index]) {
       job.done({running.batch[index].submitted, running.started, ended, sequences, leads});
       leads = false;
@@ -406,7 +421,7 @@ void Scheduler::tell(const Running& running, std::span<const std::exception_ptr>
     Status status = attnserve::status_of(errors[index]);
     if (stopped) {
       // Why it was stopped is what its caller is told.
-      if (auto lost = lost_interest(*job.request, ended, "ended")) {
+      if (auto lost = lost_interest(request, ended, "ended")) {
         status = std::move(*lost);
       } else if (running.overdue) {
         status = too_long();

@@ -145,24 +145,27 @@ class AttendStreamHandler final : public grpc::CallHandler {
     }
     last_id_ = id;
     state_->begun();
+    const auto request = stream_request(state_->info(), std::to_string(id));
+    const TraceScope scope(request->trace);
     try {
-      begin(decoded, message);
+      begin(decoded, message, request);
     } catch (...) {
       incoming_.erase(id);
       const std::uint64_t coming = chunked_bytes(*decoded.request);
       if (coming > 0) discarded_[id] = coming;
-      answer(id, nullptr, {status_of(std::current_exception()), {}});
+      answer(id, request, {status_of(std::current_exception()), {}});
     }
   }
 
-  void begin(const wire::AttendStreamRequest& decoded, const std::shared_ptr<Bytes>& message) {
+  void begin(const wire::AttendStreamRequest& decoded, const std::shared_ptr<Bytes>& message,
+             const std::shared_ptr<schedule::RequestContext>& request) {
     const std::uint64_t id = decoded.request_id;
     if (state_->draining()) {
       throw RequestError(schedule::shutting_down());
     }
     Incoming incoming(core_.upload_pace);
-    incoming.arrived = Clock::now();
-    incoming.request = request_context(state_->info());
+    incoming.arrived = request->arrived;
+    incoming.request = request;
     incoming.request->shorten(decoded.timeout, incoming.arrived);
     incoming.plan =
         requests::plan_attend(*decoded.request, core_.context(), state_->info().peer, true);
@@ -174,6 +177,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
         Admitted::admit_next(core_, state_->info(), incoming.arrived, incoming.request->deadline);
     if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
     incoming.admitted = std::move(std::get<Admitted>(admitted));
+    if (request->recording) request->recording->mark(tracing::Mark::kAdmitted, Clock::now());
     if (incoming_.size() >= core_.limits.max_stream_requests) {
       throw RequestError(Code::kResourceExhausted,
                          text("requests open on this stream: ", incoming_.size(),
@@ -218,6 +222,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
   void submit(std::uint64_t id, Incoming incoming) {
     const auto request = incoming.request;
     incoming.admitted.received();
+    if (request->recording) request->recording->mark(tracing::Mark::kReceived, Clock::now());
     std::unique_ptr<Answer> answer = attend_answer(core_, state_->info(), *incoming.plan, id);
     auto prepared = requests::prepare(std::move(*incoming.plan), incoming.elements, core_.context(),
                                       state_->info().peer);
@@ -263,6 +268,8 @@ class AttendStreamHandler final : public grpc::CallHandler {
     if (incoming.missing > 0) return;
     Incoming complete = std::move(incoming);
     incoming_.erase(found);
+    const auto request = complete.request;
+    const TraceScope scope(request->trace);
     if (complete.early) {
       complete.early->arrived_all(std::move(complete.admitted));
       return;
@@ -270,7 +277,7 @@ class AttendStreamHandler final : public grpc::CallHandler {
     try {
       submit(id, std::move(complete));
     } catch (...) {
-      answer(id, nullptr, {status_of(std::current_exception()), {}});
+      answer(id, request, {status_of(std::current_exception()), {}});
     }
   }
 

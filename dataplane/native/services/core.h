@@ -26,6 +26,7 @@
 #include "sessions/shared_memory.h"
 #include "sessions/stored_tensors.h"
 #include "sessions/uploads.h"
+#include "tracing/recorder.h"
 
 namespace attnserve::services {
 
@@ -71,6 +72,7 @@ struct CoreOptions {
   std::size_t max_shared_bytes = 16384ULL << 20;
   sessions::KvConfig kv;
   identity::CallersOptions callers;
+  tracing::RecorderOptions tracing;
   std::size_t max_control_requests = 64;  // for the control plane, waiting
   std::size_t max_token_requests = 256;
   std::size_t max_web_tokens = 64;  // to be checked, waiting
@@ -80,6 +82,7 @@ struct Core {
   explicit Core(const CoreOptions& options)
       : limits(options.limits),
         upload_pace(options.upload_pace),
+        recorder(options.tracing),
         budget(options.limits.max_bytes_in_flight),
         callers(options.callers, budget),
         stream_uploads(options.limits.max_bytes_in_flight, "--max-in-flight-mib"),
@@ -102,6 +105,7 @@ struct Core {
 
   const requests::Limits limits;
   const PaceRule upload_pace;  // of what comes in several messages
+  tracing::Recorder recorder;  // of calls, for traces
   ByteBudget budget;
   identity::Callers callers;         // each with a part of the budget
   sessions::Uploads stream_uploads;  // requests of AttendStream whose chunks are coming

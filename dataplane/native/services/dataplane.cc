@@ -1,5 +1,6 @@
 #include "services/dataplane.h"
 
+#include <algorithm>
 #include <future>
 #include <stdexcept>
 #include <utility>
@@ -99,6 +100,7 @@ TokensOutcome DataPlane::attend_tokens(engine::TokensWork work,
                                        TimePoint arrived, std::size_t working_bytes) {
   const std::string model = work.model->facts.name;
   const std::string variant = work.variant->name();
+  const std::int64_t version = work.model->facts.version;
   const TimePoint validated = Clock::now();
   const auto job = std::make_shared<TokensJob>(std::move(work), std::move(request), working_bytes);
   core.scheduler.submit(job, false);
@@ -110,6 +112,11 @@ TokensOutcome DataPlane::attend_tokens(engine::TokensWork work,
       job->work.padded_target,
       {arrived, validated, outcome.started, outcome.ended, outcome.sequences, outcome.leads}};
   core.statistics.ran(model, variant, result.spans, job->sequences);
+  if (const auto& recording = job->request->recording) {
+    const std::int64_t source = job->work.longest_source();
+    const std::int64_t target = job->work.target.longest();
+    recording->ran({model, version, variant, job->sequences, target > 0 ? target : source, source});
+  }
   return result;
 }
 

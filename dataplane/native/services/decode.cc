@@ -290,16 +290,29 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::AttendLayer& asked, const MessagePtr& message) {
+    const auto request = stream_request(state_->info(), std::to_string(id));
+    const TraceScope scope(request->trace);
+    try {
+      begin_request(id, asked, message, request);
+    } catch (...) {
+      const Status status = status_of(std::current_exception());
+      if (request->recording) request->recording->status(status.code);
+      throw RequestError(status);  // a fault has been logged: once
+    }
+  }
+
+  void begin_request(std::uint64_t id, const wire::AttendLayer& asked, const MessagePtr& message,
+                     const std::shared_ptr<schedule::RequestContext>& request) {
     LayerRequest layer;
     layer.request_id = id;
-    layer.arrived = Clock::now();
+    layer.arrived = request->arrived;
     std::optional<requests::StepPlan> begun;
     if (asked.begin) {
       begun = requests::plan_begun_step(asked, core_.limits);
     } else {
       layer.step = open_step(asked.step_id);
     }
-    layer.request = request_context(state_->info());
+    layer.request = request;
     layer.request->priority = begun ? begun->priority : layer.step->priority;
     if (auto refused = core_.scheduler.check_room(*layer.request)) {
       throw RequestError(std::move(*refused));
@@ -308,6 +321,7 @@ class DecodeHandler final : public grpc::CallHandler {
         Admitted::admit_next(core_, state_->info(), layer.arrived, layer.request->deadline);
     if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
     layer.admitted = std::move(std::get<Admitted>(admitted));
+    if (request->recording) request->recording->mark(tracing::Mark::kAdmitted, Clock::now());
     if (begun) layer.step = begin_step(*begun);
     layer.begins = begun.has_value();
     add_part(std::move(layer), asked, message);
@@ -328,6 +342,9 @@ class DecodeHandler final : public grpc::CallHandler {
     layer.add(asked, core_.limits, message);
     if (layer.complete()) {
       layer.admitted.received();
+      if (const auto& recording = layer.request->recording) {
+        recording->mark(tracing::Mark::kReceived, Clock::now());
+      }
       begin_layer(core_, state_, std::move(layer));
       return;
     }

@@ -1,5 +1,6 @@
 #include "services/decode_layer.h"
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 #include <vector>
@@ -74,6 +75,7 @@ class LayerJob final : public schedule::Job {
       if (outcome.leads) core_.admission.computed(outcome.ended - outcome.started);
       const requests::KvModel& model = asked_.step->models.of(asked_.part.layer);
       core_.statistics.ran(model.facts().name, work_.variant->name(), spans, sequences);
+      if (request->recording) note_run(model.facts());
       asked_.admitted.answered();
     } catch (...) {
       delivery.status = status_of(std::current_exception());
@@ -94,6 +96,16 @@ class LayerJob final : public schedule::Job {
   }
 
  private:
+  void note_run(const engine::ModelFacts& facts) const {
+    std::int64_t query_len = 0, key_len = 0;
+    for (std::size_t index = 0; index + 1 < work_.starts.size(); ++index) {
+      query_len = std::max(query_len, work_.starts[index + 1] - work_.starts[index]);
+    }
+    for (const std::int64_t length : work_.lengths) key_len = std::max(key_len, length);
+    request->recording->ran(
+        {facts.name, facts.version, work_.variant->name(), sequences, query_len, key_len});
+  }
+
   void view_inputs() {
     const OpenStep& step = *asked_.step;
     const sessions::SessionSpec& spec = step.step->spec();

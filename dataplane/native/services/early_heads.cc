@@ -110,6 +110,7 @@ void EarlyHeads::arrived_all(Admitted admitted) {
   {
     const std::lock_guard lock(mutex_);
     complete_ = Clock::now();
+    if (request_->recording) request_->recording->mark(tracing::Mark::kReceived, *complete_);
     if (failed_) return;
     stream_->started(request_);
     admitted_ = std::move(admitted);
@@ -156,6 +157,7 @@ void EarlyHeads::deliver() {
     prepared_->check_intact();
     delivery.messages = answer_->finish(*prepared_, spans);
     core_.statistics.ran(plan.model->facts.name, plan.variant->name(), spans, plan.dims.batch);
+    note_run(*request_, plan);
     admitted_.answered();
   } catch (...) {
     delivery.status = status_of(std::current_exception());

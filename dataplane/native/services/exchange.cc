@@ -154,6 +154,7 @@ void Exchange::done(const schedule::Outcome& outcome) noexcept {
     if (outcome.leads) core_.admission.computed(outcome.ended - outcome.started);
     core_.statistics.ran(prepared.plan.model->facts.name, prepared.plan.variant->name(), spans,
                          prepared.plan.dims.batch);
+    note_run(*request, prepared.plan);
     parts_.answer->answered(prepared, spans);
     parts_.admitted.answered();
   } catch (...) {
@@ -175,6 +176,13 @@ std::string Exchange::what() const {
 
 void begin_exchange(Core& core, ExchangeParts parts) {
   core.scheduler.submit(std::make_shared<Exchange>(core, std::move(parts)), true);
+}
+
+void note_run(const schedule::RequestContext& request, const requests::AttendPlan& plan) {
+  if (!request.recording) return;
+  const engine::ModelFacts& facts = plan.model->facts;
+  request.recording->ran({facts.name, facts.version, plan.variant->name(), plan.dims.batch,
+                          plan.dims.query_len, plan.dims.key_len});
 }
 
 wire::Timings timings_of(const Spans& spans, TimePoint now) {

@@ -71,6 +71,9 @@ class Exchange final : public schedule::Job {
 // Checks, prepares and submits a request whose plan stands, on the thread of its connection.
 void begin_exchange(Core& core, ExchangeParts parts);
 
+// What a plan ran, for the record of its request, if there is one.
+void note_run(const schedule::RequestContext& request, const requests::AttendPlan& plan);
+
 wire::Timings timings_of(const Spans& spans, TimePoint now);
 
 // An answer of attnserve.v1: in one message, in shared memory, or, on a stream, in chunks.

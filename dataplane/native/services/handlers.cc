@@ -46,6 +46,10 @@ std::shared_ptr<HandledRequest> HandlerQueue::pop(Duration timeout) {
   if (waiting_.empty()) return nullptr;
   auto next = std::move(waiting_.front());
   waiting_.pop_front();
+  lock.unlock();
+  if (const auto& recording = next->request->recording) {
+    recording->mark(tracing::Mark::kTaken, Clock::now());
+  }
   return next;
 }
 

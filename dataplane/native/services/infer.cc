@@ -125,7 +125,8 @@ class InferStreamHandler final : public grpc::CallHandler {
 
   void on_message(Bytes message) override {
     if (state_->draining()) return;
-    const auto request = request_context(state_->info());
+    const auto request = stream_request(state_->info(), "");
+    const TraceScope scope(request->trace);
     const auto names = std::make_shared<InferNames>();
     const auto deliver = [answers = answers_, place = answers_->begin(request),
                           names](Delivery delivery) {
@@ -141,6 +142,7 @@ class InferStreamHandler final : public grpc::CallHandler {
           Admitted::admit_next(core_, state_->info(), request->arrived, request->deadline);
       if (auto* refused = std::get_if<Status>(&admitted)) throw RequestError(std::move(*refused));
       std::get<Admitted>(admitted).received();
+      if (request->recording) request->recording->mark(tracing::Mark::kAdmitted, Clock::now());
       begin_infer(core_, std::move(message), state_->info(), request,
                   std::move(std::get<Admitted>(admitted)), names.get(), deliver);
     } catch (...) {
@@ -183,6 +185,7 @@ void begin_infer(Core& core, Bytes bytes, const grpc::CallInfo& info,
   wire::InferRequest decoded =
       wire::decode_infer(message->span(), stream ? "ModelStreamInfer" : "ModelInfer", &budget);
   if (names) *names = {std::string(decoded.id), std::string(decoded.model_name)};
+  if (request->recording && !decoded.id.empty()) request->recording->request_id(decoded.id);
   const engine::ModelPtr model = core.models.get(decoded.model_name, decoded.model_version);
   const std::string name = model->facts.name;
   const std::int64_t version = model->facts.version;

@@ -32,7 +32,6 @@ constexpr std::pair<std::string_view, std::string_view> kMissing[] = {
     {"CudaSharedMemoryRegister",
      "this server takes no CUDA shared memory; use system shared memory"},
     {"CudaSharedMemoryUnregister", "this server takes no CUDA shared memory"},
-    {"TraceSetting", "this server has no traces; its metrics and ModelStatistics have durations"},
     {"LogSettings", "the log is set when the server starts, by --log-level and --log-format"},
 };
 
@@ -70,6 +69,15 @@ const Permission kPermissions[] = {
     {kInference, "ServerReady", 0},
     {kHealth, "Check", 0},
     {kHealth, "Watch", 0},
+};
+
+// What a call holds until it has ended.
+struct Kept {
+  Kept(identity::OpenCall open_, tracing::OpenRecording recording_)
+      : open(std::move(open_)), recording(std::move(recording_)) {}
+
+  identity::OpenCall open;
+  tracing::OpenRecording recording;
 };
 
 }  // namespace
@@ -115,12 +123,37 @@ Router::Accepted Router::accept_by(const Method& method, std::shared_ptr<grpc::C
   auto& who = std::get<identity::Recognized>(verdict);
   const std::shared_ptr<identity::Caller> caller = who.caller;
   if (auto refused = let_in(std::move(who), method, *call, open)) return std::move(*refused);
+  tracing::OpenRecording recording = record(*call);
   Accepted accepted = method.accept(std::move(call));
   if (auto* reception = std::get_if<grpc::Reception>(&accepted)) {
+    if (recording) recording->mark(tracing::Mark::kAdmitted, Clock::now());
     reception->budget = &caller->in_flight;
-    reception->kept = std::make_shared<const identity::OpenCall>(std::move(open));
+    reception->kept = std::make_shared<const Kept>(std::move(open), std::move(recording));
+  } else if (recording) {
+    recording->status(std::get<Status>(accepted).code);
   }
   return accepted;
+}
+
+// Callers that are not known, or may not do this, are recorded by nobody: they could fill traces.
+tracing::OpenRecording Router::record(grpc::Call& call) {
+  const grpc::CallInfo& info = call.info();
+  if (!core_.recorder.wants(info.trace, info.arrived)) return {};
+  tracing::Record begun;
+  begun.context = info.trace;
+  begun.trace_state = info.trace_state;
+  begun.path = info.path;
+  const std::string_view peer = info.peer;
+  begun.peer =
+      sessions::address_of(peer.substr(0, peer.size() - sessions::name_of_caller(peer).size()));
+  begun.caller = info.caller->name;
+  for (const auto& [name, value] : info.metadata) {
+    if (name == "x-request-id") begun.request_id = value;
+  }
+  begun.marks[static_cast<std::size_t>(tracing::Mark::kArrived)] = info.arrived;
+  const auto recording = core_.recorder.begin(std::move(begun));
+  call.record(recording);
+  return tracing::OpenRecording(recording);
 }
 
 std::optional<Status> Router::let_in(identity::Recognized who, const Method& method,
@@ -222,7 +255,7 @@ void Router::add_inference() {
   for (const char* name :
        {"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig",
         "ModelStatistics", "RepositoryIndex", "SystemSharedMemoryStatus",
-        "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister"}) {
+        "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister", "TraceSetting"}) {
     controlled(name, core_.control);
   }
   controlled("RepositoryModelLoad", core_.loading);

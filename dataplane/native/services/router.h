@@ -48,6 +48,8 @@ class Router final : public grpc::Service {
   // The call's caller may do this, and has not too much under way: else the refusal.
   static std::optional<Status> let_in(identity::Recognized who, const Method& method,
                                       grpc::Call& call, identity::OpenCall& open);
+  // Begins to record a call that was let in, if it is to be.
+  tracing::OpenRecording record(grpc::Call& call);
 
   // Methods of one request and one answer, in messages of at most `bytes`; those `admitted`
   // compute, and need a place before the body comes.

@@ -32,6 +32,8 @@ void StreamState::started_early(const std::shared_ptr<schedule::RequestContext>&
 void StreamState::answer(const std::shared_ptr<schedule::RequestContext>& request,
                          Delivery delivery) {
   count(delivery.status.code);
+  const auto recording = request ? request->recording : nullptr;
+  if (recording) recording->status(delivery.status.code);
   std::unique_lock lock(mutex_);
   ++queued_;
   if (const auto found = started_.find(request); found != started_.end()) {
@@ -40,6 +42,7 @@ void StreamState::answer(const std::shared_ptr<schedule::RequestContext>& reques
   }
   // The messages of one answer come one after another.
   for (OutMessage& message : delivery.messages) call_->send(std::move(message));
+  if (recording && recording != info().recording) recording->end();
   --unanswered_;
   finish_if_idle(lock);
 }
@@ -56,7 +59,7 @@ void StreamState::fail(Status status) {
     if (over_) return;
     over_ = true;
     count(status.code);
-    call_->finish(std::move(status));
+    finish(std::move(status));
   }
   cancel_all();
 }
@@ -70,6 +73,7 @@ void StreamState::ended(Code reason) {
     over_ = true;
   }
   if (unfinished && reason != Code::kOk) count(reason);
+  if (const auto& recording = info().recording) recording->status(reason);
   cancel_all();
 }
 
@@ -95,6 +99,11 @@ void StreamState::count(Code code) {
   if (!method_.empty()) core_.statistics.count(method_, code);
 }
 
+void StreamState::finish(Status status) {
+  if (const auto& recording = info().recording) recording->status(status.code);
+  call_->finish(std::move(status));
+}
+
 void StreamState::drain() {
   std::unique_lock lock(mutex_);
   draining_ = true;
@@ -113,7 +122,7 @@ void StreamState::cancel_all() {
 void StreamState::finish_if_idle(const std::unique_lock<std::mutex>&) {
   if (over_ || unanswered_ > 0 || (!read_all_ && !draining_)) return;
   over_ = true;
-  call_->finish(read_all_ ? Status{} : schedule::shutting_down());
+  finish(read_all_ ? Status{} : schedule::shutting_down());
 }
 
 }  // namespace attnserve::services

@@ -54,6 +54,7 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
       : core_(core), call_(std::move(call)), method_(method) {}
   bool full() const { return computing_ + queued_ >= core_.limits.max_stream_requests; }
   void count(Code code);
+  void finish(Status status);
   void drain();
   void cancel_all();
   void finish_if_idle(const std::unique_lock<std::mutex>& held);

@@ -20,6 +20,7 @@ class UnaryHandler final : public grpc::CallHandler {
     if (request_) return;  // one is all that the method takes
     request_ = request_context(reply_->info());
     admitted_.received();
+    const TraceScope scope(request_->trace);
     try {
       behaviour_(std::move(message), reply_, request_, std::move(admitted_));
     } catch (...) {
@@ -49,12 +50,15 @@ class UnaryHandler final : public grpc::CallHandler {
 void Reply::deliver(Delivery delivery) {
   if (!first()) return;
   if (!method_.empty()) core_.statistics.count(method_, delivery.status.code);
+  if (const auto& recording = info().recording) recording->status(delivery.status.code);
   for (OutMessage& message : delivery.messages) call_->send(std::move(message));
   call_->finish(std::move(delivery.status));
 }
 
 void Reply::ended(Code reason) {
-  if (first() && !method_.empty()) core_.statistics.count(method_, reason);
+  if (!first()) return;
+  if (!method_.empty()) core_.statistics.count(method_, reason);
+  if (const auto& recording = info().recording) recording->status(reason);
 }
 
 bool Reply::first() { return !counted_.exchange(true); }
@@ -73,12 +77,34 @@ Status no_message(const std::string& method) {
       method.empty() ? std::string("one request") : text("one request of ", method));
 }
 
-std::shared_ptr<schedule::RequestContext> request_context(const grpc::CallInfo& info) {
+namespace {
+
+std::shared_ptr<schedule::RequestContext> begun(const grpc::CallInfo& info) {
   auto request = std::make_shared<schedule::RequestContext>();
   request->arrived = Clock::now();
   request->deadline = info.deadline;
   const bool named = info.caller && !info.caller->name.empty();
   request->caller = named ? info.caller->number : info.connection;
+  request->trace = info.recording ? info.recording->context() : info.trace;
+  return request;
+}
+
+}  // namespace
+
+std::shared_ptr<schedule::RequestContext> request_context(const grpc::CallInfo& info) {
+  auto request = begun(info);
+  if (info.recording) {
+    request->recording = info.recording;
+    request->recording->mark(tracing::Mark::kReceived, request->arrived);
+  }
+  return request;
+}
+
+std::shared_ptr<schedule::RequestContext> stream_request(const grpc::CallInfo& info,
+                                                         std::string_view id) {
+  auto request = begun(info);
+  if (info.recording) request->recording = info.recording->request(id, request->arrived);
+  if (request->recording) request->trace = request->recording->context();
   return request;
 }
 

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "grpc/call.h"
 #include "services/core.h"
@@ -47,6 +48,10 @@ std::unique_ptr<grpc::CallHandler> unary_handler(Core& core, std::shared_ptr<grp
 
 // "message: given nothing; allowed: one request of METHOD".
 Status no_message(const std::string& method);
+// Of the one request of a call, whose message is there.
 std::shared_ptr<schedule::RequestContext> request_context(const grpc::CallInfo& info);
+// Of one of a stream's, which calls it `id`.
+std::shared_ptr<schedule::RequestContext> stream_request(const grpc::CallInfo& info,
+                                                         std::string_view id);
 
 }  // namespace attnserve::services

@@ -1,6 +1,7 @@
 // Calls over one connection: headers, bodies, answers, ends.
 #include <doctest/doctest.h>
 
+#include "base/text.h"
 #include "grpc_harness.h"
 
 namespace attnserve::grpc::test {
@@ -83,6 +84,33 @@ TEST_CASE("what is known of a call is known from its headers") {
   CHECK(info.arrived == here.now);
   CHECK(info.deadline == here.now + std::chrono::milliseconds(1500));
   CHECK(info.metadata == Fields{{"x-user", "one"}, {"x-user", "two"}, {"x-raw-bin", "AAEC"}});
+}
+
+TEST_CASE("the trace of a call is known from its headers, or there is none") {
+  const std::string good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+  const std::string quiet = good.substr(0, 54) + "0";
+  const auto told = [](const Fields& fields) {
+    Harness here;
+    here.caller.call("/silent", nullptr, fields);
+    here.pump();
+    return here.service.calls.at(0)->info();
+  };
+  const CallInfo info = told({{"tracestate", "a=1"}, {"traceparent", good}, {"tracestate", "b=2"}});
+  CHECK(hex_of(info.trace.trace_id) == good.substr(3, 32));
+  CHECK(hex_of(info.trace.span_id) == good.substr(36, 16));
+  CHECK(info.trace.sampled);
+  CHECK(info.trace_state == "a=1,b=2");
+  CHECK(info.metadata.empty());
+  CHECK_FALSE(told({}).trace.present());
+  CHECK_FALSE(told({{"traceparent", good}, {"traceparent", good}}).trace.present());
+  CHECK_FALSE(told({{"traceparent", "00-1-2-3"}}).trace.present());
+  CHECK(told({{"traceparent", quiet}, {"tracestate", "a=1"}}).trace_state.empty());
+  CHECK(told({{"traceparent", good}, {"tracestate", "no list"}}).trace_state.empty());
+  CHECK(told({{"traceparent", good}, {"tracestate", "no list"}}).trace.present());
+  const std::string longest = text("a=", std::string(250, 'x'), ",b=", std::string(250, 'y'));
+  CHECK(told({{"traceparent", good}, {"tracestate", longest}}).trace_state == longest);
+  CHECK(told({{"traceparent", good}, {"tracestate", longest}, {"tracestate", text("c=", longest)}})
+            .trace_state.empty());
 }
 
 TEST_CASE("a refusal needs no body: trailers alone, then the stream is reset without an error") {

@@ -18,7 +18,9 @@ namespace attnserve::services {
 
 class NotedCall final : public grpc::Call {
  public:
-  explicit NotedCall(std::string path = "/a/Method", std::string authorization = "") {
+  explicit NotedCall(std::string path = "/a/Method", std::string authorization = "",
+                     const TraceContext& trace = {}) {
+    info_.trace = trace;
     info_.path = std::move(path);
     info_.authorization = std::move(authorization);
     info_.peer = "ipv4:127.0.0.1:4242";
@@ -33,6 +35,9 @@ class NotedCall final : public grpc::Call {
     info_.credential = std::move(credential);
     info_.authorization.clear();
     if (!name.empty()) info_.peer += "@" + name;
+  }
+  void record(std::shared_ptr<tracing::Recording> recording) override {
+    info_.recording = std::move(recording);
   }
   void send(OutMessage message) override {
     const std::lock_guard lock(mutex_);
@@ -58,6 +63,9 @@ class NotedCall final : public grpc::Call {
   std::size_t unsent() const override { return 0; }
   bool ended() const override { return finished().has_value(); }
 
+  void add_metadata(std::string name, std::string value) {
+    info_.metadata.emplace_back(std::move(name), std::move(value));
+  }
   std::vector<std::string> sent() const {
     const std::lock_guard lock(mutex_);
     return sent_;

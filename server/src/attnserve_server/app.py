@@ -5,6 +5,7 @@ import logging
 import os
 import ssl
 from functools import partial
+from typing import TYPE_CHECKING
 
 import attnserve_kernels
 from attnserve_dataplane import ADMIN, DataPlane, Known, collect_logs
@@ -13,7 +14,7 @@ from attnserve_server import callers, certificates, exposure, onnxruntime_librar
 from attnserve_server.files import WatchedFiles
 from attnserve_server.handlers import reflection
 from attnserve_server.handlers.attention import AttentionHandlers
-from attnserve_server.handlers.inference import InferenceHandlers
+from attnserve_server.handlers.inference import InferenceHandlers, trace_settings
 from attnserve_server.handlers.threads import HandlerThreads
 from attnserve_server.metrics import Metrics
 from attnserve_server.metrics_http import MetricsServer
@@ -21,15 +22,23 @@ from attnserve_server.models import providers, store
 from attnserve_server.models.catalog import Catalog
 from attnserve_server.models.loading import BoundedLoads
 from attnserve_server.models.store import ModelStore
-from attnserve_server.settings import MIB, Settings, usable_cores
+from attnserve_server.settings import MIB, Settings, SettingsError, usable_cores
+from attnserve_server.tracing.exemplars import Exemplars
 from attnserve_server.watchdog import Watchdog, exit_now
 from attnserve_server.web_tokens import WebTokens
+
+if TYPE_CHECKING:
+    from attnserve_server.tracing.export import TraceExport
 
 _MOST_IO_THREADS = 4
 # How long runs have to end that a drain has left.
 _STOP_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
+
+
+class TracesError(SettingsError):
+    """Traces cannot be sent; the message says what is missing."""
 
 
 class AttentionServer:
@@ -46,6 +55,7 @@ class AttentionServer:
         CallersError: the file of callers is not as it should be.
         WebTokenError: JSON Web Tokens cannot be checked as the settings ask.
         ExposureError: others could reach it, unguarded.
+        TracesError: traces are to be sent, and what sends them is not installed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -61,9 +71,13 @@ class AttentionServer:
             settings.max_load_seconds,
         )
         failed = store.load_all(settings.repository, self.store, self._loads)
+        exemplars = Exemplars()
+        self._traces = _trace_export(settings, self.plane, exemplars)
         self.metrics = Metrics(
             self.plane,
             lambda: [(model.manifest.name, model.manifest.version) for model in self.store],
+            exemplars,
+            lambda: {} if self._traces is None else self._traces.spans,
         )
         changeable = settings.model_control
         catalog = Catalog(
@@ -78,7 +92,12 @@ class AttentionServer:
             onnxruntime_library.version(),
         )
         inference = InferenceHandlers(
-            self.plane, self.store, catalog, settings.limits, settings.concurrency
+            self.plane,
+            self.store,
+            catalog,
+            settings.limits,
+            settings.concurrency,
+            trace_settings(settings),
         )
         methods = attention.methods() | inference.methods() | reflection.methods()
         self._files = WatchedFiles()
@@ -108,6 +127,8 @@ class AttentionServer:
             )
             self.metrics_port = self._metrics_server.port
         self._handlers.start()
+        if self._traces is not None:
+            self._traces.start()
         try:
             self.plane.start()
         except RuntimeError as error:
@@ -138,6 +159,8 @@ class AttentionServer:
         self._files.stop()
         self._handlers.stop()
         self._watchdog.stop()
+        if self._traces is not None:
+            self._traces.stop()
         if self._metrics_server is not None:
             self._metrics_server.stop()
         _log.info("stopped", extra={"all_answered": answered})
@@ -215,6 +238,21 @@ def _metrics_host(host: str) -> str:
     return "127.0.0.1" if host.startswith("unix") else host.removeprefix("[").removesuffix("]")
 
 
+def _trace_export(
+    settings: Settings, plane: DataPlane, exemplars: Exemplars
+) -> "TraceExport | None":
+    if settings.trace_endpoint is None:
+        return None
+    try:
+        from attnserve_server.tracing.export import TraceExport
+    except ImportError as error:
+        raise TracesError(
+            f"--trace-endpoint: {error}; traces need OpenTelemetry: "
+            "`pip install 'attnserve-server[traces]'`"
+        ) from error
+    return TraceExport(plane, settings.trace_endpoint, exemplars)
+
+
 def _data_plane(settings: Settings, provider: providers.Providers) -> DataPlane:
     batch_bytes = settings.max_batch_bytes
     if batch_bytes is None:
@@ -228,6 +266,7 @@ def _data_plane(settings: Settings, provider: providers.Providers) -> DataPlane:
         identity_required=settings.identified,
         web_tokens=settings.jwt_keys is not None,
         certificate_roles=callers.certificate_role_bits(settings),
+        tracing=settings.trace_endpoint is not None,
         addresses=[_address(settings.host, settings.port)],
         io_threads=settings.io_threads or min(usable_cores(), _MOST_IO_THREADS),
         max_batch_bytes=batch_bytes,

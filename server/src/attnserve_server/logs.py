@@ -1,9 +1,14 @@
 """Logs as JSON lines, or as text for people, on standard error."""
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+_trace: ContextVar[tuple[str, str] | None] = ContextVar("trace", default=None)
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -45,5 +50,19 @@ def configure(form: str, level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+@contextlib.contextmanager
+def traced(trace: tuple[str, str] | None) -> Iterator[None]:
+    """Let what is logged within say the trace and the span that it belongs to, if there is one."""
+    token = _trace.set(trace)
+    try:
+        yield
+    finally:
+        _trace.reset(token)
+
+
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    extras = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    trace = _trace.get()  # handlers run on the thread that logs
+    if trace is not None:
+        extras |= {"trace_id": trace[0], "span_id": trace[1]}
+    return extras

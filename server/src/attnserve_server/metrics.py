@@ -15,12 +15,15 @@ from prometheus_client.core import (
     UnknownMetricFamily,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 from attnserve_server.metrics_http import Allowed, MetricsServer
+from attnserve_server.tracing.exemplars import Exemplars
 
 if TYPE_CHECKING:
     from attnserve_dataplane import InferCounts
 
+Spans = Callable[[], dict[str, int]]
 Models = Callable[[], Iterable[tuple[str, int]]]
 _Part = Literal["success", "queue", "input", "infer", "output"]
 
@@ -102,10 +105,15 @@ class Metrics(Collector):
     Args:
         plane: that counts.
         models: says the name and version of each model that is loaded.
+        exemplars: of its histograms.
+        spans: says how many spans became what; nothing where there are no traces.
     """
 
-    def __init__(self, plane: DataPlane, models: Models) -> None:
+    def __init__(
+        self, plane: DataPlane, models: Models, exemplars: Exemplars, spans: Spans
+    ) -> None:
         self._plane, self._models = plane, models
+        self._exemplars, self._spans = exemplars, spans
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -136,9 +144,9 @@ class Metrics(Collector):
         for model, variant, deserialize, queue, compute, together, count in self._plane.variants():
             parts = (("deserialize", deserialize), ("queue", queue), ("compute", compute))
             for part, (counts, total) in parts:
-                seconds.add_metric(
-                    [model, variant, part], _cumulative(SECONDS_BUCKETS, counts), total
-                )
+                buckets = _cumulative(SECONDS_BUCKETS, counts)
+                exemplars = self._exemplars.of(model, variant, part)
+                seconds.add_metric([model, variant, part], _told(buckets, exemplars), total)
             sequences.add_metric([model, variant], count)
             counts, total = together
             batches.add_metric([model, variant], _cumulative(BATCH_BUCKETS, counts), total)
@@ -153,8 +161,28 @@ class Metrics(Collector):
             yield GaugeMetricFamily(name, text, value=held[key])
         for key, (name, text) in _KV_COUNTERS.items():
             yield CounterMetricFamily(name, text, value=held[key])
-
+        yield from self._traces()
         yield from self._triton()
+
+    def _traces(self) -> Iterator[Metric]:
+        recorded, refused, dropped = self._plane.records()
+        yield CounterMetricFamily(
+            "attnserve_traces_recorded", "Calls and requests on streams traced.", value=recorded
+        )
+        lost = CounterMetricFamily(
+            "attnserve_traces_dropped",
+            "Those that were not: more than --max-traces-per-second, or taken by nobody in time.",
+            labels=["reason"],
+        )
+        lost.add_metric(["rate"], refused)
+        lost.add_metric(["queue"], dropped)
+        yield lost
+        spans = CounterMetricFamily(
+            "attnserve_trace_spans", "Spans, by whether the collector took them.", labels=["result"]
+        )
+        for result, count in self._spans().items():
+            spans.add_metric([result], count)
+        yield spans
 
     def _triton(self) -> Iterator[Metric]:
         counted = [
@@ -187,6 +215,16 @@ def _untyped(name: str, text: str, values: Sequence[tuple[list[str], float]]) ->
     for labels, value in values:
         family.add_metric(labels, value)
     return family
+
+
+def _told(
+    buckets: Sequence[tuple[str, float]], exemplars: Sequence[Exemplar | None]
+) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
+    """Buckets with their exemplars, where there is one."""
+    return [
+        bucket if exemplar is None else (*bucket, exemplar)
+        for bucket, exemplar in zip(buckets, exemplars, strict=True)
+    ]
 
 
 def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:

@@ -17,9 +17,13 @@ KIB, MIB = 1 << 10, 1 << 20
 ROLES = ("infer", "sessions", "admin")
 # A message's length has 32 bits; of everything else, more than any machine has.
 _MOST_MESSAGE, _MOST, _MOST_THREADS = 4095, 1 << 30, 1024
+_MOST_TRACES = 100_000  # a second; far more than Python turns into spans
 
 _SOCKETS, _MOST_SOCKET = ("unix:", "unix-abstract:"), 107
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
+_COLLECTOR = re.compile(
+    r"(?P<scheme>https?://)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):(?P<port>[0-9]{1,5})"
+)
 _HOSTS = "a host name, an IPv4 or IPv6 address, unix:PATH or unix-abstract:NAME"
 
 
@@ -47,6 +51,14 @@ def roles(given: str) -> tuple[str, ...]:
 def _roles_text(given: str) -> str:
     """Reads them as a text."""
     return ",".join(roles(given)) or "none"
+
+
+def _collector(given: str) -> str:
+    """Reads where a collector listens; without a scheme it is http."""
+    found = _COLLECTOR.fullmatch(given)
+    if found is None or not 1 <= int(found["port"]) <= PORT:
+        values.refuse(given, "HOST:PORT, http://HOST:PORT or https://HOST:PORT")
+    return given if found["scheme"] else f"http://{given}"
 
 
 def _host(given: str) -> str:
@@ -312,6 +324,21 @@ class PlaneSettings:
     max_connection_age_grace: Annotated[
         float, Option("seconds that its calls then have to end", seconds)
     ] = 30.0
+    trace_sample: Annotated[
+        float,
+        Option(
+            "of the calls that belong to no trace, the part that is traced, 0..1; with "
+            "--trace-endpoint",
+            number(0, 1),
+        ),
+    ] = 0.01
+    max_traces_per_second: Annotated[
+        int,
+        Option(
+            "calls and requests on streams that are traced, whatever their callers ask for",
+            integer(1, _MOST_TRACES),
+        ),
+    ] = 100
     limits: Limits = Limits()
 
     @property
@@ -418,6 +445,14 @@ class Settings(PlaneSettings):
             "listen where others can reach it without TLS, or without asking callers who they are"
         ),
     ] = False
+    trace_endpoint: Annotated[
+        str | None,
+        Option(
+            "OpenTelemetry collector that traces are sent to, by OTLP over gRPC: HOST:PORT, or "
+            "https://HOST:PORT; without it there are none",
+            _collector,
+        ),
+    ] = None
     drain_seconds: Annotated[
         float, Option("how long SIGTERM waits for calls under way", seconds)
     ] = 30.0

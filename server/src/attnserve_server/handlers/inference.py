@@ -1,6 +1,6 @@
 """Methods of `inference.GRPCInferenceService` that the control plane answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from attnserve_dataplane import DataPlane, Request, RequestError
@@ -14,7 +14,7 @@ from attnserve_server.models.catalog import READY, Catalog
 from attnserve_server.models.store import ModelStore
 from attnserve_server.oip import models as encode
 from attnserve_server.oip.infer import TokenInference
-from attnserve_server.settings import Limits
+from attnserve_server.settings import Limits, Settings
 
 SERVICE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
@@ -27,6 +27,7 @@ EXTENSIONS = (
     "system_shared_memory",
     "parameters",
     "statistics",
+    "trace",
 )
 
 RequestT = TypeVar("RequestT", bound=Message)
@@ -41,6 +42,7 @@ class InferenceHandlers:
         catalog: the repository.
         limits: what is accepted.
         concurrency: computations at once.
+        traces: how they are set, by Triton's names.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class InferenceHandlers:
         catalog: Catalog,
         limits: Limits,
         concurrency: int,
+        traces: Mapping[str, Sequence[str]],
     ) -> None:
         self._plane = plane
         self._store = store
         self._catalog = catalog
         self._limits = limits
         self._concurrency = concurrency
+        self._traces = traces
         self._tokens = TokenInference(plane, store, limits)
 
     def methods(self) -> dict[str, Method]:
@@ -84,6 +88,7 @@ class InferenceHandlers:
             "SystemSharedMemoryUnregister": _decoded(
                 self.shared_memory_unregister, oip.SystemSharedMemoryUnregisterRequest
             ),
+            "TraceSetting": _decoded(self.trace_setting, oip.TraceSettingRequest),
         }
         return {f"/{SERVICE}/{name}": method for name, method in own.items()}
 
@@ -216,6 +221,45 @@ class InferenceHandlers:
             if error.args[0] != Code.NOT_FOUND:
                 raise
         return oip.SystemSharedMemoryUnregisterResponse()
+
+    def trace_setting(
+        self, message: oip.TraceSettingRequest, request: Request
+    ) -> oip.TraceSettingResponse:
+        """How traces are set."""
+        if message.model_name:
+            self._store.get(message.model_name, "")
+        for name in message.settings:
+            raise InvalidRequestError.of(
+                "settings",
+                repr(name[:80]),
+                "none: traces are set when the server starts, by --trace-endpoint, --trace-sample "
+                "and --max-traces-per-second",
+            )
+        return oip.TraceSettingResponse(
+            settings={
+                name: oip.TraceSettingResponse.SettingValue(value=values)
+                for name, values in self._traces.items()
+            }
+        )
+
+
+def trace_settings(settings: Settings) -> dict[str, list[str]]:
+    """How traces are set, under Triton's names.
+
+    https://github.com/triton-inference-server/server/blob/main/docs/user_guide/trace.md
+    """
+    if settings.trace_endpoint is None:
+        return {"trace_level": ["OFF"]}
+    sample = settings.trace_sample
+    return {
+        "trace_level": ["TIMESTAMPS"],
+        # One of so many calls that belong to no trace; 0: none.
+        "trace_rate": [str(round(1 / sample)) if sample else "0"],
+        "trace_count": ["-1"],
+        "trace_mode": ["opentelemetry"],
+        "opentelemetry,url": [settings.trace_endpoint],
+        "max_traces_per_second": [str(settings.max_traces_per_second)],
+    }
 
 
 def _check_repository(name: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from attnserve_dataplane import DataPlane, Request, next_log
 
+from attnserve_server import logs
 from attnserve_server.handlers.statuses import status_of
 
 Method = Callable[[bytes, Request], bytes]
@@ -65,6 +66,10 @@ class HandlerThreads:
                 self._answer(request)
 
     def _answer(self, request: Request) -> None:
+        with logs.traced(request.trace):
+            self._answer_traced(request)
+
+    def _answer_traced(self, request: Request) -> None:
         try:
             request.answer(self._methods[request.path](request.message, request))
         except Exception as error:

@@ -1,0 +1,187 @@
+"""What it costs to be watched: identity, traces and metrics together, against none of them.
+
+    python benchmarks/faults/overhead.py --json reports/overhead.json
+
+Two servers, Attend at S=32 by h2load, in short rounds that take turns. One asks nobody, records
+nothing and is not scraped; of the other callers show a token, 1 % of the calls are traced to a real
+collector (a process of its own), and /metrics is scraped every second as Prometheus does. `--only`
+leaves but one of the three. Ends with 1 if more than 5 % of the calls a second are lost.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+import identity
+from attnserve_proto.commands import Parser, values
+
+BAR = 0.05
+PARTS = ("identity", "traces", "metrics")
+COLLECTOR = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_grpc
+
+class Collector(pb_grpc.TraceServiceServicer):
+    spans = 0
+    def Export(self, request, context):
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                Collector.spans += len(scope.spans)
+        return pb.ExportTraceServiceResponse()
+
+server = grpc.server(ThreadPoolExecutor(1))
+pb_grpc.add_TraceServiceServicer_to_server(Collector(), server)
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+sys.stdin.read()
+print(Collector.spans, flush=True)
+"""
+
+
+class Scrapes:
+    """Asks for /metrics every second, as Prometheus does."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._over = port, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.seconds: list[float] = []
+
+    def __enter__(self) -> "Scrapes":
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        accept = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3"}
+        asked = urllib.request.Request(f"http://127.0.0.1:{self._port}/metrics", headers=accept)
+        while not self._over.wait(1):
+            began = time.monotonic()
+            with urllib.request.urlopen(asked, timeout=10) as page:
+                page.read()
+            self.seconds.append(time.monotonic() - began)
+
+
+@contextmanager
+def token_options() -> Iterator[tuple[str, list[str]]]:
+    """A token, and the options of a server that wants it."""
+    with tempfile.TemporaryDirectory() as folder:
+        book = str(Path(folder) / "callers")
+        command = [sys.executable, "-m", "attnserve_server.cli", "make-token", "bench"]
+        made = subprocess.run(
+            [*command, "--callers", book], check=True, capture_output=True, text=True
+        )
+        yield made.stdout.strip(), ["--callers", book]
+
+
+@contextmanager
+def collector(figures: dict[str, Any]) -> Iterator[list[str]]:
+    """A collector; the options of a server that traces to it. Notes how many spans came."""
+    with subprocess.Popen(
+        [sys.executable, "-c", COLLECTOR],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        port = running.stdout.readline().strip()
+        try:
+            yield [
+                *("--trace-endpoint", f"127.0.0.1:{port}", "--trace-sample", "0.01"),
+                *("--max-traces-per-second", "1000"),
+            ]
+        finally:
+            figures["spans"] = int(running.communicate("")[0])
+
+
+@contextmanager
+def watched(
+    repository: Path, parts: frozenset[str], figures: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """A server that is watched so: its address, and a token to show."""
+    with ExitStack() as stack:
+        token, options, port = "", list[str](), common.free_port()
+        if "identity" in parts:
+            token, options = stack.enter_context(token_options())
+        if "traces" in parts:
+            options = options + stack.enter_context(collector(figures))
+        if "metrics" in parts:
+            options = [*options, "--metrics-port", str(port)]
+        address = stack.enter_context(common.attnserve(repository, *options))
+        scrapes = stack.enter_context(Scrapes(port)) if "metrics" in parts else None
+        yield address, token
+    if scrapes is not None:
+        figures["scrapes"] = len(scrapes.seconds)
+        figures["scrape_ms"] = 1e3 * statistics.median(scrapes.seconds)
+
+
+def measure(
+    repository: Path, body: Path, parts: frozenset[str], rounds: int, calls: int
+) -> dict[str, Any]:
+    """Calls a second without and with them, medians of rounds in turns; the part that is lost."""
+    rates: dict[str, list[float]] = {"plain": [], "watched": []}
+    figures: dict[str, Any] = {"parts": "+".join(sorted(parts)), "rounds": rounds, "calls": calls}
+    with (
+        watched(repository, frozenset(), {}) as plain,
+        watched(repository, parts, figures) as other,
+    ):
+        for number in range(rounds + 1):
+            order = [("plain", *plain), ("watched", *other)]
+            for name, address, token in order if number % 2 else order[::-1]:
+                measured = identity.rate(address, body, token, calls)
+                if number:  # the first one warms up
+                    rates[name].append(measured)
+    ratios = [rate / nothing for nothing, rate in zip(*rates.values(), strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return figures | {
+        "plain_per_second": statistics.median(rates["plain"]),
+        "watched_per_second": statistics.median(rates["watched"]),
+        "lost": 1 - middle,
+        "lost_least": 1 - high,
+        "lost_most": 1 - low,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def main() -> int:
+    """Measure, print, and write the figures; the exit code."""
+    parsed = _parser().parse_args()
+    parts = frozenset(PARTS if parsed.only is None else [parsed.only])
+    with common.causal_core(identity.HEADS, identity.DIM) as repository:
+        body = repository / "body"
+        body.write_bytes(identity.framed(identity.request().SerializeToString()))
+        figures = measure(repository, body, parts, parsed.rounds, parsed.calls)
+    print(common.table([figures]))
+    print("lost_least, lost_most: quartiles of the rounds")
+    common.write_json(parsed.json, {"overhead": figures})
+    return int(figures["lost"] > BAR)
+
+
+def _parser() -> Parser:
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=values.integer(2), default=31)
+    parser.add_argument("--calls", type=values.integer(100), default=8_000)
+    parser.add_argument("--only", choices=PARTS, help="one of the three, to see what it costs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

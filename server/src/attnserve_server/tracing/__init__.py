@@ -1,0 +1,1 @@
+"""Traces: records of the data plane, as spans of OpenTelemetry and as exemplars."""
