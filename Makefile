@@ -13,14 +13,14 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP) ## make .venv with the eight distributions and the tools
+setup: $(STAMP) ## make .venv with the nine distributions and the tools
 
-$(STAMP): constraints.txt requirements-dev.txt requirements-nodeps.txt proto/setup.py kernels/setup.py scripts/system-packages $(wildcard kernels/native/*) dataplane/CMakeLists.txt $(wildcard dataplane/native/*/*.cc dataplane/native/*/*.h) $(wildcard proto/*/*.proto proto/*/*/*.proto) $(wildcard */pyproject.toml)
+$(STAMP): constraints.txt requirements-dev.txt requirements-nodeps.txt proto/setup.py kernels/setup.py scripts/system-packages $(wildcard kernels/native/*) dataplane/CMakeLists.txt $(wildcard dataplane/native/*/*.cc dataplane/native/*/*.h) $(wildcard proto/*/*.proto proto/*/*/*.proto) $(wildcard */pyproject.toml deploy/ray/pyproject.toml)
 	scripts/system-packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt \
-		-e ./proto -e ./kernels -e ./dataplane -e ./client -e ./lens -e './export[transformers]' -e ./server -e ./loadtest
+		-e ./proto -e ./kernels -e ./dataplane -e ./client -e ./lens -e './export[transformers]' -e ./server -e ./loadtest -e ./deploy/ray
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt -r requirements-nodeps.txt
 	@$(BIN)/python -c "import attnserve_kernels as k; print('kernels:', k.instruction_set() or 'without operators: a C++ compiler is needed to build them')"
 	@touch $@

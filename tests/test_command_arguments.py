@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attnserve_client import _cli as client
+from attnserve_cluster import cli as cluster
 from attnserve_export import cli as export
 from attnserve_loadtest import cli as loadtest
 from attnserve_loadtest import options as locust
@@ -20,19 +21,20 @@ from attnserve_server import configuration
 from bad_arguments import BAD, actions, words_of, wrongly_answered
 
 OF = {
-    "target": "target --trace-endpoint",
+    "target": "target --trace-endpoint --address",
     "host": "host",
     "number": "--timeout --seq-len --batch --seed --scale --softcap --top-k --mass-by-distance "
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
     "--window --window-right --chunk --rotary-dims --rotary-base --embed-dim --context-dim --opset "
     "--seconds --requests --duration --users --rounds --warmup --settle --trials --rate --pause "
     "--bound-ms --request-timeout --version --port --sessions --think --cancel --cancel-after "
-    "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens "
-    "--trace-sample --max-traces-per-second",
+    "--price-per-hour --clients --refinements --speed --length-scale --limit --prefix-tokens --min "
+    "--max --cpus --gpus --memory-mib --queue-ms --kv-share --busy-seconds --idle-seconds "
+    "--retire-seconds --wait --trace-sample --max-traces-per-second",
     "numbers": "--ids --token-type-ids --servers --rates --seq-lens --depths --tokens-seq-lens "
     "--layers --heads",
     "reals": "--sinks",
-    "span": "--prompt --tokens --ramp --callers",
+    "span": "--prompt --tokens --ramp --callers --ports SERVERS",
     "arrivals": "--arrivals",
     "slo": "--slo",
     "choice": "--as --attention --part --mask --alignment --rotary --dtype --module --provider "
@@ -42,7 +44,7 @@ OF = {
     "--tls-certificate --tls-key --tls-client-authorities --config --callers --jwt-keys "
     "--ca --certificate --key --token-file "
     "report.json TRACE --report A B --pixel-values --input-features --inputs-embeds --processor "
-    "--encoder-hidden-states",
+    "--encoder-hidden-states FILE --metrics-token-file",
     "text": "TEXT --query --pair --target-text",
     "title": "--title --jwt-issuer --jwt-audience --jwt-roles-claim",
     "roles": "--certificate-roles",
@@ -76,6 +78,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], argparse.ArgumentParser]] 
     "attnserve": (client.main, client._parser()),
     "attnserve-server": (server.main, configuration.parser()),
     "attnserve-export": (export.main, export._parser()),
+    "attnserve-cluster": (cluster.main, cluster._parser()),
     "attnserve-loadtest": (loadtest.main, loadtest._parser()),
     "locust": (locust_main, locust_parser()),
 }

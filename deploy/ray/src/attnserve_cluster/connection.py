@@ -1,0 +1,122 @@
+"""A command's way to a Ray cluster, and to the controller of a cluster of servers there."""
+
+import logging
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from attnserve_proto.commands import CommandError, Loading
+
+from attnserve_cluster.plan import NAMESPACE
+
+_REACH_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS = 5.0, 60.0, 20.0
+_HERE = ("localhost", "127.0.0.1", "[::1]")
+
+
+class NoClusterError(CommandError):
+    """There is no such cluster of servers."""
+
+
+class NoAnswerError(CommandError):
+    """Its controller does not answer now."""
+
+
+def connect(address: str) -> None:
+    """Reach a Ray cluster.
+
+    Args:
+        address: `auto`, the one that runs on this machine or that RAY_ADDRESS names; HOST:PORT; or
+            ray://HOST:PORT.
+
+    Raises:
+        CommandError: there is none.
+    """
+    # Before Ray is loaded. It says what its own processes do to whoever starts one.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with Loading():  # what waits in Ray's own code would not be interrupted otherwise
+        import ray
+        import ray.util
+
+        if address != "auto":
+            _reach(address, ray.util.get_node_ip_address)
+        errors: list[BaseException] = []
+
+        def begin() -> None:
+            try:
+                ray.init(
+                    address,
+                    namespace=NAMESPACE,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    logging_level=logging.ERROR,
+                )
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=begin, name="ray-init", daemon=True)
+        thread.start()
+        thread.join(_BEGIN_SECONDS)
+    if thread.is_alive():
+        raise _refusal(address, f"no answer within {_BEGIN_SECONDS:g} s")
+    if errors:
+        raise _refusal(address, str(errors[0]))
+
+
+def _reach(address: str, address_of_machine: Callable[[], str]) -> None:
+    """See whether anybody listens there: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    # Ray takes the machine's own address for these.
+    reached = address_of_machine() if host in _HERE and "ray://" not in address else host
+    try:
+        socket.create_connection((reached.strip("[]"), int(port)), _REACH_SECONDS).close()
+    except OSError as error:
+        there = "" if reached == host else f" (at {reached}, where Ray looks for it)"
+        raise _refusal(address, f"{error.strerror or error}{there}") from None
+
+
+def _refusal(address: str, reason: str) -> CommandError:
+    said = re.sub(r"\s+", " ", reason).strip()
+    return CommandError(
+        f"--address: given {address}: {said[:500]}; allowed: a Ray cluster that runs, of this "
+        "version (`ray start --head`)"
+    )
+
+
+def find(name: str) -> Any:
+    """The controller of a cluster of servers.
+
+    Raises:
+        NoClusterError: there is none of that name.
+    """
+    import ray
+
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        raise NoClusterError(
+            f"--name: given {name}, which is not up; see `attnserve-cluster up`"
+        ) from None
+
+
+def answer(name: str, reference: Any, seconds: float = _ANSWER_SECONDS) -> Any:
+    """What a controller answers.
+
+    Raises:
+        NoAnswerError: it does not.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+    try:
+        return ray.get(reference, timeout=seconds)
+    except GetTimeoutError:
+        raise NoAnswerError(f"{name}: its controller did not answer within {seconds:g} s") from None
+    except RayTaskError as error:
+        raise CommandError(f"{name}: {error.cause}") from None
+    except RayActorError as error:
+        reason = str(error).splitlines()[0]
+        raise NoAnswerError(f"{name}: its controller does not answer: {reason}") from None
