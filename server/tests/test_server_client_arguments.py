@@ -162,6 +162,7 @@ TOKENS: dict[str, list[Any]] = {
             [[-1]],
         ),
         *([["1"]], [[HUGE]], {"ids": [[1]]}, {"input_ids": [[1, 2]], "attention_mask": [[1]]}),
+        *({"input_ids": [[2, 5, 3]], "attention_mask": [mask]} for mask in ([1, 0, 1], [0] * 3)),
         *([[]], [None], ["\ud800"], None, [[10**9]], [["w1"]], ["w1 " * 100]),
     ],
     "targets": ["one", b"one", 5, [], {}, [b"hi"], ["a", [1]], [[1.5]], [[-1]], ["w1"]],

@@ -96,12 +96,33 @@ def _encoding(name: str, encoding: Mapping[str, Any]) -> tuple[list[Any], list[A
     ids = _rows(encoding["input_ids"])
     kept = [[True] * len(row) for row in ids]
     if encoding.get("attention_mask") is not None:
-        kept = _beside(name, "attention_mask", encoding["attention_mask"], ids)
+        kept = _kept(name, _beside(name, "attention_mask", encoding["attention_mask"], ids))
     types = None
     if encoding.get("token_type_ids") is not None:
         types = _masked(_beside(name, "token_type_ids", encoding["token_type_ids"], ids), kept)
         types = types if any(map(any, types)) else None
     return _masked(ids, kept), types
+
+
+def _kept(name: str, mask: list[Any]) -> list[list[bool]]:
+    """Which ids are tokens: those in the middle of a text cannot be left out as padding is."""
+    kept = []
+    for row, numbers in enumerate(mask):
+        real = [bool(number) for number in numbers]
+        if not any(real):
+            raise ValueError(
+                f"{name}: attention_mask[{row}] given without ones; allowed: one or more"
+            )
+        first, count = real.index(True), sum(real)
+        for position, number in enumerate(numbers):
+            if number != (first <= position < first + count):
+                raise arguments.refused(
+                    f"{name}: attention_mask[{row}, {position}]",
+                    int(number),
+                    "ones for tokens, side by side, and zeros for padding on the left or right",
+                )
+        kept.append(real)
+    return kept
 
 
 def _beside(name: str, beside: str, given: Any, ids: list[Any]) -> list[Any]:
