@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handmade import attention, write_core
 
 FAULTS = Path(__file__).parents[1] / "benchmarks/faults"
 
@@ -60,6 +61,51 @@ def test_what_it_costs_to_be_watched(tmp_path: Path) -> None:
     # 9,000 calls, of which 1 % have nine spans each, or a little fewer.
     assert 9000 * 0.01 * 0.4 < figures["spans"] / 8 < 9000 * 0.01 * 2
     assert figures["scrapes"] >= 1
+
+
+def test_messages_that_are_nearly_right_are_answered_or_refused(tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    write_core(repository, "causal", attention(4, 8, mask="causal"))
+    options = ("--messages", "3000", "--seed", "7", "--repository", str(repository))
+    figures = run("messages", tmp_path, *options, "--faults", str(tmp_path / "faults"))
+    kinds = ("crash", "hang", "internal", "wrong status")
+    assert [figures[kind] for kind in kinds] == [0, 0, 0, 0]
+    assert figures["messages"] >= 3000
+    rows = {row["method"]: row for row in figures["methods"]}
+    for method in ("Attend", "AttendStream", "Decode", "ModelInfer", "ModelStreamInfer"):
+        assert rows[method]["OK"] > 0
+        assert rows[method]["unreadable"] > 0
+
+
+def test_what_is_wrong_with_a_message_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (FAULTS.parent, FAULTS):
+        monkeypatch.syspath_prepend(str(folder))
+    import messages_calls as calls
+    import messages_seeds as seeds
+    from messages_connection import Answer
+
+    kept = seeds.Kept((), (), "a", "b")
+    methods = {method.name: method for method in seeds.methods(kept)}
+    unreadable = "message: given bytes that are not the request of Attend (...)"
+
+    def kind(code: int, text: str = "", *, sort: str = "changed", at: tuple[int, ...] = (),
+             method: str = "Attend") -> str | None:  # fmt: skip
+        sent = calls.Sent(methods[method], sort, b"", 1, at, 0.0)
+        found = calls.judged(sent, Answer(code, text, b""))
+        return None if found is None else found[0]
+
+    assert kind(calls.OK) is None
+    assert kind(calls.INVALID_ARGUMENT, "query: ...") is None
+    assert kind(calls.INVALID_ARGUMENT, unreadable, at=(0,)) is None
+    assert kind(calls.INTERNAL, sort="framed") is None
+    assert kind(calls.INVALID_ARGUMENT, unreadable) == "wrong status"
+    assert kind(calls.OK, at=(0,)) == "wrong status"
+    assert kind(calls.OK, at=(3,), method="Decode") == "wrong status"
+    assert kind(calls.INVALID_ARGUMENT, "query: ...", at=(0,)) == "wrong status"
+    assert kind(calls.INVALID_ARGUMENT, "query: ...", sort="valid") == "wrong status"
+    assert kind(calls.INTERNAL) == "internal"
+    assert kind(-1, "RST_STREAM 2", sort="framed") == "wrong status"
+    assert kind(calls.OK, at=(1,), method="ModelStreamInfer") == "wrong status"
 
 
 def test_what_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@
 
 namespace attnserve::wire::tests {
 
+using namespace std::literals;
+
 namespace {
 
 using tests::same;
@@ -210,6 +212,22 @@ TEST_CASE("inputs and outputs have the names and numbers of the .proto") {
   CHECK(!input_of_field(11));
   CHECK(!input_of_name("output"));
   CHECK(!output_of_name("query"));
+}
+
+TEST_CASE("a tag has 32 bits, in five bytes at the most") {
+  const std::string handle = field(1, "paged");
+  const auto refusal = [&](std::string_view more) {
+    try {
+      decode_drop_tensor(bytes_of(handle + std::string(more)));
+      return std::string();
+    } catch (const RequestError& error) {
+      return error.status().message;
+    }
+  };
+  CHECK(refusal("\xb8\x81\x80\x80\x80\x00\x07"sv).find("5 bytes") != std::string::npos);
+  CHECK(refusal("\xb8\x81\x80\x80\x10\x07"sv).find("32 bits") != std::string::npos);
+  CHECK(refusal("\xb8\x81\x80\x80\x0f\x07"sv).empty());
+  CHECK(refusal("\xb8\x81\x80\x80\x00\x07"sv).empty());
 }
 
 }  // namespace attnserve::wire::tests

@@ -94,7 +94,10 @@ void compare_many(std::uint64_t seed, std::size_t count, Same same,
     try {
       agreed = same(bytes_of(message), theirs) && accepted;
     } catch (const RequestError& error) {
-      agreed = !accepted && error.status().code == Code::kInvalidArgument;
+      // The one thing that protobuf's C++ library takes and its others refuse.
+      const bool wide =
+          error.status().message.find("a tag of more than 32 bits") != std::string::npos;
+      agreed = (!accepted || wide) && error.status().code == Code::kInvalidArgument;
     }
     if (!agreed) FAIL("accepted ", accepted, ": ", hex(message), " ", theirs.DebugString());
     return accepted;

@@ -53,6 +53,11 @@ std::uint32_t Numbers::tag() {
   if (static_cast<std::size_t>(at_ - start) > kMostShortBytes) {
     decoding_->refuse("a tag of more than 5 bytes");
   }
+  // As protobuf's upb does, which the control plane's methods read with; its C++ library loses
+  // bits.
+  if (value > std::numeric_limits<std::uint32_t>::max()) {
+    decoding_->refuse("a tag of more than 32 bits");
+  }
   return static_cast<std::uint32_t>(value);
 }
 

@@ -66,7 +66,7 @@ class Numbers {
     if (at_ != end_ && (*at_ & '\x80') == 0) return static_cast<unsigned char>(*at_++);
     return long_varint();
   }
-  std::uint32_t tag();  // at most five; bits beyond 32 are lost
+  std::uint32_t tag();  // at most five
   ByteSpan bytes();     // a length of at most five bytes, and so many bytes
   template <class T>
   T fixed();  // std::uint32_t or std::uint64_t
