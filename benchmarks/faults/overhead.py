@@ -118,7 +118,8 @@ def watched(
 ) -> Iterator[tuple[str, str]]:
     """A server that is watched so: its address, and a token to show."""
     with ExitStack() as stack:
-        token, options, port = "", list[str](), common.free_port()
+        # Those that nobody asks show one too: the headers are alike.
+        token, options, port = "none", list[str](), common.free_port()
         if "identity" in parts:
             token, options = stack.enter_context(token_options())
         if "traces" in parts:
