@@ -43,7 +43,7 @@ def example(field: Field) -> str:
         return str(not field.default).lower()
     if field.option.choices:
         return next(each for each in field.option.choices if each != field.default)
-    for text in ("7", "32", "some.host", "1000", "admin"):
+    for text in ("7", "32", "some.host", "1000", "admin", "some.host:8001"):
         try:
             value = field.option.value(field.option.read(text))
         except argparse.ArgumentTypeError:

@@ -37,12 +37,13 @@ class WatchHandler final : public grpc::CallHandler {
       call_->finish(status_of(std::current_exception()));
       return;
     }
-    number_ = core_.streams.add([weak = std::weak_ptr(call_)] {
+    const auto drain = [weak = std::weak_ptr(call_)] {
       if (const auto call = weak.lock()) {
         call->send(message(kNotServing));
         call->finish(schedule::shutting_down());
       }
-    });
+    };
+    number_ = core_.streams.add({false, drain, [](Bytes) {}});
   }
   void on_half_close() override {}
   void on_end(Code) override { core_.streams.remove(number_); }

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import ssl
+import time
 from functools import partial
 
 import attnserve_kernels
@@ -20,10 +21,13 @@ from attnserve_server.metrics_http import MetricsServer
 from attnserve_server.models import providers, store
 from attnserve_server.models.catalog import Catalog
 from attnserve_server.models.store import ModelStore
+from attnserve_server.moving import Mover
 from attnserve_server.settings import MIB, Settings, usable_cores
 from attnserve_server.web_tokens import WebTokens
 
 _MOST_IO_THREADS = 4
+# Of the seconds of a drain, what is left for answers once sessions have been moved.
+_ANSWERING = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ class AttentionServer:
         CallersError: the file of callers is not as it should be.
         WebTokenError: JSON Web Tokens cannot be checked as the settings ask.
         ExposureError: others could reach it, unguarded.
+        MovingError: sessions cannot be moved as the settings ask.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -54,9 +59,11 @@ class AttentionServer:
         self.store = ModelStore(self.plane)
         load = partial(store.load, plane=self.plane, providers=self.providers)
         failed = store.load_all(settings.repository, self.store, load)
+        self._mover = Mover(self.plane, settings) if settings.move_sessions_to else None
         self.metrics = Metrics(
             self.plane,
             lambda: [(model.manifest.name, model.manifest.version) for model in self.store],
+            self._mover,
         )
         changeable = settings.model_control
         catalog = Catalog(settings.repository, self.store, load, failed, changeable=changeable)
@@ -121,9 +128,13 @@ class AttentionServer:
         return _address(self._settings.host, self.port)
 
     def drain(self) -> None:
-        """Take no new requests, answer those that came, and stop."""
-        _log.info("draining", extra={"seconds_at_most": self._settings.drain_seconds})
-        answered = self.plane.drain(self._settings.drain_seconds)
+        """Take no new requests, move sessions, answer the requests that came, and stop."""
+        seconds = self._settings.drain_seconds
+        _log.info("draining", extra={"seconds_at_most": seconds})
+        until = time.monotonic() + seconds
+        if self._mover is not None:
+            self._mover.move(until - _ANSWERING * seconds)
+        answered = self.plane.drain(max(0.0, until - time.monotonic()))
         self._files.stop()
         self._handlers.stop()
         if self._metrics_server is not None:

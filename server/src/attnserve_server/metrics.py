@@ -17,6 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from attnserve_server.metrics_http import Allowed, MetricsServer
+from attnserve_server.moving import Mover
 
 if TYPE_CHECKING:
     from attnserve_dataplane import InferCounts
@@ -101,10 +102,11 @@ class Metrics(Collector):
     Args:
         plane: that counts.
         models: says the name and version of each model that is loaded.
+        mover: that moves sessions, if any does.
     """
 
-    def __init__(self, plane: DataPlane, models: Models) -> None:
-        self._plane, self._models = plane, models
+    def __init__(self, plane: DataPlane, models: Models, mover: Mover | None) -> None:
+        self._plane, self._models, self._mover = plane, models, mover
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -153,6 +155,8 @@ class Metrics(Collector):
         for key, (name, text) in _KV_COUNTERS.items():
             yield CounterMetricFamily(name, text, value=held[key])
 
+        if self._mover is not None:
+            yield from _moving(self._mover)
         yield from self._triton()
 
     def _triton(self) -> Iterator[Metric]:
@@ -178,6 +182,20 @@ class Metrics(Collector):
             return MetricsServer(self.registry, host, port, allowed, tls)
         except OSError as error:
             raise OSError(f"/metrics on {host}, port {port}: {error.strerror}") from None
+
+
+def _moving(mover: Mover) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "attnserve_kv_sessions_moved", "KV sessions handed to other servers.", value=mover.moved
+    )
+    failed = CounterMetricFamily(
+        "attnserve_kv_sessions_not_moved",
+        "KV sessions that no other server took, by reason.",
+        labels=["reason"],
+    )
+    for reason, count in mover.failed.items():
+        failed.add_metric([reason], count)
+    yield failed
 
 
 def _untyped(name: str, text: str, values: Sequence[tuple[list[str], float]]) -> Metric:
