@@ -44,6 +44,15 @@ def test_a_server_starts_again_under_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sessions_outlive_all_of_their_servers(tmp_path: Path) -> None:
+    options = ("--sessions", "20", "--callers", "4", "--settle", "0.3")
+    figures = run("rolling", tmp_path, *options)
+    assert len(figures["restarts"]) == figures["servers"] == 3
+    assert figures["lost"] == figures["wrong"] == 0
+    assert figures["tokens"] > 100
+
+
+@pytest.mark.slow
 def test_nothing_is_left_after_load(tmp_path: Path) -> None:
     figures = run("soak", tmp_path, "--minutes", "0.1")
     assert figures["answered"] > 50

@@ -21,7 +21,7 @@ from attnserve_server import configuration
 from bad_arguments import BAD, actions, words_of, wrongly_answered
 
 OF = {
-    "target": "target --trace-endpoint --address",
+    "target": "target --trace-endpoint --address --move-sessions-to",
     "host": "host",
     "number": "--timeout --seq-len --batch --seed --scale --softcap --top-k --mass-by-distance "
     "--priority --top --mass-on-first --num-heads --num-kv-heads --head-dim --value-head-dim "
@@ -42,7 +42,8 @@ OF = {
     "name": "--model --variant --name --tokens-model --tokens-variant",
     "path": "--input --output --out --file --weights --checkpoint --filler --repository "
     "--tls-certificate --tls-key --tls-client-authorities --config --callers --jwt-keys "
-    "--ca --certificate --key --token-file "
+    "--ca --certificate --key --token-file --move-ca --move-certificate --move-key "
+    "--move-token-file "
     "report.json TRACE --report A B --pixel-values --input-features --inputs-embeds --processor "
     "--encoder-hidden-states FILE --metrics-token-file",
     "text": "TEXT --query --pair --target-text",

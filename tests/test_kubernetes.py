@@ -55,7 +55,26 @@ def test_names_and_labels_are_those_of_the_deployment() -> None:
 
 def test_a_pod_has_time_to_drain() -> None:
     before = int(CONTAINERS[0]["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert POD["terminationGracePeriodSeconds"] > before + Settings(Path()).drain_seconds
+    settings = configuration.read(CONTAINERS[0]["args"], {})
+    assert POD["terminationGracePeriodSeconds"] > before + settings.drain_seconds
+
+
+def test_a_pod_hands_its_sessions_to_the_others() -> None:
+    settings = configuration.read(CONTAINERS[0]["args"], {})
+    each = next(
+        service["metadata"]["name"]
+        for service in OBJECTS
+        if service["kind"] == "Service" and service["spec"].get("clusterIP") == "None"
+    )
+    assert settings.move_sessions_to == f"dns:///{each}:{settings.port}"
+    labels = KIND["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    let_in = [
+        source["podSelector"]["matchLabels"]
+        for rule in KIND["NetworkPolicy"]["spec"]["ingress"]
+        for source in rule["from"]
+        if "podSelector" in source and {"port": "grpc"} in rule["ports"]
+    ]
+    assert labels in let_in
 
 
 def test_the_autoscaler_asks_for_what_the_adapter_offers() -> None:

@@ -313,10 +313,11 @@ class Server:
     Args:
         repository: the folder of models.
         options: of its command line.
+        port: where it listens; 0: a free one.
     """
 
-    def __init__(self, repository: Path, *options: str) -> None:
-        port = common.free_port()
+    def __init__(self, repository: Path, *options: str, port: int = 0) -> None:
+        port = port or common.free_port()
         self.address = f"127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "attnserve_server.cli", "--provider", "cpu"]
         self._command += ["--repository", str(repository), "--port", str(port)]

@@ -204,6 +204,7 @@ OPTIONS: dict[str, list[Any]] = {
     "keepalive_permit_without_calls": FLAGS,
     "stream_threshold_bytes": INTEGERS,
     "shared_memory": FLAGS,
+    "follow_moved": FLAGS,
     "shared_memory_bytes": [*INTEGERS, 0, 1 << 60],
 }
 

@@ -13,6 +13,7 @@ from attnserve_client._async_stream import AsyncAttendStream
 from attnserve_client._async_transport import AsyncTransport
 from attnserve_client._client_flows import ClientFlows
 from attnserve_client._flows import AsyncRunner, Flow, awaited
+from attnserve_client._moves import Following, Moves
 from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStreams
@@ -37,7 +38,7 @@ class AsyncAttentionClient(Targeted[AsyncSession]):
         self._tasks: set[asyncio.Task[None]] = set()  # that nobody else holds
 
         def reach(address: str, *, authority: str | None = None) -> Server[AsyncSession]:
-            return _server(address, authority, given, runner)
+            return _server(address, authority, given, runner, moves)
 
         def start(flow: Flow[None]) -> None:
             task = asyncio.ensure_future(runner.run(flow))
@@ -49,6 +50,7 @@ class AsyncAttentionClient(Targeted[AsyncSession]):
         ) -> AsyncSession:
             return ShardedAsyncSession(runner, flows, model, num_layers)
 
+        moves = Moves(Following(self._reached, start) if given.follow_moved else None)
         super().__init__(target, reach, start, asyncio.to_thread, make_sharded)
 
     async def __aenter__(self) -> Self:
@@ -111,7 +113,7 @@ class AsyncAttentionClient(Targeted[AsyncSession]):
 
 
 def _server(
-    address: str, authority: str | None, given: ClientSettings, runner: AsyncRunner
+    address: str, authority: str | None, given: ClientSettings, runner: AsyncRunner, moves: Moves
 ) -> Server[AsyncSession]:
     """What reaches a server; `authority`: the name that it goes by, None: the address."""
     channel_options = given.channel_options(address, authority)
@@ -121,11 +123,11 @@ def _server(
         else grpc.aio.insecure_channel(address, channel_options, given.compression)
     )
     transport = AsyncTransport(channel, given.metadata)
-    streams = SessionStreams(lambda: AsyncSessionStream(transport.decode_call))
+    streams = SessionStreams(lambda: AsyncSessionStream(transport.decode_call, moves.told))
     shared = given.shared_memory_bytes
     sharing = None if shared is None else Sharing(shared)
     memory = None if sharing is None else SharingFlows(sharing, transport)
-    connection = Connection(streams, runner, memory)
+    connection = Connection(streams, runner, transport, moves, memory)
     threshold = given.stream_threshold_bytes
     flows, once = (
         ClientFlows(transport, threshold, memory, connection, AsyncSession, patient=patient)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import grpc
+from attnserve_proto import attention_pb2 as pb
 from google.protobuf.message import DecodeError
 
 from attnserve_client import _errors, _session_messages
@@ -16,9 +17,13 @@ T = TypeVar("T")
 
 
 class AsyncSessionStream:
-    """One Decode call. One task sends, one reads, and answers go to whoever awaits them."""
+    """One Decode call. One task sends, one reads, and answers go to whoever awaits them.
 
-    def __init__(self, start: Callable[[], Any]) -> None:
+    Its arguments are those of `SessionStream`.
+    """
+
+    def __init__(self, start: Callable[[], Any], told: Callable[[pb.MovedSession], None]) -> None:
+        self._told = told
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._last_id = 0
         self._last_step = 0
@@ -109,7 +114,11 @@ class AsyncSessionStream:
         failure: AttnserveError = _errors.UnavailableError("the stream was ended", method=METHOD)
         try:
             async for received in self._call:
-                answered = self._pending.get(_session_messages.request_id_of(received))
+                request_id = _session_messages.request_id_of(received)
+                moved = None if request_id else _session_messages.moved_in(received)
+                if moved is not None:
+                    self._told(moved)
+                answered = self._pending.get(request_id)
                 if answered is not None and not answered.done():
                     answered.set_result(received)
         except grpc.RpcError as error:

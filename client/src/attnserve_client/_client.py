@@ -11,6 +11,7 @@ import grpc.experimental
 from attnserve_client import _arguments as arguments
 from attnserve_client._client_flows import ClientFlows
 from attnserve_client._flows import Flow, Runner, blocking
+from attnserve_client._moves import Following, Moves
 from attnserve_client._servers import Server
 from attnserve_client._session_state import Connection
 from attnserve_client._session_stream import SessionStream, SessionStreams
@@ -52,7 +53,7 @@ class AttentionClient(Targeted[Session]):
         self._runner = runner = Runner(Propagation(given.metadata))
 
         def reach(address: str, *, authority: str | None = None) -> Server[Session]:
-            return _server(address, authority, given, runner)
+            return _server(address, authority, given, runner, moves)
 
         def start(flow: Flow[None]) -> None:
             threading.Thread(
@@ -62,6 +63,7 @@ class AttentionClient(Targeted[Session]):
         def make_sharded(flows: ShardedFlows[Session], model: str, num_layers: int) -> Session:
             return ShardedSession(runner, flows, model, num_layers)
 
+        moves = Moves(Following(self._reached, start) if given.follow_moved else None)
         super().__init__(target, reach, start, lambda look_up: look_up(), make_sharded)
 
     def __enter__(self) -> Self:
@@ -122,7 +124,7 @@ class AttentionClient(Targeted[Session]):
 
 
 def _server(
-    address: str, authority: str | None, given: ClientSettings, runner: Runner
+    address: str, authority: str | None, given: ClientSettings, runner: Runner, moves: Moves
 ) -> Server[Session]:
     """What reaches a server; `authority`: the name that it goes by, None: the address."""
     channel_options = [
@@ -135,11 +137,11 @@ def _server(
         else grpc.insecure_channel(address, channel_options, given.compression)
     )
     transport = BlockingTransport(channel, given.metadata)
-    streams = SessionStreams(lambda: SessionStream(transport.decode_call))
+    streams = SessionStreams(lambda: SessionStream(transport.decode_call, moves.told))
     shared = given.shared_memory_bytes
     sharing = None if shared is None else Sharing(shared)
     memory = None if sharing is None else SharingFlows(sharing, transport)
-    connection = Connection(streams, runner, memory)
+    connection = Connection(streams, runner, transport, moves, memory)
     threshold = given.stream_threshold_bytes
     flows, once = (
         ClientFlows(transport, threshold, memory, connection, Session, patient=patient)

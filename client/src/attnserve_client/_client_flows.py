@@ -1,5 +1,6 @@
 """The calls of a client, whoever waits for them."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar, Unpack
 
@@ -12,6 +13,7 @@ from attnserve_client import _session_messages as session_messages
 from attnserve_client._answers import with_starts
 from attnserve_client._attend import AttendCall, AttendOptions
 from attnserve_client._channel import CHUNK_BYTES
+from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Call, Flow
 from attnserve_client._messages import Tokens, TokensOptions
 from attnserve_client._results import (
@@ -261,14 +263,8 @@ class ClientFlows(OpeningFlows[S]):
         """
         arguments.kind("session", session, SessionState, "a session")
         timeout = arguments.seconds("timeout", timeout)
-        export = pb.ExportSession(session_id=session.id)
-        message = pb.DecodeRequest(request_id=1, export_session=export).SerializeToString()
         with _session_files.writing(to, session.model, session.num_layers) as write:
-
-            def take(answer: pb.DecodeResponse) -> None:
-                write(answer.chunk.data)
-
-            yield Call(lambda left: self._transport.decode(iter([message]), take, left), timeout)
+            yield from _exported(session, write, timeout)
 
     def load(
         self,
@@ -304,4 +300,32 @@ class ClientFlows(OpeningFlows[S]):
             yield Call(lambda left: self._transport.decode(messages, answers.append, left), timeout)
         if not answers:
             raise _errors.InternalError("the stream ended without an answer", method=METHOD)
-        return self._make(self._connection, answers[0].session, model, num_layers)
+        session = self._make(self._connection, answers[0].session, model, num_layers)
+        # The stream that is told if it moves is to be that of all sessions, not the one above.
+        with contextlib.suppress(AttnserveError):
+            yield from session._renewing(None, timeout)
+        return session
+
+
+def _exported(
+    session: SessionState, write: Callable[[bytes], object], timeout: float | None
+) -> Flow[None]:
+    """Write the chunks of a session, from wherever it is."""
+
+    def take(answer: pb.DecodeResponse) -> None:
+        write(answer.chunk.data)
+
+    def export(transport: Transport) -> Call:
+        asked = pb.ExportSession(session_id=session.id)
+        message = pb.DecodeRequest(request_id=1, export_session=asked).SerializeToString()
+        return Call(lambda left: transport.decode(iter([message]), take, left), timeout)
+
+    while True:
+        connection = session._here()
+        try:
+            yield export(connection.transport)
+        except AttnserveError as error:
+            if not connection.moves.follows(error):
+                raise
+        else:
+            return

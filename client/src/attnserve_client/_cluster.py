@@ -317,6 +317,12 @@ class Cluster(Generic[S]):
         found = [each.server for each in members if each.server.address == address]
         return found[0] if found else None
 
+    def present(self, address: str) -> Server[S] | None:
+        """The server of an address, if it is one of those that get something new."""
+        with self._lock:
+            member = self._members.get(address)
+        return None if member is None else member.server
+
     def of(self, matches: Callable[[Server[S]], bool]) -> Member[S] | None:
         """The first member whose server matches."""
         with self._lock:

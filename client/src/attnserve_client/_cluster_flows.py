@@ -131,8 +131,8 @@ class ClusterFlows(Generic[S]):
         arguments.kind("session", session, SessionState, "a session")
         if session._sharded:
             raise ValueError("session: one with shards is not saved; allowed: one at one server")
-        connection = session._connection
-        member = self._cluster.of(lambda server: server.connection is connection)
+        moves = session._connection.moves
+        member = self._cluster.of(lambda server: server.connection.moves is moves)
         if member is None:
             raise ValueError("session: of another client; allowed: of this client's servers")
         return (yield from member.server.flows.save(session, to, timeout=timeout))

@@ -15,12 +15,43 @@ AttnserveError
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import grpc
 from attnserve_proto import attention_pb2 as pb
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class MovedSession:
+    """Where a session is now that its server has handed to another one.
+
+    Attributes:
+        session_id: as it was.
+        address: of the server that it is at.
+        authority: the name that this server goes by; empty: the address.
+        new_session_id: of the session there.
+        length: tokens that it holds.
+    """
+
+    session_id: str
+    address: str
+    authority: str
+    new_session_id: str
+    length: int
+
+    @classmethod
+    def of(cls, message: pb.MovedSession) -> Self:
+        """As a server says it."""
+        return cls(
+            message.session_id,
+            message.address,
+            message.authority,
+            message.new_session_id,
+            message.length,
+        )
 
 
 class AttnserveError(Exception):
@@ -32,9 +63,12 @@ class AttnserveError(Exception):
         method: the method called, e.g. `Attend`.
         retry_after: seconds after which a refused request may be taken; None: not said.
         trace_id: of the trace that the call belonged to, 32 digits; None: it belonged to none.
+        moved: where the session is that the request was for, if its server has handed it to another
+            one: nothing was done. Else None.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+    moved: MovedSession | None = None
 
     def __init__(
         self,
@@ -158,7 +192,10 @@ def from_status(
 
 def from_stream_error(error: pb.Error, method: str) -> AttnserveError:
     """The exception of a failed request within a stream."""
-    return from_status(code_of(error.code), error.message, method, error.retry_after / 1e6 or None)
+    made = from_status(code_of(error.code), error.message, method, error.retry_after / 1e6 or None)
+    if error.HasField("moved"):
+        made.moved = MovedSession.of(error.moved)
+    return made
 
 
 def code_of(number: int) -> grpc.StatusCode:

@@ -39,6 +39,10 @@ class Beginnings:
         self._sessions = sessions
         self._plain: dict[tuple[int, ...], Beginning] = {}  # of steps without anything special
 
+    def forget(self) -> None:
+        """The sessions have other ids."""
+        self._plain = {}
+
     def make(
         self,
         first: Rows,

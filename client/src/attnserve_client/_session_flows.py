@@ -43,9 +43,9 @@ class SessionFlows(Generic[S]):
     def __init__(self, session: S, make: Callable[[pb.SessionState], S]) -> None:
         self.session = self._session = session
         self._make = make
-        self._ask = session._connection.ask
+        self._ask = session._asking
         self._closed = False
-        self.alone = BatchFlows(session._connection, [session])
+        self.alone = BatchFlows([session])
 
     def attend(
         self,
@@ -154,11 +154,13 @@ class SessionFlows(Generic[S]):
             InvalidArgumentError: it is no path of the tree.
             FailedPreconditionError: the last step had no tree.
         """
-        commit = pb.CommitTree(
-            session_id=self._session.id, accepted=arguments.integers("accepted", accepted)
-        )
+        kept = arguments.integers("accepted", accepted)
+
+        def commit(session_id: str) -> pb.DecodeRequest:
+            return pb.DecodeRequest(commit=pb.CommitTree(session_id=session_id, accepted=kept))
+
         # Not repeated: once it is done, it cannot be done again.
-        answer = yield from self._ask(pb.DecodeRequest(commit=commit), timeout, again=False)
+        answer = yield from self._ask(commit, timeout, again=False)
         self._session._take(answer.session)
 
     def truncate(self, length: int, *, timeout: float | None = 10.0) -> Flow[None]:
@@ -168,11 +170,13 @@ class SessionFlows(Generic[S]):
             InvalidArgumentError: it has fewer.
             FailedPreconditionError: a window would lack keys that were given back.
         """
-        truncate = pb.TruncateSession(
-            session_id=self._session.id,
-            length=arguments.integer("length", length, 0, arguments.UINT64),
-        )
-        answer = yield from self._ask(pb.DecodeRequest(truncate=truncate), timeout)
+        length = arguments.integer("length", length, 0, arguments.UINT64)
+
+        def truncate(session_id: str) -> pb.DecodeRequest:
+            asked = pb.TruncateSession(session_id=session_id, length=length)
+            return pb.DecodeRequest(truncate=asked)
+
+        answer = yield from self._ask(truncate, timeout)
         self._session._take(answer.session)
 
     def fork(
@@ -194,14 +198,18 @@ class SessionFlows(Generic[S]):
         Raises:
             ResourceExhaustedError: not so much can be promised.
         """
-        fork = pb.ForkSession(
-            session_id=self._session.id,
+        asked = pb.ForkSession(
             length=None if at is None else arguments.integer("at", at, 0, MOST_TOKENS),
             max_tokens=arguments.integer("max_tokens", max_tokens, 0, MOST_TOKENS),
             reserved_tokens=arguments.integer("reserved_tokens", reserved_tokens, 0, MOST_TOKENS),
             lease=arguments.microseconds("lease", lease),
         )
-        answer = yield from self._ask(pb.DecodeRequest(fork=fork), timeout)
+
+        def fork(session_id: str) -> pb.DecodeRequest:
+            asked.session_id = session_id
+            return pb.DecodeRequest(fork=asked)
+
+        answer = yield from self._ask(fork, timeout)
         return self._make(answer.session)
 
     def renew(self, *, lease: float | None = None, timeout: float | None = 10.0) -> Flow[None]:
@@ -219,9 +227,15 @@ class SessionFlows(Generic[S]):
             return
         self._closed = True
         self._session._connection.held.discard(self._session)
-        close = pb.CloseSession(session_id=self._session.id)
-        with contextlib.suppress(*_GONE):
-            yield from self._ask(pb.DecodeRequest(close=close), timeout)
+
+        def close(session_id: str) -> pb.DecodeRequest:
+            return pb.DecodeRequest(close=pb.CloseSession(session_id=session_id))
+
+        try:
+            with contextlib.suppress(*_GONE):
+                yield from self._ask(close, timeout)
+        finally:  # where it has been followed to
+            self._session._connection.held.discard(self._session)
 
 
 def page_hashes(ids: Sequence[int], page_tokens: int) -> list[bytes]:

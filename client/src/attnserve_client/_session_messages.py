@@ -62,6 +62,12 @@ def read(received: bytes) -> pb.DecodeResponse:
     return response
 
 
+def moved_in(received: bytes) -> pb.MovedSession | None:
+    """What an answer to no request says of a session that has moved; None: nothing."""
+    response = pb.DecodeResponse.FromString(received)
+    return response.moved if response.HasField("moved") else None
+
+
 def making(request: pb.DecodeRequest) -> Callable[[int], bytes]:
     """What makes the message of a request, given its id."""
 

@@ -11,7 +11,7 @@ from attnserve_client._flows import Flow
 from attnserve_client._results import Array, LayerResult
 from attnserve_client._session_beginnings import tokens_of_each
 from attnserve_client._session_layers import Rows, rows
-from attnserve_client._session_state import Connection, SessionState
+from attnserve_client._session_state import SessionState
 from attnserve_client._session_steps import BatchFlows, given_rows
 from attnserve_client._side_by_side import all_or_none
 
@@ -31,7 +31,7 @@ def batch_flows(sessions: Sequence[SessionState]) -> "BatchFlows | SplitBatchFlo
     if any(each._sharded for each in given):
         raise ValueError("sessions: one with shards; allowed: without, each at one server")
     if len({id(each._connection) for each in given}) == 1:
-        return BatchFlows(given[0]._connection, given)
+        return BatchFlows(given)
     return SplitBatchFlows(given)
 
 
@@ -42,12 +42,10 @@ class _Part:
         places: of them in the whole batch, ascending.
     """
 
-    def __init__(
-        self, connection: Connection, places: list[int], sessions: list[SessionState]
-    ) -> None:
+    def __init__(self, places: list[int], sessions: list[SessionState]) -> None:
         self.places = places
         self.sessions = sessions
-        self.flows = BatchFlows(connection, sessions)
+        self.flows = BatchFlows(sessions)
 
     def of(self, each: Sequence[Any] | None) -> list[Any] | None:
         """What is given for its sessions, of what is given for all; None: nothing is."""
@@ -66,15 +64,17 @@ class SplitBatchFlows:
         places: dict[int, list[int]] = {}
         for place, session in enumerate(self._sessions):
             places.setdefault(id(session._connection), []).append(place)
-        self._parts = [
-            _Part(self._sessions[at[0]]._connection, at, [self._sessions[each] for each in at])
-            for at in places.values()
-        ]
+        self._parts = [_Part(at, [self._sessions[each] for each in at]) for at in places.values()]
         # Of the step under way: each session's tokens, cross keys, and length before it.
         self._counts: tuple[int, ...] = ()
         self._cross: tuple[int, ...] = ()
         self._before: list[int] = []
         self._named: list[int] = []  # whose weights are asked for, of queries sent ahead
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is under way."""
+        return any(part.flows.in_step for part in self._parts)
 
     def attend(
         self,
@@ -168,7 +168,7 @@ class SplitBatchFlows:
         self, first: Rows, new_tokens: Sequence[int] | None, cross_tokens: Sequence[int] | int
     ) -> None:
         """Know what a step is of, if this begins one."""
-        if any(part.flows.in_step for part in self._parts):
+        if self.in_step:
             return
         count = len(self._sessions)
         self._counts = tokens_of_each(count, first, new_tokens)

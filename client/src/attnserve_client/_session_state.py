@@ -10,9 +10,12 @@ from attnserve_proto import attention_pb2 as pb
 from attnserve_client import _arguments as arguments
 from attnserve_client import _retries
 from attnserve_client import _session_messages as messages
+from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Call, Flow
+from attnserve_client._moves import Moves
 from attnserve_client._session_messages import METHOD
 from attnserve_client._sharing_flows import SharingFlows
+from attnserve_client._transports import Transport
 
 _FORGETTING_SECONDS = 10.0
 
@@ -63,12 +66,16 @@ class Connection:
     """What the sessions of one client share.
 
     Attributes:
+        transport: to the server.
+        moves: where the client's sessions went.
         memory: shared with the server, if any is.
         held: the sessions that are open on it, and the streams.
     """
 
     streams: Streams
     runner: Any
+    transport: Transport
+    moves: Moves
     memory: SharingFlows | None = None
     held: WeakSet[Any] = field(default_factory=WeakSet)
 
@@ -76,17 +83,17 @@ class Connection:
         self, request: pb.DecodeRequest, timeout: float | None, *, again: bool = True
     ) -> Flow[pb.DecodeResponse]:
         """Send a request, whose id is filled in; `again`: it can be repeated safely."""
+
+        def attempt(left: float | None) -> Flow[pb.DecodeResponse]:
+            return (yield self.call(request, left))
+
+        tries = _retries.all_again if again else _retries.once
+        return (yield from tries(METHOD, attempt, timeout))
+
+    def call(self, request: pb.DecodeRequest, left: float | None) -> Call:
+        """One try of a request, answered by a `DecodeResponse`."""
         make = messages.making(request)
-
-        def send(left: float | None) -> Any:
-            return self.streams.get().exchange(make, messages.read, left)
-
-        response: pb.DecodeResponse
-        if again:
-            response = yield from _retries.again(METHOD, send, timeout)
-        else:
-            response = yield Call(send, arguments.seconds("timeout", timeout))
-        return response
+        return Call(lambda left: self.streams.get().exchange(make, messages.read, left), left)
 
 
 class SessionState:
@@ -113,6 +120,43 @@ class SessionState:
         self._take(state)
         connection.held.add(self)
 
+    def _here(self) -> Connection:
+        """The connection to its server, as far as is known where that is."""
+        while (found := self._connection.moves.take(self.id)) is not None:
+            moved, connection = found
+            self._connection.held.discard(self)
+            connection.held.add(self)
+            self._connection = connection
+            self.id, self.length = moved.new_session_id, moved.length
+        return self._connection
+
+    def _asking(
+        self,
+        action: Callable[[str], pb.DecodeRequest],
+        timeout: float | None,
+        *,
+        again: bool = True,
+    ) -> Flow[pb.DecodeResponse]:
+        """Send a request of this session, to wherever it is.
+
+        Args:
+            action: the request, without its id, given the session's.
+            timeout: seconds; None waits for ever.
+            again: it can be repeated safely.
+        """
+
+        def attempt(left: float | None) -> Flow[pb.DecodeResponse]:
+            while True:
+                connection = self._here()
+                try:
+                    return (yield connection.call(action(self.id), left))
+                except AttnserveError as error:
+                    if not connection.moves.follows(error):
+                        raise
+
+        tries = _retries.all_again if again else _retries.once
+        return (yield from tries(METHOD, attempt, timeout))
+
     def _take(self, state: pb.SessionState) -> None:
         """What the server says of it."""
         self.length = state.length
@@ -122,16 +166,23 @@ class SessionState:
 
     def _renewing(self, lease: float | None, timeout: float | None) -> Flow[None]:
         """Start its lease anew, and take its state."""
-        renew = pb.RenewSession(session_id=self.id, lease=arguments.microseconds("lease", lease))
-        answer = yield from self._connection.ask(pb.DecodeRequest(renew=renew), timeout)
+        kept = arguments.microseconds("lease", lease)
+
+        def renew(session_id: str) -> pb.DecodeRequest:
+            return pb.DecodeRequest(renew=pb.RenewSession(session_id=session_id, lease=kept))
+
+        answer = yield from self._asking(renew, timeout)
         self._take(answer.session)
 
     def _forgetting(self, length: int) -> Flow[None]:
         """Forget the step that has ended: its tree, if it waits for `commit`, or its tokens."""
-        action = (
-            pb.DecodeRequest(commit=pb.CommitTree(session_id=self.id))
-            if self.length == length
-            else pb.DecodeRequest(truncate=pb.TruncateSession(session_id=self.id, length=length))
-        )
-        answer = yield from self._connection.ask(action, _FORGETTING_SECONDS, again=False)
+        is_tree = self.length == length
+
+        def forget(session_id: str) -> pb.DecodeRequest:
+            if is_tree:
+                return pb.DecodeRequest(commit=pb.CommitTree(session_id=session_id))
+            truncate = pb.TruncateSession(session_id=session_id, length=length)
+            return pb.DecodeRequest(truncate=truncate)
+
+        answer = yield from self._asking(forget, _FORGETTING_SECONDS, again=False)
         self._take(answer.session)

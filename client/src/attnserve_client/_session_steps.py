@@ -1,6 +1,6 @@
 """Steps of KV sessions, of one or of many together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +19,17 @@ from attnserve_client._results import LayerResult
 from attnserve_client._session_beginnings import Beginning, Beginnings
 from attnserve_client._session_layers import Attended, LayerPlan, Rows
 from attnserve_client._session_messages import METHOD
-from attnserve_client._session_state import Connection, SessionState, Stream
+from attnserve_client._session_state import SessionState, Stream
 from attnserve_client._sharing_flows import SharingFlows
 
 # How long it is asked after a lost connection whether sessions survived, seconds.
 _FIND_SECONDS = 30.0
 _NOT_FOUND = grpc.StatusCode.NOT_FOUND
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+class ScatteredError(Exception):
+    """The sessions of a batch are at several servers now; nothing was done."""
 
 
 @dataclass(slots=True)
@@ -79,8 +83,9 @@ class BatchFlows:
         adds: whether the last step, or that under way, adds tokens, or has a tree.
     """
 
-    def __init__(self, connection: Connection, sessions: Sequence[SessionState]) -> None:
-        self._connection = connection
+    def __init__(self, sessions: Sequence[SessionState]) -> None:
+        self._connection = sessions[0]._connection  # of the step under way, or the last one
+        self._moves_seen = -1
         self._sessions = self.sessions = tuple(sessions)
         self.adds = True
         self._step: _Step | None = None
@@ -164,11 +169,14 @@ class BatchFlows:
         if self._step is not None:
             return (yield from self._next(self._step, wanted))
         first = self._first_tensor(layer, tensors)
-        beginning = self._beginnings.make(
-            first, new_tokens, parents, cross_tokens, prefix_hashes, priority, queries_only
-        )
+
+        def begin() -> Beginning:
+            return self._beginnings.make(
+                first, new_tokens, parents, cross_tokens, prefix_hashes, priority, queries_only
+            )
+
         self.adds = not queries_only
-        return (yield from self._first(beginning, wanted))
+        return (yield from self._first(begin, wanted))
 
     def send_query(
         self,
@@ -213,6 +221,7 @@ class BatchFlows:
         step, begins = self._step, self._step is None
         if step is None:
             first = self._first_tensor(layer, tensors)
+            self._find()
             beginning = self._beginnings.make(
                 first, new_tokens, parents, cross_tokens, prefix_hashes, priority, False
             )
@@ -250,7 +259,8 @@ class BatchFlows:
             timeout: seconds; None waits for ever. After it the step is lost.
 
         Raises:
-            AttnserveError: as `attend`; the layer can be sent again, query and all.
+            AttnserveError: as `attend`; the layer can be sent again, query and all. So it must be
+                if `error.moved` says that a session has moved: the SDK has not kept the query.
             TypeError: an argument cannot be read as an array.
             ValueError: tensors of a wrong rank; no query was sent.
         """
@@ -278,7 +288,7 @@ class BatchFlows:
         except AttnserveError as error:
             if early.begins or step.stream.failed:  # then the step has not begun, or is lost
                 self._forget_step(step)
-            if not step.stream.failed:
+            if self._connection.moves.follows(error) or not step.stream.failed:
                 raise
             failure = yield from self._after_loss(error)
             raise failure from error
@@ -306,6 +316,23 @@ class BatchFlows:
         if step.unsure:
             yield from self._lengths_anew()
 
+    def _find(self) -> None:
+        """Know where the sessions are, before a step.
+
+        Raises:
+            ScatteredError: at several servers.
+        """
+        moves = self._connection.moves
+        count = moves.count
+        if count == self._moves_seen:
+            return
+        connections = {session._here() for session in self._sessions}
+        self._beginnings.forget()
+        if len(connections) > 1:
+            raise ScatteredError
+        (self._connection,) = connections
+        self._moves_seen = count
+
     def _first_tensor(self, layer: int, tensors: dict[str, Rows]) -> Rows:
         """What tells a step's new tokens; only layer 0 may begin it."""
         if layer != 0:
@@ -319,15 +346,18 @@ class BatchFlows:
         self._early.clear()
         self._step = None
 
-    def _first(self, beginning: Beginning, wanted: _Layer) -> Flow[LayerResult]:
+    def _first(self, begin: Callable[[], Beginning], wanted: _Layer) -> Flow[LayerResult]:
         """Begin a step and compute its first layer, in one go.
 
         If the connection is lost under it, once more: but only if the sessions are as they were,
-        since a step of one layer may have ended just before.
+        since a step of one layer may have ended just before. And wherever sessions have moved to:
+        then nothing was done here.
         """
         before = [session.length for session in self._sessions]
         repeated = False
         while True:
+            self._find()
+            beginning = begin()
             stream = self._connection.streams.get()
             step = _Step(stream, stream.new_step(), beginning.kept, beginning.starts)
             try:
@@ -335,6 +365,8 @@ class BatchFlows:
                 return (yield from self._compute(step, wanted, beginning.field))
             except AttnserveError as error:
                 self._forget_step(step)
+                if self._connection.moves.follows(error):
+                    continue
                 if not stream.failed:
                     raise
                 failure = yield from self._after_loss(error)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+from attnserve_proto import attention_pb2 as pb
 from google.protobuf.message import DecodeError
 
 from attnserve_client import _errors, _session_messages
@@ -44,10 +45,17 @@ class SessionStream:
 
     Whoever waits for an answer reads what comes, for all, until its own is there: that saves a
     change of threads for each answer. A thread of its own reads only while nobody waits, so that it
-    is known when the stream has ended.
+    is known when the stream has ended, and where sessions went.
+
+    Args:
+        start: opens the call.
+        told: takes what the server says of sessions that have moved; waits for nothing.
     """
 
-    def __init__(self, start: Callable[[], DecodeCall]) -> None:
+    def __init__(
+        self, start: Callable[[], DecodeCall], told: Callable[[pb.MovedSession], None]
+    ) -> None:
+        self._told = told
         self._sending_order = threading.Lock()  # from a request's id until it is handed over
         self._state = threading.Condition(threading.Lock())
         self._reading = False
@@ -195,13 +203,17 @@ class SessionStream:
 
     def _deliver(self, received: bytes) -> None:
         try:
-            pending = self._pending.get(_session_messages.request_id_of(received))
+            request_id = _session_messages.request_id_of(received)
+            moved = None if request_id else _session_messages.moved_in(received)
         except DecodeError as error:  # not such a server's
             self._fail(_errors.InternalError(f"the stream cannot be read: {error}", method=METHOD))
             self._call.cancel()
             return
+        pending = self._pending.get(request_id)
         if pending is not None:
             pending.answer = received
+        if moved is not None:
+            self._told(moved)
         self._call.receive()
 
     def _fail(self, failure: AttnserveError) -> None:
@@ -214,6 +226,10 @@ class SessionStream:
         self._fail(_errors.DeadlineExceededError("no answer in time", method=METHOD))
         self._call.cancel()
 
+    def _nobody_reads(self) -> bool:
+        waiting = any(each.waited_for for each in self._pending.values())
+        return self._failure is not None or not waiting
+
     def _guard(self) -> None:
         """End the stream if a request waits for too long; read, while nobody waits."""
         while True:
@@ -223,11 +239,8 @@ class SessionStream:
                     each.until is not None and now > each.until for each in self._pending.values()
                 ):
                     self._give_up()
-                waiting = any(each.waited_for for each in self._pending.values())
-                idle = self._failure is not None or not waiting
-                while idle and self._call.due and not self._reading:
+                while self._nobody_reads() and self._call.due and not self._reading:
                     self._read_one()
-                    idle = self._failure is not None
                 if not self._call.due:
                     return
             time.sleep(_GUARD_SECONDS)

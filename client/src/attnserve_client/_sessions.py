@@ -8,7 +8,7 @@ from attnserve_proto import attention_pb2 as pb
 
 from attnserve_client._flows import awaited, blocking
 from attnserve_client._session_flows import SessionFlows
-from attnserve_client._session_splits import batch_flows
+from attnserve_client._session_groups import GroupFlows
 from attnserve_client._session_state import Connection, SessionState
 from attnserve_client._session_steps import BatchFlows
 from attnserve_client._sharded_flows import ShardedFlows
@@ -132,7 +132,7 @@ class _Batch:
 
     def __init__(self, runner: Any, sessions: Sequence[SessionState]) -> None:
         self._runner = runner
-        self._flows = batch_flows(sessions)
+        self._flows = GroupFlows(sessions)
 
 
 class Batch(_Batch):

@@ -46,6 +46,8 @@ class ClientOptions(TypedDict, total=False):
             which must be on this host and run as this user. Arrays that `shared_empty` or `shared`
             made are not copied. A result's arrays take up shared memory as long as they live.
         shared_memory_bytes: how much to share, at most; pages are claimed as arrays need them.
+        follow_moved: go after sessions that their server, which drains, hands to another one; else
+            they fail with `error.moved`.
     """
 
     credentials: grpc.ChannelCredentials | None
@@ -61,6 +63,7 @@ class ClientOptions(TypedDict, total=False):
     stream_threshold_bytes: int
     shared_memory: bool
     shared_memory_bytes: int
+    follow_moved: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class ClientSettings:
     compression: grpc.Compression
     stream_threshold_bytes: int
     shared_memory_bytes: int | None
+    follow_moved: bool
 
     def channel_options(
         self, target: str, authority: str | None = None
@@ -102,6 +106,7 @@ def settings(
     stream_threshold_bytes: int = _channel.STREAM_THRESHOLD_BYTES,
     shared_memory: bool = False,
     shared_memory_bytes: int = _channel.SHARED_MEMORY_BYTES,
+    follow_moved: bool = True,
 ) -> ClientSettings:
     """Check the arguments of a client; those by name as `ClientOptions` has them.
 
@@ -134,6 +139,7 @@ def settings(
             "stream_threshold_bytes", stream_threshold_bytes, 0, arguments.INT64
         ),
         shared_memory_bytes=shared if arguments.flag("shared_memory", shared_memory) else None,
+        follow_moved=arguments.flag("follow_moved", follow_moved),
     )
 
 

@@ -8,9 +8,10 @@ from attnserve_client._cluster import Cluster, by_held
 from attnserve_client._cluster_flows import ClusterFlows
 from attnserve_client._cluster_places import following, place_of
 from attnserve_client._cluster_watch import watch
+from attnserve_client._errors import MovedSession
 from attnserve_client._flows import Flow
-from attnserve_client._servers import Server
-from attnserve_client._session_state import SessionState
+from attnserve_client._servers import FollowedServers, Server
+from attnserve_client._session_state import Connection, SessionState
 from attnserve_client._sharded_flows import ShardedFlows
 from attnserve_client._sharing import SharedArrays, Sharing
 
@@ -50,6 +51,8 @@ class Targeted(SharedArrays, Generic[S]):
         make_sharded: Callable[[ShardedFlows[S], str, int], S],
     ) -> None:
         super().__init__(self._sharing_now)
+        self._reach, self._start = reach, start
+        self._followed = FollowedServers[S](start)
         self._server: Server[S] | None = None
         self._cluster: Cluster[S] | None = None
         self._name: str | None = None
@@ -117,6 +120,20 @@ class Targeted(SharedArrays, Generic[S]):
             raise self._cluster.nobody("AttendStream")
         return member.server
 
+    def _reached(self, moved: MovedSession) -> Connection:
+        """The connection to where a session went: to one of the servers, or to another."""
+        own = self._server
+        if self._cluster is not None:
+            own = self._cluster.present(moved.address)
+        elif own is not None and own.address != moved.address:
+            own = None
+        if own is not None:
+            return own.connection
+        authority = moved.authority or None
+        return self._followed.of(
+            moved.address, lambda: self._reach(moved.address, authority=authority)
+        ).connection
+
     def _sharing_now(self) -> Sharing | None:
         """Memory to make arrays in."""
         return self._server_to_stay().sharing
@@ -125,8 +142,8 @@ class Targeted(SharedArrays, Generic[S]):
         """All servers, for the last time."""
         if self._cluster is None:
             assert self._server is not None
-            return [self._server]
-        return self._cluster.close()
+            return [self._server, *self._followed.close()]
+        return [*self._cluster.close(), *self._followed.close()]
 
 
 def _addresses(name: str, given: Any) -> list[str]:

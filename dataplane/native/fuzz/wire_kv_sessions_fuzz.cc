@@ -1,5 +1,5 @@
-// Whatever bytes come as a request of Decode: they are decoded or refused, and what is decoded lies
-// within them.
+// Whatever bytes come as a request of Decode, or of MoveSession: they are decoded or refused, and
+// what is decoded lies within them.
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
@@ -68,6 +68,16 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const ByteSpan message = std::as_bytes(std::span(data, size));
   try {
     std::visit(Views{message}, wire::decode_decode(message).action);
+  } catch (const RequestError& error) {
+    if (error.status().code != Code::kInvalidArgument) std::abort();
+  }
+  try {
+    const wire::MoveSessionRequest moving = wire::decode_move_session(message);
+    within(moving.chunk.data, message);
+    if (moving.session) {
+      within(moving.session->caller, message);
+      within(moving.session->prefix_hashes, message);
+    }
   } catch (const RequestError& error) {
     if (error.status().code != Code::kInvalidArgument) std::abort();
   }

@@ -9,8 +9,8 @@
 namespace attnserve::identity {
 namespace {
 
-constexpr std::array<std::pair<Roles, std::string_view>, 3> kNames{
-    {{kInfer, "infer"}, {kSessions, "sessions"}, {kAdmin, "admin"}}};
+constexpr std::array<std::pair<Roles, std::string_view>, 4> kNames{
+    {{kInfer, "infer"}, {kSessions, "sessions"}, {kAdmin, "admin"}, {kMove, "move"}}};
 
 // Calls end when their callers let them; nobody can foretell it.
 constexpr std::chrono::milliseconds kCallRetry{50};

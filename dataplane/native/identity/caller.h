@@ -20,8 +20,8 @@ namespace attnserve::identity {
 
 // What a caller may do; a method asks for one of some. The numbers are the binding's.
 using Roles = std::uint32_t;
-constexpr Roles kInfer = 1, kSessions = 2, kAdmin = 4;
-constexpr Roles kAllRoles = kInfer | kSessions | kAdmin;
+constexpr Roles kInfer = 1, kSessions = 2, kAdmin = 4, kMove = 8;
+constexpr Roles kAllRoles = kInfer | kSessions | kAdmin | kMove;
 
 // "infer, sessions"
 std::string names_of(Roles roles);

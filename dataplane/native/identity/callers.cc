@@ -270,6 +270,18 @@ Recognized Callers::admit(std::string_view token, const std::string& name, Roles
   return who;
 }
 
+Bounds Callers::bounds_of(std::string_view owner) const {
+  Bounds bounds = options_.bounds;
+  const std::shared_lock lock(mutex_);
+  auto found = callers_.find(owner);  // of a line, or a web token
+  if (found == callers_.end() && owner.starts_with('@')) found = callers_.find(owner.substr(1));
+  if (found != callers_.end()) {
+    bounds.sessions = found->second->most_sessions();
+    bounds.session_bytes = found->second->most_session_bytes();
+  }
+  return bounds;
+}
+
 std::size_t Callers::size() const {
   const std::shared_lock lock(mutex_);
   return callers_.size();

@@ -98,6 +98,10 @@ class Callers {
   // Whom a header names, without a call; nothing if nobody.
   std::optional<Recognized> look_up(std::string_view authorization);
 
+  // Bounds of a caller's sessions, whether it has called or not. `owner`: "@" and its name, or
+  // where it calls from.
+  Bounds bounds_of(std::string_view owner) const;
+
   std::size_t size() const;  // callers with state
 
  private:

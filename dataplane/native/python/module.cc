@@ -8,6 +8,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
@@ -20,6 +21,7 @@
 #include "base/log.h"
 #include "python/log_queue.h"
 #include "python/models.h"
+#include "python/moving.h"
 #include "python/options.h"
 #include "python/traces.h"
 #include "services/dataplane.h"
@@ -241,6 +243,7 @@ void bind_identity(nb::module_& module) {
   module.attr("INFER") = identity::kInfer;
   module.attr("SESSIONS") = identity::kSessions;
   module.attr("ADMIN") = identity::kAdmin;
+  module.attr("MOVE") = identity::kMove;
 }
 
 void bind_plane(nb::module_& module) {
@@ -250,6 +253,20 @@ void bind_plane(nb::module_& module) {
       .def(
           "start", [](DataPlane& self) { self.start(); }, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("addresses", [](DataPlane& self) { return self.addresses(); })
+      .def("begin_moving", &DataPlane::begin_moving, nb::call_guard<nb::gil_scoped_release>())
+      .def("session_ids", [](DataPlane& self) { return self.core.kv.ids(); })
+      .def(
+          "depart",
+          [](DataPlane& self, const std::string& session_id) {
+            return services::Departure::begin(self.core, session_id);
+          },
+          "session_id"_a, nb::keep_alive<0, 1>())
+      .def(
+          "stay",
+          [](DataPlane& self, const std::string& session_id) {
+            services::Departure::give_up(self.core, session_id);
+          },
+          "session_id"_a)
       .def(
           "drain", [](DataPlane& self, double timeout) { return self.drain(seconds_of(timeout)); },
           "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
@@ -285,7 +302,9 @@ void bind_plane(nb::module_& module) {
             return who;
           },
           "authorization"_a)
-      .def_prop_ro("draining", [](DataPlane& self) { return self.core.scheduler.draining(); })
+      .def_prop_ro(
+          "draining",
+          [](DataPlane& self) { return self.core.moving || self.core.scheduler.draining(); })
       .def_prop_ro("wedged_runs", [](DataPlane& self) { return self.core.scheduler.wedged(); })
       .def(
           "stop_running",
@@ -476,6 +495,7 @@ NB_MODULE(_core, module) {
   python::bind_records(module);
   python::bind_requests(module);
   python::bind_identity(module);
+  python::bind_moving(module);
   python::bind_plane(module);
   module.def(
       "collect_logs",

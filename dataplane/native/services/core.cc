@@ -2,17 +2,17 @@
 
 namespace attnserve::services {
 
-std::uint64_t OpenStreams::add(std::function<void()> drain) {
+std::uint64_t OpenStreams::add(OpenStream stream) {
   std::uint64_t number = 0;
   {
     const std::lock_guard lock(mutex_);
     number = ++last_;
-    if (!draining_) {
-      open_.emplace(number, std::move(drain));
+    if (!(stream.has_sessions ? draining_ : draining_others_)) {
+      open_.emplace(number, std::move(stream));
       return number;
     }
   }
-  drain();
+  stream.drain();
   return number;
 }
 
@@ -21,14 +21,37 @@ void OpenStreams::remove(std::uint64_t number) {
   open_.erase(number);
 }
 
-void OpenStreams::drain() {
-  std::unordered_map<std::uint64_t, std::function<void()>> open;
+void OpenStreams::tell(std::uint64_t number, Bytes message) {
+  std::function<void(Bytes)> tell;
   {
     const std::lock_guard lock(mutex_);
-    draining_ = true;
-    open.swap(open_);
+    const auto found = open_.find(number);
+    if (found == open_.end()) return;
+    tell = found->second.tell;
   }
-  for (auto& [number, drain_one] : open) drain_one();
+  tell(std::move(message));
+}
+
+void OpenStreams::drain_without_sessions() { drain_some(false); }
+
+void OpenStreams::drain() { drain_some(true); }
+
+void OpenStreams::drain_some(bool all) {
+  std::vector<OpenStream> drained;
+  {
+    const std::lock_guard lock(mutex_);
+    draining_others_ = true;
+    draining_ = draining_ || all;
+    for (auto at = open_.begin(); at != open_.end();) {
+      if (at->second.has_sessions && !all) {
+        ++at;
+        continue;
+      }
+      drained.push_back(std::move(at->second));
+      at = open_.erase(at);
+    }
+  }
+  for (const OpenStream& each : drained) each.drain();
 }
 
 std::uint64_t HealthWatchers::add(Tell tell) {

@@ -20,6 +20,7 @@
 #include "schedule/admission.h"
 #include "schedule/scheduler.h"
 #include "services/chores.h"
+#include "services/departures.h"
 #include "services/handlers.h"
 #include "services/statistics.h"
 #include "sessions/kv_sessions.h"
@@ -30,19 +31,31 @@
 
 namespace attnserve::services {
 
-// The streams that are open now, so that a drain can end them.
+// A stream that is open, as others reach it. Both throw nothing.
+struct OpenStream {
+  bool has_sessions = false;  // of KV: it goes on while they are moved
+  std::function<void()> drain;
+  std::function<void(Bytes message)> tell;
+};
+
+// The streams that are open now, so that a drain can end them, and what has moved be told.
 class OpenStreams {
  public:
-  // Calls `drain` once the server drains; at once if it does already. The number is for `remove`.
-  std::uint64_t add(std::function<void()> drain);
+  // Drains it once the server drains; at once if it does already. The number is for `remove`.
+  std::uint64_t add(OpenStream stream);
   void remove(std::uint64_t number);
+  // What is sent to a stream besides answers, if it is open.
+  void tell(std::uint64_t number, Bytes message);
+  void drain_without_sessions();
   void drain();
 
  private:
+  void drain_some(bool all);
+
   std::mutex mutex_;  // guards what follows
-  std::unordered_map<std::uint64_t, std::function<void()>> open_;
+  std::unordered_map<std::uint64_t, OpenStream> open_;
   std::uint64_t last_ = 0;
-  bool draining_ = false;
+  bool draining_others_ = false, draining_ = false;
 };
 
 // Who watches the server's health.
@@ -122,6 +135,9 @@ struct Core {
   HandlerQueue tokens;      // requests of token models
   HandlerQueue web_tokens;  // JSON Web Tokens to be checked
   std::atomic<bool> serving{false};
+  // Its sessions are being moved to other servers: it takes nothing new, but what belongs to them.
+  std::atomic<bool> moving{false};
+  Departures departures;
   schedule::AdmissionController admission;
   schedule::Scheduler scheduler;  // its jobs use what is above
   Chores chores;
@@ -149,7 +165,8 @@ class Admitted {
   Admitted& operator=(Admitted&& other) noexcept;
   ~Admitted() { release(); }
 
-  // Asks for a place, from what the headers say. Draining servers refuse with UNAVAILABLE.
+  // Asks for a place, from what the headers say. Draining servers refuse with UNAVAILABLE; those
+  // that move sessions only new calls.
   static std::variant<Admitted, Status> admit(Core& core, TimePoint now, TimePoint deadline);
   // The same for one request of a stream, which counts as one of its caller's.
   static std::variant<Admitted, Status> admit_next(Core& core, const grpc::CallInfo& info,

@@ -76,6 +76,13 @@ void DataPlane::replace_tls(const grpc::TlsOptions& options) {
   server_->replace_tls(options);
 }
 
+void DataPlane::begin_moving() {
+  core.serving = false;
+  core.moving = true;
+  core.kv.take_no_more();
+  core.streams.drain_without_sessions();
+}
+
 bool DataPlane::drain(Duration timeout) {
   core.serving = false;
   core.scheduler.drain();

@@ -44,6 +44,9 @@ class DataPlane {
   // Listens and serves. Throws std::runtime_error that names the address.
   void start();
   std::vector<std::string> addresses() const;
+  // Takes nothing new but what belongs to the KV sessions that are there, so that they can be moved
+  // (Departure) before `drain`.
+  void begin_moving();
   // Refuses new requests, answers those under way, and stops listening; false if some were not
   // answered in time. Then nothing is served any more.
   bool drain(Duration timeout);

@@ -40,7 +40,7 @@ class DecodeHandler final : public grpc::CallHandler {
   DecodeHandler(Core& core, std::shared_ptr<grpc::Call> call)
       : core_(core),
         call_(call),
-        state_(StreamState::open(core, std::move(call), "Decode")),
+        state_(StreamState::open(core, std::move(call), "Decode", true)),
         owner_(identity_of(state_->info().peer)) {}
 
   void on_message(Bytes bytes) override {
@@ -74,8 +74,8 @@ class DecodeHandler final : public grpc::CallHandler {
 
   sessions::SessionOwner owner() const {
     const auto& caller = state_->info().caller;
-    if (!caller) return owner_;
-    return {owner_, caller->most_sessions(), caller->most_session_bytes()};
+    if (!caller) return {owner_, 0, 0, state_->number()};
+    return {owner_, caller->most_sessions(), caller->most_session_bytes(), state_->number()};
   }
 
   void fail(Status status) {
@@ -153,10 +153,46 @@ class DecodeHandler final : public grpc::CallHandler {
         throw RequestError(schedule::shutting_down());
       }
       std::visit([&](const auto& action) { act(id, action, message); }, decoded.action);
+    } catch (const sessions::SessionLeavesError& leaves) {
+      if (more_to_come(decoded)) remember_refused(id);
+      answer_once_known(id, leaves.session_id());
+    } catch (const sessions::SessionMovedError& moved) {
+      if (more_to_come(decoded)) remember_refused(id);
+      state_->answer(nullptr, moved_delivery(id, moved));
     } catch (...) {
       if (more_to_come(decoded)) remember_refused(id);
       state_->answer(nullptr, decode_delivery(id, {status_of(std::current_exception()), {}}));
     }
+  }
+
+  // Of a request that names a session on its way. Like one that computes it takes room.
+  void answer_once_known(std::uint64_t id, const std::string& session_id) {
+    const auto waiting = request_context(state_->info());
+    state_->started(waiting);
+    core_.departures.wait(
+        session_id, [this_core = &core_, state = state_, waiting, session_id, id, owner = owner_] {
+          if (const auto to = this_core->kv.moved_to(session_id, owner)) {
+            state->answer(waiting, moved_delivery(id, {session_id, *to}));
+          } else {
+            state->answer(waiting, decode_delivery(id, {schedule::shutting_down(), {}}));
+          }
+        });
+    if (!core_.kv.leaves(session_id)) core_.departures.known(session_id);  // since it was asked
+  }
+
+  static Delivery moved_delivery(std::uint64_t id, const sessions::SessionMovedError& moved) {
+    const sessions::MovedTo& to = moved.to();
+    const wire::MovedSession told{moved.session_id(), to.address, to.authority, to.session_id,
+                                  to.length};
+    Delivery delivery{moved.status(), {}};
+    delivery.messages.push_back(
+        OutMessage::of(wire::encode_decode_error(id, moved.status(), told)));
+    return delivery;
+  }
+
+  // What brings sessions.
+  void check_takes_sessions() const {
+    if (core_.moving) throw RequestError(schedule::shutting_down());
   }
 
   // The second part of a layer, a further chunk of an import, or what was refused already.
@@ -244,6 +280,7 @@ class DecodeHandler final : public grpc::CallHandler {
   void act(std::uint64_t, const std::monostate&, const MessagePtr&) {}
 
   void act(std::uint64_t id, const wire::OpenSessions& asked, const MessagePtr&) {
+    check_takes_sessions();
     const requests::OpenPlan plan =
         requests::plan_open(asked, core_.context(), core_.kv.config().page_tokens);
     const auto opened = core_.kv.open(plan.spec, plan.opened, lease_of(asked.lease), owner());
@@ -375,7 +412,7 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::CommitTree& asked, const MessagePtr&) {
-    answer(session_message(id, core_.kv.commit(asked.session_id, asked.accepted, owner_)));
+    answer(session_message(id, core_.kv.commit(asked.session_id, asked.accepted, owner())));
   }
 
   void act(std::uint64_t id, const wire::TruncateSession& asked, const MessagePtr&) {
@@ -385,6 +422,7 @@ class DecodeHandler final : public grpc::CallHandler {
   void act(std::uint64_t id, const wire::ForkSession& asked, const MessagePtr&) {
     const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     const Duration lease = lease_of(asked.lease);
+    if (core_.moving && !core_.kv.moved_to(asked.session_id, owner_)) check_takes_sessions();
     const sessions::SessionState forked =
         asked.length ? core_.kv.fork(asked.session_id, *asked.length, growth, lease, owner())
                      : core_.kv.fork(asked.session_id, growth, lease, owner());
@@ -392,11 +430,11 @@ class DecodeHandler final : public grpc::CallHandler {
   }
 
   void act(std::uint64_t id, const wire::RenewSession& asked, const MessagePtr&) {
-    answer(session_message(id, core_.kv.renew(asked.session_id, lease_of(asked.lease), owner_)));
+    answer(session_message(id, core_.kv.renew(asked.session_id, lease_of(asked.lease), owner())));
   }
 
   void act(std::uint64_t id, const wire::CloseSession& asked, const MessagePtr&) {
-    core_.kv.close(asked.session_id, owner_);
+    core_.kv.close(asked.session_id, owner());
     answer(wire::encode_done(id));
   }
 
@@ -424,21 +462,31 @@ class DecodeHandler final : public grpc::CallHandler {
 
   void act(std::uint64_t id, const wire::ExportSession& asked, const MessagePtr&) {
     check_transfers();
+    // Its caller may well do so by a stream for this alone: it is not the one to be told of a move.
+    sessions::SessionOwner asking = owner();
+    asking.stream = 0;
     const auto leaving = std::make_shared<SessionExport>(
-        core_, state_, id, core_.kv.export_session(asked.session_id, owner()));
+        core_, state_, id, core_.kv.export_session(asked.session_id, asking));
     exports_.push_back(leaving);
     leaving->resume();
   }
 
   void act(std::uint64_t id, const wire::ImportSession& asked, const MessagePtr& message) {
     requests::check_import(asked);
+    check_takes_sessions();
     const sessions::Growth growth{asked.max_tokens, asked.reserved_tokens};
     check_transfers();
     const sessions::ExportedSession exported = sessions::read_exported(asked.chunk.data);
     requests::kv_models(exported.spec, core_.context());
     const auto coming = std::make_shared<SessionImport>(
-        core_, state_, call_, id,
-        core_.kv.import_session(exported, growth, lease_of(asked.lease), owner()));
+        core_, call_, core_.kv.import_session(exported, growth, lease_of(asked.lease), owner()),
+        [state = state_, id](Status status, const sessions::SessionState& session) {
+          Delivery delivery{std::move(status), {}};
+          if (delivery.status.ok()) {
+            delivery.messages.push_back(OutMessage::of(session_message(id, session)));
+          }
+          state->answer(nullptr, decode_delivery(id, std::move(delivery)));
+        });
     if (!asked.chunk.last) imports_.emplace(id, coming);
     coming->add(asked.chunk.index, asked.chunk.data, asked.chunk.last, message);
   }

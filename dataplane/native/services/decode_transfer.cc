@@ -81,7 +81,7 @@ void SessionImport::add(std::uint32_t index, ByteSpan data, bool last,
       });
   if (!refused) return;
   call_->resume();
-  end({std::move(*refused), {}});
+  end(std::move(*refused), {});
 }
 
 void SessionImport::take(std::uint32_t index, ByteSpan data, bool last) {
@@ -89,24 +89,23 @@ void SessionImport::take(std::uint32_t index, ByteSpan data, bool last) {
     into_.reset();
     return;
   }
-  Delivery delivery;
+  Status status;
+  sessions::SessionState session;
   try {
     if (index != next_) requests::refuse("chunk.index", text(index), text(next_));
     ++next_;
     into_->add(data);
     if (!last) return;
-    const sessions::SessionState session = into_->finish();
-    delivery.messages.push_back(OutMessage::of(session_message(request_id_, session)));
+    session = into_->finish();
   } catch (...) {
-    delivery.status = status_of(std::current_exception());
+    status = status_of(std::current_exception());
   }
   into_.reset();
-  end(std::move(delivery));
+  end(std::move(status), session);
 }
 
-void SessionImport::end(Delivery delivery) {
-  if (over_.exchange(true)) return;
-  stream_->answer(nullptr, decode_delivery(request_id_, std::move(delivery)));
+void SessionImport::end(Status status, const sessions::SessionState& session) {
+  if (!over_.exchange(true)) ended_(std::move(status), session);
 }
 
 }  // namespace attnserve::services

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -39,16 +40,15 @@ class SessionExport : public std::enable_shared_from_this<SessionExport> {
   std::atomic<bool> idle_{true}, over_{false};
 };
 
-// An import. The thread of the connection calls `add`, chunk by chunk.
+// What came of an import: a status that is not OK, or the session.
+using ImportEnded = std::function<void(Status status, const sessions::SessionState& session)>;
+
+// An import. The thread of the connection calls `add`, chunk by chunk; any may call `ended`, once.
 class SessionImport : public std::enable_shared_from_this<SessionImport> {
  public:
-  SessionImport(Core& core, std::shared_ptr<StreamState> stream, std::shared_ptr<grpc::Call> call,
-                std::uint64_t request_id, sessions::KvImport into)
-      : core_(core),
-        stream_(std::move(stream)),
-        call_(std::move(call)),
-        request_id_(request_id),
-        into_(std::move(into)) {}
+  SessionImport(Core& core, std::shared_ptr<grpc::Call> call, sessions::KvImport into,
+                ImportEnded ended)
+      : core_(core), call_(std::move(call)), ended_(std::move(ended)), into_(std::move(into)) {}
 
   // `message` holds the chunk's data.
   void add(std::uint32_t index, ByteSpan data, bool last, std::shared_ptr<const Bytes> message);
@@ -57,12 +57,11 @@ class SessionImport : public std::enable_shared_from_this<SessionImport> {
 
  private:
   void take(std::uint32_t index, ByteSpan data, bool last);
-  void end(Delivery delivery);
+  void end(Status status, const sessions::SessionState& session);
 
   Core& core_;
-  const std::shared_ptr<StreamState> stream_;
   const std::shared_ptr<grpc::Call> call_;  // is paused while a chunk is being taken
-  const std::uint64_t request_id_;
+  const ImportEnded ended_;
   std::optional<sessions::KvImport> into_;  // chores alone
   std::uint32_t next_ = 0;                  // likewise
   std::atomic<bool> over_{false};

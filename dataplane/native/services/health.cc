@@ -46,12 +46,13 @@ class WatchHandler final : public grpc::CallHandler {
           if (health == std::exchange(told, health)) return;
           if (const auto call = weak.lock()) call->send(message(health));
         });
-    drain_number_ = core_.streams.add([weak = std::weak_ptr(call_)] {
+    const auto drain = [weak = std::weak_ptr(call_)] {
       if (const auto call = weak.lock()) {
         call->send(message(kNotServing));
         call->finish(schedule::shutting_down());
       }
-    });
+    };
+    drain_number_ = core_.streams.add({false, drain, [](Bytes) {}});
   }
   void on_half_close() override {}
   void on_end(Code) override {

@@ -10,6 +10,7 @@
 #include "services/handled.h"
 #include "services/health.h"
 #include "services/infer.h"
+#include "services/move_session.h"
 #include "services/pending.h"
 #include "services/put_tensor.h"
 #include "services/unary.h"
@@ -44,12 +45,14 @@ struct Permission {
 };
 using identity::kAdmin;
 using identity::kInfer;
+using identity::kMove;
 using identity::kSessions;
 const Permission kPermissions[] = {
     {kAttention, "Attend", kInfer},
     {kAttention, "AttendStream", kInfer},
     {kAttention, "AttendTokens", kInfer},
     {kAttention, "Decode", kSessions},
+    {kAttention, "MoveSession", kMove},
     {kAttention, "PutTensor", kInfer | kSessions},
     {kAttention, "RenewTensor", kInfer | kSessions},
     {kAttention, "DropTensor", kInfer | kSessions},
@@ -209,6 +212,7 @@ void Router::admitted(const std::string& path, std::size_t bytes, UnaryBehaviour
   const std::string name = path.substr(path.rfind('/') + 1);
   methods_[path] = {
       name, [this, name, bytes, behaviour](std::shared_ptr<grpc::Call> call) -> Accepted {
+        if (core_.moving) return schedule::shutting_down();
         auto place = Admitted::admit(core_, call->info().arrived, call->info().deadline);
         if (auto* refused = std::get_if<Status>(&place)) return std::move(*refused);
         return grpc::Reception{unary_handler(core_, std::move(call), name,
@@ -220,7 +224,9 @@ void Router::admitted(const std::string& path, std::size_t bytes, UnaryBehaviour
 void Router::stream(const std::string& path, MakeHandler make) {
   methods_[path] = {
       path.substr(path.rfind('/') + 1), [this, make](std::shared_ptr<grpc::Call> call) -> Accepted {
-        if (core_.scheduler.draining()) return schedule::shutting_down();
+        if (core_.scheduler.draining() || (core_.moving && make != decode_handler)) {
+          return schedule::shutting_down();
+        }
         return grpc::Reception{make(core_, std::move(call)), core_.limits.max_message_bytes};
       }};
 }
@@ -237,6 +243,7 @@ void Router::add_attention() {
         return grpc::Reception{put_tensor_handler(core_, std::move(call)), whole};
       }};
   stream(kAttention + "Decode", decode_handler);
+  stream(kAttention + "MoveSession", move_session_handler);
   plain(kAttention + "RenewTensor", kControlBytes, renew_tensor(core_));
   plain(kAttention + "DropTensor", kControlBytes, drop_tensor(core_));
   plain(kAttention + "RegisterSharedMemory", kControlBytes, register_shared_memory(core_));

@@ -5,11 +5,15 @@
 namespace attnserve::services {
 
 std::shared_ptr<StreamState> StreamState::open(Core& core, std::shared_ptr<grpc::Call> call,
-                                               std::string_view method) {
+                                               std::string_view method, bool has_sessions) {
   const std::shared_ptr<StreamState> state(new StreamState(core, std::move(call), method));
-  state->number_ = core.streams.add([weak = std::weak_ptr(state)] {
+  const auto drain = [weak = std::weak_ptr(state)] {
     if (const auto open = weak.lock()) open->drain();
-  });
+  };
+  const auto tell = [weak = std::weak_ptr(state)](Bytes message) {
+    if (const auto open = weak.lock()) open->tell(std::move(message));
+  };
+  state->number_ = core.streams.add({has_sessions, drain, tell});
   return state;
 }
 
@@ -108,6 +112,11 @@ void StreamState::drain() {
   std::unique_lock lock(mutex_);
   draining_ = true;
   finish_if_idle(lock);
+}
+
+void StreamState::tell(Bytes message) {
+  const std::lock_guard lock(mutex_);
+  if (!over_) call_->send(OutMessage::of(std::move(message)));
 }
 
 void StreamState::cancel_all() {

@@ -18,8 +18,9 @@ namespace attnserve::services {
 class StreamState : public std::enable_shared_from_this<StreamState> {
  public:
   // `method`: as it is counted, a literal; empty: it is not.
+  // `has_sessions`: of KV.
   static std::shared_ptr<StreamState> open(Core& core, std::shared_ptr<grpc::Call> call,
-                                           std::string_view method);
+                                           std::string_view method, bool has_sessions = false);
 
   // A request was announced: an answer is owed.
   void begun();
@@ -41,6 +42,7 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
   void send_part(OutMessage message) { call_->send(std::move(message)); }
   std::size_t unsent() const { return call_->unsent(); }
   bool draining() const;
+  std::uint64_t number() const { return number_; }  // among the open streams, above 0
   const grpc::CallInfo& info() const { return call_->info(); }
 
   // The connection's thread: after each message, no more are taken while as many requests as are
@@ -56,14 +58,15 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
   void count(Code code);
   void finish(Status status);
   void drain();
+  void tell(Bytes message);
   void cancel_all();
   void finish_if_idle(const std::unique_lock<std::mutex>& held);
 
   Core& core_;
   const std::shared_ptr<grpc::Call> call_;
   const std::string_view method_;
-  std::uint64_t number_ = 0;  // among the open streams
-  bool paused_ = false;       // the connection's thread alone
+  std::uint64_t number_ = 0;
+  bool paused_ = false;  // the connection's thread alone
   std::atomic<std::size_t> computing_{0}, queued_{0};
   mutable std::mutex mutex_;  // guards what follows, and the order of messages
   // Whether each takes room.

@@ -51,6 +51,10 @@ class KvSession {
   // Keys of a layer once the step, if it is in one, has added its own.
   std::uint64_t keys(std::size_t layer) const;
 
+  bool idle() const { return !in_step && tree.empty(); }
+  // Whoever asks for it has to wait until it is known where it is.
+  bool leaves() const { return leaving && idle(); }
+
   // Pages to be promised for `length` tokens and a step of `added` more.
   std::size_t charge(std::uint64_t length, std::uint64_t added) const;
   std::size_t charged() const { return charged_; }
@@ -100,10 +104,12 @@ class KvSession {
   std::uint64_t cross_added = 0;   // likewise
   bool in_step = false;            // or something else that others must wait for
   bool frozen = false;             // a snapshot: takes no steps
+  bool leaving = false;            // for another server, once nothing of it is under way
+  std::uint64_t stream = 0;        // by which its owner used it last; 0: none
   std::vector<std::int32_t> tree;  // waits for commit, if not empty
   std::uint64_t mark = 0;          // the last step that named it
   std::size_t users = 0;           // who read or write its pages at this moment
-  bool gone = false;               // closed or expired
+  bool gone = false;               // closed, expired or moved
   Duration lease{0};
   TimePoint expires = kNever;
   std::multimap<TimePoint, std::shared_ptr<KvSession>>::iterator expiry;  // at `expires` or before

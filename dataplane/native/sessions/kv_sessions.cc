@@ -131,7 +131,7 @@ std::vector<SessionState> KvSessions::open(const SessionSpec& spec,
 }
 
 SessionState KvSessions::commit(std::string_view id, std::span<const std::uint32_t> accepted,
-                                std::string_view owner) {
+                                const SessionOwner& owner) {
   KvSessionPtr session;
   bool moves = false;
   {
@@ -172,7 +172,7 @@ SessionState KvSessions::truncate(std::string_view id, std::uint64_t length,
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
-  const KvSessionPtr session = state_->find_idle(id, owner.name, now);
+  const KvSessionPtr session = state_->find_idle(id, owner, now);
   check_length(*session, length);
   // Pages of its own in place of common ones; those that nobody else holds are its own then.
   const std::size_t alone = session->common_alone(length);
@@ -202,7 +202,7 @@ SessionState KvSessions::fork_at(std::string_view id, const std::uint64_t* lengt
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
-  const KvSessionPtr other = state_->find_idle(id, owner.name, now);
+  const KvSessionPtr other = state_->find_idle(id, owner, now);
   const std::uint64_t at = length ? *length : other->length;
   check_length(*other, at);
   growth = checked_growth(growth, other->max_tokens, at, {});
@@ -234,7 +234,7 @@ void KvSessions::check_length(const KvSession& session, std::uint64_t length) {
            " of ", session.length, " may always be truncated"));
 }
 
-SessionState KvSessions::renew(std::string_view id, Duration lease, std::string_view owner) {
+SessionState KvSessions::renew(std::string_view id, Duration lease, const SessionOwner& owner) {
   const std::scoped_lock lock(state_->mutex);
   const TimePoint now = Clock::now();
   state_->expire(now);
@@ -247,7 +247,7 @@ SessionState KvSessions::renew(std::string_view id, Duration lease, std::string_
   return KvState::state_of(*session);
 }
 
-void KvSessions::close(std::string_view id, std::string_view owner) {
+void KvSessions::close(std::string_view id, const SessionOwner& owner) {
   const std::scoped_lock lock(state_->mutex);
   state_->expire(Clock::now());
   const KvSessionPtr session = state_->find(id, owner, [] { return std::string("session_id"); });

@@ -39,6 +39,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -46,6 +47,7 @@
 
 #include "base/clock.h"
 #include "base/memory.h"
+#include "sessions/kv_departure.h"
 #include "sessions/kv_spec.h"
 #include "sessions/kv_step.h"
 #include "sessions/kv_transfer.h"
@@ -80,16 +82,19 @@ struct KvStatistics {
   std::uint64_t evicted_pages = 0;
 };
 
-// Whose sessions: the caller's identity, how many of its sessions may be open at once, and how many
-// bytes they may be promised together (0: no bound of its own).
+// Whose sessions: the caller's identity, how many of its sessions may be open at once, how many
+// bytes they may be promised together (0: no bound of its own), and by which stream it asks, a
+// number above 0 (0: none is to be told if the session moves).
 struct SessionOwner {
   template <std::convertible_to<std::string_view> Name>
-  SessionOwner(const Name& name_, std::size_t sessions = 0, std::size_t bytes = 0)
-      : name(name_), most_sessions(sessions), most_bytes(bytes) {}
+  SessionOwner(const Name& name_, std::size_t sessions = 0, std::size_t bytes = 0,
+               std::uint64_t stream_ = 0)
+      : name(name_), most_sessions(sessions), most_bytes(bytes), stream(stream_) {}
 
   std::string_view name;
   std::size_t most_sessions;
   std::size_t most_bytes;
+  std::uint64_t stream;
 };
 
 struct KvState;
@@ -124,22 +129,36 @@ class KvSessions {
   // Keeps the tokens of one path of the tree, indices of the last step's new tokens from the root
   // on, and ends the tree. None: keeps nothing of it.
   SessionState commit(std::string_view id, std::span<const std::uint32_t> accepted,
-                      std::string_view owner);
+                      const SessionOwner& owner);
   SessionState truncate(std::string_view id, std::uint64_t length, const SessionOwner& owner);
   // `length`: tokens to begin with; at most what the other one holds.
   SessionState fork(std::string_view id, std::uint64_t length, Growth growth, Duration lease,
                     const SessionOwner& owner);
   SessionState fork(std::string_view id, Growth growth, Duration lease, const SessionOwner& owner);
   // Another lease if that is above zero.
-  SessionState renew(std::string_view id, Duration lease, std::string_view owner);
+  SessionState renew(std::string_view id, Duration lease, const SessionOwner& owner);
   // A step that it is in cannot go on; its pages are back once no layer is being computed.
-  void close(std::string_view id, std::string_view owner);
+  void close(std::string_view id, const SessionOwner& owner);
 
   // A snapshot, to be read chunk by chunk while the session goes on. See kv_transfer.h.
   KvExport export_session(std::string_view id, const SessionOwner& owner);
-  // The session is there once `KvImport::finish` has returned. `exported` as read from chunk 0.
+  // The session is there once `KvImport::finish` has returned. `exported` as read from chunk 0;
+  // `prefix_hashes`: of its first full pages.
   KvImport import_session(const ExportedSession& exported, Growth growth, Duration lease,
-                          const SessionOwner& owner);
+                          const SessionOwner& owner, std::span<const PageHash> prefix_hashes = {});
+
+  // From now on none is opened, forked or imported: UNAVAILABLE.
+  void take_no_more();
+  // Of all sessions, in no order.
+  std::vector<std::string> ids();
+  // From now on the session takes no other step, and once nothing of it is under way, all that is
+  // asked of it is refused with SessionLeavesError, until it has moved or stays. Nothing: something
+  // is under way still, a step, or a tree that waits for commit; to be asked again, or it is to
+  // `stay`. NOT_FOUND: it is gone.
+  std::optional<KvDeparture> depart(std::string_view id);
+  void stay(std::string_view id);
+  bool leaves(std::string_view id);  // whether it would be refused so
+  std::optional<MovedTo> moved_to(std::string_view id, std::string_view owner);
 
   KvStatistics statistics();
   // Forgets what has expired and gives idle memory back: to be called every second or so.
@@ -151,6 +170,7 @@ class KvSessions {
   friend class KvLayer;
   friend class KvExport;
   friend class KvImport;
+  friend class KvDeparture;
 
   SessionState fork_at(std::string_view id, const std::uint64_t* length, Growth growth,
                        Duration lease, const SessionOwner& owner);

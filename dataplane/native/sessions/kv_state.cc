@@ -68,6 +68,7 @@ KvSessionPtr KvState::make(const KvPlanPtr& plan, const SessionOwner& owner) {
   auto session = std::make_shared<KvSession>(plan, store, prefixes, own->second);
   session->owner = owner.name;
   session->most_of_owner = owner.most_sessions;
+  session->stream = owner.stream;
   session->root = prefixes.root_of(*plan, owner.name);
   return session;
 }
@@ -120,6 +121,9 @@ void KvState::check_count(std::size_t more, const SessionOwner& owner, TimePoint
 }
 
 void KvState::add(const KvSessionPtr& session, std::string id, Duration asked_for, TimePoint now) {
+  if (takes_no_more) {
+    throw RequestError(Code::kUnavailable, "the server is shutting down; try another one");
+  }
   session->id = std::move(id);
   session->lease = lease(asked_for);
   touch(*session, now);
@@ -144,11 +148,17 @@ void KvState::forget_accounts() {
   std::erase_if(accounts, [](const auto& each) { return each.second.use_count() == 1; });
 }
 
-KvSessionPtr KvState::find_idle(std::string_view id, std::string_view owner, TimePoint now) {
+KvSessionPtr KvState::find_idle(std::string_view id, const SessionOwner& owner, TimePoint now) {
   const KvSessionPtr session = find(id, owner, [] { return std::string("session_id"); });
   touch(*session, now);
   check_idle(*session, false, "session_id");
   return session;
+}
+
+void KvState::refuse_moved(std::string_view id, std::string_view owner) const {
+  const auto found_at = moved.find(id);
+  if (found_at == moved.end() || found_at->second.owner != owner) return;
+  throw SessionMovedError(id, found_at->second.to);
 }
 
 void KvState::refuse_unknown(std::string_view id, const std::string& field) {

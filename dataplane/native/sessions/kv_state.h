@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "sessions/kv_departure.h"
 #include "sessions/kv_prefixes.h"
 #include "sessions/kv_session.h"
 #include "sessions/kv_sessions.h"
@@ -33,7 +34,14 @@ struct KvState {
   // By owner: those with sessions, or with pages that are only cached.
   std::unordered_map<std::string, PageAccountPtr, IdHash, std::equal_to<>> accounts;
   std::multimap<TimePoint, KvSessionPtr> expiries;  // one for each session
+  struct Moved {
+    std::string owner;
+    MovedTo to;
+  };
+  // By their ids here; for as long as the server, which drains, is there.
+  std::unordered_map<std::string, Moved, IdHash, std::equal_to<>> moved;
   std::vector<std::weak_ptr<const KvPlan>> plans;
+  bool takes_no_more = false;  // sessions
   std::uint64_t steps = 0;
   std::uint64_t opened = 0, expired = 0, asked = 0, found = 0;
 
@@ -57,17 +65,23 @@ struct KvState {
   bool forget(KvSession& session);  // from `sessions`; whether it was there
   void forget_accounts();           // of owners that have nothing
 
-  // Throws RequestError NOT_FOUND. `field` gives the name of what the id came in.
+  // Throws RequestError NOT_FOUND, or says that the session leaves or has moved. `field` gives the
+  // name of what the id came in.
   template <class Field>
-  KvSessionPtr& find(std::string_view id, std::string_view owner, const Field& field) {
+  KvSessionPtr& find(std::string_view id, const SessionOwner& owner, const Field& field) {
     const auto found_at = sessions.find(id);
-    if (found_at == sessions.end() || found_at->second->owner != owner) {
+    if (found_at == sessions.end() || found_at->second->owner != owner.name) {
+      refuse_moved(id, owner.name);
       refuse_unknown(id, field());
     }
+    KvSession& session = *found_at->second;
+    if (session.leaves()) throw SessionLeavesError(id);
+    if (owner.stream > 0) session.stream = owner.stream;
     return found_at->second;
   }
   // As find; and it is in no step, and no tree of it waits, else FAILED_PRECONDITION.
-  KvSessionPtr find_idle(std::string_view id, std::string_view owner, TimePoint now);
+  KvSessionPtr find_idle(std::string_view id, const SessionOwner& owner, TimePoint now);
+  void refuse_moved(std::string_view id, std::string_view owner) const;  // if it has moved
   [[noreturn]] static void refuse_unknown(std::string_view id, const std::string& field);
   static void check_idle(const KvSession& session, bool tree_allowed, std::string_view field);
 

@@ -73,7 +73,7 @@ std::shared_ptr<KvStep> KvSessions::begin_step(std::span<const SessionStep> sess
     for (std::size_t index = 0; index < sessions.size(); ++index) {
       const SessionStep& asked = sessions[index];
       const KvSessionPtr& session =
-          state_->find(asked.id, owner.name, [&] { return field_of(index, "session_id"); });
+          state_->find(asked.id, owner, [&] { return field_of(index, "session_id"); });
       if (std::exchange(session->mark, mark) == mark) {
         throw RequestError(invalid_argument(field_of(index, "session_id"), quoted(asked.id),
                                             "each session once in a step"));

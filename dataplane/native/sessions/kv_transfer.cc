@@ -75,11 +75,16 @@ KvExport KvSessions::export_session(std::string_view id, const SessionOwner& own
     snapshot->release();
     throw;
   }
-  return KvExport(*this, snapshot, session->reserved_tokens);
+  return KvExport(*this, snapshot, session->reserved_tokens, true);
 }
 
-KvExport::KvExport(KvSessions& store, std::shared_ptr<KvSession> snapshot, std::uint64_t reserved)
-    : store_(&store), snapshot_(std::move(snapshot)), reserved_(reserved), at_(*snapshot_) {
+KvExport::KvExport(KvSessions& store, std::shared_ptr<KvSession> snapshot, std::uint64_t reserved,
+                   bool owns)
+    : store_(&store),
+      snapshot_(std::move(snapshot)),
+      reserved_(reserved),
+      owns_(owns),
+      at_(*snapshot_) {
   const std::string random = random_hex(kChunkNonceBytes / 2);
   std::memcpy(nonce_.data(), random.data(), kChunkNonceBytes);
 }
@@ -87,7 +92,7 @@ KvExport::KvExport(KvSessions& store, std::shared_ptr<KvSession> snapshot, std::
 KvExport::KvExport(KvExport&&) noexcept = default;
 
 KvExport::~KvExport() {
-  if (!snapshot_) return;
+  if (!snapshot_ || !owns_) return;
   const std::scoped_lock lock(store_->state_->mutex);
   snapshot_->release();
 }
@@ -133,7 +138,8 @@ Bytes KvExport::read_pages(std::size_t most) {
 }
 
 KvImport KvSessions::import_session(const ExportedSession& exported, Growth growth, Duration lease,
-                                    const SessionOwner& owner) {
+                                    const SessionOwner& owner,
+                                    std::span<const PageHash> prefix_hashes) {
   if (exported.spec.layout.page_tokens != state_->config.page_tokens) {
     throw RequestError(Code::kFailedPrecondition,
                        text("chunk: given pages of ", exported.spec.layout.page_tokens,
@@ -149,6 +155,11 @@ KvImport KvSessions::import_session(const ExportedSession& exported, Growth grow
   if (cross != (exported.cross_tokens > 0) || exported.cross_length > exported.cross_tokens ||
       (cross && exported.cross_length == 0 && exported.length > 0)) {
     refuse_chunk("the keys of cross layers are out of range");
+  }
+  const std::uint64_t most = cross ? 0 : exported.length / plan->page_tokens();
+  if (prefix_hashes.size() > most) {
+    throw RequestError(invalid_argument("session.prefix_hashes", text(prefix_hashes.size()),
+                                        text("at most ", most, ", for full pages")));
   }
   for (const WindowGroup& group : plan->windows) {
     for (const std::uint32_t layer : group.layers) {
@@ -176,11 +187,14 @@ KvImport KvSessions::import_session(const ExportedSession& exported, Growth grow
     session->release();
     throw;
   }
-  return KvImport(*this, session, lease);
+  return KvImport(*this, session, lease, prefix_hashes);
 }
 
-KvImport::KvImport(KvSessions& store, std::shared_ptr<KvSession> session, Duration lease)
-    : store_(&store), session_(std::move(session)), lease_(lease), at_(*session_) {}
+KvImport::KvImport(KvSessions& store, std::shared_ptr<KvSession> session, Duration lease,
+                   std::span<const PageHash> prefix_hashes)
+    : store_(&store), session_(std::move(session)), lease_(lease), at_(*session_) {
+  KvPrefixes::append(chain_, session_->root, prefix_hashes);
+}
 
 KvImport::KvImport(KvImport&&) noexcept = default;
 
@@ -218,6 +232,8 @@ SessionState KvImport::finish() {
   store_->state_->expire(now);
   store_->state_->check_count(1, {session_->owner, session_->most_of_owner}, now);
   store_->state_->add(session_, std::move(id), lease_, now);
+  session_->publish(chain_);
+  session_->recharge();  // to less, or as much
   return KvState::state_of(*std::exchange(session_, nullptr));
 }
 

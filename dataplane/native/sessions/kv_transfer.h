@@ -20,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "base/clock.h"
@@ -77,13 +78,17 @@ class KvExport {
 
  private:
   friend class KvSessions;
-  KvExport(KvSessions& store, std::shared_ptr<KvSession> snapshot, std::uint64_t reserved);
+  friend class KvDeparture;
+  // `owns`: the snapshot is to be given back in the end.
+  KvExport(KvSessions& store, std::shared_ptr<KvSession> snapshot, std::uint64_t reserved,
+           bool owns);
   Bytes describe() const;
   Bytes read_pages(std::size_t most);
 
   KvSessions* store_;
   std::shared_ptr<KvSession> snapshot_;
   std::uint64_t reserved_;  // of the session itself
+  bool owns_;
   std::array<std::byte, 16> nonce_{};
   PageCursor at_;  // what comes next
   std::uint32_t index_ = 0;
@@ -105,11 +110,13 @@ class KvImport {
 
  private:
   friend class KvSessions;
-  KvImport(KvSessions& store, std::shared_ptr<KvSession> session, Duration lease);
+  KvImport(KvSessions& store, std::shared_ptr<KvSession> session, Duration lease,
+           std::span<const PageHash> prefix_hashes);
 
   KvSessions* store_;
   std::shared_ptr<KvSession> session_;
   Duration lease_;
+  std::vector<PageHash> chain_;  // keys of its first full pages
   std::array<std::byte, 16> nonce_{};
   PageCursor at_;  // what comes next
   std::uint32_t index_ = 0;

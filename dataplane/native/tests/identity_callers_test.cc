@@ -304,4 +304,16 @@ TEST_CASE("a certificate that no line names is somebody still, unless a line nam
   CHECK(it.callers.still(*who.caller, *who.credential, names) == kInfer);
 }
 
+TEST_CASE("the bounds of a caller's sessions are known before it calls") {
+  Fixture it;
+  Known some = known("some", kSessions, "one");
+  some.bounds.sessions = 3;
+  some.bounds.session_bytes = 4096;
+  it.callers.replace({some});
+  CHECK(it.callers.bounds_of("@some").sessions == 3);
+  CHECK(it.callers.bounds_of("@some").session_bytes == 4096);
+  CHECK(it.callers.bounds_of("@else").sessions == it.callers.bounds_of("loopback").sessions);
+  CHECK(it.callers.bounds_of("@else").sessions != 3);
+}
+
 }  // namespace attnserve::identity

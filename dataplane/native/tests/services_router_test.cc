@@ -37,6 +37,7 @@ struct Served {
     core.callers.replace({{"i", identity::kInfer, "sha256", digest_of("infer"), {.calls = 2}},
                           {"s", identity::kSessions, "sha256", digest_of("sessions"), {}},
                           {"a", identity::kAdmin, "sha256", digest_of("admin"), {}},
+                          {"m", identity::kMove, "sha256", digest_of("move"), {}},
                           {"n", 0, "sha256", digest_of("none"), {}}});
   }
 
@@ -78,17 +79,18 @@ TEST_CASE("each role may do its own and no more") {
   const std::vector<std::pair<std::string, std::vector<std::string>>> allowed{
       {kAttention + "Attend", {"infer"}},
       {kAttention + "Decode", {"sessions"}},
+      {kAttention + "MoveSession", {"move"}},
       {kAttention + "PutTensor", {"infer", "sessions"}},
       {kInference + "ModelInfer", {"infer"}},
       {kInference + "ModelStreamInfer", {"infer"}},
       {kInference + "RepositoryModelLoad", {"admin"}},
       {kInference + "RepositoryModelUnload", {"admin"}},
       {kInference + "ModelStatistics", {"admin"}},
-      {kInference + "RepositoryIndex", {"infer", "sessions", "admin"}},
-      {kAttention + "ListModels", {"infer", "sessions", "admin"}},
+      {kInference + "RepositoryIndex", {"infer", "sessions", "admin", "move"}},
+      {kAttention + "ListModels", {"infer", "sessions", "admin", "move"}},
   };
   for (const auto& [path, roles] : allowed) {
-    for (const char* role : {"infer", "sessions", "admin"}) {
+    for (const char* role : {"infer", "sessions", "admin", "move"}) {
       const bool may = std::find(roles.begin(), roles.end(), role) != roles.end();
       CHECK_MESSAGE(it.code(path, role) == (may ? Code::kOk : Code::kPermissionDenied), path,
                     " by ", role);
@@ -112,6 +114,17 @@ TEST_CASE("a call knows its caller, whose bytes it is charged to, and is counted
   CHECK(it.code(kInference + "ServerLive", "") == Code::kOk);
   first = Status{};
   CHECK(it.code(kAttention + "Attend", "infer") == Code::kOk);
+}
+
+TEST_CASE("while sessions are moved nothing new is taken but what belongs to them") {
+  Served it;
+  it.core.moving = true;
+  for (const char* method : {"Attend", "AttendStream", "AttendTokens"}) {
+    CHECK_MESSAGE(it.code(kAttention + method, "infer") == Code::kUnavailable, method);
+  }
+  CHECK(it.code(kAttention + "MoveSession", "move") == Code::kUnavailable);
+  CHECK(it.code(kAttention + "Decode", "sessions") == Code::kOk);
+  CHECK(it.code(kAttention + "ServerInfo", "sessions") == Code::kOk);
 }
 
 TEST_CASE("where nobody need say who it is, all may do everything") {

@@ -253,6 +253,31 @@ TEST_CASE("a step of a thousand sessions is taken, and what is far beyond is ref
         std::string::npos);
 }
 
+TEST_CASE("requests of MoveSession are read as protobuf reads them") {
+  pb::MoveSessionRequest sent;
+  sent.mutable_chunk()->set_index(3);
+  sent.mutable_chunk()->set_data("bytes");
+  sent.mutable_chunk()->set_last(true);
+  const auto read = [&](const std::string& bytes) {
+    return decode_move_session(std::as_bytes(std::span(bytes)));
+  };
+  const std::string without = sent.SerializeAsString();
+  CHECK(read(without).chunk.index == 3);
+  CHECK(text_of(read(without).chunk.data) == "bytes");
+  CHECK(read(without).chunk.last);
+  CHECK_FALSE(read(without).session);
+  sent.mutable_session()->set_caller("@me");
+  sent.mutable_session()->set_lease(7);
+  sent.mutable_session()->set_prefix_hashes(std::string(32, 'h'));
+  const std::string bytes = sent.SerializeAsString();
+  const MoveSessionRequest whole = read(bytes);
+  REQUIRE(whole.session);
+  CHECK(whole.session->caller == "@me");
+  CHECK(whole.session->lease == 7);
+  CHECK(text_of(whole.session->prefix_hashes) == std::string(32, 'h'));
+  CHECK_THROWS_AS(read(bytes.substr(0, bytes.size() - 1)), RequestError);
+}
+
 TEST_CASE("padding of a layer does not count") {
   const std::string padding = repeated(field(15, std::string(62, '\0')), kLarge);
   const std::string message = field(4, padding + field(3, ""));

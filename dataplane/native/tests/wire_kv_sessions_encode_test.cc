@@ -158,6 +158,28 @@ TEST_CASE("other answers of Decode are what protobuf writes") {
   CHECK(parsed(error).error().retry_after() == 3);
 }
 
+TEST_CASE("what is said of a session that has moved is what protobuf writes") {
+  const MovedSession moved{"here", "b:8001", "name:8001", "there", kMost};
+  const auto same_moved = [&](const pb::MovedSession& told) {
+    return told.session_id() == "here" && told.address() == "b:8001" &&
+           told.authority() == "name:8001" && told.new_session_id() == "there" &&
+           told.length() == kMost;
+  };
+  const Bytes event = encode_moved(moved);
+  check_canonical(event);
+  CHECK(parsed(event).request_id() == 0);
+  CHECK(same_moved(parsed(event).moved()));
+  const Bytes error = encode_decode_error(5, {Code::kUnavailable, "moved", {}}, moved);
+  check_canonical(error);
+  CHECK(parsed(error).request_id() == 5);
+  CHECK(parsed(error).error().code() == 14);
+  CHECK(same_moved(parsed(error).error().moved()));
+  const SessionState session{"one", 32, 4096, 2048, 300'000'000};
+  pb::SessionState state;
+  REQUIRE(state.ParseFromString(std::string(text_of(encode_session_state(session)))));
+  CHECK(same(session, state));
+}
+
 TEST_CASE("the data of an exported chunk follows its head") {
   for (const std::size_t size : {1, 100, 127, 128, 16383, 16384, 1 << 20}) {
     for (const bool last : {false, true}) {

@@ -129,6 +129,25 @@ struct DecodeRequest {
 // Throws as decode_attend does. A step of many sessions has many fields: more are allowed.
 DecodeRequest decode_decode(ByteSpan message);
 
+struct MovingSession {
+  std::string_view caller;
+  std::uint64_t lease = 0;
+  ByteSpan prefix_hashes;
+};
+
+struct MoveSessionRequest {
+  SessionChunk chunk;
+  std::optional<MovingSession> session;
+};
+
+// Likewise.
+MoveSessionRequest decode_move_session(ByteSpan message);
+
+struct MovedSession {
+  std::string_view session_id, address, authority, new_session_id;
+  std::uint64_t length = 0;
+};
+
 struct SessionState {
   std::string_view session_id;
   std::uint64_t length = 0, max_tokens = 0, reserved_tokens = 0, lease = 0;
@@ -141,6 +160,13 @@ Bytes encode_session(std::uint64_t request_id, const SessionState& session);
 Bytes encode_done(std::uint64_t request_id);
 // As encode_stream_error.
 Bytes encode_decode_error(std::uint64_t request_id, const Status& status);
+// The same of a session that is at another server.
+Bytes encode_decode_error(std::uint64_t request_id, const Status& status,
+                          const MovedSession& moved);
+// What answers no request.
+Bytes encode_moved(const MovedSession& moved);
+// What MoveSession answers.
+Bytes encode_session_state(const SessionState& session);
 // The head of the message that holds a chunk; its `size` bytes of data come right after.
 Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, bool last,
                                 std::size_t size);

@@ -329,6 +329,22 @@ void merge(FieldReader reader, ImportSession& session) {
   }
 }
 
+void merge(FieldReader reader, MovingSession& session) {
+  while (reader.next()) {
+    switch (reader.key()) {
+      case bytes_field(1):
+        session.caller = reader.text();
+        break;
+      case varint_field(2):
+        session.lease = reader.number();
+        break;
+      case bytes_field(3):
+        session.prefix_hashes = reader.bytes();
+        break;
+    }
+  }
+}
+
 // The action of a type: what there is of it, if it is the one chosen so far, else a new one.
 template <class Action>
 Action& chosen(DecodeAction& action) {
@@ -379,6 +395,22 @@ DecodeRequest decode_decode(ByteSpan message) {
         break;
       case bytes_field(12):
         merge(reader.message(), chosen<ImportSession>(action));
+        break;
+    }
+  }
+  return request;
+}
+
+MoveSessionRequest decode_move_session(ByteSpan message) {
+  Decoding decoding("MoveSession");
+  MoveSessionRequest request;
+  for (FieldReader reader(message, decoding); reader.next();) {
+    switch (reader.key()) {
+      case bytes_field(1):
+        merge(reader.message(), request.chunk);
+        break;
+      case bytes_field(2):
+        merge(reader.message(), present(request.session));
         break;
     }
   }

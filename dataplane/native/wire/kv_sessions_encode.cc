@@ -13,7 +13,8 @@ using protozero::pbf_writer;
 
 // Of DecodeResponse.
 constexpr std::uint32_t kOpened = 2, kBegun = 3, kAttended = 4, kSession = 5, kChunk = 6, kDone = 7,
-                        kError = 8;
+                        kError = 8, kMoved = 9;
+constexpr std::uint32_t kErrorMoved = 4;  // of Error
 // Of AttendedLayer.
 constexpr std::uint32_t kStepEnded = 4, kWeights = 5, kLengths = 6, kPadding = 14, kTimings = 15;
 constexpr std::uint32_t kChunkData = 2;  // of SessionChunk
@@ -30,6 +31,17 @@ std::string body_of(const SessionState& session) {
   add_number(writer, 3, session.max_tokens);
   add_number(writer, 4, session.reserved_tokens);
   add_number(writer, 5, session.lease);
+  return body;
+}
+
+std::string body_of(const MovedSession& moved) {
+  std::string body;
+  pbf_writer writer(body);
+  add_text(writer, 1, moved.session_id);
+  add_text(writer, 2, moved.address);
+  add_text(writer, 3, moved.authority);
+  add_text(writer, 4, moved.new_session_id);
+  add_number(writer, 5, moved.length);
   return body;
 }
 
@@ -72,6 +84,17 @@ Bytes encode_done(std::uint64_t request_id) { return stream_message(request_id, 
 Bytes encode_decode_error(std::uint64_t request_id, const Status& status) {
   return stream_message(request_id, kError, error_message(status));
 }
+
+Bytes encode_decode_error(std::uint64_t request_id, const Status& status,
+                          const MovedSession& moved) {
+  std::string error = error_message(status);
+  pbf_writer(error).add_message(kErrorMoved, body_of(moved));
+  return stream_message(request_id, kError, error);
+}
+
+Bytes encode_moved(const MovedSession& moved) { return stream_message(0, kMoved, body_of(moved)); }
+
+Bytes encode_session_state(const SessionState& session) { return bytes_of(body_of(session)); }
 
 Bytes encode_session_chunk_head(std::uint64_t request_id, std::uint32_t index, bool last,
                                 std::size_t size) {

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import ssl
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from attnserve_server.models import providers, store
 from attnserve_server.models.catalog import Catalog
 from attnserve_server.models.loading import BoundedLoads
 from attnserve_server.models.store import ModelStore
+from attnserve_server.moving import Mover
 from attnserve_server.settings import MIB, Settings, SettingsError, usable_cores
 from attnserve_server.tracing.exemplars import Exemplars
 from attnserve_server.watchdog import Watchdog, exit_now
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _MOST_IO_THREADS = 4
 # How long runs have to end that a drain has left.
 _STOP_SECONDS = 5.0
+# Of the seconds of a drain, what is left for answers once sessions have been moved.
+_ANSWERING = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ class AttentionServer:
         WebTokenError: JSON Web Tokens cannot be checked as the settings ask.
         ExposureError: others could reach it, unguarded.
         TracesError: traces are to be sent, and what sends them is not installed.
+        MovingError: sessions cannot be moved as the settings ask.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -73,11 +78,13 @@ class AttentionServer:
         failed = store.load_all(settings.repository, self.store, self._loads)
         exemplars = Exemplars()
         self._traces = _trace_export(settings, self.plane, exemplars)
+        self._mover = Mover(self.plane, settings) if settings.move_sessions_to else None
         self.metrics = Metrics(
             self.plane,
             lambda: [(model.manifest.name, model.manifest.version) for model in self.store],
             exemplars,
             lambda: {} if self._traces is None else self._traces.spans,
+            self._mover,
         )
         changeable = settings.model_control
         catalog = Catalog(
@@ -153,9 +160,13 @@ class AttentionServer:
         return _address(self._settings.host, self.port)
 
     def drain(self) -> None:
-        """Take no new requests, answer those that came, and stop."""
-        _log.info("draining", extra={"seconds_at_most": self._settings.drain_seconds})
-        answered = self.plane.drain(self._settings.drain_seconds)
+        """Take no new requests, move sessions, answer the requests that came, and stop."""
+        seconds = self._settings.drain_seconds
+        _log.info("draining", extra={"seconds_at_most": seconds})
+        until = time.monotonic() + seconds
+        if self._mover is not None:
+            self._mover.move(until - _ANSWERING * seconds)
+        answered = self.plane.drain(max(0.0, until - time.monotonic()))
         self._files.stop()
         self._handlers.stop()
         self._watchdog.stop()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attnserve_dataplane import ADMIN, INFER, SESSIONS, Known
+from attnserve_dataplane import ADMIN, INFER, MOVE, SESSIONS, Known
 from attnserve_proto import commands
 from attnserve_proto.commands import CommandError, Parser, values
 
@@ -26,7 +26,7 @@ from attnserve_server.files import read_text
 from attnserve_server.options import fields_of
 from attnserve_server.settings import Limits, Settings, SettingsError, roles
 
-_BITS = {"infer": INFER, "sessions": SESSIONS, "admin": ADMIN}
+_BITS = {"infer": INFER, "sessions": SESSIONS, "admin": ADMIN, "move": MOVE}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CERTIFICATE = re.compile(r"[!-~]{1,256}")

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
 from attnserve_server.metrics_http import Allowed, MetricsServer
+from attnserve_server.moving import Mover
 from attnserve_server.tracing.exemplars import Exemplars
 
 if TYPE_CHECKING:
@@ -107,12 +108,18 @@ class Metrics(Collector):
         models: says the name and version of each model that is loaded.
         exemplars: of its histograms.
         spans: says how many spans became what; nothing where there are no traces.
+        mover: that moves sessions, if any does.
     """
 
     def __init__(
-        self, plane: DataPlane, models: Models, exemplars: Exemplars, spans: Spans
+        self,
+        plane: DataPlane,
+        models: Models,
+        exemplars: Exemplars,
+        spans: Spans,
+        mover: Mover | None,
     ) -> None:
-        self._plane, self._models = plane, models
+        self._plane, self._models, self._mover = plane, models, mover
         self._exemplars, self._spans = exemplars, spans
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -162,6 +169,8 @@ class Metrics(Collector):
         for key, (name, text) in _KV_COUNTERS.items():
             yield CounterMetricFamily(name, text, value=held[key])
         yield from self._traces()
+        if self._mover is not None:
+            yield from _moving(self._mover)
         yield from self._triton()
 
     def _traces(self) -> Iterator[Metric]:
@@ -207,6 +216,20 @@ class Metrics(Collector):
             return MetricsServer(self.registry, host, port, allowed, tls)
         except OSError as error:
             raise OSError(f"/metrics on {host}, port {port}: {error.strerror}") from None
+
+
+def _moving(mover: Mover) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "attnserve_kv_sessions_moved", "KV sessions handed to other servers.", value=mover.moved
+    )
+    failed = CounterMetricFamily(
+        "attnserve_kv_sessions_not_moved",
+        "KV sessions that no other server took, by reason.",
+        labels=["reason"],
+    )
+    for reason, count in mover.failed.items():
+        failed.add_metric([reason], count)
+    yield failed
 
 
 def _untyped(name: str, text: str, values: Sequence[tuple[list[str], float]]) -> Metric:

@@ -4,6 +4,7 @@ import dataclasses
 import ipaddress
 import os
 import re
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from attnserve_proto.commands.values import PORT, integer, number, seconds
 from attnserve_server.options import Option
 
 KIB, MIB = 1 << 10, 1 << 20
-ROLES = ("infer", "sessions", "admin")
+ROLES = ("infer", "sessions", "admin", "move")
 # A message's length has 32 bits; of everything else, more than any machine has.
 _MOST_MESSAGE, _MOST, _MOST_THREADS = 4095, 1 << 30, 1024
 _MOST_TRACES = 100_000  # a second; far more than Python turns into spans
@@ -24,6 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
 _COLLECTOR = re.compile(
     r"(?P<scheme>https?://)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):(?P<port>[0-9]{1,5})"
 )
+_SERVERS = f"HOST:PORT, [IPV6]:PORT, unix:PATH or dns:///NAME:PORT between commas, ports 1..{PORT}"
 _HOSTS = "a host name, an IPv4 or IPv6 address, unix:PATH or unix-abstract:NAME"
 
 
@@ -59,6 +61,23 @@ def _collector(given: str) -> str:
     if found is None or not 1 <= int(found["port"]) <= PORT:
         values.refuse(given, "HOST:PORT, http://HOST:PORT or https://HOST:PORT")
     return given if found["scheme"] else f"http://{given}"
+
+
+def _targets_text(given: str) -> str:
+    """Reads targets of servers between commas."""
+    try:
+        return ",".join(values.listed(_one_or_name)(given))
+    except ArgumentTypeError:
+        values.refuse(given, _SERVERS)
+
+
+def _one_or_name(given: str) -> str:
+    """Reads where a server is, or the name of several."""
+    if given.startswith("dns:///"):
+        return f"dns:///{values.target(given.removeprefix('dns:///'))}"
+    if given.startswith(("dns:", "ipv4:", "ipv6:")):
+        values.refuse(given, _SERVERS)
+    return values.target(given)
 
 
 def _host(given: str) -> str:
@@ -468,6 +487,32 @@ class Settings(PlaneSettings):
         float,
         Option("how long one version of a model may take to load; 0: as long as it takes", seconds),
     ] = 900.0
+    move_sessions_to: Annotated[
+        str | None,
+        Option(
+            "other servers, between commas, as callers reach them: SIGTERM hands them the KV "
+            "sessions; of dns:///NAME:PORT all addresses behind the name",
+            _targets_text,
+        ),
+    ] = None
+    move_ca: Annotated[
+        Path | None,
+        Option(
+            "PEM file: the authorities that signed those servers' certificates; turns TLS on",
+            values.path,
+        ),
+    ] = None
+    move_certificate: Annotated[
+        Path | None, Option("PEM file: what this server shows them, for mutual TLS", values.path)
+    ] = None
+    move_key: Annotated[Path | None, Option("PEM file: its private key", values.path)] = None
+    move_token_file: Annotated[
+        Path | None,
+        Option(
+            "file with the token that this server shows them, of a caller with the role move",
+            values.path,
+        ),
+    ] = None
     model_control: Annotated[bool, Option("let callers load and unload models")] = True
     log_format: Annotated[
         str, Option("lines on standard error: for programs or for people", choices=("json", "text"))

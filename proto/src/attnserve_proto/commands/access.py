@@ -90,12 +90,13 @@ def add_access(parser: Any, *, default: str | None = None, shown: bool = True) -
         )
 
 
-def access_of(options: argparse.Namespace, targets: Sequence[str]) -> Access:
+def access_of(options: argparse.Namespace, targets: Sequence[str], *, prefix: str = "") -> Access:
     """What was given, its files read and checked.
 
     Args:
         options: with those of `add_access`.
         targets: of the servers; a token goes to another machine by TLS alone.
+        prefix: of the options' names, `move-` say; with one a token is in its file alone.
 
     Raises:
         CommandError: code 2, naming the option.
@@ -103,21 +104,33 @@ def access_of(options: argparse.Namespace, targets: Sequence[str]) -> Access:
     authorities, certificate, key = options.ca, options.certificate, options.key
     for given, other in (("certificate", "key"), ("key", "certificate")):
         if getattr(options, given) is not None and getattr(options, other) is None:
-            raise CommandError(f"--{given}: given without --{other}; allowed: both, or none", 2)
+            raise CommandError(
+                f"--{prefix}{given}: given without --{prefix}{other}; allowed: both, or none", 2
+            )
     if authorities is not None:
-        _check("ca", authorities, "certificates", _certificates(authorities))
+        _check(f"{prefix}ca", authorities, "certificates", _certificates(authorities))
     if certificate is not None:
-        _check("certificate", certificate, "a chain of certificates", _certificates(certificate))
+        _check(
+            f"{prefix}certificate",
+            certificate,
+            "a chain of certificates",
+            _certificates(certificate),
+        )
         wanted = f"the private key of {certificate}, without a passphrase"
         # Without a password openssl would ask for one at the terminal, and wait.
-        _check("key", key, wanted, lambda tls: tls.load_cert_chain(certificate, key, lambda: ""))
-    token, said_by = _token(options.token_file)
+        _check(
+            f"{prefix}key",
+            key,
+            wanted,
+            lambda tls: tls.load_cert_chain(certificate, key, lambda: ""),
+        )
+    token, said_by = _token(options.token_file, prefix)
     is_tls = authorities is not None or certificate is not None
     for target in targets:
         if token and not is_tls and not is_local(target):
             raise CommandError(
-                f"{said_by}: given without --ca, for {target}: it would cross the network in plain "
-                "text; allowed: with TLS, or for a server on this machine",
+                f"{said_by}: given without --{prefix}ca, for {target}: it would cross the network "
+                "in plain text; allowed: with TLS, or for a server on this machine",
                 2,
             )
     return Access(_text(authorities), _text(certificate), _text(key), token)
@@ -149,12 +162,12 @@ def _check(
         refuse_file(f"--{option}", path, error, allowed)
 
 
-def _token(path: Path | None) -> tuple[str, str]:
+def _token(path: Path | None, prefix: str) -> tuple[str, str]:
     """The token, if there is one, and what gave it; no message says what it is."""
     said_by, given = TOKEN_VARIABLE, "given a text that is none"
-    text = os.environ.get(TOKEN_VARIABLE, "")
+    text = "" if prefix else os.environ.get(TOKEN_VARIABLE, "")
     if path is not None:
-        said_by, given = "--token-file", f"given {path}, which holds none"
+        said_by, given = f"--{prefix}token-file", f"given {path}, which holds none"
         try:
             with path.open("rb") as file:
                 text = file.read(_MOST_TOKEN + 1).decode("latin-1")
