@@ -78,11 +78,11 @@ class AttentionServer:
             self._web_tokens = WebTokens(self.plane, settings)
             methods[web_tokens.PATH] = self._web_tokens.method
         self._handlers = HandlerThreads(self.plane, methods)
-        self._guard()
         self.port = 0
         self.metrics_port: int | None = None
         self._metrics_server: MetricsServer | None = None
         self._metrics_tls: ssl.SSLContext | None = None
+        self._guard()
 
     def start(self) -> None:
         """Listen, and say so through the health service.
