@@ -117,7 +117,7 @@ def test_metrics_are_encrypted_where_calls_are(
         place = f"127.0.0.1:{server.metrics_port}/metrics"
         with urllib.request.urlopen(f"https://{place}", timeout=5, context=trusting) as answer:
             assert b"attnserve_kv_sessions 0" in answer.read()
-        with pytest.raises(OSError, match="closed|reset"):
+        with pytest.raises(OSError, match=r"closed|reset"):
             urllib.request.urlopen(f"http://{place}", timeout=5)
 
 
