@@ -1,6 +1,7 @@
 """Connections: addresses, TLS, pings, idleness, and messages that are none."""
 
 import socket
+import ssl
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -104,6 +105,20 @@ def test_tls(repository: Path, authority: certificates.Authority) -> None:
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
         with grpc.secure_channel(address, trusted) as channel:
             assert attend(channel) == "causal"
+
+
+def test_metrics_are_encrypted_where_calls_are(
+    repository: Path, authority: certificates.Authority
+) -> None:
+    own = authority.issue("server")
+    options = {"tls_certificate": own.certificate, "tls_key": own.key, "metrics_port": 0}
+    trusting = ssl.create_default_context(cafile=authority.certificate)
+    with serving.serving(repository, **options) as server:
+        place = f"127.0.0.1:{server.metrics_port}/metrics"
+        with urllib.request.urlopen(f"https://{place}", timeout=5, context=trusting) as answer:
+            assert b"attnserve_kv_sessions 0" in answer.read()
+        with pytest.raises(OSError, match=r"closed|reset"):
+            urllib.request.urlopen(f"http://{place}", timeout=5)
 
 
 def test_mutual_tls(repository: Path, authority: certificates.Authority, tmp_path: Path) -> None:

@@ -114,11 +114,11 @@ class AttentionServer:
             methods[web_tokens.PATH] = self._web_tokens.method
         self._handlers = HandlerThreads(self.plane, methods)
         self._watchdog = Watchdog(self.plane, settings.wedged_exit_seconds)
-        self._guard()
         self.port = 0
         self.metrics_port: int | None = None
         self._metrics_server: MetricsServer | None = None
         self._metrics_tls: ssl.SSLContext | None = None
+        self._guard()
 
     def start(self) -> None:
         """Listen, and say so through the health service.

@@ -18,6 +18,8 @@ _LOOK_SECONDS = 0.5
 # Options of the server that are said by those of `up`.
 _OURS = ("--repository", "--host", "--port", "--metrics-port")
 _MIB = 1 << 20
+# The head's own resource: nodes may go, and without the head there is no Ray cluster.
+_ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +112,12 @@ def _create(plan: Plan) -> Any:
         from attnserve_cluster.controller import Controller
 
     made = ray.remote(Controller).options(
-        name=plan.name, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, num_cpus=0
+        name=plan.name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        max_restarts=-1,
+        num_cpus=0,
+        resources=_ON_HEAD,
     )
     try:
         return made.remote(plan)
