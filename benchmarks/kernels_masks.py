@@ -172,3 +172,20 @@ def packed_and_padded(
         "padded": lambda: unpadded(in_rows()),
         "torch, padded": lambda: unpadded(by_torch()),
     }
+
+
+def scores_computed(lengths: Array, *, causal: bool) -> dict[str, int]:
+    """Pairs of query and key that each way of `packed_and_padded` multiplies, of one head.
+
+    What `native` skips are keys behind a sequence's end and, with the causal mask, after a query;
+    it computes padded queries. PyTorch, given a mask, computes all.
+    """
+    longest = int(lengths.max())
+    own = int((lengths * (lengths + 1) // 2 if causal else lengths**2).sum())
+    of_padded_queries = int(((longest - lengths) * lengths).sum())
+    return {
+        "packed": own,
+        "one by one": own,
+        "padded": own + of_padded_queries,
+        "torch, padded": len(lengths) * longest**2,
+    }

@@ -1,10 +1,12 @@
 """benchmarks/kernels.py from end to end at small lengths: all sections, figures and plots."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from handmade import attention, write_core
 
@@ -55,6 +57,10 @@ def test_all_sections_and_plots(models: Path, tmp_path: Path) -> None:
         assert grown["reference"] > grown["blocked"] > grown["native"] >= 0
     ways = {row["contender"] for row in timed if row["section"] == "packed causal"}
     assert ways == {"packed", "one by one", "padded", "torch, padded"}
+    assert done.stdout.count("by the scores that it computes") == 2 * len(ways)
+    for row in timed:
+        if row["section"].startswith("packed"):
+            assert (row["scores_ratio"] > 1) == ("padded" in row["contender"])
     assert {"no mask", "mask [1, 1, n, n]"} <= {
         r["contender"] for r in timed if r["section"] == "masks"
     }
@@ -67,3 +73,19 @@ def test_all_sections_and_plots(models: Path, tmp_path: Path) -> None:
     assert figures["exponents"]["window 256, native"] > 0
     made = {path.stem for path in plots.glob("*.png")}
     assert {"causal", "bidirectional", "window-256", "memory-causal"} <= made
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_are_counted_pair_by_pair(causal: bool) -> None:
+    lengths = np.random.default_rng().integers(1, 40, 9)
+    longest = int(lengths.max())
+    queries, keys = np.arange(longest)[:, None], np.arange(longest)
+    seen = (keys <= queries) if causal else np.ones((longest, longest), bool)
+    scores_computed = runpy.run_path(str(BENCHMARK.with_name("kernels_masks.py")))[
+        "scores_computed"
+    ]
+    found = scores_computed(lengths, causal=causal)
+    assert found["padded"] == sum((seen & (keys < n)).sum() for n in lengths)
+    own = sum((seen & (keys < n) & (queries < n)).sum() for n in lengths)
+    assert found["packed"] == found["one by one"] == own
+    assert found["torch, padded"] == 9 * longest**2
