@@ -31,7 +31,10 @@ import messages_seeds as seeds
 import mixed
 from attnserve_proto.commands import Parser, values
 
-_QUEUE = ("--metrics-port", "-1", "--max-queue-ms", "60000", "--max-queue", "4096")
+# Short leases: what earlier messages have left goes, whatever lease they asked for.
+_OPTIONS = ("--metrics-port", "-1", "--max-queue-ms", "60000", "--max-queue", "4096",
+            "--kv-lease-seconds", "5", "--max-kv-lease-seconds", "20", "--max-kv-mib", "2048",
+            "--stored-lease-seconds", "5", "--max-stored-lease-seconds", "20")  # fmt: skip
 _SAID_SECONDS = 5.0
 _SHOWN = 20
 
@@ -43,7 +46,7 @@ def main() -> int:
         repository = parsed.repository or Path(folder)
         if parsed.repository is None:
             _export(repository)
-        with mixed.Server(repository, *_QUEUE) as server:
+        with mixed.Server(repository, *_OPTIONS) as server:
             port = int(server.address.rpartition(":")[2])
             if parsed.replay is not None:
                 print(calls.replayed(port, json.loads(parsed.replay.read_text())))

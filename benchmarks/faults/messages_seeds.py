@@ -12,7 +12,7 @@ from attnserve_proto.inference import open_inference_pb2 as oip
 from google.protobuf.message import Message
 
 HEADS, DIM, PAGE_TOKENS = 4, 8, 16
-_LEASE = 120_000_000
+_LEASE = 20_000_000
 _SECONDS = 60.0
 _SESSIONS = 16
 _GENERATOR = np.random.default_rng(0)
