@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 from attnserve_server import configuration
-from attnserve_server.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy/kubernetes"
