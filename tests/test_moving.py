@@ -104,47 +104,32 @@ def opened(
 def test_sessions_take_steps_while_their_servers_end(
     models: Path, twins: AttentionClient, count: int
 ) -> None:
-    """By a client that knows the first server alone, or all."""
+    """One by one and in a batch, by a client that knows the first server alone, or all."""
     with chain(models, 3) as servers:
         addresses = [server.address for server in servers]
         with AttentionClient(addresses[0] if count == 1 else addresses) as client:
-            ones, others = opened(client, twins, 6)
-            pairs = list(zip(ones, others, strict=True))
+            ones, others = opened(client, twins, 12)
+            pairs: list[Any] = list(zip(ones[:6], others[:6], strict=True))
+            batch = [(client.batch(ones[6:]), twins.batch(others[6:]))]
             step(pairs, 40)
+            step(batch, 6 * 20)
             for server in servers[:2]:
                 with ending(server):
                     while server.plane.session_ids():
                         step(pairs)
+                        step(batch, 6)
                 step(pairs, 3)
+                step(batch, 6)
             assert [one.length for one in ones] == [other.length for other in others]
             fork, twin = ones[0].fork(at=20), others[0].fork(at=20)
             step([(fork, twin), *pairs])
             ones[1].truncate(7)
             others[1].truncate(7)
             step(pairs[:2])
-            for one, other in [*pairs, (fork, twin)]:
+            for one, other in [*zip(ones, others, strict=True), (fork, twin)]:
                 one.close()
                 other.close()
             assert servers[2].plane.session_ids() == []
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_batch_takes_steps_while_its_servers_end(
-    models: Path, twins: AttentionClient, count: int
-) -> None:
-    with chain(models, 3) as servers:
-        addresses = [server.address for server in servers]
-        with AttentionClient(addresses[0] if count == 1 else addresses) as client:
-            ones, others = opened(client, twins, 9)
-            pairs = [(client.batch(ones), twins.batch(others))]
-            step(pairs, 9 * 20)
-            for server in servers[:2]:
-                with ending(server):
-                    while server.plane.session_ids():
-                        step(pairs, 9)
-                step(pairs, 9)
-            assert [one.length for one in ones] == [other.length for other in others]
-            assert {one.length for one in ones} == {others[0].length}
 
 
 def test_asyncio_sessions_go_after_theirs(models: Path, twins: AttentionClient) -> None:

@@ -31,6 +31,8 @@ from attnserve_proto.commands import Parser, values
 from mixed import DIM, HEADS, TOLERANCE, Array
 
 SERVERS, LAYERS, PROMPT, MOST_TOKENS = 3, 2, 32, 4096
+# That all callers may take to begin.
+_SECONDS = 120.0
 
 
 class Plain:
@@ -64,15 +66,22 @@ class Tally:
     """What came of the steps.
 
     Attributes:
+        callers: that take them.
+        stop: tells them to end.
         gaps: (when a token came, seconds since the one before it of its session).
         lost: what ended sessions.
         wrong: by how much outputs were off.
     """
 
+    callers: int
     stop: threading.Event = field(default_factory=threading.Event)
     gaps: list[tuple[float, float]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     wrong: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # For all of them, once their sessions have their first tokens: others' prompts are no gaps.
+        self.begun = threading.Barrier(self.callers + 1)
 
     def longest(self, since: float = 0.0) -> float:
         """The longest gap of tokens that came since then, ms; 0: none came."""
@@ -128,6 +137,10 @@ def decode(addresses: Sequence[str], number: int, count: int, tally: Tally) -> N
                 except AttnserveError as error:
                     tally.lost.extend([str(error)] * len(group.plains))
                     groups.remove(group)
+            if tokens == PROMPT:
+                tally.begun.wait(_SECONDS)
+                for group in groups:
+                    group.came = time.monotonic()
             tokens = 1
 
 
@@ -172,8 +185,8 @@ def restart(server: mixed.Server, tally: Tally, settle: float) -> dict[str, Any]
 def main() -> int:
     """Measure, print, and write the figures; 1 if anything was lost or wrong."""
     parsed = _parser().parse_args()
-    tally, rows = Tally(), []
     callers = min(parsed.callers, parsed.sessions)
+    tally, rows = Tally(callers), []
     counts = [len(range(n, parsed.sessions, callers)) for n in range(callers)]
     with tempfile.TemporaryDirectory() as folder:
         mixed.export(Path(folder), "causal")
@@ -184,9 +197,7 @@ def main() -> int:
                 for number, count in enumerate(counts)
             ]
             try:
-                while len(tally.gaps) < 5 * parsed.sessions and not tally.lost:
-                    time.sleep(0.01)
-                tally.gaps.clear()  # of the beginning, when sessions were opened beside
+                tally.begun.wait(_SECONDS)
                 time.sleep(parsed.settle)
                 steady = tally.longest()
                 for _ in range(parsed.rounds):

@@ -85,7 +85,8 @@ class Connection:
         """Send a request, whose id is filled in; `again`: it can be repeated safely."""
 
         def attempt(left: float | None) -> Flow[pb.DecodeResponse]:
-            return (yield self.call(request, left))
+            answer: pb.DecodeResponse = yield self.call(request, left)
+            return answer
 
         tries = _retries.all_again if again else _retries.once
         return (yield from tries(METHOD, attempt, timeout))
@@ -149,10 +150,12 @@ class SessionState:
             while True:
                 connection = self._here()
                 try:
-                    return (yield connection.call(action(self.id), left))
+                    answer: pb.DecodeResponse = yield connection.call(action(self.id), left)
                 except AttnserveError as error:
                     if not connection.moves.follows(error):
                         raise
+                else:
+                    return answer
 
         tries = _retries.all_again if again else _retries.once
         return (yield from tries(METHOD, attempt, timeout))
