@@ -131,11 +131,24 @@ class _Counting(SpanExporter):
         return True
 
 
+class _Resource(Resource):
+    """One whose hash is known: the exporter asks for it for every span, and it is one of JSON."""
+
+    def __init__(self, made: Resource) -> None:
+        super().__init__(made.attributes, made.schema_url)
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 def _resource() -> Resource:
-    return Resource.create(
-        {
-            "service.name": os.environ.get("OTEL_SERVICE_NAME", "attnserve"),
-            "service.version": __version__,
-            "service.instance.id": str(uuid.uuid4()),
-        }
+    return _Resource(
+        Resource.create(
+            {
+                "service.name": os.environ.get("OTEL_SERVICE_NAME", "attnserve"),
+                "service.version": __version__,
+                "service.instance.id": str(uuid.uuid4()),
+            }
+        )
     )
