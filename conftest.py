@@ -45,6 +45,7 @@ LONGEST = (
     "test_loadtest_load.py",
     "test_loadtest_generator.py",
     "test_loadtest_open_locust.py",
+    "test_ray_cluster.py",
     "test_transformers.py",
     "test_cluster.py",
     "test_cluster_shards.py",

@@ -43,9 +43,9 @@ class Nodes:
         """For `--address`."""
         return str(self._cluster.address)
 
-    def add(self, cpus: float) -> Any:
-        """One node more."""
-        return self._cluster.add_node(wait=False, **self._options(cpus))
+    def add(self, cpus: float, gpus: float = 0) -> Any:
+        """One node more; what it has is what Ray is told."""
+        return self._cluster.add_node(wait=False, num_gpus=gpus, **self._options(cpus))
 
     def kill(self, node: Any) -> None:
         """End a node's processes at once."""

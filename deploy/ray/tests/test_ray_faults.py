@@ -99,8 +99,12 @@ def test_servers_of_a_node_that_is_killed_come_up_on_another(models: Path, tmp_p
             assert call(client)
             second = ray_nodes.add(cpus=1)
             ray_nodes.kill(first)
-            assert call(client)  # it waits for the other
-            assert client.servers[0].startswith(second.node_ip_address)
+
+            def has_moved() -> bool:
+                assert call(client)  # which waits for the other
+                return client.servers[0].startswith(second.node_ip_address)
+
+            assert eventually(has_moved, SECONDS)
         [now] = serving(ray_nodes)
         assert now["node"] == second.node_ip_address
         assert not Path(f"/proc/{server['pid']}").exists()
@@ -125,6 +129,13 @@ def test_a_server_waits_for_a_node_with_room(models: Path) -> None:
         assert eventually(lambda: len(ray_nodes.status()["servers"]) == 2, SECONDS)
         assert len(serving(ray_nodes)) == 2
         ray_nodes.run("down")
+        # So does one that takes what no node has.
+        models_up = ("up", "--repository", str(models), "--gpus", "1")
+        assert ray_nodes.run(*models_up, "--wait", "0") == ""
+        assert [each["state"] for each in ray_nodes.status()["servers"]] == ["pending"]
+        node = ray_nodes.add(cpus=1, gpus=1)
+        assert eventually(lambda: len(serving(ray_nodes)) == 1, SECONDS)
+        assert serving(ray_nodes)[0]["node"] == node.node_ip_address
 
 
 def test_what_cannot_be_is_said(models: Path, tmp_path: Path) -> None:

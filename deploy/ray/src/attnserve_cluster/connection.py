@@ -36,13 +36,14 @@ def connect(address: str) -> None:
     """
     # Before Ray is loaded. It says what its own processes do to whoever starts one.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with Loading():  # what waits in Ray's own code would not be interrupted otherwise
         import ray
         import ray.util
 
         if address != "auto":
             _reach(address, ray.util.get_node_ip_address)
+        # Its warnings would stand between the lines of a command.
+        logging.getLogger("ray").setLevel(logging.ERROR)
         errors: list[BaseException] = []
 
         def begin() -> None:

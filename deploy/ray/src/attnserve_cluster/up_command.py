@@ -15,6 +15,8 @@ from attnserve_cluster.scaling import Bounds, Policy
 from attnserve_cluster.table import table
 
 _LOOK_SECONDS = 0.5
+# A port may be taken between two looks; what ends so often does so for good.
+_STARTS = 1
 # Options of the server that are said by those of `up`.
 _OURS = ("--repository", "--host", "--port", "--metrics-port")
 _MIB = 1 << 20
@@ -138,7 +140,11 @@ def _wait(name: str, controller: Any, wanted: int, seconds: float) -> int:
         if len(serving) >= wanted:
             print(table(status))
             return 0
-        failed = [each for each in status["servers"] if each["state"] == "failed"]
+        failed = [
+            each
+            for each in status["servers"]
+            if each["state"] == "failed" and each["restarts"] > _STARTS
+        ]
         if failed or status["trouble"]:
             where = f"server {failed[0]['number']} on {failed[0]['node']}: " if failed else ""
             raise CommandError(
