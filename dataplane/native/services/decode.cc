@@ -331,9 +331,9 @@ class DecodeHandler final : public grpc::CallHandler {
     const TraceScope scope(request->trace);
     try {
       begin_request(id, asked, message, request);
-    } catch (const RequestError& refused) {  // of which kind matters: see begin()
-      if (request->recording) request->recording->status(refused.status().code);
-      throw;
+    } catch (const RequestError& error) {
+      if (request->recording) request->recording->status(error.status().code);
+      throw;  // as it is: it may say that a session moves
     } catch (...) {
       const Status status = status_of(std::current_exception());
       if (request->recording) request->recording->status(status.code);
