@@ -139,7 +139,8 @@ class AttendResult:
         entropy: [B, H, Sq] FP32, nats.
         top_k_indices: [B, H, Sq, k] INT64, heaviest first.
         top_k_weights: [B, H, Sq, k] FP32.
-        mass_per_key: [B, H, Sk] FP32.
+        mass_per_key: [B, H, Sk] FP32. Of self-attention layers, tokens from key_lengths on are no
+            queries here and in the next; their entropy is 0.
         mass_by_distance: [B, H, N] FP32.
         log_sum_exp: [B, H, Sq] FP32, natural logarithm, of each query's scores and its head's sink,
             if there is one; -inf where it saw nothing.

@@ -89,7 +89,8 @@ std::vector<float> floats(const std::vector<double>& sums) {
 }  // namespace
 
 void diagnose_weights(const Tensor& weights, const Wanted& wanted, const Tensor& key_lengths,
-                      bool bottom_right, const std::array<Tensor, kResults>& results, Stop* stop) {
+                      const std::vector<std::int64_t>& query_lengths, bool bottom_right,
+                      const std::array<Tensor, kResults>& results, Stop* stop) {
   const auto result = [&](Result which) { return results[static_cast<std::size_t>(which)]; };
   const auto size = [&](std::size_t axis) { return static_cast<std::size_t>(weights.shape[axis]); };
   const std::size_t num_heads = size(1), query_len = size(2), key_len = size(3);
@@ -106,6 +107,9 @@ void diagnose_weights(const Tensor& weights, const Wanted& wanted, const Tensor&
                                     ? element<std::int64_t>(key_lengths, head / num_heads) -
                                           static_cast<std::int64_t>(query_len)
                                     : 0;
+    const std::size_t tokens = query_lengths.empty()
+                                   ? query_len
+                                   : static_cast<std::size_t>(query_lengths[head / num_heads]);
     std::ranges::fill(per_key, 0.0);
     std::ranges::fill(by_distance, 0.0);
     for (std::size_t query = 0; query < query_len; ++query) {
@@ -113,7 +117,11 @@ void diagnose_weights(const Tensor& weights, const Wanted& wanted, const Tensor&
         throw RequestError(Code::kCancelled, "the computation was stopped");
       }
       const std::size_t at = head * query_len + query;
-      load(weights, at * key_len, row);
+      if (query < tokens) {
+        load(weights, at * key_len, row);
+      } else {
+        std::ranges::fill(row, 0.0F);
+      }
       if (wanted.entropy) entropies[query] = entropy_of(row);
       if (top_k > 0) {
         heaviest.find(row);

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
+#include <vector>
 
 #include "base/tensor.h"
 #include "engine/attend.h"
@@ -19,8 +21,10 @@ namespace attnserve::engine {
 //   mass_per_key [B, H, Sk] FP32, summed over queries;
 //   mass_by_distance [B, H, N] FP32, by |position - key|; the last one gathers all from N - 1 on.
 // `key_lengths` [B] INT64, looked at if `bottom_right`: query i is at key_length - Sq + i instead
-// of i. Throws RequestError kCancelled when stopped.
+// of i. `query_lengths`: of each sequence, from which query on rows are taken for 0; empty: none.
+// Throws RequestError kCancelled when stopped.
 void diagnose_weights(const Tensor& weights, const Wanted& wanted, const Tensor& key_lengths,
-                      bool bottom_right, const std::array<Tensor, kResults>& results, Stop* stop);
+                      const std::vector<std::int64_t>& query_lengths, bool bottom_right,
+                      const std::array<Tensor, kResults>& results, Stop* stop);
 
 }  // namespace attnserve::engine

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "engine/diagnostics.h"
+#include "engine/padded_queries.h"
 
 namespace attnserve::engine {
 namespace {
@@ -19,6 +20,13 @@ class Call {
       if (work.feeds[i].data != nullptr) {
         feeds_[feed_count_++] = {name_of(static_cast<Feed>(i)), work.feeds[i]};
       }
+    }
+  }
+
+  // Give another tensor than the work's in the place of one that it has.
+  void feed(Feed which, const Tensor& tensor) {
+    for (std::size_t i = 0; i < feed_count_; ++i) {
+      if (feeds_[i].name == name_of(which)) feeds_[i].tensor = tensor;
     }
   }
 
@@ -82,13 +90,24 @@ void attend(const AttendWork& work, Stop* stop) {
   if (wanted.weights || from_weights) call.fetch(Result::kWeights, weights);
   call.run(*work.variant, stop);
 
-  if (work.diagnosis != nullptr) {
-    for_each_said(wanted, [&](Result result) { call.fetch(result); });
-    call.run(*work.diagnosis, stop);
-  } else if (from_weights) {
-    diagnose_weights(weights, wanted, work.feeds[index_of(Feed::kKeyLengths)],
+  if (!wanted.diagnosed()) return;
+  const std::vector<std::int64_t> lengths = query_lengths(work);
+  if (from_weights) {
+    diagnose_weights(weights, wanted, work.feeds[index_of(Feed::kKeyLengths)], lengths,
                      work.model->facts.bottom_right, work.results, stop);
+    return;
   }
+  const Tensor& mask = work.feeds[index_of(Feed::kMask)];
+  Bytes hidden;
+  if (!lengths.empty() && mask.data != nullptr) {
+    Tensor without{DataType::kBool, shape_without_padding(mask.shape, work.dims), nullptr};
+    hidden = Bytes::allocate(without.byte_size());
+    without.data = hidden.data();
+    hide_padding(mask, lengths, without);
+    call.feed(Feed::kMask, without);
+  }
+  for_each_said(wanted, [&](Result result) { call.fetch(result); });
+  call.run(*work.diagnosis, stop);
 }
 
 }  // namespace attnserve::engine

@@ -256,9 +256,12 @@ AttendPlan plan_for(engine::ModelPtr model, const wire::AttendRequest& message,
   plan.working_bytes =
       checked_working_bytes(*model, *plan.variant, plan.dims, tensor_bytes, limits);
   if (plan.diagnosis != nullptr) {
+    const std::size_t mask = without_padding_bytes(*model, plan.specs, plan.dims);
+    const std::size_t with_mask =
+        std::min(std::numeric_limits<std::size_t>::max() - mask, tensor_bytes) + mask;
     plan.working_bytes =
         std::max(plan.working_bytes,
-                 checked_working_bytes(*model, *plan.diagnosis, plan.dims, tensor_bytes, limits));
+                 checked_working_bytes(*model, *plan.diagnosis, plan.dims, with_mask, limits));
   }
   plan.model = std::move(model);
   if (takes(plan, engine::Feed::kSoftcap)) softcap_feed(plan);

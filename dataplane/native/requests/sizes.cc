@@ -4,6 +4,7 @@
 
 #include "base/status.h"
 #include "base/text.h"
+#include "engine/padded_queries.h"
 #include "requests/refusal.h"
 #include "requests/tensor_spec.h"
 
@@ -95,6 +96,18 @@ std::size_t checked_working_bytes(const engine::Model& model, const engine::Vari
                             "; allowed: ", limits.max_working_bytes, " (--max-working-mib)"));
   }
   return needed;
+}
+
+std::size_t without_padding_bytes(const engine::Model& model, const TensorSpecs& specs,
+                                  const engine::Dims& dims) {
+  const auto& key_lengths = specs[static_cast<std::size_t>(wire::Input::kKeyLengths)];
+  const auto& bias = specs[static_cast<std::size_t>(wire::Input::kBias)];
+  const engine::ModelFacts& facts = model.facts;
+  if (facts.kind != engine::Kind::kLayer || facts.context_dim || !key_lengths || !bias ||
+      bias->dtype != DataType::kBool) {
+    return 0;
+  }
+  return static_cast<std::size_t>(engine::shape_without_padding(bias->shape, dims).elements());
 }
 
 Region checked_output_region(const wire::RegionMessage& message,

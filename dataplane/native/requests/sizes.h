@@ -44,6 +44,11 @@ std::size_t checked_working_bytes(const engine::Model& model, const engine::Vari
                                   const engine::Dims& dims, std::size_t tensor_bytes,
                                   const Limits& limits);
 
+// Of the mask that hides padded queries of self-attention from what is said of the weights: a
+// boolean bias is written out for it. 0 where there is none.
+std::size_t without_padding_bytes(const engine::Model& model, const TensorSpecs& specs,
+                                  const engine::Dims& dims);
+
 // Where the answer's tensors, of so many bytes each, go. Throws RequestError INVALID_ARGUMENT: they
 // do not fit there.
 Region checked_output_region(const wire::RegionMessage& message,
