@@ -282,8 +282,8 @@ def _refused(reason: str) -> dict[str, Any]:
 
 
 def _short(error: Exception) -> str:
-    lines = " ".join(str(error).split())
-    return f"{type(error).__name__}: {lines[:200]}"
+    said = re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {said[:200]}"
 
 
 def main() -> int:
