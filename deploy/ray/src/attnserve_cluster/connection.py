@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -65,6 +66,9 @@ def connect(address: str) -> None:
         raise _refusal(address, f"no answer within {_BEGIN_SECONDS:g} s")
     if errors:
         raise _refusal(address, str(errors[0]))
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own way would be a report of where the process was.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _reach(address: str, address_of_machine: Callable[[], str]) -> None:

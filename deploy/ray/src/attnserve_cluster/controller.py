@@ -91,6 +91,7 @@ class Controller:
             None if it is not known here yet.
         """
         seen = None if known is None else tuple(known)
+        await self._tell()
 
         def differs() -> bool:
             return self._told is not None and self._told != seen

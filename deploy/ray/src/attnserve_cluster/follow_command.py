@@ -1,7 +1,9 @@
 """The command `attnserve-cluster follow`."""
 
 import argparse
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.description = (
         "Writes the addresses of the servers that serve into a file, one a line, as often as they "
-        "change, until it is interrupted: for clients of file:///FILE."
+        "change, until SIGTERM or Ctrl-C: for clients of file:///FILE."
     )
     parser.add_argument("file", type=values.path, metavar="FILE", help="is replaced, as a whole")
     parser.add_argument("--once", action="store_true", help="write it once, and end")
@@ -33,15 +35,32 @@ def run(parsed: argparse.Namespace) -> int:
     check_file("FILE", parsed.file)
     connect(parsed.address)
     find(parsed.name)
+    terminated = threading.Event()
+
+    def terminate(*_: object) -> None:
+        terminated.set()
+        raise KeyboardInterrupt  # which is what Ray lets through
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        return _follow(parsed.name, parsed.file, once=parsed.once)
+    except KeyboardInterrupt:
+        if terminated.is_set():
+            return 0  # as a service is ended
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _follow(name: str, path: Path, *, once: bool) -> int:
     known: tuple[str, ...] | None = None
     troubled = False
     while True:
         try:
-            controller = find(parsed.name)
-            asked = controller.addresses.remote(known, _WAIT_SECONDS)
-            now = answer(parsed.name, asked, _ANSWER_SECONDS)
+            asked = find(name).addresses.remote(known, _WAIT_SECONDS)
+            now = answer(name, asked, _ANSWER_SECONDS)
         except (NoClusterError, NoAnswerError) as error:
-            if parsed.once:
+            if once:
                 raise
             if not troubled:
                 print(f"attnserve-cluster: {error}; trying again", file=sys.stderr)
@@ -49,12 +68,12 @@ def run(parsed: argparse.Namespace) -> int:
             time.sleep(_PAUSE_SECONDS)
             continue
         troubled = False
-        if now is None and parsed.once:
-            raise CommandError(f"{parsed.name}: it is not known yet where its servers are")
+        if now is None and once:
+            raise CommandError(f"{name}: it is not known yet where its servers are")
         if now is not None and now != known:
-            _write(parsed.file, parsed.name, now)
+            _write(path, name, now)
             known = now
-        if parsed.once:
+        if once:
             return 0
 
 
