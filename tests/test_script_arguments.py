@@ -19,10 +19,10 @@ KINDS_OF = {
     "number": "--layers --sequences --new-tokens --seed --branches --depth --seconds --deadline "
     "--clients --good-within --batch --seq-len --rounds --num-heads --head-dim --window --threads "
     "--budget-seconds --transformer-seconds --processes --calls --callers --minutes "
-    "--terminated --killed --kills",
+    "--terminated --killed --kills --messages --sessions --settle",
     "numbers": "--lengths",
     "path": "--json --markdown --repository --plots --venvs --models --checkpoint --results "
-    "--table --folder figures folder",
+    "--table --folder --faults --replay figures folder",
     "choice": "--sections action NAME --only --shape --dtype --stored",
 }
 KINDS = {name: kind for kind, names in KINDS_OF.items() for name in names.split()}
@@ -79,7 +79,7 @@ def test_every_script_that_takes_arguments_is_looked_at() -> None:
         text = path.read_text()
         assert "ArgumentParser(" not in text, f"{path}: use attnserve_proto.commands.Parser"
         assert "parse_args(" not in text or path in scripts(), path
-    assert len(scripts()) == 20
+    assert len(scripts()) == 22
 
 
 def test_every_option_refuses_what_it_does_not_take(
