@@ -4,6 +4,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,19 @@ def serving(repository: Path, **options: Any) -> Iterator[AttentionServer]:
         yield running
     finally:
         running.drain()
+
+
+@contextlib.contextmanager
+def draining(server: AttentionServer) -> Iterator[None]:
+    """A server has begun to drain; it has ended afterwards."""
+    thread = threading.Thread(target=server.drain)
+    thread.start()
+    try:
+        while not server.plane.draining:
+            time.sleep(0.001)
+        yield
+    finally:
+        thread.join()
 
 
 @dataclass(frozen=True)

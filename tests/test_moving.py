@@ -5,7 +5,6 @@ Values are compared, bit for bit, with those of a twin that stays at one server.
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from attnserve_server.app import AttentionServer
 from certificates import Authority
 from handmade import attention, write_core
 from numpy.typing import NDArray
-from serving import serving
+from serving import draining, serving
 
 pytestmark = pytest.mark.needs_library
 
@@ -61,19 +60,6 @@ def chain(models: Path, count: int, **options: Any) -> Iterator[list[AttentionSe
             given = {"drain_seconds": 20} | options
             servers.insert(0, stack.enter_context(serving(models, **given)))
         yield servers
-
-
-@contextlib.contextmanager
-def ending(server: AttentionServer) -> Iterator[None]:
-    """The server drains meanwhile; it has ended afterwards."""
-    thread = threading.Thread(target=server.drain)
-    thread.start()
-    try:
-        while not server.plane.draining:
-            time.sleep(0.001)
-        yield
-    finally:
-        thread.join()
 
 
 def rows(tokens: int) -> tuple[Array, Array, Array]:
@@ -114,7 +100,7 @@ def test_sessions_take_steps_while_their_servers_end(
             step(pairs, 40)
             step(batch, 6 * 20)
             for server in servers[:2]:
-                with ending(server):
+                with draining(server):
                     while server.plane.session_ids():
                         step(pairs)
                         step(batch, 6)
@@ -177,13 +163,13 @@ def test_an_idle_client_knows_where_its_sessions_went(
         step(pairs, 17)
         client.save(ones[0], tmp_path / "saved")
         loaded, twin = client.load(tmp_path / "saved"), others[0].fork()
-        with ending(servers[0]):
+        with draining(servers[0]):
             pass
         deadline = time.monotonic() + 10
         while answers(servers[1]) < len(ones) + 1:  # the client is known at the next one
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        with ending(servers[1]):
+        with draining(servers[1]):
             pass
         step([*pairs, (loaded, twin)])
         client.save(ones[1], tmp_path / "again")
@@ -205,7 +191,7 @@ def test_who_does_not_follow_is_told_where_its_session_is(models: Path) -> None:
         for layer in range(LAYERS):
             session.attend(layer, *rows(5))
         held.attend(0, *rows(1))  # the server waits for its other layer
-        with ending(servers[0]):
+        with draining(servers[0]):
             while len(servers[0].plane.session_ids()) > 1:
                 time.sleep(0.001)
             with pytest.raises(UnavailableError, match=servers[1].address) as refused:
@@ -229,7 +215,7 @@ def test_a_session_with_shards_goes_after_its_parts(models: Path, twins: Attenti
         twin = twins.session("causal", num_layers=LAYERS, max_tokens=600)
         step([(sharded, twin)], 30)
         for server in servers[:2]:
-            with ending(server):
+            with draining(server):
                 while server.plane.session_ids():
                     step([(sharded, twin)])
             step([(sharded, twin)])
@@ -243,7 +229,7 @@ def test_a_query_that_was_sent_ahead_is_sent_again(models: Path, twins: Attentio
         (session, held), (twin, _) = ones, others
         held.attend(0, *rows(1))
         query, key, value = rows(1)
-        with ending(servers[0]):
+        with draining(servers[0]):
             while len(servers[0].plane.session_ids()) > 1:
                 time.sleep(0.001)
             session._connection.moves._moved.clear()  # as if it had not been told yet
@@ -288,7 +274,7 @@ def test_with_identity_and_tls_by_name(
         ones, others = opened(client, twins, 3)
         pairs = list(zip(ones, others, strict=True))
         step(pairs, 20)
-        with ending(first):
+        with draining(first):
             while first.plane.session_ids():
                 step(pairs)
         step(pairs)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +36,7 @@ from decode_streams import (
 )
 from handmade import attention, write_core
 from prometheus_client import generate_latest
-from serving import serving
+from serving import draining, serving
 
 pytestmark = pytest.mark.needs_library
 Code = grpc.StatusCode
@@ -55,19 +54,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def taker(models: Path) -> Iterator[AttentionServer]:
     with serving(models) as running:
         yield running
-
-
-@contextlib.contextmanager
-def draining(server: AttentionServer) -> Iterator[None]:
-    """The server has begun to drain; it has ended afterwards."""
-    thread = threading.Thread(target=server.drain)
-    thread.start()
-    try:
-        while not server.plane.draining:
-            time.sleep(0.001)
-        yield
-    finally:
-        thread.join()
 
 
 class Slow(pb_grpc.AttentionServiceServicer):
