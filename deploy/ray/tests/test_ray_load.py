@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from attnserve_client import AttentionClient
 from ray_nodes import nodes
-from serving import DIM, HEADS, eventually, write_causal
+from serving import DIM, HEADS, eventually, free_port, write_causal
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_library]
 Q = np.ones((1, HEADS, 2048, DIM), np.float32)
@@ -88,4 +88,33 @@ def test_a_server_that_is_to_go_waits_for_its_sessions(tmp_path: Path) -> None:
             for each in sessions:
                 each.close()
             assert eventually(lambda: states() == ["serving"], SECONDS)
+        ray_nodes.run("down")
+
+
+def test_a_server_that_is_to_go_hands_its_sessions_over_if_it_can(tmp_path: Path) -> None:
+    models, found = write_causal(tmp_path / "models"), tmp_path / "servers"
+    low = free_port()
+    with nodes(head_cpus=1) as ray_nodes:
+        node = ray_nodes.add(cpus=1)
+        others = f"127.0.0.2:{low},{node.node_ip_address}:{low}"
+        ray_nodes.run(
+            *("up", "--repository", str(models), "--min", "2", "--ports", f"{low}-{low + 9}"),
+            *("--retire-seconds", "0", "--", "--move-sessions-to", others),
+        )
+        ray_nodes.run("follow", "--once", str(found))
+        with AttentionClient(f"file://{found}") as client:
+            assert ",".join(sorted(client.servers or others.split(","))) == others
+            assert eventually(lambda: set(client.server_states.values()) == {"serving"})
+            sessions = [client.session("causal", num_layers=1, max_tokens=64) for _ in range(2)]
+            for each in sessions:
+                each.attend(0, TOKENS, TOKENS, TOKENS)
+            ray_nodes.run("scale", "1")
+
+            def states() -> list[tuple[str, int]]:
+                return [(each["state"], each["sessions"]) for each in ray_nodes.status()["servers"]]
+
+            assert eventually(lambda: states() == [("serving", 2)], SECONDS)
+            for each in sessions:
+                each.attend(0, TOKENS, TOKENS, TOKENS)
+                assert each.length == 2
         ray_nodes.run("down")
