@@ -98,6 +98,8 @@ class ServerOwner:
                 self._ports = ports
                 self._tell(State.SERVING, address=address, trouble="")
                 await self._watch(ended, self._metrics_place(settings, ports[1]))
+            elif not self._leave.is_set():
+                await asyncio.wait([ended], timeout=_END_SECONDS)
             if self._leave.is_set() and not ended.done():
                 self._tell(State.DRAINING)
                 process.terminate()

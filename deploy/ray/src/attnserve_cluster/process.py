@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -66,13 +67,18 @@ class ServerProcess:
 
     def terminate(self) -> None:
         """Let it drain, and end."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Popen's own way asks first whether the process has ended; asyncio, which waits for that,
+        # would not be told with which code it did.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     async def _listen(self, stream: asyncio.StreamReader) -> None:
         """Pass on what it says on standard error, to Ray's log of this actor."""
