@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine: `ray.cluster_utils.Cluster`, each with an address
 of its own (127.0.0.2 and on), and the command `attnserve-cluster` over it."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -84,6 +85,8 @@ def nodes(head_cpus: float) -> Iterator[Nodes]:
     """A Ray cluster of a head; it and all on it have ended afterwards."""
     # The paths of its sockets may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    # Once more at the end: what dies last makes its folder anew.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     made = Nodes(folder, head_cpus)
     try:
         yield made
