@@ -315,7 +315,7 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
             raise socket.gaierror("Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in behind]
 
-    monkeypatch.setattr("attnserve_client._cluster_places.socket.getaddrinfo", look_up)
+    monkeypatch.setattr("attnserve_proto.targets.socket.getaddrinfo", look_up)
     monkeypatch.setattr("attnserve_client._cluster_places._NAME_SECONDS", 0.05)
     calls = Calls()
     with served(calls.of(0)) as first:

@@ -2,12 +2,13 @@
 
 import os
 import re
-import socket
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
+
+from attnserve_proto.targets import addresses_of
 
 from attnserve_client import _arguments as arguments
 from attnserve_client._cluster import Cluster
@@ -69,22 +70,6 @@ def _host_and_port(target: str) -> tuple[str, int]:
     if not host or port is None:
         raise arguments.refused("target", target, "dns:///name:port")
     return host, port
-
-
-def addresses_of(host: str, port: int) -> list[str]:
-    """All addresses behind a name, as targets, ascending.
-
-    Raises:
-        OSError: there are none.
-    """
-    found = {
-        (family, address[0])
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    }
-    return sorted(
-        f"[{address}]:{port}" if family == socket.AF_INET6 else f"{address}:{port}"
-        for family, address in found
-    )
 
 
 def addresses_in(path: str) -> list[str]:

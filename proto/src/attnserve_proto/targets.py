@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import socket
 from urllib.parse import unquote
 
 # grpc's name syntax: https://github.com/grpc/grpc/blob/master/doc/naming.md
@@ -23,6 +24,22 @@ def is_local(target: str) -> bool:
         return True
     every = [address] if scheme == "dns" else address.split(",")
     return all(_is_loopback(_host(each)) for each in every)
+
+
+def addresses_of(host: str, port: int) -> list[str]:
+    """All addresses behind a name, as targets, ascending.
+
+    Raises:
+        OSError: there are none.
+    """
+    found = {
+        (family, address[0])
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    }
+    return sorted(
+        f"[{address}]:{port}" if family == socket.AF_INET6 else f"{address}:{port}"
+        for family, address in found
+    )
 
 
 def _host(address: str) -> str:

@@ -2,17 +2,14 @@
 
 import logging
 import random
-import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import grpc
 from attnserve_proto.commands import Access
-from attnserve_proto.targets import is_local
+from attnserve_proto.targets import addresses_of, is_local
 
 _DNS = "dns:///"
 _OPTIONS: list[tuple[str, str | int]] = [
@@ -41,7 +38,7 @@ class Place:
 
 
 class Places:
-    """All of them; to be used in `with`.
+    """All of them, until `close`.
 
     Args:
         targets: addresses, or names of several, `dns:///NAME:PORT`; what cannot be looked up is
@@ -57,15 +54,8 @@ class Places:
         self._places = [_place(address, authority, access) for address, authority in found]
         random.shuffle(self._places)  # servers that end together do not all begin with one
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the connections to them."""
         for place in self._places:
             place.channel.close()
 
@@ -90,15 +80,11 @@ def _behind(target: str) -> list[tuple[str, str]]:
     name = target.removeprefix(_DNS)
     host, _, port = name.rpartition(":")
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        addresses = addresses_of(host.strip("[]"), int(port))
     except OSError as error:
         _log.warning("servers not found", extra={"name": target, "error": str(error)})
         return []
-    addresses = sorted({(family, str(address[0])) for family, _, _, _, address in found})
-    return [
-        (f"[{address}]:{port}" if family == socket.AF_INET6 else f"{address}:{port}", name)
-        for family, address in addresses
-    ]
+    return [(address, name) for address in addresses]
 
 
 def _place(address: str, authority: str, access: Access) -> Place:

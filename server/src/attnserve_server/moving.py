@@ -1,6 +1,7 @@
 """Handing KV sessions to other servers before this one ends."""
 
 import argparse
+import contextlib
 import logging
 import threading
 import time
@@ -88,7 +89,7 @@ class Mover:
             _log.error("sessions not moved", extra={"error": str(error)})
             return
         seen: set[str] = set()
-        with places:
+        with contextlib.closing(places):
             while new := set(self._plane.session_ids()) - seen:
                 seen |= new
                 self._fresh.extend(new)
