@@ -125,6 +125,7 @@ def live(browser: "Browser", address: str, model: str, text: str) -> Iterator[No
     try:
         browser.open(process.stdout.readline().split()[0])
         wait(browser, "document.getElementById('ask-progress').hidden")
+        drawn(browser)  # what has arrived is drawn in the next frame
         yield
     finally:
         process.send_signal(signal.SIGINT)
