@@ -110,6 +110,19 @@ class Browser:
         """Wait for two frames: what was asked for has been drawn."""
         self.run("new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))")
 
+    def wait(self, condition: str) -> None:
+        """Wait until an expression holds; what went wrong on the page is said if it does not."""
+        deadline = time.monotonic() + 20
+        while not self.run(f"Boolean({condition})"):
+            said = self.run("document.getElementById('ask-status')?.textContent")
+            assert time.monotonic() < deadline, (condition, said, self.errors)
+            time.sleep(0.01)
+
+    def drawn(self) -> None:
+        """Wait until every view of an inspector's page shows what is chosen."""
+        self.settle()
+        self.wait("document.documentElement.dataset.stale === '0'")
+
     def screenshot(self, selector: str = "") -> bytes:
         """A PNG of the window, or of the one element that a selector means, with some margin."""
         clip = {}

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,19 +60,6 @@ def expected(families: tuple[Path, str]) -> tuple[list[np.ndarray], list[str]]:
     return weights, [token for tokens in found.tokens for token in tokens]
 
 
-def wait(browser: "Browser", condition: str) -> None:
-    deadline = time.monotonic() + 20
-    while not browser.run(f"Boolean({condition})"):
-        assert time.monotonic() < deadline, (condition, browser.errors)
-        time.sleep(0.02)
-
-
-def drawn(browser: "Browser") -> None:
-    """Wait until every view shows what is chosen."""
-    browser.settle()
-    wait(browser, "document.documentElement.dataset.stale === '0'")
-
-
 def rows_of(browser: "Browser", layer: int, query: int) -> dict[int, float]:
     """The weights of a query in the first head, by key, as the page lists them."""
     for menu, value in (("layer", layer), ("top", 100000)):
@@ -81,9 +67,9 @@ def rows_of(browser: "Browser", layer: int, query: int) -> dict[int, float]:
             f"{{ const s = document.getElementById('{menu}'); s.value = {value};"
             "s.dispatchEvent(new Event('change')); }"
         )
-        drawn(browser)
+        browser.drawn()
     browser.run(f"document.querySelectorAll('#text [data-item]')[{query}].click()")
-    drawn(browser)
+    browser.drawn()
     listed = browser.run(
         "[...document.querySelectorAll('#top-table tbody tr')]"
         ".map(row => [+row.children[2].textContent, parseFloat(row.children[4].textContent)])"
@@ -124,8 +110,8 @@ def live(browser: "Browser", address: str, model: str, text: str) -> Iterator[No
     )  # fmt: skip
     try:
         browser.open(process.stdout.readline().split()[0])
-        wait(browser, "document.getElementById('ask-progress').hidden")
-        drawn(browser)  # what has arrived is drawn in the next frame
+        browser.wait("document.getElementById('ask-progress').hidden")
+        browser.drawn()  # what has arrived is drawn in the next frame
         yield
     finally:
         process.send_signal(signal.SIGINT)

@@ -101,14 +101,6 @@ def column(browser: "Browser", table: str, index: int) -> list[float]:
     )
 
 
-def drawn(browser: "Browser") -> None:
-    """Wait until every view shows what is chosen."""
-    browser.run(
-        "new Promise(done => { const look = () => document.documentElement.dataset.stale === '0'"
-        " ? done() : setTimeout(look, 10); setTimeout(look, 0); })"
-    )
-
-
 def test_it_draws_without_errors_and_asks_the_network_for_nothing(
     browser: "Browser", page: Path
 ) -> None:
@@ -119,8 +111,8 @@ def test_it_draws_without_errors_and_asks_the_network_for_nothing(
         "c.scrollIntoView(); return c.id; })"
     )
     assert len(painted) == 4
-    drawn(browser)
-    drawn(browser)
+    browser.drawn()
+    browser.drawn()
     for name in painted:
         colours = browser.run(
             f"(() => {{ const c = document.getElementById('{name}');"
@@ -168,7 +160,7 @@ def test_one_query_is_listed_key_by_key(
     browser.open(page)
     browser.run("document.querySelectorAll('#text [data-item]')[4].click()")
     browser.run("document.getElementById('query-view').scrollIntoView()")
-    drawn(browser)
+    browser.drawn()
     weights = result.weights[0][0, 0, 4]
     assert column(browser, "top-table", 2) == np.argsort(-weights).tolist()
     assert column(browser, "top-table", 4)[0] == pytest.approx(weights.max(), abs=6e-4)
@@ -180,7 +172,7 @@ def test_heads_are_switched_and_a_token_is_looked_at_alone(browser: "Browser", p
     browser.open(page)
     browser.run("document.getElementById('tokens').scrollIntoView()")
     browser.run("document.querySelectorAll('#chips button')[2].click()")
-    drawn(browser)
+    browser.drawn()
     pressed = "[...document.querySelectorAll('#chips [aria-pressed=true]')].map(c => c.textContent)"
     assert browser.run(pressed) == ["head 0", "head 2"]
     assert "Heads 0, 2 of layer 0" in text(browser, "#lines-caption")
@@ -198,7 +190,7 @@ def test_the_pair_filter_leaves_the_other_side_out(browser: "Browser", page: Pat
     browser.run("document.querySelectorAll('#text [data-item]')[1].click()")
     choose(browser, "filter", "ab")
     browser.run("document.getElementById('query-view').scrollIntoView()")
-    drawn(browser)
+    browser.drawn()
     assert sorted(column(browser, "top-table", 2)) == [6, 7, 8]
 
 
@@ -208,7 +200,7 @@ def test_every_text_can_be_read(browser: "Browser", page: Path, scheme: str) -> 
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     for scale in ("root", "weight", "row", "lift"):
         choose(browser, "scale", scale)
-        drawn(browser)
+        browser.drawn()
         found = json.loads(browser.run(CONTRAST))
         assert found["count"] > 150
         assert found["bad"] == [], scale
@@ -255,7 +247,7 @@ def test_the_width_is_used_and_nothing_is_cut(
 ) -> None:
     page = write_page(result_of(WORDS, 2, 12), tmp_path / "page.html")
     browser.open(page, width=width, scheme=scheme)
-    drawn(browser)
+    browser.drawn()
     assert browser.run("document.documentElement.scrollWidth") == width
     assert browser.run(CUT_MENUS) == []
     inner = browser.run(
@@ -266,7 +258,7 @@ def test_the_width_is_used_and_nothing_is_cut(
         used = browser.run(f"document.getElementById('{view}').getBoundingClientRect().width")
         assert used > 0.95 * inner, view
     browser.run("document.getElementById('tokens').scrollIntoView()")
-    drawn(browser)
+    browser.drawn()
     assert text(browser, "#lines-caption").startswith("Head 0 of layer 0: ")
 
 
@@ -274,7 +266,7 @@ def test_pictures_have_a_name_and_the_page_fits_a_narrow_screen(
     browser: "Browser", page: Path
 ) -> None:
     browser.open(page, width=360, height=740)
-    drawn(browser)
+    browser.drawn()
     nameless = browser.run(
         "[...document.querySelectorAll('canvas')]"
         ".filter(c => !c.closest('[aria-hidden=true], [aria-label]')).map(c => c.id)"
@@ -308,7 +300,7 @@ def test_a_learned_sink_is_a_key_of_its_own(
     assert browser.run("document.querySelectorAll('#text [data-item]').length") == queries
     browser.run("document.querySelectorAll('#text [data-item]')[4].click()")
     browser.run("document.getElementById('query-view').scrollIntoView()")
-    drawn(browser)
+    browser.drawn()
     listed = dict(
         zip(column(browser, "top-table", 2), column(browser, "top-table", 4), strict=True)
     )
@@ -324,7 +316,7 @@ def test_local_layers_stand_beside_global_ones(browser: "Browser", tmp_path: Pat
     page = write_page(dataclasses.replace(result, weights=[weights]), tmp_path / "page.html")
     browser.open(page)
     browser.run("document.getElementById('spread').scrollIntoView()")
-    drawn(browser)
+    browser.drawn()
     rows = browser.run(
         "[...document.querySelectorAll('#kinds-table tbody tr')]"
         ".map(row => [...row.children].map(cell => cell.textContent))"
@@ -335,7 +327,7 @@ def test_local_layers_stand_beside_global_ones(browser: "Browser", tmp_path: Pat
     assert float(rows[0][3]) == pytest.approx(effective[::2].mean(), abs=0.06)
     assert float(rows[1][3]) == pytest.approx(effective[1::2].mean(), abs=0.06)
     choose(browser, "spread-lines", "kinds")
-    drawn(browser)
+    browser.drawn()
     lines = "[...document.querySelectorAll('#spread-table tbody th')].map(e => e.textContent)"
     assert browser.run(lines) == ["local", "global", "uniform"]
     assert browser.errors == []
@@ -396,12 +388,12 @@ def test_packed_documents_are_framed_and_zoomed_to(browser: "Browser", tmp_path:
         cu_seqlens_q=starts, cu_seqlens_k=starts,
     )  # fmt: skip
     browser.open(write_page(packed, tmp_path / "page.html"))
-    drawn(browser)
+    browser.drawn()
     assert "30 keys in 2 documents" in text(browser, ".summary")
     options = "[...document.querySelectorAll('#document option')].map(each => each.textContent)"
     assert browser.run(options) == ["all", "0: 9 queries", "1: 21 queries"]
     browser.run("document.getElementById('heatmap').scrollIntoView()")
-    drawn(browser)
+    browser.drawn()
     # Beside the frames of the whole and of the cross, one around each document: 9 and 21 of 30.
     frames = browser.run(FRAMES)
     whole = max(frames, key=lambda frame: frame[2])
@@ -415,8 +407,27 @@ def test_packed_documents_are_framed_and_zoomed_to(browser: "Browser", tmp_path:
         (first[0] + first[2], first[1] + first[3]), abs=1
     )
     choose(browser, "document", "1")
-    drawn(browser)
+    browser.drawn()
     assert "query 9 “1:0” → key 9 “1:0”" in text(browser, "#map-readout")
     browser.run("document.getElementById('zoom-all').click()")
     assert browser.run("document.getElementById('document').value") == "-1"
+    assert browser.errors == []
+
+
+def test_a_view_that_leaves_the_window_before_its_frame_is_drawn_all_the_same(
+    browser: "Browser", page: Path
+) -> None:
+    browser.open(page)
+    browser.drawn()
+    browser.run("document.getElementById('sinks').scrollIntoView()")
+    browser.settle()
+    # It is in sight while the others are drawn, and no longer in the frame, which comes late.
+    browser.run(
+        "(() => { const frame = requestAnimationFrame;"
+        "window.requestAnimationFrame = (draw) => setTimeout(() => frame(draw), 400);"
+        "setTimeout(() => { window.requestAnimationFrame = frame; scrollTo(0, 0); }, 200); })()"
+    )
+    choose(browser, "head", "2")
+    browser.wait("scrollY === 0")
+    browser.drawn()
     assert browser.errors == []

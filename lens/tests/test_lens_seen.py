@@ -99,15 +99,8 @@ WIDER_THAN_THE_SCREEN = """[...document.querySelectorAll("body *")]
     .map(([each, right]) => `${each.tagName}#${each.id}: ${right}`).join(", ")"""
 
 
-def drawn(browser: "Browser") -> None:
-    browser.run(
-        "new Promise(done => { const look = () => document.documentElement.dataset.stale === '0'"
-        " ? done() : setTimeout(look, 10); setTimeout(look, 0); })"
-    )
-
-
 def caption(browser: "Browser") -> str:
-    drawn(browser)
+    browser.drawn()
     return str(browser.run("document.getElementById('seen-caption').textContent"))
 
 
@@ -189,11 +182,8 @@ def test_what_a_token_hears_lies_under_the_spectrogram(
         "(() => { const s = document.getElementById('map'); s.value = '1';"
         "s.dispatchEvent(new Event('change')); })()"
     )
-    browser.run(
-        "new Promise(done => { const look = () => document.getElementById('seen-caption')"
-        ".textContent.includes('cat') ? setTimeout(look, 10) : done(); look(); })"
-    )
-    drawn(browser)
+    browser.wait("!document.getElementById('seen-caption').textContent.includes('cat')")
+    browser.drawn()
     click(browser, "seen-time", 92 + 4.5 / 20 * wide, 60)
     encoder = sound[1].weights[0][0, 0]
     expected = f"query at 0.08 s gives most at {int(encoder[4].argmax()) * 0.02:.2f} s"
@@ -222,7 +212,7 @@ def test_it_fits_its_screen(browser: "Browser", tmp_path: Path, seed: int) -> No
         pages.append(write_page(shown, tmp_path / f"{index}.html", title=f"{word} of {seed}"))
     for page, width in itertools.product(pages, (320, 390, 1280)):
         browser.open(page, width=width)
-        drawn(browser)
+        browser.drawn()
         for size in ("15px", "19px"):
             browser.run(f"document.body.style.fontSize = '{size}'")
             browser.settle()

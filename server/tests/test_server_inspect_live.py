@@ -55,25 +55,16 @@ def ready(browser: "Browser", text: str, pair: str = "") -> None:
         "delete document.documentElement.dataset.ready;"
         "document.getElementById('ask').requestSubmit(); 0"
     )
-    wait(
-        browser,
+    browser.wait(
         "document.documentElement.dataset.ready && document.getElementById('ask-progress').hidden"
         " && ![...document.querySelectorAll('#grid .number')].some(e => e.textContent === '…')",
     )
 
 
-def wait(browser: "Browser", condition: str) -> None:
-    deadline = time.monotonic() + 20
-    while not browser.run(f"Boolean({condition})"):
-        said = browser.run("document.getElementById('ask-status')?.textContent")
-        assert time.monotonic() < deadline, (condition, said, browser.errors)
-        time.sleep(0.02)
-
-
 def opened(browser: "Browser", page: str) -> None:
     browser.errors.clear()
     browser.send("Page.navigate", url=page)
-    wait(browser, "document.documentElement?.dataset?.live === ''")
+    browser.wait("document.documentElement?.dataset?.live === ''")
 
 
 def test_a_text_is_typed_and_looked_at(
@@ -105,7 +96,7 @@ def test_a_text_is_typed_and_looked_at(
     )
     browser.run("document.querySelectorAll('#text [data-item]')[1].click(); 0")
     browser.run("document.getElementById('query-view').scrollIntoView(); 0")
-    wait(browser, "document.documentElement.dataset.stale === '0'")
+    browser.drawn()
     heaviest = browser.run(
         "parseFloat(document.querySelector('#top-table tbody tr').children[4].textContent)"
     )
@@ -151,7 +142,7 @@ def test_documents_are_blocks_that_do_not_see_each_other(
     assert browser.errors == []
     browser.run("document.getElementById('ask-pair').value = 'w9';")
     browser.run("document.getElementById('ask').requestSubmit(); 0")
-    wait(browser, "document.getElementById('ask-status').classList.contains('warning')")
+    browser.wait("document.getElementById('ask-status').classList.contains('warning')")
     said = browser.run("document.getElementById('ask-status').textContent")
     assert said == "text: 3 documents; allowed: one, as one of a pair"
 
@@ -170,7 +161,7 @@ def test_a_refusal_is_said_on_the_page(browser: "Browser", page: str) -> None:
     opened(browser, page)
     browser.run("document.getElementById('ask-text').value = ' ';"
                 "document.getElementById('ask').requestSubmit(); 0")  # fmt: skip
-    wait(browser, "document.getElementById('ask-status').textContent.startsWith('text: empty')")
+    browser.wait("document.getElementById('ask-status').textContent.startsWith('text: empty')")
     assert browser.run("document.getElementById('main').hidden")
 
 

@@ -25,9 +25,9 @@ const drawInSight = oncePerFrame(() => [...stale].filter((name) => inSight.has(n
 
 function drawOthers() {
   const name = [...stale].find((each) => !inSight.has(each));
-  if (!name) return;
-  drawView(name);
-  idle(drawOthers);
+  if (name) drawView(name);
+  // What is in sight now may be out of it before the next frame.
+  if (stale.size) idle(drawOthers, { timeout: 500 });
 }
 
 function invalidate(...names) {
