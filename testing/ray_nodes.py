@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from ray.cluster_utils import Cluster
@@ -87,9 +89,12 @@ def nodes(head_cpus: float) -> Iterator[Nodes]:
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     # Once more at the end: what dies last makes its folder anew.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    made = Nodes(folder, head_cpus)
-    try:
-        yield made
-    finally:
-        made.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray writes the address of a head here too, of a folder which it takes for there.
+        patch.setenv("RAY_TMPDIR", str(folder))
+        made = Nodes(folder / "ray", head_cpus)
+        try:
+            yield made
+        finally:
+            made.close()
+            shutil.rmtree(folder, ignore_errors=True)
