@@ -42,14 +42,14 @@ FAMILY: dict[str, tuple[str, dict]] = {
         "mask": "causal", "softcap": 3.0, "window": 6, "scale": 0.5}),
     "brain": ("--mask causal --alibi --dtype bf16 --window 20", {
         "mask": "causal", "alibi": True, "window": 20}),
-    "half": ("--rotary interleaved --rotary-dims 4 --rotary-base 500 --dtype fp16", {
-        "rotary": Rotary("interleaved", 4, 500.0)}),
+    "half": ("--rotary interleaved --rotary-dims 4 --rotary-base 500 --dtype fp16 --window 130", {
+        "rotary": Rotary("interleaved", 4, 500.0), "window": 130, "window_right": 129}),
     "sunk": ("--mask causal --window 9 --softcap 4 --scale 0.5 --sinks=-2,0,1.5,3,0.25,-7", {
         "mask": "causal", "window": 9, "softcap": 4.0, "scale": 0.5,
         "sinks": (-2.0, 0.0, 1.5, 3.0, 0.25, -7.0)}),
 }  # fmt: skip
 # What they have, another has too; `-m slow` has them all.
-SLOW = ("bottom", "window", "both", "ahead", "alibi", "gptj", "gemma")
+SLOW = ("bottom", "window", "both", "band", "ahead", "alibi", "gptj", "gemma")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILY]
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 8, 5
 DTYPES = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}

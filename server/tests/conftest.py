@@ -36,7 +36,7 @@ def repository(
     self_attention = LayerConfig(attention(4, 8, mask="causal"), embed_dim=32, context_dim=None)
     write_layer(folder, "self", seeded(AttentionLayer, self_attention, 3))
     write_layer(folder, "cross", seeded_multihead(32, 4, 24, bias_terms=True, seed=3), mask="cross")
-    checkpoint = tiny_bert(tmp_path_factory.mktemp("checkpoint"))
+    checkpoint = tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
     bert = ["--name", "bert", "--checkpoint", str(checkpoint)]
     export_all([["transformer", "--out", str(folder), *bert]])
     return folder
