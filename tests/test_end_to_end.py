@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -23,10 +23,12 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(
+    tmp_path_factory: pytest.TempPathFactory, export_all: Callable[[list[list[str]]], None]
+) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    command = ["core", "--out", folder, "--name", "causal", "--num-heads", "8", "--head-dim", "64"]
-    subprocess.run([BIN / "attnserve-export", *command, "--mask", "causal"], check=True)
+    sizes = ["--num-heads", "8", "--head-dim", "64", "--mask", "causal"]
+    export_all([["core", "--out", str(folder), "--name", "causal", *sizes]])
     return folder
 
 
