@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from serving import free_port
 
 TESTS = Path(__file__).parent
 LOCUSTFILE = TESTS.parent / "locustfile.py"
@@ -55,8 +56,19 @@ def locust() -> Run:
     """Runs Locust on the package's locustfile without its web UI."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        port = str(free_port())  # Locust's own may be another test's
+        ports = ["--master-port", port, "--master-bind-port", port]
         return subprocess.run(
-            [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", *arguments],
+            [
+                sys.executable,
+                "-m",
+                "locust",
+                "-f",
+                str(LOCUSTFILE),
+                "--headless",
+                *ports,
+                *arguments,
+            ],
             capture_output=True,
             text=True,
             timeout=60,
