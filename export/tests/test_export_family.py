@@ -40,8 +40,9 @@ FAMILY: dict[str, tuple[str, dict]] = {
         "mask": "causal", "rotary": Rotary("interleaved", 4, 500.0)}),
     "gemma": ("--mask causal --softcap 3 --window 6 --scale 0.5", {
         "mask": "causal", "softcap": 3.0, "window": 6, "scale": 0.5}),
-    "brain": ("--mask causal --alibi --dtype bf16 --window 20", {
-        "mask": "causal", "alibi": True, "window": 20}),
+    "brain": ("--mask causal --alibi --dtype bf16 --window 20 --sinks=-2,0,1.5,3,0.25,-7", {
+        "mask": "causal", "alibi": True, "window": 20,
+        "sinks": (-2.0, 0.0, 1.5, 3.0, 0.25, -7.0)}),
     "half": ("--rotary interleaved --rotary-dims 4 --rotary-base 500 --dtype fp16 --window 130", {
         "rotary": Rotary("interleaved", 4, 500.0), "window": 130, "window_right": 129}),
     "sunk": ("--mask causal --window 9 --softcap 4 --scale 0.5 --sinks=-2,0,1.5,3,0.25,-7", {
@@ -49,7 +50,7 @@ FAMILY: dict[str, tuple[str, dict]] = {
         "sinks": (-2.0, 0.0, 1.5, 3.0, 0.25, -7.0)}),
 }  # fmt: skip
 # What they have, another has too; `-m slow` has them all.
-SLOW = ("bottom", "window", "both", "band", "ahead", "alibi", "gptj", "gemma")
+SLOW = ("bottom", "window", "both", "band", "ahead", "alibi", "gptj", "gemma", "sunk")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILY]
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 8, 5
 DTYPES = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -173,11 +174,20 @@ def test_no_variant_of_the_family_is_missing(family: Callable[[str], Path], name
     assert attention["alignment"] == config.alignment
 
 
-def test_blocked_needs_no_operators_of_ours(family: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "file", "function"),
+    [
+        ("turned", "model.blocked.onnx", "BlockedAttention"),
+        ("brain", "model.onnx", "BlockedSinksAttention"),
+    ],
+)
+def test_blocked_needs_no_operators_of_ours(
+    family: Callable[[str], Path], name: str, file: str, function: str
+) -> None:
     """Any ONNX Runtime runs it: its operator is a function that the graph brings along."""
-    path = family("brain") / "model.onnx"
+    path = family(name) / file
     model = onnx.load(path)
-    assert [f.name for f in model.functions] == ["BlockedAttention"]
+    assert [each.name for each in model.functions] == [function]
     onnx.checker.check_model(model, full_check=False)
     assert onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) is not None
 

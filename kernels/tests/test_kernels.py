@@ -561,7 +561,7 @@ def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
         run("Attention", "FP32", feeds, ())
 
 
-@pytest.mark.parametrize("share", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [10, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
 @pytest.mark.needs_library
 def test_other_instruction_sets_compute_the_same(instruction_set: str, share: int) -> None:
