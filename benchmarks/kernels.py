@@ -135,7 +135,7 @@ class Models:
         }
         scores = 4 * shape.num_heads * shape.query_len * shape.key_len
         for name, entry in self.variants(options, shape).items():
-            if name == "packed":  # for packed sequences alone
+            if name.startswith("packed"):  # for packed sequences alone
                 continue
             if entry["memory"] == "quadratic" and scores > MOST_SCORE_BYTES:
                 continue
@@ -383,7 +383,8 @@ def memory(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
             contenders: dict[str, Path | None] = {
                 name: entry["path"]
                 for name, entry in models.variants(mask, shape).items()
-                if name != "packed" and (entry["memory"] == "linear" or scores <= MOST_SCORE_BYTES)
+                if not name.startswith("packed")
+                and (entry["memory"] == "linear" or scores <= MOST_SCORE_BYTES)
             }
             if kind == "causal":
                 contenders["torch"] = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnserve_export.checkpoints.overflow import BothBranches
 from attnserve_export.checkpoints.plans import (
     CROSS,
     DECODER,
@@ -47,7 +48,7 @@ class _Traced(nn.Module):
         if self.tracer.by_lengths and source.is_floating_point():
             computed: Any = self.model.dtype
             given = {**given, self.source: source.to(computed)}
-        with self.tracer.tracing(lengths):
+        with self.tracer.tracing(lengths), BothBranches():
             # Of keys and values that are cached nobody would read any.
             return self.model(**given, **more)
 
