@@ -29,12 +29,18 @@ _STATUSES = {status.value[0]: status.value for status in grpc.StatusCode}
 class Stream:
     """A Decode stream: requests go out as they are asked for, answers come back one by one."""
 
-    def __init__(self, address: str, authorities: bytes | None = None, token: str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        authorities: bytes | None = None,
+        token: str = "",
+        identity: tuple[bytes, bytes] | tuple[()] = (),
+    ) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         if authorities is None:
             self.channel = grpc.insecure_channel(address, options)
         else:
-            credentials = grpc.ssl_channel_credentials(authorities)
+            credentials = grpc.ssl_channel_credentials(authorities, *identity)
             self.channel = grpc.secure_channel(address, credentials, options)
         self._requests: queue.SimpleQueue[pb.DecodeRequest | None] = queue.SimpleQueue()
         self.call = pb_grpc.AttentionServiceStub(self.channel).Decode(

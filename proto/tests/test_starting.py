@@ -67,6 +67,13 @@ def test_a_handler_of_the_works_own_stays() -> None:
     assert run(*lines) == (0, "mine\nmine\n", "")
 
 
+def test_in_silence_nothing_else_is_said() -> None:
+    lines = ("import os", "def say(text): os.write(2, text)", "starting.start('p')", "def work():",
+             "  say(b'a')", "  with commands.Silence(): say(b'b')", "  say(b'c')",
+             "  with commands.Loading(), commands.Silence(): say(b'd'), ctrl_c()")  # fmt: skip
+    assert run(*lines, "commands.run('p', work)") == (130, "", f"ac{SAID}")
+
+
 def test_where_it_is_ignored_it_stays_ignored() -> None:
     lines = ("starting.start('p')", "ctrl_c()", "print(commands.run('p', lambda: 7))")
     assert run(*lines, before="trap '' INT") == (0, "7\n", "")

@@ -347,6 +347,53 @@ def test_a_session_keeps_its_caller_where_callers_are_identified(
                 own.open()
 
 
+@pytest.mark.parametrize("said_by", ["line", "roles of all", "nobody"])
+def test_sessions_move_by_mutual_tls(
+    models: Path, tmp_path: Path, said_by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path)
+    server_files, mover, chat = (authority.issue(name) for name in ("server", "mover", "chat"))
+    mutual: dict[str, Any] = {
+        "tls_certificate": server_files.certificate,
+        "tls_key": server_files.key,
+        "tls_client_authorities": authority.certificate,
+    }
+    if said_by == "line":
+        mutual["callers"] = tmp_path / "callers"
+        mutual["callers"].write_text("mover move certificate:mover\n")
+    elif said_by == "roles of all":
+        mutual["certificate_roles"] = "sessions,move"
+    moving = {
+        "move_ca": authority.certificate,
+        "move_certificate": mover.certificate,
+        "move_key": mover.key,
+    }
+
+    def stream_of(address: str) -> Stream:
+        return Stream(address, authority.certificate.read_bytes(), identity=chat.pem())
+
+    with (
+        serving(models, **mutual) as there,
+        serving(models, **mutual, **moving, move_sessions_to=there.address) as server,
+        stream_of(server.address) as stream,
+    ):
+        (name,) = stream.open()
+        expected = plain()
+        stream.step(1, [name], [expected])
+        with draining(server):
+            if said_by == "nobody":
+                assert ended(stream) is Code.UNAVAILABLE
+            else:
+                moved = moved_of(stream.receive())
+        if said_by == "nobody":
+            record = next(each for each in caplog.records if each.message == "session not moved")
+            assert record.__dict__["reason"] == "refused"
+            assert "may infer, sessions; allowed: one that may move" in record.__dict__["said"]
+            return
+        with stream_of(there.address) as own:
+            own.step(1, [moved.new_session_id], [expected])
+
+
 def export_of(models: Path) -> list[pb.SessionChunk]:
     with serving(models) as server, Stream(server.address) as stream:
         (name,) = stream.open()

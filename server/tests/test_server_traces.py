@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import secrets
 import socket
 import subprocess
@@ -374,6 +375,27 @@ def test_a_collector_that_is_away_harms_nothing(
     # Nor does it keep the server from ending.
     assert time.monotonic() - began < 15
     assert sum("traces are not taken" in record.message for record in caplog.records) <= 1
+
+
+def test_it_is_said_why_a_collector_takes_nothing(
+    repository: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", "none.pem")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # seconds of a try
+
+    def told(message: str) -> list[logging.LogRecord]:
+        return [record for record in caplog.records if message in record.message]
+
+    address = f"127.0.0.1:{serving.free_port()}"
+    with (
+        serving.serving(repository, trace_endpoint=f"https://{address}") as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        assert told("none.pem")
+        attend_on(channel, Context())
+        assert serving.eventually(lambda: bool(told("traces are not taken")), 20)
+    (record,) = told("traces are not taken")
+    assert f"traces to {address}" in record.__dict__["said"]
 
 
 def test_a_collector_that_comes_later_is_heard(repository: Path) -> None:

@@ -53,6 +53,24 @@ def test_an_address_where_nobody_is(
     assert f"--address: given {given}: Connection refused; allowed: a Ray cluster" in line
 
 
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        ("127.0.0.2:{port}", 1, "RAY_ADDRESS: given 127.0.0.2:{port}: Connection refused"),
+        ("local", 2, "RAY_ADDRESS: given 'local'; allowed: auto, HOST:PORT or ray://HOST:PORT"),
+    ],
+)
+def test_a_wrong_address_of_the_environment_is_named(
+    given: str, code: int, said: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    port = free_port()
+    monkeypatch.setenv("RAY_ADDRESS", given.format(port=port))
+    assert cli.main(["status"]) == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert said.format(port=port) in line
+
+
 def test_ports_of_a_range_are_taken_in_turn() -> None:
     with socket.create_server(("127.0.0.2", 0)) as taken:
         port = int(taken.getsockname()[1])

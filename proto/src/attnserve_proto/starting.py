@@ -14,6 +14,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 MESSAGE = "interrupted; nothing was left half written"
 
 _program = ""
+_standard_error = 2  # a descriptor
 
 
 def start(program: str) -> None:
@@ -63,6 +64,31 @@ class Loading:
             _replace(_end, signal.default_int_handler)
 
 
+class Silence:
+    """Nothing on standard error, whoever writes there, but that the process was interrupted."""
+
+    def __enter__(self) -> None:
+        """Send what is written there nowhere."""
+        global _standard_error
+        self._kept = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        _standard_error = self._kept
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let it be written again."""
+        global _standard_error
+        os.dup2(self._kept, 2)
+        _standard_error = 2
+        os.close(self._kept)
+
+
 def _replace(old: object, new: Callable[[int, FrameType | None], None]) -> bool:
     if signal.getsignal(signal.SIGINT) is not old:
         return False
@@ -71,5 +97,5 @@ def _replace(old: object, new: Callable[[int, FrameType | None], None]) -> bool:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    os.write(2, f"{_program}: {MESSAGE}\n".encode())
+    os.write(_standard_error, f"{_program}: {MESSAGE}\n".encode())
     os._exit(INTERRUPTED)

@@ -6,15 +6,18 @@ import re
 import signal
 import socket
 import threading
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
-from attnserve_proto.commands import CommandError, Loading
+from attnserve_proto.commands import CommandError, Loading, Silence
 
+from attnserve_cluster import readers
 from attnserve_cluster.plan import NAMESPACE
 
 _REACH_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS = 5.0, 60.0, 20.0
 _HERE = ("localhost", "127.0.0.1", "[::1]")
+_VARIABLE = "RAY_ADDRESS"  # Ray's own
 
 
 class NoClusterError(CommandError):
@@ -35,6 +38,9 @@ def connect(address: str) -> None:
     Raises:
         CommandError: there is none.
     """
+    option = "--address"
+    if address == "auto" and (named := os.environ.get(_VARIABLE)):
+        option, address = _VARIABLE, _read(named)
     # Before Ray is loaded. It says what its own processes do to whoever starts one.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with Loading():  # what waits in Ray's own code would not be interrupted otherwise
@@ -42,7 +48,7 @@ def connect(address: str) -> None:
         import ray.util
 
         if address != "auto":
-            _reach(address, ray.util.get_node_ip_address)
+            _reach(option, address, ray.util.get_node_ip_address)
         # Its warnings would stand between the lines of a command.
         logging.getLogger("ray").setLevel(logging.ERROR)
         errors: list[BaseException] = []
@@ -60,18 +66,27 @@ def connect(address: str) -> None:
                 errors.append(error)
 
         thread = threading.Thread(target=begin, name="ray-init", daemon=True)
-        thread.start()
-        thread.join(_BEGIN_SECONDS)
+        with Silence():  # Ray's C++ says there what no logger's level keeps back
+            thread.start()
+            thread.join(_BEGIN_SECONDS)
     if thread.is_alive():
-        raise _refusal(address, f"no answer within {_BEGIN_SECONDS:g} s")
+        raise _refusal(option, address, f"no answer within {_BEGIN_SECONDS:g} s")
     if errors:
-        raise _refusal(address, str(errors[0]))
+        raise _refusal(option, address, str(errors[0]))
     if threading.current_thread() is threading.main_thread():
         # Ray's own way would be a report of where the process was.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _reach(address: str, address_of_machine: Callable[[], str]) -> None:
+def _read(given: str) -> str:
+    """The address that the variable names. Ray would start a cluster for `local`."""
+    try:
+        return readers.address(given)
+    except ArgumentTypeError as error:
+        raise CommandError(f"{_VARIABLE}: {error}", 2) from None
+
+
+def _reach(option: str, address: str, address_of_machine: Callable[[], str]) -> None:
     """See whether anybody listens there: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     # Ray takes the machine's own address for these.
@@ -80,13 +95,13 @@ def _reach(address: str, address_of_machine: Callable[[], str]) -> None:
         socket.create_connection((reached.strip("[]"), int(port)), _REACH_SECONDS).close()
     except OSError as error:
         there = "" if reached == host else f" (at {reached}, where Ray looks for it)"
-        raise _refusal(address, f"{error.strerror or error}{there}") from None
+        raise _refusal(option, address, f"{error.strerror or error}{there}") from None
 
 
-def _refusal(address: str, reason: str) -> CommandError:
+def _refusal(option: str, address: str, reason: str) -> CommandError:
     said = re.sub(r"\s+", " ", reason).strip()
     return CommandError(
-        f"--address: given {address}: {said[:500]}; allowed: a Ray cluster that runs, of this "
+        f"{option}: given {address}: {said[:500]}; allowed: a Ray cluster that runs, of this "
         "version (`ray start --head`)"
     )
 

@@ -13,7 +13,7 @@ from attnserve_proto.commands.extensions import add_missing_command, extension
 from attnserve_proto.commands.files import check_file, check_folder, replacing
 from attnserve_proto.commands.progress import Progress
 from attnserve_proto.commands.running import CommandError, Parser, run
-from attnserve_proto.starting import INTERRUPTED, Loading
+from attnserve_proto.starting import INTERRUPTED, Loading, Silence
 
 __all__ = [
     "INTERRUPTED",
@@ -23,6 +23,7 @@ __all__ = [
     "Loading",
     "Parser",
     "Progress",
+    "Silence",
     "access_of",
     "add_access",
     "add_missing_command",

@@ -24,6 +24,7 @@ from attnserve_server.tracing.spans import SpanMaker
 _MOST_RECORDS = 256  # turned into spans at once
 _MOST_SPANS = 8192  # that wait to be sent
 _MOST_SPANS_OF_RECORD = 9
+_MOST_SAID = 500  # characters
 _PATIENCE_SECONDS = 0.5
 _LAST_SECONDS = 2.0  # for what is left when the server stops
 
@@ -41,11 +42,15 @@ class TraceExport:
     """
 
     def __init__(self, plane: DataPlane, endpoint: str, exemplars: Exemplars) -> None:
-        # It says of each try that it failed; `_Counting` says it once.
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self._plane = plane
         self._exemplars = exemplars
+        exporters = logging.getLogger("opentelemetry")
+        exporters.setLevel(logging.WARNING)
+        exporters.propagate = True  # a file that its environment names and it cannot read is logged
         self._exporter = _Counting(endpoint)
+        # Then it says of each try that it failed; `_Counting` says it once.
+        exporters.addHandler(_said)
+        exporters.propagate = False
         self._processor = BatchSpanProcessor(
             self._exporter, max_queue_size=_MOST_SPANS, schedule_delay_millis=1000
         )
@@ -95,6 +100,19 @@ class TraceExport:
                 _log.exception("a record cannot be turned into spans")
 
 
+class _Said(logging.Handler):
+    """Keeps what OpenTelemetry's exporter logged last."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.last = record.getMessage()[:_MOST_SAID]
+
+
+_said = _Said()
+
+
 class _Counting(SpanExporter):
     """The exporter, what became of spans counted; says once that the collector is away."""
 
@@ -116,7 +134,8 @@ class _Counting(SpanExporter):
             else:
                 self.exported += len(spans)
             if away and not self._away:
-                _log.warning("traces are not taken", extra={"endpoint": self._endpoint})
+                told = {"endpoint": self._endpoint, "said": _said.last}
+                _log.warning("traces are not taken", extra=told)
             elif self._away and not away:
                 _log.info("traces are taken again", extra={"endpoint": self._endpoint})
             self._away = away
