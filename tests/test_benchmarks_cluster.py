@@ -29,7 +29,7 @@ def test_all_sections(tmp_path: Path) -> None:
     assert (one["servers"], three["servers"]) == (1, 3)
     assert 0 < one["goodput/s"] < three["goodput/s"]
     assert all(row["step, ms"] > 0 for row in sections["shards"]["rows"])
-    bars = {bar["bar"]: bar["measured"] for bar in sections["kills"]["bars"]}
+    bars = {bar["text"]: bar["value"] for bar in sections["kills"]["bars"]}
     assert bars["calls lost"] == bars["calls wrong"] == 0
     assert bars["sessions wrong without an error"] == 0
     assert all(row["serves again"] for row in sections["kills"]["rows"])
