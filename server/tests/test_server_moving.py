@@ -215,7 +215,7 @@ def test_what_is_asked_of_a_session_on_its_way_is_answered_once_it_has_moved(mod
         assert sorted(answer.request_id for answer in answers) == [0, *ids]
 
 
-@pytest.mark.parametrize("reason", ["full", "away", "unfit", "refused"])
+@pytest.mark.parametrize("reason", ["full", "away", "unknown name", "unfit", "refused"])
 def test_what_nobody_takes_stays_and_its_callers_get_what_they_got_before(
     models: Path, tmp_path: Path, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,6 +223,8 @@ def test_what_nobody_takes_stays_and_its_callers_get_what_they_got_before(
     with contextlib.ExitStack() as stack:
         if reason == "away":
             address = away()
+        elif reason == "unknown name":
+            address, reason = "dns:///nowhere.invalid:8001", "away"
         elif reason == "unfit":  # of an older version
             address = stack.enter_context(another(pb_grpc.AttentionServiceServicer()))
         elif reason == "refused":  # it wants to know who calls

@@ -82,7 +82,7 @@ def _behind(target: str) -> list[tuple[str, str]]:
     try:
         addresses = addresses_of(host.strip("[]"), int(port))
     except OSError as error:
-        _log.warning("servers not found", extra={"name": target, "error": str(error)})
+        _log.warning("servers not found", extra={"target": target, "error": str(error)})
         return []
     return [(address, name) for address in addresses]
 

@@ -137,6 +137,8 @@ class Mover:
         self, session_id: str, departure: Departure, places: Places, until: float
     ) -> None:
         reason, said = "late", "no time was left"
+        if not places.in_turn():
+            reason, said = "away", "no server is there to be asked"
         while True:
             for place in places.in_turn():
                 left = until - time.monotonic()
