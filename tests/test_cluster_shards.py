@@ -244,6 +244,32 @@ def test_what_ends_at_some_shards_only_is_said_and_mended(
         assert session.length == kept + 3
 
 
+@pytest.mark.parametrize("by", BY)
+def test_a_cancelled_step_is_given_up_at_all_shards(addresses: list[str], by: str) -> None:
+    async def work() -> None:
+        generator, shards, reference = np.random.default_rng(6), Shards(2, by), Reference(1)
+        async with AsyncAttentionClient(addresses) as client:
+            session = await client.session("core", num_layers=1, max_tokens=900, shards=shards)
+            for _ in range(100):
+                before = session.length
+                arrays = tensors(generator, 2, times(shards))
+                task = asyncio.create_task(session.attend(0, *arrays))
+                await asyncio.sleep(generator.random() * 0.003)
+                task.cancel()
+                try:
+                    output = (await task).output
+                except asyncio.CancelledError:
+                    await session.abandon()
+                    if session.length > before:  # it had ended at all of them
+                        await session.truncate(before)
+                else:
+                    expected, _ = reference.attend(0, *arrays)
+                    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-6)
+            await session.close()
+
+    asyncio.run(work())
+
+
 def test_an_asyncio_session_over_several_servers(addresses: list[str]) -> None:
     async def work(by: str) -> None:
         generator, shards, reference = np.random.default_rng(4), Shards(2, by), Reference(1)

@@ -79,9 +79,12 @@ class ShardedFlows(Generic[S]):
         yield
 
     def abandon(self) -> Flow[None]:
-        """As `SessionFlows.abandon`, at all servers."""
+        """As `SessionFlows.abandon`, at all servers, also where the step has ended."""
+        in_step = self._in_step()
         for part in self.parts:
             yield from part.abandon()
+        if in_step and not self._even:
+            yield from self.truncate(self.length)
 
     def renew(self, *, lease: float | None = None, timeout: float | None = 10.0) -> Flow[None]:
         """As `SessionFlows.renew`, at all servers."""
