@@ -259,6 +259,30 @@ def test_another_server_takes_what_one_does_not(models: Path, taker: AttentionSe
         assert {moved.address for moved in told} == {taker.address}
 
 
+def test_callers_of_a_unix_socket_are_known_at_unix_sockets_alone(
+    models: Path, taker: AttentionServer, tmp_path: Path
+) -> None:
+    sockets = [f"unix:{tmp_path}/{name}" for name in "ab"]
+    with (
+        serving(models, host=sockets[0]) as last,
+        serving(models, host=sockets[1], move_sessions_to=f"{taker.address},{sockets[0]}") as one,
+        serving(models, move_sessions_to=sockets[0]) as other,
+        Stream(sockets[1]) as of_socket,
+        Stream(other.address) as of_loopback,
+    ):
+        (name,), _ = of_socket.open(), of_loopback.open()
+        expected = plain()
+        of_socket.step(1, [name], [expected])
+        with draining(one):
+            moved = moved_of(of_socket.receive())
+        with Stream(moved.address) as there:
+            there.step(1, [moved.new_session_id], [expected])
+        with draining(other):
+            assert ended(of_loopback) is Code.UNAVAILABLE
+        assert metric(other, 'attnserve_kv_sessions_not_moved_total{reason="unfit"}') == 1
+        assert len(last.plane.session_ids()) == 1
+
+
 def test_a_step_that_does_not_end_in_time_is_lost_with_the_server(
     models: Path, taker: AttentionServer
 ) -> None:

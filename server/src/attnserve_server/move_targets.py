@@ -36,6 +36,13 @@ class Place:
     channel: grpc.Channel
     metadata: tuple[tuple[str, str], ...]
 
+    def knows(self, owner: str) -> bool:
+        """Whether an owner of sessions, as MovingSession.caller has it, is the same caller there.
+
+        By name it is; by address, callers of a Unix socket are none over TCP.
+        """
+        return owner.startswith("@") or (owner == "unix") == self.address.startswith("unix")
+
 
 class Places:
     """All of them, until `close`.

@@ -144,6 +144,9 @@ class Mover:
                 left = until - time.monotonic()
                 if left <= 0:
                     break
+                if not place.knows(departure.owner):
+                    reason, said = "unfit", f"{place.address}: its callers are not those of here"
+                    continue
                 try:
                     there = _send(place, departure, left * _SHARE)
                 except grpc.RpcError as error:
