@@ -297,6 +297,27 @@ def test_a_step_that_does_not_end_in_time_is_lost_with_the_server(
         assert metric(server, 'attnserve_kv_sessions_not_moved_total{reason="late"}') == 1
 
 
+def test_steps_that_do_not_end_keep_no_other_session_here(
+    models: Path, taker: AttentionServer
+) -> None:
+    with (
+        serving(models, move_sessions_to=taker.address, drain_seconds=8) as server,
+        Stream(server.address) as stream,
+    ):
+        ids = [name for _ in range(8) for name in stream.open(16)]
+        held = ids[:80]
+        for number, name in enumerate(held, 1):
+            stream.begin(number, [name], [1])
+        with draining(server):
+            moved = {moved_of(stream.receive()).session_id for _ in ids[len(held) :]}
+            assert moved == set(ids[len(held) :])
+            for number, _ in enumerate(held, 1):
+                stream.send(abandon_step=pb.AbandonStep(step_id=number))
+            answers = [stream.receive() for _ in range(2 * len(held))]
+        told = {answer.moved.session_id for answer in answers if answer.HasField("moved")}
+        assert told == set(held)
+
+
 def test_prefix_hashes_go_on_after_a_move(models: Path, taker: AttentionServer) -> None:
     hashes = [hashlib.sha256(bytes([page])).digest() for page in range(3)]
 
