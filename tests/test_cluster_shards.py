@@ -205,8 +205,9 @@ def test_a_step_that_one_shard_refuses_is_given_up_at_all(client: AttentionClien
             reference = Reference(1)
             step(session, reference, [tensors(generator, 10, times(shards))])
             step(session, reference, [tensors(generator, 10, times(shards))])
-            with pytest.raises(AttnserveError, match="max_tokens"):
+            with pytest.raises(AttnserveError, match=r"max_tokens.* \(server 127") as refused:
                 session.attend(0, *tensors(generator, 60, times(shards)))
+            assert refused.value.server in client.servers
             assert session.length == 20
             step(session, reference, [tensors(generator, 3, times(shards))])
 

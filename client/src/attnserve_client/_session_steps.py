@@ -103,6 +103,11 @@ class BatchFlows:
         self._early: dict[int, _Early] = {}
 
     @property
+    def server(self) -> str:
+        """The address of the server of the step under way, or of the last one."""
+        return self._connection.address
+
+    @property
     def in_step(self) -> bool:
         """Whether a step is under way."""
         return self._step is not None
