@@ -12,6 +12,7 @@ from attnserve_client import (
     AsyncAttentionClient,
     AttentionClient,
     AttnserveError,
+    DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     SessionLayer,
@@ -204,10 +205,70 @@ def test_a_step_that_one_shard_refuses_is_given_up_at_all(client: AttentionClien
             reference = Reference(1)
             step(session, reference, [tensors(generator, 10, times(shards))])
             step(session, reference, [tensors(generator, 10, times(shards))])
-            with pytest.raises(AttnserveError, match="max_tokens"):
+            with pytest.raises(AttnserveError, match=r"max_tokens.* \(server 127") as refused:
                 session.attend(0, *tensors(generator, 60, times(shards)))
+            assert refused.value.server in client.servers
             assert session.length == 20
             step(session, reference, [tensors(generator, 3, times(shards))])
+
+
+@pytest.mark.parametrize("by", BY)
+def test_what_ends_at_some_shards_only_is_said_and_mended(
+    client: AttentionClient, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    generator, shards = np.random.default_rng(5), Shards(2, by)
+
+    def given(tokens: int) -> list[list[Array]]:
+        return [tensors(generator, tokens, times(shards))]
+
+    with client.session("core", num_layers=1, max_tokens=64, shards=shards) as session:
+        reference = Reference(1)
+        for _ in range(4):
+            step(session, reference, given(5))
+        (_, last) = session._flows.parts
+
+        def fail(*_: Any, **__: Any) -> Any:
+            raise DeadlineExceededError("no answer in time", method="Decode")
+            yield
+
+        with monkeypatch.context() as patch:
+            patch.setattr(last, "truncate", fail)
+            with pytest.raises(DeadlineExceededError):
+                session.truncate(7)
+        for call in (lambda: session.attend(0, *given(1)[0]), session.fork):
+            with pytest.raises(FailedPreconditionError, match=r"truncate to (7|10) or less first"):
+                call()
+        kept = session.length
+        session.truncate(kept)
+        reference.truncate(kept)
+        step(session, reference, given(3))
+        assert session.length == kept + 3
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_cancelled_step_is_given_up_at_all_shards(addresses: list[str], by: str) -> None:
+    async def work() -> None:
+        generator, shards, reference = np.random.default_rng(6), Shards(2, by), Reference(1)
+        async with AsyncAttentionClient(addresses) as client:
+            session = await client.session("core", num_layers=1, max_tokens=900, shards=shards)
+            for _ in range(100):
+                before = session.length
+                arrays = tensors(generator, 2, times(shards))
+                task = asyncio.create_task(session.attend(0, *arrays))
+                await asyncio.sleep(generator.random() * 0.003)
+                task.cancel()
+                try:
+                    output = (await task).output
+                except asyncio.CancelledError:
+                    await session.abandon()
+                    if session.length > before:  # it had ended at all of them
+                        await session.truncate(before)
+                else:
+                    expected, _ = reference.attend(0, *arrays)
+                    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-6)
+            await session.close()
+
+    asyncio.run(work())
 
 
 def test_an_asyncio_session_over_several_servers(addresses: list[str]) -> None:

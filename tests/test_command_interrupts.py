@@ -119,7 +119,9 @@ def test_ctrl_c_at_many_moments_is_one_line(name: str, address: str, tmp_path: P
     counted = Counter(1 << 30)
     Ended(name, tmp_path, counted, address)  # for 20 s, if it takes so long
     for most in range(3, counted.seen, max(1, counted.seen // 40)):
-        ended = Ended(name, tmp_path, Counter(most), address)
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        ended = Ended(name, folder, Counter(most), address)
         # Progress is no line of the end's.
         own = [line for line in ended.said if not re.match(r"\[ *[0-9.]+ s\] ", line)]
         where = (most, ended.code, ended.said)

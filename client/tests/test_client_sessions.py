@@ -3,6 +3,7 @@
 import io
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -436,6 +437,24 @@ def test_a_session_lost_with_its_server_is_not_found() -> None:
         service._look = forget
         with pytest.raises(NotFoundError, match=f"sessions lost: {session.id}"):
             session.attend(0, *random(GENERATOR, 2))
+
+
+def test_a_step_without_a_server_ends_with_its_timeout_and_is_not_repeated_unasked() -> None:
+    def away(request: pb.DecodeRequest) -> None:
+        raise BreakError(grpc.StatusCode.UNAVAILABLE)
+
+    with served() as (service, client):
+        session, other = client.sessions(2, "m", num_layers=LAYERS, max_tokens=64)
+        other.attend(0, *random(GENERATOR, 2))
+        service._look = away
+        for each, layer in ((session, 0), (other, 1)):
+            asked, began = len(service.requests), time.monotonic()
+            with pytest.raises(UnavailableError):
+                each.attend(layer, *random(GENERATOR, 2), timeout=0.2)
+            assert time.monotonic() - began < 10
+            actions = [request.WhichOneof("action") for request in service.requests[asked:]]
+            assert actions.count("attend_layer") == (each is session)
+            assert "renew" in actions
 
 
 def test_no_answer_in_time_loses_the_step() -> None:

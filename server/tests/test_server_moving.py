@@ -215,7 +215,7 @@ def test_what_is_asked_of_a_session_on_its_way_is_answered_once_it_has_moved(mod
         assert sorted(answer.request_id for answer in answers) == [0, *ids]
 
 
-@pytest.mark.parametrize("reason", ["full", "away", "unfit", "refused"])
+@pytest.mark.parametrize("reason", ["full", "away", "unknown name", "unfit", "refused"])
 def test_what_nobody_takes_stays_and_its_callers_get_what_they_got_before(
     models: Path, tmp_path: Path, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,6 +223,8 @@ def test_what_nobody_takes_stays_and_its_callers_get_what_they_got_before(
     with contextlib.ExitStack() as stack:
         if reason == "away":
             address = away()
+        elif reason == "unknown name":
+            address, reason = "dns:///nowhere.invalid:8001", "away"
         elif reason == "unfit":  # of an older version
             address = stack.enter_context(another(pb_grpc.AttentionServiceServicer()))
         elif reason == "refused":  # it wants to know who calls
@@ -257,6 +259,30 @@ def test_another_server_takes_what_one_does_not(models: Path, taker: AttentionSe
         assert {moved.address for moved in told} == {taker.address}
 
 
+def test_callers_of_a_unix_socket_are_known_at_unix_sockets_alone(
+    models: Path, taker: AttentionServer, tmp_path: Path
+) -> None:
+    sockets = [f"unix:{tmp_path}/{name}" for name in "ab"]
+    with (
+        serving(models, host=sockets[0]) as last,
+        serving(models, host=sockets[1], move_sessions_to=f"{taker.address},{sockets[0]}") as one,
+        serving(models, move_sessions_to=sockets[0]) as other,
+        Stream(sockets[1]) as of_socket,
+        Stream(other.address) as of_loopback,
+    ):
+        (name,), _ = of_socket.open(), of_loopback.open()
+        expected = plain()
+        of_socket.step(1, [name], [expected])
+        with draining(one):
+            moved = moved_of(of_socket.receive())
+        with Stream(moved.address) as there:
+            there.step(1, [moved.new_session_id], [expected])
+        with draining(other):
+            assert ended(of_loopback) is Code.UNAVAILABLE
+        assert metric(other, 'attnserve_kv_sessions_not_moved_total{reason="unfit"}') == 1
+        assert len(last.plane.session_ids()) == 1
+
+
 def test_a_step_that_does_not_end_in_time_is_lost_with_the_server(
     models: Path, taker: AttentionServer
 ) -> None:
@@ -269,6 +295,27 @@ def test_a_step_that_does_not_end_in_time_is_lost_with_the_server(
         with draining(server):
             assert ended(stream) is Code.UNAVAILABLE
         assert metric(server, 'attnserve_kv_sessions_not_moved_total{reason="late"}') == 1
+
+
+def test_steps_that_do_not_end_keep_no_other_session_here(
+    models: Path, taker: AttentionServer
+) -> None:
+    with (
+        serving(models, move_sessions_to=taker.address, drain_seconds=8) as server,
+        Stream(server.address) as stream,
+    ):
+        ids = [name for _ in range(8) for name in stream.open(16)]
+        held = ids[:80]
+        for number, name in enumerate(held, 1):
+            stream.begin(number, [name], [1])
+        with draining(server):
+            moved = {moved_of(stream.receive()).session_id for _ in ids[len(held) :]}
+            assert moved == set(ids[len(held) :])
+            for number, _ in enumerate(held, 1):
+                stream.send(abandon_step=pb.AbandonStep(step_id=number))
+            answers = [stream.receive() for _ in range(2 * len(held))]
+        told = {answer.moved.session_id for answer in answers if answer.HasField("moved")}
+        assert told == set(held)
 
 
 def test_prefix_hashes_go_on_after_a_move(models: Path, taker: AttentionServer) -> None:

@@ -141,7 +141,7 @@ def _server(
     shared = given.shared_memory_bytes
     sharing = None if shared is None else Sharing(shared)
     memory = None if sharing is None else SharingFlows(sharing, transport)
-    connection = Connection(streams, runner, transport, moves, memory)
+    connection = Connection(address, streams, runner, transport, moves, memory)
     threshold = given.stream_threshold_bytes
     flows, once = (
         ClientFlows(transport, threshold, memory, connection, Session, patient=patient)

@@ -246,6 +246,7 @@ class ClusterFlows(Generic[S]):
                     return mark(member.server, result)
                 except (grpc.RpcError, AttnserveError) as error:
                     failure = _errors.from_call(error, kind[0])
+                    failure.of_server(member.server.address)
                 finally:
                     cluster.give_back(member)
                 if not cluster.refused(member, kind, failure) or not repeats:

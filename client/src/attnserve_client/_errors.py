@@ -62,6 +62,7 @@ class AttnserveError(Exception):
         message: what the server said.
         method: the method called, e.g. `Attend`.
         retry_after: seconds after which a refused request may be taken; None: not said.
+        server: the address of the server that failed, by a client of several; else None.
         trace_id: of the trace that the call belonged to, 32 digits; None: it belonged to none.
         moved: where the session is that the request was for, if its server has handed it to another
             one: nothing was done. Else None.
@@ -82,12 +83,20 @@ class AttnserveError(Exception):
         self.message = message
         self.method = method
         self.retry_after = retry_after
+        self.server: str | None = None
         self.trace_id: str | None = None
         super().__init__(f"{self.code.name} from {method}: {message}")
 
     def __str__(self) -> str:
         said = super().__str__()
+        if self.server is not None:
+            said = f"{said} (server {self.server})"
         return said if self.trace_id is None else f"{said} (trace {self.trace_id})"
+
+    def of_server(self, address: str) -> Self:
+        """The same error, that says which server it is of."""
+        self.server = self.server or address
+        return self
 
     def of_trace(self, trace_id: str | None) -> Self:
         """The same error, that says which trace its call belonged to."""

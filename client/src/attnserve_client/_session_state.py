@@ -66,12 +66,14 @@ class Connection:
     """What the sessions of one client share.
 
     Attributes:
-        transport: to the server.
+        address: of the server.
+        transport: to it.
         moves: where the client's sessions went.
         memory: shared with the server, if any is.
         held: the sessions that are open on it, and the streams.
     """
 
+    address: str
     streams: Streams
     runner: Any
     transport: Transport

@@ -1,7 +1,8 @@
 """Steps of KV sessions, of one or of many together."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,11 @@ from attnserve_client._session_messages import METHOD
 from attnserve_client._session_state import SessionState, Stream
 from attnserve_client._sharing_flows import SharingFlows
 
-# How long it is asked after a lost connection whether sessions survived, seconds.
-_FIND_SECONDS = 30.0
+# How long it is asked after a lost connection whether sessions survived, seconds: as long as the
+# call's timeout leaves, within these bounds.
+_LEAST_FIND_SECONDS, _FIND_SECONDS = 1.0, 30.0
+# What a call may take at least: one without time is refused before it is sent.
+_LEAST_SECONDS = 1e-3
 _NOT_FOUND = grpc.StatusCode.NOT_FOUND
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
@@ -50,13 +54,19 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer to be computed."""
+    """A layer to be computed.
+
+    Attributes:
+        timeout: seconds that it may take; None: any.
+        until: when they are over, on the monotonic clock.
+    """
 
     layer: int
     returns: bytes
     tensors: dict[str, Rows]
     plan: LayerPlan
     timeout: float | None
+    until: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +101,11 @@ class BatchFlows:
         self._step: _Step | None = None
         self._beginnings = Beginnings(self._sessions)
         self._early: dict[int, _Early] = {}
+
+    @property
+    def server(self) -> str:
+        """The address of the server of the step under way, or of the last one."""
+        return self._connection.address
 
     @property
     def in_step(self) -> bool:
@@ -165,7 +180,8 @@ class BatchFlows:
         returns = layers.returns_of(
             return_output, return_log_sum_exp, return_entropy, return_weights_of
         )
-        wanted = _Layer(layer, returns, tensors, _plan(returns, tensors), timeout)
+        plan = _plan(returns, tensors)
+        wanted = _Layer(layer, returns, tensors, plan, timeout, _until(timeout))
         if self._step is not None:
             return (yield from self._next(self._step, wanted))
         first = self._first_tensor(layer, tensors)
@@ -236,13 +252,14 @@ class BatchFlows:
         def send(left: float | None) -> Any:
             return step.stream.begin(make)
 
+        until = _until(timeout)
         try:
             begun = yield Call(send, timeout)
         except AttnserveError as error:
             if begins:
                 raise
             self._forget_step(step)
-            failure = yield from self._after_loss(error)
+            failure = yield from self._after_loss(error, until)
             raise failure from error
         self._step = step
         self._early[layer] = _Early(begun, begins)
@@ -283,6 +300,7 @@ class BatchFlows:
             return step.stream.finish(early.begun, make, plan.read, left)
 
         del self._early[layer]
+        until = _until(timeout)
         try:
             attended = yield from self._answered(step, Call(send, timeout))
         except AttnserveError as error:
@@ -290,7 +308,7 @@ class BatchFlows:
                 self._forget_step(step)
             if self._connection.moves.follows(error) or not step.stream.failed:
                 raise
-            failure = yield from self._after_loss(error)
+            failure = yield from self._after_loss(error, until)
             raise failure from error
         return self._taken(step, attended, early.begins)
 
@@ -314,7 +332,7 @@ class BatchFlows:
             if error.code not in _LOST | {_NOT_FOUND}:
                 raise
         if step.unsure:
-            yield from self._lengths_anew()
+            yield from self._lengths_anew(_FIND_SECONDS)
 
     def _find(self) -> None:
         """Know where the sessions are, before a step.
@@ -349,9 +367,9 @@ class BatchFlows:
     def _first(self, begin: Callable[[], Beginning], wanted: _Layer) -> Flow[LayerResult]:
         """Begin a step and compute its first layer, in one go.
 
-        If the connection is lost under it, once more: but only if the sessions are as they were,
-        since a step of one layer may have ended just before. And wherever sessions have moved to:
-        then nothing was done here.
+        If the connection is lost under it, once more: but only if the sessions are known to be as
+        they were, since a step of one layer may have ended just before. And wherever sessions have
+        moved to: then nothing was done here.
         """
         before = [session.length for session in self._sessions]
         repeated = False
@@ -369,12 +387,15 @@ class BatchFlows:
                     continue
                 if not stream.failed:
                     raise
-                failure = yield from self._after_loss(error)
+                failure = yield from self._after_loss(error, wanted.until)
+                if failure is error:
+                    raise
                 same = [session.length for session in self._sessions] == before
                 gone = error.code not in _LOST or isinstance(failure, _errors.NotFoundError)
-                if repeated or gone or not same:
+                left = _left(wanted.until)
+                if repeated or gone or not same or left == 0:
                     raise failure from error
-                repeated = True
+                repeated, wanted = True, replace(wanted, timeout=left)
 
     def _next(self, step: _Step, wanted: _Layer) -> Flow[LayerResult]:
         try:
@@ -383,7 +404,7 @@ class BatchFlows:
             if not step.stream.failed:
                 raise
             self._forget_step(step)
-            failure = yield from self._after_loss(error)
+            failure = yield from self._after_loss(error, wanted.until)
             raise failure from error
 
     def _compute(self, step: _Step, wanted: _Layer, begin: bytes = b"") -> Flow[LayerResult]:
@@ -457,12 +478,19 @@ class BatchFlows:
             memory.sharing.forget(placed)
             forgotten = True
 
-    def _after_loss(self, error: AttnserveError) -> Flow[AttnserveError]:
-        """What to raise after the stream was lost: whether the sessions were lost with it."""
+    def _after_loss(self, error: AttnserveError, until: float | None) -> Flow[AttnserveError]:
+        """What to raise after the stream was lost: whether the sessions were lost with it.
+
+        Args:
+            error: that said so; given back as it is if there is no server to ask in time.
+            until: when the call's time is up; None: never.
+        """
+        left = _left(until)
+        seconds = _FIND_SECONDS if left is None else min(left, _FIND_SECONDS)
         try:
-            lost = yield from self._lengths_anew()
+            lost = yield from self._lengths_anew(max(seconds, _LEAST_FIND_SECONDS))
         except AttnserveError:
-            return error  # no server to ask
+            return error
         if lost:
             return _errors.NotFoundError(
                 f"{error.message}; sessions lost: {', '.join(lost)}", method=METHOD
@@ -476,15 +504,26 @@ class BatchFlows:
             error.retry_after,
         )
 
-    def _lengths_anew(self) -> Flow[list[str]]:
-        """Ask what the sessions hold; the ids of those that are gone."""
-        lost = []
+    def _lengths_anew(self, seconds: float) -> Flow[list[str]]:
+        """Ask what the sessions hold, for so many seconds; the ids of those that are gone."""
+        lost, until = [], time.monotonic() + seconds
         for session in self._sessions:
             try:
-                yield from session._renewing(None, _FIND_SECONDS)
+                left = max(until - time.monotonic(), _LEAST_SECONDS)
+                yield from session._renewing(None, left)
             except _errors.NotFoundError:
                 lost.append(session.id)
         return lost
+
+
+def _until(timeout: float | None) -> float | None:
+    """When seconds are over, on the monotonic clock; None: never."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(until: float | None) -> float | None:
+    """Seconds until then, 0 if it is past; None: any."""
+    return None if until is None else max(0.0, until - time.monotonic())
 
 
 def _plan(options: bytes, tensors: dict[str, Rows]) -> LayerPlan:

@@ -79,9 +79,12 @@ class ShardedFlows(Generic[S]):
         yield
 
     def abandon(self) -> Flow[None]:
-        """As `SessionFlows.abandon`, at all servers."""
+        """As `SessionFlows.abandon`, at all servers, also where the step has ended."""
+        in_step = self._in_step()
         for part in self.parts:
             yield from part.abandon()
+        if in_step and not self._even:
+            yield from self.truncate(self.length)
 
     def renew(self, *, lease: float | None = None, timeout: float | None = 10.0) -> Flow[None]:
         """As `SessionFlows.renew`, at all servers."""
@@ -105,6 +108,19 @@ class ShardedFlows(Generic[S]):
                 yield from fork.close()
             raise
         return forks
+
+    @property
+    @abstractmethod
+    def _even(self) -> bool:
+        """Whether what the parts hold belongs together."""
+
+    def _check_even(self) -> None:
+        if not self._in_step() and not self._even:
+            raise _errors.FailedPreconditionError(
+                f"the session's shards hold {self._lengths()} tokens, as a call ended at some "
+                f"only; allowed: truncate to {self.length} or less first",
+                method=METHOD,
+            )
 
     def _lengths(self) -> list[int]:
         return [int(part.session.length) for part in self.parts]
@@ -175,14 +191,9 @@ class HeadsFlows(ShardedFlows[S]):
         forks = yield from self._forked([length] * len(self.parts), **options)
         return self._make(HeadsFlows(forks, self._make))
 
-    def _check_even(self) -> None:
-        lengths = self._lengths()
-        if not self._in_step() and len(set(lengths)) > 1:
-            raise _errors.FailedPreconditionError(
-                f"the session's shards hold {lengths} tokens, as a call ended at some only; "
-                f"allowed: truncate to {min(lengths)} or less first",
-                method=METHOD,
-            )
+    @property
+    def _even(self) -> bool:
+        return len(set(self._lengths())) == 1
 
 
 class ContextFlows(ShardedFlows[S]):
@@ -200,12 +211,22 @@ class ContextFlows(ShardedFlows[S]):
     ) -> None:
         super().__init__(parts, make)
         self._runs = list(runs)
+        self._totals = self._of_parts(runs)  # what each part is to hold
         self._taker = 0  # of the step under way, or of the last one
 
     @property
     def length(self) -> int:
-        """Tokens that it holds."""
-        return sum(self._lengths())
+        """Tokens that it holds: the first ones, of which no part lacks any."""
+        if self._even:
+            return sum(self._totals)
+        left, length = self._lengths(), 0
+        for number, tokens in self._runs:
+            held = min(tokens, left[number])
+            left[number] -= held
+            length += held
+            if held < tokens:
+                break
+        return length
 
     def attend(
         self,
@@ -232,6 +253,7 @@ class ContextFlows(ShardedFlows[S]):
         if query is None:
             raise ValueError("query: not given; allowed: an array, by a session with shards")
         tokens = rows(query, "query").shape[0]
+        self._check_even()
         lengths = self._lengths()
         if not self._in_step():
             # The first of those that hold least: the part with the sinks is never empty.
@@ -266,9 +288,9 @@ class ContextFlows(ShardedFlows[S]):
             output, log_sum_exp = merge_attention(
                 [each.output for each in results], [each.log_sum_exp for each in results]
             )
-        took = self.parts[self._taker].session.length - lengths[self._taker]
-        if results[0].step_ended and took > 0:
-            self._runs.append((self._taker, took))
+        grew = self.parts[self._taker].session.length > lengths[self._taker]
+        if results[0].step_ended and grew:
+            self._took(tokens)
         return LayerResult(
             output=output if return_output else None,
             log_sum_exp=log_sum_exp if return_log_sum_exp else None,
@@ -284,21 +306,35 @@ class ContextFlows(ShardedFlows[S]):
         taker = self.parts[self._taker]
         yield from taker.commit(accepted, timeout=timeout)
         if accepted:
-            self._runs.append((self._taker, len(accepted)))
+            self._took(len(accepted))
 
     def truncate(self, length: int, *, timeout: float | None = 10.0) -> Flow[None]:
-        """As `SessionFlows.truncate`: each server keeps what it has of the first `length`."""
+        """As `SessionFlows.truncate`: each server keeps what it has of the first `length`.
+
+        So it evens parts that do not belong together.
+        """
         runs = self._first(length)
-        for part, kept in zip(self.parts, self._of_parts(runs), strict=True):
+        totals = self._of_parts(runs)
+        for part, kept in zip(self.parts, totals, strict=True):
             if part.session.length > kept:
                 yield from part.truncate(kept, timeout=timeout)
-        self._runs = runs
+        self._runs, self._totals = runs, totals
 
     def fork(self, at: int | None = None, **options: Any) -> Flow[S]:
         """As `SessionFlows.fork`, at the same servers."""
+        self._check_even()
         runs = self._first(self.length if at is None else at)
         forks = yield from self._forked(self._of_parts(runs), **options)
         return self._make(ContextFlows(forks, self._make, runs))
+
+    @property
+    def _even(self) -> bool:
+        return self._lengths() == self._totals
+
+    def _took(self, tokens: int) -> None:
+        """The taker of the step has so many tokens more."""
+        self._runs.append((self._taker, tokens))
+        self._totals[self._taker] += tokens
 
     def _first(self, length: int) -> list[tuple[int, int]]:
         """The runs of the first tokens."""

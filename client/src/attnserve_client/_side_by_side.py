@@ -26,6 +26,9 @@ def all_or_none(
         Exception: what the first of those that failed raised.
     """
     outcomes = yield from together(calls)
+    for batch, outcome in zip(batches, outcomes, strict=True):
+        if isinstance(outcome, AttnserveError) and len(batches) > 1:
+            outcome.of_server(batch.server)
     failures = [each for each in outcomes if isinstance(each, Exception)]
     if failures:
         alike = len({batch.in_step for batch in batches}) == 1

@@ -36,6 +36,13 @@ class Place:
     channel: grpc.Channel
     metadata: tuple[tuple[str, str], ...]
 
+    def knows(self, owner: str) -> bool:
+        """Whether an owner of sessions, as MovingSession.caller has it, is the same caller there.
+
+        By name it is; by address, callers of a Unix socket are none over TCP.
+        """
+        return owner.startswith("@") or (owner == "unix") == self.address.startswith("unix")
+
 
 class Places:
     """All of them, until `close`.
@@ -82,7 +89,7 @@ def _behind(target: str) -> list[tuple[str, str]]:
     try:
         addresses = addresses_of(host.strip("[]"), int(port))
     except OSError as error:
-        _log.warning("servers not found", extra={"name": target, "error": str(error)})
+        _log.warning("servers not found", extra={"target": target, "error": str(error)})
         return []
     return [(address, name) for address in addresses]
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import grpc
 from attnserve_dataplane import DataPlane, Departure, RequestError
@@ -17,8 +18,9 @@ from attnserve_proto.commands import Access, CommandError, access_of
 from attnserve_server.move_targets import Place, Places
 from attnserve_server.settings import Settings, SettingsError
 
-# Sessions on their way at once, and of those whose step has yet to end how many may begin no other.
-_AT_ONCE, _MOST_BUSY = 8, 32
+# Sessions on their way at once, and of those whose step has yet to end how many may begin no other,
+# not counting those whose step has not ended for so many seconds: it may never end.
+_AT_ONCE, _MOST_BUSY, _STUCK_SECONDS = 8, 32, 0.25
 # Between two looks whether a step has ended, and between two rounds of asking others; how long
 # others are asked again that were full, or away. Seconds.
 _STEP_SECONDS, _ROUND_SECONDS, _PATIENCE_SECONDS = 0.002, 0.25, 2.0
@@ -66,7 +68,8 @@ class Mover:
         self._moved = 0
         self._failed = Counter[str]()
         self._fresh: deque[str] = deque()
-        self._busy: deque[str] = deque()
+        self._busy: deque[_Waiting] = deque()
+        self._most_busy = _MOST_BUSY
         self._patient_until: float | None = None
 
     @property
@@ -111,7 +114,8 @@ class Mover:
         )
 
     def _work(self, places: Places, until: float) -> None:
-        while (session_id := self._next()) is not None:
+        while (waiting := self._next()) is not None:
+            session_id = waiting.session_id
             try:
                 departure = self._plane.depart(session_id)
             except RequestError:
@@ -120,28 +124,40 @@ class Mover:
                 self._move_one(session_id, departure, places, until)
                 del departure  # a session that stays goes on
             elif time.monotonic() < until:
-                with self._lock:
-                    self._busy.append(session_id)
+                self._wait(waiting)
                 time.sleep(_STEP_SECONDS)
             else:
                 self._plane.stay(session_id)
                 self._not_moved(session_id, "late", "its step has not ended")
 
-    def _next(self) -> str | None:
+    def _next(self) -> "_Waiting | None":
         with self._lock:
-            if self._busy and (len(self._busy) >= _MOST_BUSY or not self._fresh):
+            if self._busy and (len(self._busy) >= self._most_busy or not self._fresh):
                 return self._busy.popleft()
-            return self._fresh.popleft() if self._fresh else None
+            return _Waiting(self._fresh.popleft()) if self._fresh else None
+
+    def _wait(self, waiting: "_Waiting") -> None:
+        """Come back to a session whose step has yet to end."""
+        with self._lock:
+            if not waiting.stuck and time.monotonic() >= waiting.since + _STUCK_SECONDS:
+                waiting.stuck = True
+                self._most_busy += 1
+            self._busy.append(waiting)
 
     def _move_one(
         self, session_id: str, departure: Departure, places: Places, until: float
     ) -> None:
         reason, said = "late", "no time was left"
+        if not places.in_turn():
+            reason, said = "away", "no server is there to be asked"
         while True:
             for place in places.in_turn():
                 left = until - time.monotonic()
                 if left <= 0:
                     break
+                if not place.knows(departure.owner):
+                    reason, said = "unfit", f"{place.address}: its callers are not those of here"
+                    continue
                 try:
                     there = _send(place, departure, left * _SHARE)
                 except grpc.RpcError as error:
@@ -177,6 +193,20 @@ class Mover:
             "session not moved",
             extra={"session": f"{session_id[:_SHOWN]}...", "reason": reason, "said": said},
         )
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A session whose turn it is, or will be again once its step has ended.
+
+    Attributes:
+        since: when its turn came first, on the monotonic clock.
+        stuck: whether that is too long ago for it to be one of the _MOST_BUSY.
+    """
+
+    session_id: str
+    since: float = field(default_factory=time.monotonic)
+    stuck: bool = False
 
 
 def _send(place: Place, departure: Departure, seconds: float) -> pb.SessionState:
