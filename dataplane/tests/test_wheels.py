@@ -38,7 +38,7 @@ def needed(library: Path) -> list[str]:
 
 
 def test_there_is_a_wheel_of_each_distribution(wheels: dict[str, Path]) -> None:
-    names = "client dataplane export kernels loadtest proto server"
+    names = "client cluster dataplane export kernels lens loadtest proto server"
     assert sorted(wheels) == [f"attnserve_{name}" for name in names.split()]
     for path in wheels.values():
         packed = zipfile.ZipFile(path).namelist()
