@@ -54,6 +54,8 @@ def test_the_reference_is_torchs_attention(
 
 # Options of `attnserve-export core`.
 CORES = {
+    # As in test_end_to_end.py, so that it is exported once.
+    "causal": "--num-heads 8 --head-dim 64 --mask causal",
     "wide": "--num-heads 96 --num-kv-heads 32 --head-dim 4 --value-head-dim 5 --mask causal",
     "half": "--num-heads 6 --num-kv-heads 1 --head-dim 8 --dtype fp16",
     "one": "--num-heads 6 --num-kv-heads 1 --head-dim 8 --value-head-dim 5",
@@ -77,7 +79,15 @@ def version(
 
 @relaxed
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-@pytest.mark.parametrize("name", ["wide", pytest.param("one", marks=pytest.mark.slow), "half"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal",
+        "half",
+        pytest.param("wide", marks=pytest.mark.slow),
+        pytest.param("one", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("variant", ["fused", "reference"])
 def test_any_shape_is_within_tolerance(
     version: Callable[[str], Path], name: str, variant: str, data: st.DataObject, seed: int
@@ -136,7 +146,7 @@ def _file(manifest: dict, variant: str) -> str:
 
 @pytest.mark.needs_library
 def test_the_manifest_says_what_is_there(version: Callable[[str], Path]) -> None:
-    folder = version("wide")
+    folder = version("causal")
     manifest = json.loads((folder / "model.json").read_text())
     assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"model.json"}
     for name, entry in manifest["files"].items():
@@ -144,12 +154,20 @@ def test_the_manifest_says_what_is_there(version: Callable[[str], Path]) -> None
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
         assert str(Path.cwd()).encode() not in content
-    names = ["fused", "blocked", "reference", "blocked_sinks", "reference_sinks", "softcap"]
-    names += ["native", "diagnostics", "packed", "packed_diagnostics", "packed_weights", "paged"]
+    names = ["fused", "blocked", "flash", "reference", "blocked_sinks", "reference_sinks"]
+    names += [
+        "softcap",
+        "native",
+        "diagnostics",
+        "packed",
+        "packed_diagnostics",
+        "packed_weights",
+        "paged",
+    ]
     assert [v["name"] for v in manifest["variants"]] == names
     assert {v["name"] for v in manifest["variants"] if v["memory"] == "linear"} == {
-        "blocked", "blocked_sinks", "native", "diagnostics", "packed", "packed_diagnostics",
-        "paged",
+        "blocked", "flash", "blocked_sinks", "native", "diagnostics", "packed",
+        "packed_diagnostics", "paged",
     }  # fmt: skip
     for provider, rows in manifest["picks"].items():
         assert rows[-1]["up_to"] is None
@@ -165,7 +183,7 @@ def test_the_manifest_says_what_is_there(version: Callable[[str], Path]) -> None
 
 
 def test_fused_is_a_single_attention_node(version: Callable[[str], Path]) -> None:
-    graph = onnx.load(version("wide") / "model.onnx").graph
+    graph = onnx.load(version("causal") / "model.onnx").graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("Attention") == 1
     assert "Softmax" not in operators
