@@ -383,10 +383,13 @@ def test_it_is_said_why_a_collector_takes_nothing(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", "none.pem")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # seconds of a try
 
-    def told(message: str) -> list[logging.LogRecord]:
-        return [record for record in caplog.records if message in record.message]
-
     address = f"127.0.0.1:{serving.free_port()}"
+
+    def told(message: str) -> list[logging.LogRecord]:
+        """Not of servers of other tests, which may still be ending."""
+        records = [record for record in caplog.records if message in record.message]
+        return [each for each in records if address in each.__dict__.get("endpoint", address)]
+
     with (
         serving.serving(repository, trace_endpoint=f"https://{address}") as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
