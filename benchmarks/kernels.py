@@ -54,6 +54,8 @@ Array = NDArray[Any]
 
 # Quadratic variants are not tried where their scores would take more than this.
 MOST_SCORE_BYTES = 0.6e9
+# `paged` is for sessions; the others are for what they are named after.
+NOT_TIMED = ("softcap", "blocked_sinks", "reference_sinks", "paged", "packed_weights")
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ class Models:
             for entry in manifest["variants"]
             if "output" in [o["name"] for o in entry["outputs"]]
             and CPU in entry["providers"]
-            # `paged` is for sessions; the others are for what they are named after.
-            and entry["name"] not in ("softcap", "blocked_sinks", "reference_sinks", "paged")
+            and entry["name"] not in NOT_TIMED
         }
 
     def opened(self, options: Sequence[str], shape: Shape, name: str) -> Any:
@@ -135,7 +136,7 @@ class Models:
         }
         scores = 4 * shape.num_heads * shape.query_len * shape.key_len
         for name, entry in self.variants(options, shape).items():
-            if name.startswith("packed"):  # for packed sequences alone
+            if name == "packed":  # for packed sequences alone
                 continue
             if entry["memory"] == "quadratic" and scores > MOST_SCORE_BYTES:
                 continue
@@ -383,8 +384,7 @@ def memory(models: Models, options: argparse.Namespace) -> list[dict[str, Any]]:
             contenders: dict[str, Path | None] = {
                 name: entry["path"]
                 for name, entry in models.variants(mask, shape).items()
-                if not name.startswith("packed")
-                and (entry["memory"] == "linear" or scores <= MOST_SCORE_BYTES)
+                if name != "packed" and (entry["memory"] == "linear" or scores <= MOST_SCORE_BYTES)
             }
             if kind == "causal":
                 contenders["torch"] = None

@@ -22,7 +22,7 @@ RESULTS = (
     "mass_by_distance", "log_sum_exp", "cu_seqlens_q", "cu_seqlens_k",
 )  # fmt: skip
 # Little is shared: a new region is filled with zeros for every call.
-_SHARED = 1 << 20
+_SHARED: dict[str, Any] = {"shared_memory": True, "shared_memory_bytes": 1 << 20}
 # What asks for a result, by its name.
 _FLAGS = {
     "return_weights": ("weights",),
@@ -141,17 +141,11 @@ WAYS: dict[str, Way] = {
     "AttendStream of one, asyncio": _awaited(_attend, stream_threshold_bytes=0),
     "AttendStream": _blocking(_on_a_stream),
     "AttendStream of asyncio": _awaited(_on_a_stream_of_asyncio),
-    "copied to shared memory": _blocking(_attend, shared_memory=True, shared_memory_bytes=_SHARED),
-    "copied to shared memory, asyncio": _awaited(
-        _attend, shared_memory=True, shared_memory_bytes=_SHARED
-    ),
-    "lying in shared memory": _blocking(
-        _in_shared_memory, shared_memory=True, shared_memory_bytes=_SHARED
-    ),
+    "copied to shared memory": _blocking(_attend, **_SHARED),
+    "copied to shared memory, asyncio": _awaited(_attend, **_SHARED),
+    "lying in shared memory": _blocking(_in_shared_memory, **_SHARED),
     "stored tensors": _blocking(_stored),
-    "stored tensors, shared memory": _blocking(
-        _stored, shared_memory=True, shared_memory_bytes=_SHARED
-    ),
+    "stored tensors, shared memory": _blocking(_stored, **_SHARED),
     "stored tensors, several servers": _stored_at_one,
     "attnserve attend": _by_the_command,
     "ModelInfer": lambda *given: _inferred(*given[:3], stream=False),

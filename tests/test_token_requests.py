@@ -1,7 +1,6 @@
 """What a token request may ask for: targets, attentions, layers, heads; and what is refused."""
 
 import asyncio
-import hashlib
 import json
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
+import one_graph
 import onnx
 import pytest
 from attnserve_client import (
@@ -209,15 +209,13 @@ def give_weights(version: Path) -> None:
     weights = onnx.helper.make_tensor_value_info("weights_0", onnx.TensorProto.FLOAT, shape)
     del model.graph.output[1:]
     model.graph.output.append(weights)
-    content = model.SerializeToString()
-    (version / "model.onnx").write_bytes(content)
+    (version / "model.onnx").write_bytes(model.SerializeToString())
     del manifest["transformer"]["attentions"], manifest["transformer"]["decoder_start_token_id"]
     manifest["variants"] = [v for v in manifest["variants"] if v["name"] == "fused"]
     manifest["variants"][0]["outputs"][1:] = [
         {"name": "weights_0", "dtype": "FP32", "shape": shape}
     ]
-    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    manifest["files"]["model.onnx"] = entry
+    manifest["files"]["model.onnx"] = one_graph.entry_of(version / "model.onnx")
     (version / "model.json").write_text(json.dumps(manifest))
 
 

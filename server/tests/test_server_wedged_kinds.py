@@ -1,12 +1,12 @@
 """Wedged runs of a transformer and of a session's layer: their callers are told as others are."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import grpc
 import numpy as np
+import one_graph
 import onnx
 import pytest
 import serving
@@ -30,7 +30,6 @@ def wedge(path: Path, given: str, above: int, output: str) -> None:
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
         node.output[:] = ["quick" if name == output else name for name in node.output]
-    # A mean over 1,000,000 numbers, 1,000,000 times.
     added = onnx.parser.parse_graph(f"""
         added (float[a, b, c] quick, float[n] {given}) => (float[a, b, c] {output}) {{
             numbers = Cast <to = 1> ({given})
@@ -39,20 +38,13 @@ def wedge(path: Path, given: str, above: int, output: str) -> None:
             slow = Greater (most, bound)
             {output} = If (slow) <
                 then_branch = late () => (float[a, b, c] taken) {{
-                    size = Constant <value_ints = [1, 1, 2000000]> ()
-                    many = Expand (most, size)
-                    means = AveragePool <kernel_shape = [1000000]> (many)
-                    mean = ReduceMax <keepdims = 0> (means)
+                    {one_graph.late_mean("Expand (most, size)")}
                     taken = Add (quick, mean) }},
                 else_branch = soon () => (float[a, b, c] kept) {{ kept = Identity (quick) }}> }}""")
     model.graph.node.extend(added.node)
     onnx.save(model, path)
     manifest = json.loads((path.parent / "model.json").read_text())
-    content = path.read_bytes()
-    manifest["files"][path.name] = {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
-    }
+    manifest["files"][path.name] = one_graph.entry_of(path)
     (path.parent / "model.json").write_text(json.dumps(manifest))
 
 

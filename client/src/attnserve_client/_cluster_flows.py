@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from attnserve_client import _arguments as arguments
-from attnserve_client import _errors, _retries
+from attnserve_client import _deadlines, _errors, _retries
 from attnserve_client._attend import AttendOptions
 from attnserve_client._client_flows import ClientFlows
 from attnserve_client._cluster import Cluster, Kind, Member, by_calls, by_held, is_down
@@ -36,8 +36,6 @@ T = TypeVar("T")
 
 # Between two looks for a server that serves, seconds.
 _LOOK_SECONDS = 0.01
-# What a try may take at least: a call without time is refused before it is sent.
-_LEAST_SECONDS = 1e-3
 
 
 class ClusterFlows(Generic[S]):
@@ -362,14 +360,12 @@ class _Clock:
 
     def __init__(self, timeout: float | None) -> None:
         timeout = arguments.seconds("timeout", timeout)
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._deadline = _deadlines.until(timeout)
         self._until = self._deadline
 
     def left(self) -> float | None:
         """Seconds that the next try may take; None: any."""
-        if self._deadline is None:
-            return None
-        return max(_LEAST_SECONDS, self._deadline - time.monotonic())
+        return _deadlines.left(self._deadline, _deadlines.LEAST_SECONDS)
 
     def allows(self, seconds: float) -> bool:
         """Whether there is time for another try after so many seconds."""

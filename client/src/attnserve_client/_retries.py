@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from attnserve_client import _arguments as arguments
-from attnserve_client import _errors
+from attnserve_client import _deadlines, _errors
 from attnserve_client._errors import AttnserveError
 from attnserve_client._flows import Call, Flow, Pause
 
@@ -105,7 +105,7 @@ class _Tries:
 
     def left(self) -> float | None:
         """Seconds that the next try may take; None: any."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return _deadlines.left(self._deadline)
 
     def delay(self, failure: AttnserveError) -> float | None:
         """Seconds to wait before the next try; None: there is none."""

@@ -1,6 +1,5 @@
 """Steps of KV sessions, of one or of many together."""
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +9,7 @@ import grpc
 from attnserve_proto import attention_pb2 as pb
 
 from attnserve_client import _arguments as arguments
-from attnserve_client import _errors
+from attnserve_client import _deadlines, _errors
 from attnserve_client import _session_layers as layers
 from attnserve_client import _session_messages as messages
 from attnserve_client import _shared_layers as shared_layers
@@ -26,8 +25,6 @@ from attnserve_client._sharing_flows import SharingFlows
 # How long it is asked after a lost connection whether sessions survived, seconds: as long as the
 # call's timeout leaves, within these bounds.
 _LEAST_FIND_SECONDS, _FIND_SECONDS = 1.0, 30.0
-# What a call may take at least: one without time is refused before it is sent.
-_LEAST_SECONDS = 1e-3
 _NOT_FOUND = grpc.StatusCode.NOT_FOUND
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
@@ -181,7 +178,7 @@ class BatchFlows:
             return_output, return_log_sum_exp, return_entropy, return_weights_of
         )
         plan = _plan(returns, tensors)
-        wanted = _Layer(layer, returns, tensors, plan, timeout, _until(timeout))
+        wanted = _Layer(layer, returns, tensors, plan, timeout, _deadlines.until(timeout))
         if self._step is not None:
             return (yield from self._next(self._step, wanted))
         first = self._first_tensor(layer, tensors)
@@ -252,7 +249,7 @@ class BatchFlows:
         def send(left: float | None) -> Any:
             return step.stream.begin(make)
 
-        until = _until(timeout)
+        until = _deadlines.until(timeout)
         try:
             begun = yield Call(send, timeout)
         except AttnserveError as error:
@@ -300,7 +297,7 @@ class BatchFlows:
             return step.stream.finish(early.begun, make, plan.read, left)
 
         del self._early[layer]
-        until = _until(timeout)
+        until = _deadlines.until(timeout)
         try:
             attended = yield from self._answered(step, Call(send, timeout))
         except AttnserveError as error:
@@ -392,7 +389,7 @@ class BatchFlows:
                     raise
                 same = [session.length for session in self._sessions] == before
                 gone = error.code not in _LOST or isinstance(failure, _errors.NotFoundError)
-                left = _left(wanted.until)
+                left = _deadlines.left(wanted.until)
                 if repeated or gone or not same or left == 0:
                     raise failure from error
                 repeated, wanted = True, replace(wanted, timeout=left)
@@ -485,7 +482,7 @@ class BatchFlows:
             error: that said so; given back as it is if there is no server to ask in time.
             until: when the call's time is up; None: never.
         """
-        left = _left(until)
+        left = _deadlines.left(until)
         seconds = _FIND_SECONDS if left is None else min(left, _FIND_SECONDS)
         try:
             lost = yield from self._lengths_anew(max(seconds, _LEAST_FIND_SECONDS))
@@ -506,24 +503,14 @@ class BatchFlows:
 
     def _lengths_anew(self, seconds: float) -> Flow[list[str]]:
         """Ask what the sessions hold, for so many seconds; the ids of those that are gone."""
-        lost, until = [], time.monotonic() + seconds
+        lost, until = [], _deadlines.until(seconds)
         for session in self._sessions:
             try:
-                left = max(until - time.monotonic(), _LEAST_SECONDS)
+                left = _deadlines.left(until, _deadlines.LEAST_SECONDS)
                 yield from session._renewing(None, left)
             except _errors.NotFoundError:
                 lost.append(session.id)
         return lost
-
-
-def _until(timeout: float | None) -> float | None:
-    """When seconds are over, on the monotonic clock; None: never."""
-    return None if timeout is None else time.monotonic() + timeout
-
-
-def _left(until: float | None) -> float | None:
-    """Seconds until then, 0 if it is past; None: any."""
-    return None if until is None else max(0.0, until - time.monotonic())
 
 
 def _plan(options: bytes, tensors: dict[str, Rows]) -> LayerPlan:

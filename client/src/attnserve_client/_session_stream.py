@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from attnserve_proto import attention_pb2 as pb
 from google.protobuf.message import DecodeError
 
-from attnserve_client import _errors, _session_messages
+from attnserve_client import _deadlines, _errors, _session_messages
 from attnserve_client._decode_call import DecodeCall
 from attnserve_client._errors import AttnserveError
 from attnserve_client._session_messages import METHOD
@@ -34,10 +34,6 @@ class _Pending:
         self.request_id = request_id
         self.until = until
         self.waited_for = waited_for
-
-
-def _until(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
 
 
 class SessionStream:
@@ -108,7 +104,7 @@ class SessionStream:
         try:
             message = make(begun.request_id)
             with self._sending_order, self._state:
-                begun.until = _until(timeout)
+                begun.until = _deadlines.until(timeout)
                 begun.waited_for = True
                 self._send(message)
         except BaseException:
@@ -119,7 +115,7 @@ class SessionStream:
     def answer(self, begun: _Pending, read: Read[T], timeout: float | None) -> T:
         """Wait for what answers a request that `begin` sent whole; as `exchange`."""
         with self._state:
-            begun.until = _until(timeout)
+            begun.until = _deadlines.until(timeout)
             begun.waited_for = True
         return self._answered(begun, read)
 
@@ -130,7 +126,7 @@ class SessionStream:
 
     def _sent(self, make: Make, timeout: float | None, waited_for: bool) -> _Pending:
         with self._sending_order:
-            pending = _Pending(self._last_id + 1, _until(timeout), waited_for)
+            pending = _Pending(self._last_id + 1, _deadlines.until(timeout), waited_for)
             message = make(pending.request_id)
             self._last_id = pending.request_id
             with self._state:
